@@ -1,0 +1,172 @@
+"use strict";
+
+const LOG_LINES = 200;
+const part = (name) => document.querySelector(`[data-testid="${name}"]`);
+
+/**
+ * The id of this user: the one in the page's address, so that a link can be shared; else the one that this browser
+ * keeps; else a new one. Only characters that no client percent-encodes are taken, because the edge hashes the id as it
+ * stands on the wire.
+ */
+function clientId() {
+  const usable = (id) => id !== null && /^[A-Za-z0-9._~-]{1,64}$/.test(id);
+  const url = new URL(location.href);
+  let id = url.searchParams.get("client_id");
+  if (!usable(id)) {
+    id = kept();
+    if (!usable(id)) {
+      // crypto.randomUUID is missing here: it needs https or localhost, and an edge's plain address is neither.
+      const bytes = crypto.getRandomValues(new Uint8Array(8));
+      id = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+      keep(id);
+    }
+    url.searchParams.set("client_id", id);
+    history.replaceState(null, "", url);
+  }
+  return id;
+}
+
+// A browser that blocks storage throws on the mere access: the address alone then carries the id.
+function kept() {
+  try {
+    return localStorage.getItem("client_id");
+  } catch {
+    return null;
+  }
+}
+
+function keep(id) {
+  try {
+    localStorage.setItem("client_id", id);
+  } catch {
+    // Nothing is lost but the id's way into other tabs.
+  }
+}
+
+/**
+ * A hue in degrees for a node's name, so that tabs on one node are seen to agree. Names differ in a digit only: the
+ * small factor and the golden angle set node1-1, node2-1 and node1-2 far apart.
+ */
+function hue(name) {
+  let sum = 0;
+  for (const character of name) {
+    sum = (sum * 3 + character.codePointAt(0)) % 65536;
+  }
+  return (sum * 137.508) % 360;
+}
+
+function paintNode(element, name) {
+  element.textContent = name;
+  element.classList.add("node");
+  element.style.setProperty("--hue", hue(name));
+}
+
+function log(kind, text, node) {
+  const line = document.createElement("li");
+  line.className = kind;
+  if (node !== undefined) {
+    paintNode(line.appendChild(document.createElement("span")), node);
+    line.append(" ");
+  }
+  line.append(text);
+  const list = part("log");
+  list.append(line);
+  while (list.children.length > LOG_LINES) {
+    list.firstChild.remove();
+  }
+  list.scrollTop = list.scrollHeight;
+}
+
+/** What went wrong in words: Engine.IO puts the HTTP status and the request beside its own short message. */
+function reason(message, details) {
+  const request = details?.context;
+  if (request instanceof XMLHttpRequest && request.status > 0) {
+    const says = request.responseText.slice(0, 200);
+    return `${message}: HTTP ${request.status} ${says}`;
+  }
+  return message;
+}
+
+function showState(state) {
+  part("state").textContent = state;
+  part("state").dataset.state = state;
+  part("send").disabled = state !== "connected";
+}
+
+function showTransport(name) {
+  part("transport").textContent = name;
+}
+
+function showError(text) {
+  part("error").textContent = text;
+  part("error").classList.add("failed");
+  log("error", text);
+}
+
+function connect() {
+  const options = {};
+  if (document.body.hasAttribute("data-named-user")) {
+    const id = clientId();
+    part("client-id").textContent = id;
+    options.query = { client_id: id };
+    options.transports = ["websocket", "polling"];
+    options.tryAllTransports = true; // without it the client never comes to the second of them
+  }
+  const socket = io(options);
+
+  socket.on("connect", () => {
+    const engine = socket.io.engine; // each connection has an engine of its own
+    showState("connected");
+    showTransport(engine.transport.name);
+    log("note", `connected, ${engine.transport.name}`);
+    engine.on("upgrade", (transport) => {
+      showTransport(transport.name);
+      log("note", `upgraded to ${transport.name}`);
+    });
+    engine.on("upgradeError", (error) => showError(`upgrade failed: ${error.message}`));
+  });
+
+  socket.on("message", (text) => {
+    const [, node, said] = /^node#(.+?): (.*)$/s.exec(text) ?? [];
+    if (node === undefined) {
+      log("echo", text);
+      return;
+    }
+    paintNode(part("node"), node);
+    log("echo", said, node);
+  });
+
+  socket.on("connect_error", (error) => {
+    showState(socket.active ? "reconnecting" : "disconnected");
+    showError(reason(error.message, error));
+  });
+
+  socket.on("disconnect", (why, details) => {
+    // An error before the connection stood has come as connect_error already, with the better message.
+    const told = part("state").textContent !== "connected" && why === "transport error";
+    showState(socket.active ? "reconnecting" : "disconnected");
+    showTransport("none");
+    if (!told) {
+      showError(reason(why, details));
+    }
+  });
+
+  socket.io.on("reconnect_attempt", () => {
+    part("reconnects").textContent = Number(part("reconnects").textContent) + 1;
+  });
+
+  part("form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const input = part("message");
+    log("sent", input.value);
+    socket.send(input.value);
+    input.value = "";
+  });
+}
+
+if (typeof io === "undefined") {
+  showState("disconnected");
+  showError("the client script socket.io.min.js was not loaded");
+} else {
+  connect();
+}
