@@ -1,0 +1,171 @@
+"""What the inventory says: the endpoints of the ring, and everything that is wrong with it before a host is touched."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+# The fields of Envoy's RouteAction.HashPolicy that a policy may name, each with those it needs:
+# https://www.envoyproxy.io/docs/envoy/latest/api-v3/config/route/v3/route_components.proto
+HASH_POLICIES: dict[str, dict[str, type]] = {
+    "query_parameter": {"name": str},
+    "header": {"header_name": str},
+    "cookie": {"name": str},
+    "connection_properties": {"source_ip": bool},
+}
+
+
+def endpoints(hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One endpoint for each instance of each host, in the order of the inventory.
+
+    hosts: names of the hosts that serve; hostvars: the variables of all hosts by name; defaults: the node role's
+    defaults, for what a host leaves unset. Returns dicts with `name`, `address` and `port`; the name is the
+    endpoint's identity on the ring and stays when its address changes.
+    """
+    found = []
+    for host in hosts:
+        variables = hostvars[host]
+        name = variables.get("stickyring_node_name", host)
+        port = int(variables.get("stickyring_node_port", defaults["stickyring_node_port"]))
+        instances = int(variables.get("stickyring_node_instances", defaults["stickyring_node_instances"]))
+        found += [
+            {"name": f"{name}-{instance}", "address": variables["stickyring_address"], "port": port + instance - 1}
+            for instance in range(1, instances + 1)
+        ]
+    return found
+
+
+def problems(
+    groups: Mapping[str, Sequence[str]],
+    hostvars: Mapping[str, Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+    known_variables: Iterable[str],
+) -> list[str]:
+    """Everything that is wrong with an inventory, one sentence each: what, where and how to mend it.
+
+    groups: host names by group; hostvars: the variables of all hosts by name; defaults: the defaults of the roles
+    together; known_variables: every name with the prefix `stickyring_` that means something.
+    """
+    nodes = list(groups.get("nodes", []))
+    edges = list(groups.get("edge", []))
+    hosts = list(dict.fromkeys([*nodes, *edges]))
+
+    found = [
+        f"The group `{group}` has no host: add one to the inventory."
+        for group, members in (("nodes", nodes), ("edge", edges))
+        if not members
+    ]
+    for host in hosts:
+        found += _unknown_variables(host, hostvars[host], known_variables)
+    for edge in edges:
+        found += _bad_hash_policies(edge, hostvars[edge])
+
+    without_address = [host for host in hosts if "stickyring_address" not in hostvars[host]]
+    found += [f"{host}: stickyring_address is not set: give the address that the edge reaches it at." for host in without_address]
+    if without_address:
+        return found
+
+    found += _not_numbers(nodes, hostvars)
+    if found:
+        return found
+    return [*_repeated(hosts, nodes, hostvars, defaults), *_repeated_ports(nodes, edges, hostvars, defaults)]
+
+
+def _unknown_variables(host: str, variables: Mapping[str, Any], known_variables: Iterable[str]) -> list[str]:
+    known = set(known_variables)
+    found = []
+    for name in sorted(variables):
+        if name.startswith("stickyring_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "no role knows it."
+            found.append(f"{host}: unknown variable {name}: {hint}")
+    return found
+
+
+def _bad_hash_policies(edge: str, variables: Mapping[str, Any]) -> list[str]:
+    lists = {"stickyring_edge_hash_policies": variables.get("stickyring_edge_hash_policies", [])}
+    for listener in variables.get("stickyring_edge_listeners", []):
+        lists[f"stickyring_edge_listeners, listener {listener.get('name')}, hash_policies"] = listener.get("hash_policies", [])
+    found = []
+    for where, policies in lists.items():
+        if not isinstance(policies, Sequence) or isinstance(policies, str):
+            found.append(f"{edge}: {where} is not a list.")
+            continue
+        for number, policy in enumerate(policies, start=1):
+            fault = _hash_policy_fault(policy)
+            if fault:
+                found.append(f"{edge}: {where}, entry {number}: {fault}")
+    return found
+
+
+def _hash_policy_fault(policy: Any) -> str:
+    if not isinstance(policy, Mapping):
+        return "a hash policy is a mapping, for example {query_parameter: {name: client_id}, terminal: true}."
+    specifiers = [key for key in policy if key != "terminal"]
+    if len(specifiers) != 1 or specifiers[0] not in HASH_POLICIES:
+        return f"a hash policy names exactly one of {', '.join(HASH_POLICIES)}; this one has: {', '.join(specifiers) or 'none'}."
+    specifier = specifiers[0]
+    if not isinstance(policy.get("terminal", False), bool):
+        return "terminal is true or false."
+    fields = policy[specifier]
+    for field, kind in HASH_POLICIES[specifier].items():
+        value = fields.get(field) if isinstance(fields, Mapping) else None
+        if not isinstance(value, kind) or not value:
+            return f"{specifier} needs {field}."
+    return ""
+
+
+def _not_numbers(nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    found = []
+    for host in nodes:
+        for name, low, high in (("stickyring_node_port", 1, 65535), ("stickyring_node_instances", 1, 64)):
+            value = hostvars[host].get(name, low)
+            if not re.fullmatch(r"[0-9]+", str(value)) or not low <= int(value) <= high:
+                found.append(f"{host}: {name} is {value!r}: give a number from {low} to {high}.")
+    return found
+
+
+def _repeated(
+    hosts: Sequence[str], nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> list[str]:
+    by_address = defaultdict(list)
+    for host in hosts:
+        by_address[hostvars[host]["stickyring_address"]].append(host)
+    by_name = defaultdict(list)
+    for host in nodes:
+        by_name[hostvars[host].get("stickyring_node_name", host)].append(host)
+    found = [
+        f"{' and '.join(sharing)} have the same address {address}: a host is named once."
+        for address, sharing in by_address.items()
+        if len(sharing) > 1
+    ]
+    return found + [
+        f"{' and '.join(sharing)} have the same name {name} on the ring: give each a stickyring_node_name of its own."
+        for name, sharing in by_name.items()
+        if len(sharing) > 1
+    ]
+
+
+def _repeated_ports(
+    nodes: Sequence[str], edges: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> list[str]:
+    uses: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for endpoint, host in ((one, host) for host in nodes for one in endpoints([host], hostvars, defaults)):
+        uses[host, endpoint["port"]].append(f"instance {endpoint['name']}")
+    for edge in edges:
+        setting = {**defaults, **{key: hostvars[edge][key] for key in hostvars[edge] if key.startswith("stickyring_edge_")}}
+        for listener in setting["stickyring_edge_listeners"]:
+            uses[edge, int(listener["port"])].append(f"listener {listener['name']}")
+        uses[edge, int(setting["stickyring_edge_admin_port"])].append("stickyring_edge_admin_port")
+    return [f"{host}: port {port} is used by {' and by '.join(users)}." for (host, port), users in uses.items() if len(users) > 1]
+
+
+class FilterModule:
+    """The filters by the names that playbooks use."""
+
+    def filters(self) -> dict[str, Any]:
+        """Names to functions, as Ansible asks for them."""
+        return {"stickyring_endpoints": endpoints, "stickyring_inventory_problems": problems}

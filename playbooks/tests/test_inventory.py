@@ -1,0 +1,133 @@
+"""The judgement of an inventory, on inventories that differ from a good one by one fault."""
+
+from __future__ import annotations
+
+import importlib.util
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_path = Path(__file__).parents[1] / "filter_plugins" / "inventory.py"
+_spec = importlib.util.spec_from_file_location("inventory", _path)
+assert _spec is not None
+assert _spec.loader is not None
+inventory = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(inventory)
+
+DEFAULTS = {
+    "stickyring_node_port": 8001,
+    "stickyring_node_instances": 1,
+    "stickyring_edge_admin_port": 9901,
+    "stickyring_edge_listeners": [{"name": "sticky", "port": 9002, "cluster": "nodes"}],
+}
+KNOWN = [*DEFAULTS, "stickyring_address", "stickyring_node_name", "stickyring_edge_hash_policies"]
+GROUPS = {"edge": ["edge1"], "nodes": ["node1", "node2"]}
+HOSTVARS: dict[str, dict[str, Any]] = {
+    "edge1": {"stickyring_address": "198.51.100.10"},
+    "node1": {"stickyring_address": "198.51.100.11"},
+    "node2": {"stickyring_address": "198.51.100.12"},
+}
+
+
+def judge(groups: dict[str, list[str]] | None = None, **changes: dict[str, Any]) -> list[str]:
+    """Problems of the good inventory after the named hosts' variables were changed."""
+    hostvars = deepcopy(HOSTVARS)
+    for host, variables in changes.items():
+        hostvars.setdefault(host, {}).update(variables)
+    return inventory.problems(GROUPS if groups is None else groups, hostvars, DEFAULTS, KNOWN)
+
+
+def test_a_good_inventory_has_no_problem() -> None:
+    assert judge() == []
+
+
+@pytest.mark.parametrize(("group", "rest"), [("nodes", {"edge": ["edge1"]}), ("edge", {"nodes": ["node1"], "edge": []})])
+def test_an_empty_group_is_named(group: str, rest: dict[str, list[str]]) -> None:
+    assert judge(rest) == [f"The group `{group}` has no host: add one to the inventory."]
+
+
+def test_an_address_twice_names_both_hosts() -> None:
+    assert judge(node2={"stickyring_address": "198.51.100.11"}) == [
+        "node1 and node2 have the same address 198.51.100.11: a host is named once."
+    ]
+
+
+def test_a_name_twice_names_both_hosts() -> None:
+    (message,) = judge(node2={"stickyring_node_name": "node1"})
+    assert message.startswith("node1 and node2 have the same name node1 on the ring")
+
+
+def test_a_host_without_an_address_is_named() -> None:
+    (message,) = judge({"edge": ["edge1"], "nodes": ["node1", "node3"]}, node3={})
+    assert message.startswith("node3: stickyring_address is not set")
+
+
+@pytest.mark.parametrize(
+    ("edge", "message"),
+    [
+        ({"stickyring_edge_admin_port": 9002}, "edge1: port 9002 is used by listener sticky and by stickyring_edge_admin_port."),
+        (
+            {"stickyring_edge_listeners": [{"name": "a", "port": 1, "cluster": "c"}, {"name": "b", "port": 1, "cluster": "c"}]},
+            "edge1: port 1 is used by listener a and by listener b.",
+        ),
+    ],
+)
+def test_a_port_twice_on_a_host_names_both_users(edge: dict[str, Any], message: str) -> None:
+    assert judge(edge1=edge) == [message]
+
+
+def test_a_port_is_free_to_be_used_again_on_another_host() -> None:
+    assert judge(node1={"stickyring_node_port": 9002}) == []
+
+
+def test_a_host_that_is_edge_and_node_has_one_set_of_ports() -> None:
+    groups = {"edge": ["node1"], "nodes": ["node1"]}
+    assert judge(groups) == []
+    assert judge(groups, node1={"stickyring_node_port": 9001, "stickyring_node_instances": 2}) == [
+        "node1: port 9002 is used by instance node1-2 and by listener sticky."
+    ]
+
+
+def test_an_unknown_variable_gets_the_nearest_name() -> None:
+    assert judge(node1={"stickyring_node_prot": 1}) == [
+        "node1: unknown variable stickyring_node_prot: did you mean stickyring_node_port?"
+    ]
+
+
+@pytest.mark.parametrize("value", ["8001x", 0, 70000, None])
+def test_a_port_that_is_none_is_refused(value: object) -> None:
+    (message,) = judge(node1={"stickyring_node_port": value})
+    assert message == f"node1: stickyring_node_port is {value!r}: give a number from 1 to 65535."
+
+
+@pytest.mark.parametrize(
+    ("policy", "fault"),
+    [
+        ({"query_param": {"name": "u"}}, "names exactly one of query_parameter, header, cookie, connection_properties"),
+        ({"query_parameter": {"name": "u"}, "header": {"header_name": "h"}}, "names exactly one of"),
+        ({"query_parameter": {}}, "query_parameter needs name."),
+        ({"header": {"name": "x-user"}}, "header needs header_name."),
+        ({"query_parameter": {"name": "u"}, "terminal": "yes"}, "terminal is true or false."),
+        ("client_id", "a hash policy is a mapping"),
+    ],
+)
+def test_a_bad_hash_policy_is_found_in_both_places(policy: object, fault: str) -> None:
+    good = {"query_parameter": {"name": "client_id"}, "terminal": True}
+    (common,) = judge(edge1={"stickyring_edge_hash_policies": [good, policy]})
+    assert common.startswith("edge1: stickyring_edge_hash_policies, entry 2: ")
+    assert fault in common
+    listener = {"name": "sticky", "port": 9002, "cluster": "nodes", "hash_policies": [policy]}
+    (own,) = judge(edge1={"stickyring_edge_listeners": [listener]})
+    assert own.startswith("edge1: stickyring_edge_listeners, listener sticky, hash_policies, entry 1: ")
+
+
+def test_endpoints_are_named_by_host_and_instance() -> None:
+    hostvars = deepcopy(HOSTVARS)
+    hostvars["node2"] |= {"stickyring_node_instances": 2, "stickyring_node_port": 7000}
+    assert inventory.endpoints(["node1", "node2"], hostvars, DEFAULTS) == [
+        {"name": "node1-1", "address": "198.51.100.11", "port": 8001},
+        {"name": "node2-1", "address": "198.51.100.12", "port": 7000},
+        {"name": "node2-2", "address": "198.51.100.12", "port": 7001},
+    ]
