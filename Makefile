@@ -1,0 +1,82 @@
+# Everything is made from a clean clone on Debian 12 or 13, as root: the lab needs it, and packages are installed.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+PYTHON_CODE := app playbooks roles molecule docs
+
+.PHONY: help demo proof down test lint unit molecule lock screenshot
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/.installed ## Make the lab, deploy to it, prove that it is sticky (first time 3 minutes, then 1)
+	@$(call say,Making the hosts of inventory/lab)
+	ansible-playbook molecule/shared/create.yml
+	@$(call say,Deploying to them)
+	ansible-playbook site.yml
+	@$(MAKE) proof
+
+proof:
+	@$(call say,Real clients$(comma) each with an id: every session must stay on its node)
+	stickyring probe "$(EDGE):9002" --ids 60 --connections 2
+	@$(call say,The same clients without an id: their requests reach different nodes)
+	! stickyring probe "$(EDGE):9002" --ids 20 --connections 1 --no-key
+	@printf '%s\n' '' 'The lab is up. Open:' \
+	  '  $(EDGE):9001/             one node, no user id (the single-node demo)' \
+	  '  $(EDGE):9002/index2.html  all nodes, sticky by client_id' \
+	  '  $(EDGE):9003/             all nodes, nothing to hash: it fails, as it must' \
+	  '`make down` removes it.'
+
+down: .venv/.installed ## Remove the lab: hosts, network, keys and images
+	ansible-playbook molecule/shared/destroy.yml -e stickyring_lab_purge=true
+
+test: lint unit molecule ## Lint, unit tests, and both scenarios with a browser (about 20 minutes; takes a running demo down)
+
+lint: .venv/.installed ## Judge style, types, playbooks and roles without running them
+	ruff check --config app/pyproject.toml $(PYTHON_CODE)
+	ruff format --check --config app/pyproject.toml $(PYTHON_CODE)
+	cd app && mypy
+	yamllint --strict .
+	ansible-lint --offline
+
+unit: .venv/.installed ## Unit tests, without root and without the lab
+	cd app && pytest
+	pytest playbooks roles
+
+molecule: .venv/.installed app/node_modules/.package-lock.json ## Both scenarios on real hosts, with a browser
+	@$(call need,chromium:chromium)
+	molecule test --all
+
+screenshot: .venv/.installed ## Take docs/demo.png of the running demo
+	@$(call need,chromium:chromium)
+	docs/screenshot.py "$(EDGE):9002"
+
+lock: .venv/.installed ## Resolve requirements.in and app/pyproject.toml into the lock files anew
+	uv pip compile $(COMPILE) app/pyproject.toml --output-file app/requirements.lock
+	uv pip compile $(COMPILE) requirements.in app/pyproject.toml --extra probe --output-file requirements.lock
+
+COMPILE := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
+
+.venv/.installed: requirements.lock app/pyproject.toml app/hatch_build.py app/package-lock.json
+	@[ "$$(id -u)" = 0 ] || { echo "Run make as root: it installs packages and makes hosts." >&2; exit 1; }
+	@$(call need,python3:python3 npm:npm ssh:openssh-client jq:jq ip:iproute2)
+	@python3 -c 'import ensurepip' 2>/dev/null || $(call install,python3-venv)
+	@$(call say,Installing the controller into .venv (half a minute))
+	@python3 -m venv .venv
+	@pip install --quiet --require-hashes --requirement requirements.lock
+	@pip install --quiet --no-deps --no-build-isolation --editable app
+	@touch $@
+
+app/node_modules/.package-lock.json: app/package-lock.json
+	cd app && npm ci --ignore-scripts
+
+# need,COMMAND:PACKAGE ...: install the packages whose command is missing
+need = missing=; for pair in $(1); do command -v "$${pair%%:*}" >/dev/null || missing+=" $${pair\#\#*:}"; done; \
+	[ -z "$$missing" ] || $(call install,$$missing)
+install = { echo "Installing$(1)"; apt-get update -qq && apt-get install -qq --no-install-recommends $(1) >/dev/null; }
+say = echo; echo "==> $(1)"
+comma := ,
+EDGE = http://$(shell .venv/bin/ansible-inventory --host edge1 | jq --raw-output .ansible_host)
