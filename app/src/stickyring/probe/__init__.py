@@ -1,0 +1,1 @@
+"""`stickyring probe`: real Socket.IO sessions that prove a deployment sticky, or show how it is not."""
