@@ -24,6 +24,8 @@ def tree(tmp_path: Path) -> Path:
     shutil.copytree(APP / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__"))
     for name in SOURCES:
         shutil.copy(APP / name, copy)
+    # What git ignores, hatchling leaves out unless it is told otherwise.
+    (copy / ".gitignore").write_text("socket.io.min.js\n")
     return copy
 
 
