@@ -2,8 +2,26 @@
 
 import click
 
+from stickyring.probe.command import probe
+from stickyring.serve import serve
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class _Group(click.Group):
+    """A group whose commands end a usage error in one line, without the usage that --help prints."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            error.ctx = None
+            raise
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="stickyring")
 def main() -> None:
     """Serve Socket.IO applications behind a sticky edge, and prove that the edge is sticky."""
+
+
+main.add_command(serve)
+main.add_command(probe)

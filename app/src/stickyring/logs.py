@@ -1,0 +1,57 @@
+"""Logging of a node process: one JSON object a line on standard error, gunicorn's own log included.
+
+At `info` a node says when it serves, when it stopped, and what went wrong. Connects and disconnects are lines at
+`debug` only: a node that comes back gets all its users within seconds, and 100 000 of them would write more log than
+traffic. Their numbers are in /metrics, and the edge's access log has a line for each.
+"""
+
+import logging
+import sys
+import warnings
+
+from gunicorn.config import Config
+from gunicorn.glogging import Logger
+from pythonjsonlogger.json import JsonFormatter
+
+LEVELS = ("debug", "info", "warning", "error", "critical")
+LIBRARIES = ("engineio.server", "socketio.server")
+
+
+def configure(level: str, node_name: str) -> None:
+    """Send every log record of this process and its children to standard error.
+
+    A line has `time` (ISO 8601 in UTC), `level`, `logger`, `message`, `pid`, `node` and what a record adds.
+    """
+    formatter = JsonFormatter(
+        ["levelname", "name", "message", "process"],
+        rename_fields={"levelname": "level", "name": "logger", "process": "pid"},
+        static_fields={"node": node_name},
+        timestamp="time",
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    # That eventlet advises against itself is known, and why the worker class is a setting.
+    warnings.filterwarnings("ignore", message=r"\s*Eventlet is deprecated")
+    for library in LIBRARIES:
+        # Both log every packet at info. A level of their own also keeps them from adding a plain-text handler.
+        logging.getLogger(library).setLevel(logging.INFO if level == "debug" else logging.ERROR)
+
+
+class GunicornLogger(Logger):
+    """gunicorn's log through the root logger, with its narration of ordinary process events at `debug`."""
+
+    def setup(self, cfg: Config) -> None:
+        """Take part in the logging that `configure` set up instead of adding handlers."""
+        super().setup(cfg)
+        self.error_log.propagate = True
+
+    def exception(self, msg: str, *args: object, **kwargs: object) -> None:
+        """Log without the query of a request's target: that is where user ids are."""
+        targets = (arg.partition("?")[0] if isinstance(arg, str) and arg.startswith("/") else arg for arg in args)
+        super().exception(msg, *targets, **kwargs)
+
+    def info(self, msg: str, *args: object, **kwargs: object) -> None:
+        """Log at `debug`: start, signals and worker numbers repeat what a node's own lines say."""
+        self.error_log.debug(msg, *args, **kwargs)

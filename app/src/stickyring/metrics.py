@@ -1,0 +1,93 @@
+"""What a node process counts, as Prometheus metrics in a registry of its own.
+
+A message is one Engine.IO message packet (protocol revision 4): a Socket.IO event, acknowledgement, connect or
+disconnect, or a binary attachment. Pings and the handshake itself are not messages.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info, PlatformCollector, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from stickyring import __version__
+
+TRANSPORTS = ("polling", "websocket")
+
+
+class Session(Protocol):
+    """What is used of one session of python-engineio."""
+
+    upgraded: bool
+    closed: bool
+
+
+class Engine(Protocol):
+    """What is used of `engineio.Server`, which has no type hints: public names only."""
+
+    sockets: dict[str, Session]
+    handlers: dict[str, Callable[..., object]]
+    send_packet: Callable[[str, object], None]
+
+    def on(self, event: str, handler: Callable[..., object]) -> None:
+        """Set the handler of `connect`, `message` or `disconnect`."""
+
+
+def node_registry(node_name: str) -> CollectorRegistry:
+    """Return a registry with the standard process metrics and `stickyring_node_info`."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    Info("stickyring_node", "The endpoint's name at the edge and the version of stickyring.", registry=registry).info(
+        {"node": node_name, "version": __version__}
+    )
+    return registry
+
+
+class EngineMetrics:
+    """The counters of one Engine.IO server; whoever sees an event increments them.
+
+    Labels: `transport` is polling, websocket or other (a transport that the client made up); `direction` is received or
+    sent; `reason` is capacity (503), protocol (400: older than Engine.IO 4), unauthorized (401) or bad_request (400).
+    """
+
+    def __init__(self, engine: Engine, max_connections: int, registry: CollectorRegistry) -> None:
+        registry.register(_ConnectionsCollector(engine))
+        Gauge("stickyring_connections_limit", "Connections above which new handshakes get 503.", registry=registry).set(
+            max_connections
+        )
+        self.accepted = Counter(
+            "stickyring_handshakes_accepted", "Engine.IO handshakes accepted.", ["transport"], registry=registry
+        )
+        self.refused = Counter(
+            "stickyring_handshakes_refused", "Engine.IO handshakes refused.", ["transport", "reason"], registry=registry
+        )
+        self.unknown_sessions = Counter(
+            "stickyring_unknown_sessions",
+            "Requests for a session that this node does not know: the edge sent a user to the wrong node.",
+            ["transport"],
+            registry=registry,
+        )
+        messages = Counter("stickyring_messages", "Engine.IO messages.", ["transport", "direction"], registry=registry)
+        # Looked up once: these are incremented for every message. A metric that is there at 0 also makes rates right.
+        self.received = {transport: messages.labels(transport, "received") for transport in TRANSPORTS}
+        self.sent = {transport: messages.labels(transport, "sent") for transport in TRANSPORTS}
+        for transport in TRANSPORTS:
+            self.accepted.labels(transport)
+            self.refused.labels(transport, "capacity")
+            self.unknown_sessions.labels(transport)
+
+
+class _ConnectionsCollector(Collector):
+    """Reads the open sessions by transport from the engine when a scrape asks: it cannot drift from the truth."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        upgraded = [session.upgraded for session in self._engine.sockets.copy().values() if not session.closed]
+        family = GaugeMetricFamily("stickyring_connections", "Open Engine.IO sessions.", labels=["transport"])
+        family.add_metric(["polling"], upgraded.count(False))
+        family.add_metric(["websocket"], upgraded.count(True))
+        yield family

@@ -1,0 +1,158 @@
+"""What a node adds to the application that it serves: health, readiness, metrics and a cap on connections."""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs
+
+import socketio
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from stickyring.metrics import TRANSPORTS, Engine, EngineMetrics, node_registry
+
+if TYPE_CHECKING:
+    from _typeshed import OptExcInfo
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+log = logging.getLogger(__name__)
+
+ENGINE_IO_PROTOCOL = "4"
+RETRY_AFTER_SECONDS = 5
+
+
+class Runtime:
+    """A WSGI application around the one that is deployed.
+
+    It answers `/healthz` (200: the process lives), `/readyz` (200: takes new users; 503: full) and `/metrics`
+    (Prometheus exposition) itself; every other request reaches the application as it came. A `socketio.WSGIApp` stands
+    behind a `SocketIOGate`. One that another WSGI application hides inside itself is not seen, and served as any other.
+    """
+
+    def __init__(self, application: "WSGIApplication", *, node_name: str, max_connections: int) -> None:
+        registry = node_registry(node_name)
+        self._metrics: WSGIApplication = make_wsgi_app(registry)
+        self._gate: SocketIOGate | None = None
+        if isinstance(application, socketio.WSGIApp):
+            application = self._gate = SocketIOGate(application, max_connections, registry)
+        self._application = application
+
+    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        """Serve one request."""
+        match environ["PATH_INFO"]:
+            case "/healthz":
+                return _text(start_response, "200 OK", "ok")
+            case "/readyz" if self._gate is not None and self._gate.full:
+                return _text(start_response, "503 Service Unavailable", "full")
+            case "/readyz":
+                return _text(start_response, "200 OK", "ready")
+            case "/metrics":
+                return self._metrics(environ, start_response)
+            case _:
+                return self._application(environ, start_response)
+
+
+class SocketIOGate:
+    """Stands before a `socketio.WSGIApp`: refuses new handshakes when the node is full, and counts.
+
+    It works for any such application, through public names of python-engineio's server: `on()` and `handlers` (the
+    events connect, message and disconnect), `send_packet()` (every message that goes out) and `sockets` (the sessions).
+
+    A handshake is a GET without `sid`. Above `max_connections` sessions, one of protocol 4 gets 503 with Retry-After
+    before the engine sees it. Older protocols are left to the engine, which answers 400 and says so.
+    """
+
+    def __init__(self, application: socketio.WSGIApp, max_connections: int, registry: CollectorRegistry) -> None:
+        self._application = application
+        self._max_connections = max_connections
+        self._engine: Engine = application.engineio_app.eio
+        self._metrics = EngineMetrics(self._engine, max_connections, registry)
+        self._watch()
+
+    @property
+    def full(self) -> bool:
+        """Whether a new handshake would be refused."""
+        return len(self._engine.sockets) >= self._max_connections
+
+    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        """Serve one request."""
+        if environ["PATH_INFO"].startswith(self._application.engineio_path) and environ["REQUEST_METHOD"] == "GET":
+            query = parse_qs(environ.get("QUERY_STRING", ""))
+            transport = _transport_label(query.get("transport", ["polling"])[0])
+            if "sid" not in query:
+                return self._handshake(environ, start_response, transport, query.get("EIO", [""])[0])
+            if query["sid"][0] not in self._engine.sockets:
+                self._metrics.unknown_sessions.labels(transport).inc()
+        answer: Iterable[bytes] = self._application(environ, start_response)
+        return answer
+
+    def _handshake(
+        self, environ: "WSGIEnvironment", start_response: "StartResponse", transport: str, protocol: str
+    ) -> Iterable[bytes]:
+        supported = protocol == ENGINE_IO_PROTOCOL
+        if supported and self.full:
+            self._metrics.refused.labels(transport, "capacity").inc()
+            headers = [("Retry-After", str(RETRY_AFTER_SECONDS))]
+            return _text(start_response, "503 Service Unavailable", "this node is full", headers)
+
+        def count_refusal(
+            status: str, headers: list[tuple[str, str]], *exc_info: "OptExcInfo"
+        ) -> Callable[[bytes], object]:
+            # An accepted handshake is counted at the engine's connect event: for a WebSocket, the application returns
+            # only when the connection has ended, and without having called this.
+            if not status.startswith("200"):
+                reason = "unauthorized" if status.startswith("401") else "bad_request"
+                self._metrics.refused.labels(transport, reason if supported else "protocol").inc()
+            return start_response(status, headers, *exc_info)
+
+        answer: Iterable[bytes] = self._application(environ, count_refusal)
+        return answer
+
+    def _watch(self) -> None:
+        """Put counting in front of what the Socket.IO server does at the engine's events."""
+        engine, metrics = self._engine, self._metrics
+        connect, message, disconnect = (engine.handlers[event] for event in ("connect", "message", "disconnect"))
+        send_packet = engine.send_packet
+
+        def transport_of(sid: str) -> str:
+            return "websocket" if engine.sockets[sid].upgraded else "polling"
+
+        def on_connect(sid: str, environ: "WSGIEnvironment") -> object:
+            answer = connect(sid, environ)
+            if answer is None or answer is True:
+                transport = parse_qs(environ.get("QUERY_STRING", "")).get("transport", ["polling"])[0]
+                metrics.accepted.labels(transport).inc()
+                log.debug("connected", extra={"sid": sid, "transport": transport})
+            return answer
+
+        def on_message(sid: str, data: object) -> object:
+            metrics.received[transport_of(sid)].inc()
+            return message(sid, data)
+
+        def on_disconnect(sid: str, *reason: str) -> object:
+            log.debug("disconnected", extra={"sid": sid, "reason": " ".join(reason)})
+            return disconnect(sid, *reason)
+
+        def counting_send_packet(sid: str, packet: object) -> None:
+            if sid in engine.sockets:
+                metrics.sent[transport_of(sid)].inc()
+            send_packet(sid, packet)
+
+        engine.on("connect", on_connect)
+        engine.on("message", on_message)
+        engine.on("disconnect", on_disconnect)
+        engine.send_packet = counting_send_packet
+
+
+def _transport_label(transport: str) -> str:
+    """Keep a client from making up new values of a label."""
+    return transport if transport in TRANSPORTS else "other"
+
+
+def _text(
+    start_response: "StartResponse", status: str, text: str, headers: Iterable[tuple[str, str]] = ()
+) -> Iterable[bytes]:
+    body = f"{text}\n".encode()
+    start_response(
+        status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body))), *headers]
+    )
+    return [body]

@@ -1,0 +1,309 @@
+"""`stickyring serve`: one node process, which is gunicorn's master with one worker around the deployed application."""
+
+import importlib
+import logging
+import os
+import re
+import resource
+import signal
+import socket
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import gunicorn.util
+from gunicorn.app.base import BaseApplication
+from gunicorn.arbiter import Arbiter
+from gunicorn.errors import AppImportError
+from gunicorn.workers.base import Worker
+
+from stickyring import logs
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
+
+log = logging.getLogger(__name__)
+
+ECHO_SERVICE = "stickyring.echo:create_application()"
+KEEPALIVE_SECONDS = 75
+"""Longer than the edge keeps an idle connection: when only the edge closes one, no request meets it closing."""
+GRACEFUL_SECONDS = 3
+"""Requests end in milliseconds; a poll or a WebSocket does not end by itself, and waiting longer helps neither."""
+BACKLOG = 2048
+SPARE_DESCRIPTORS = 64
+"""What a node needs beside its connections: listener, logs, epoll, scrapes and health checks."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the flags and the environment ask for."""
+
+    application: str
+    address: tuple[str, int]
+    node_name: str
+    worker_class: str
+    max_connections: int
+    log_level: str
+
+
+class AddressType(click.ParamType[tuple[str, int]]):
+    """`address:port`; an IPv6 address stands in brackets. Becomes (address, port)."""
+
+    name = "address:port"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        """Split and check the value; a name in place of the address is resolved when it is bound."""
+        found = re.fullmatch(r"(?:\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<host>[^\s:\[\]]+)):(?P<port>[0-9]{1,5})", value)
+        if not found or int(found["port"]) > 65535:
+            self.fail(f"{value!r} is not address:port, for example 127.0.0.1:8001 or [::1]:8001", param, ctx)
+        return found["v6"] or found["host"], int(found["port"])
+
+
+class NodeNameType(click.ParamType[str]):
+    """A name that can stand in a log line, a metric's label, a header and an endpoint's metadata."""
+
+    name = "name"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check the value."""
+        if not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", value):
+            self.fail(f"{value!r} may hold letters, digits, dots, dashes and underscores only", param, ctx)
+        return value
+
+
+def default_node_name() -> str:
+    """Return `<short host name>-<instance>`, the name under which the edge knows this node."""
+    return f"{socket.gethostname().split('.')[0]}-{os.environ.get('STICKYRING_INSTANCE') or 1}"
+
+
+@click.command()
+@click.argument("application", default=ECHO_SERVICE)
+@click.option(
+    "--listen",
+    "address",
+    type=AddressType(),
+    default="127.0.0.1:8001",
+    show_default=True,
+    envvar="STICKYRING_LISTEN",
+    show_envvar=True,
+    help="Where to accept connections.",
+)
+@click.option(
+    "--node-name",
+    type=NodeNameType(),
+    default=default_node_name,
+    show_default="<short host name>-<STICKYRING_INSTANCE or 1>",
+    envvar="STICKYRING_NODE_NAME",
+    show_envvar=True,
+    help="The endpoint's name at the edge.",
+)
+@click.option(
+    "--worker-class",
+    default="stickyring.worker.EventletWorker",
+    show_default=True,
+    envvar="STICKYRING_WORKER_CLASS",
+    show_envvar=True,
+    help="Any gunicorn worker class.",
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(min=1),
+    default=10000,
+    show_default=True,
+    envvar="STICKYRING_MAX_CONNECTIONS",
+    show_envvar=True,
+    help="Socket.IO connections above which new ones get 503.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(logs.LEVELS),
+    default="info",
+    show_default=True,
+    envvar="STICKYRING_LOG_LEVEL",
+    show_envvar=True,
+    help="What to log on standard error, as JSON lines.",
+)
+def serve(
+    *,
+    application: str,
+    address: tuple[str, int],
+    node_name: str,
+    worker_class: str,
+    max_connections: int,
+    log_level: str,
+) -> None:
+    """Serve APPLICATION as one node of a sticky Socket.IO deployment.
+
+    APPLICATION is `module:attribute` or `module:factory()`, a WSGI application; without it the echo service is served.
+    A python-socketio application is a `socketio.WSGIApp` with async_mode='eventlet'. /healthz, /readyz and /metrics are
+    answered for it.
+
+    \b
+    Examples:
+      stickyring serve
+      stickyring serve --listen 0.0.0.0:8001 --node-name node1-1
+      stickyring serve chat.server:application --max-connections 20000
+      STICKYRING_LISTEN='[::1]:8001' stickyring serve 'chat.server:create(debug=False)'
+    """
+    settings = Settings(application, address, node_name, worker_class, max_connections, log_level)
+    logs.configure(log_level, node_name)
+    # The application runs in the worker, a child of this process.
+    os.environ["STICKYRING_NODE_NAME"] = node_name
+    # As gunicorn does: an application beside the working directory can be imported.
+    sys.path.insert(0, str(Path.cwd()))
+    Node(settings, _worker_class(worker_class), _listen(address)).run()
+
+
+class Node(BaseApplication):
+    """gunicorn, set up from `Settings` instead of from its own command line."""
+
+    def __init__(self, settings: Settings, worker_class: type[Worker], listener: socket.socket) -> None:
+        self._settings = settings
+        self._worker_class = worker_class
+        self._address = _address_text(listener)
+        # gunicorn takes the descriptor over.
+        self._listener = listener.detach()
+        self._refusal_reader, self._refusal_writer = os.pipe()
+        os.set_blocking(self._refusal_reader, False)
+        super().__init__()
+
+    def load_config(self) -> None:
+        """Set what differs from gunicorn's defaults."""
+        for name, value in {
+            "bind": f"fd://{self._listener}",
+            "workers": 1,  # the sessions of Socket.IO live in one process
+            "worker_class": self._worker_class,
+            "worker_connections": 1_000_000,  # no cap: at its limit connections hang, those of health checks too
+            "keepalive": KEEPALIVE_SECONDS,
+            "graceful_timeout": GRACEFUL_SECONDS,
+            "preload_app": False,  # the worker class patches the standard library before the application is imported
+            "control_socket_disable": True,
+            "backlog": BACKLOG,
+            "proc_name": "stickyring",
+            "logger_class": logs.GunicornLogger,
+            "loglevel": self._settings.log_level,
+            "errorlog": None,  # no handler of gunicorn's own
+            "post_worker_init": self._tell_that_it_serves,
+        }.items():
+            self.cfg.set(name, value)
+
+    def run(self) -> None:
+        """Serve until a signal ends the process.
+
+        Raises:
+            click.ClickException: the worker could not load the application.
+        """
+        _raise_descriptor_limit(self._settings.max_connections)
+        master = os.getpid()
+        try:
+            Arbiter(self).run()
+        except SystemExit:
+            # The worker, a fork of this process, leaves through here as well.
+            if os.getpid() == master:
+                if refusal := self._refusal():
+                    raise click.ClickException(refusal) from None
+                log.info("stopped")
+            raise
+
+    def load(self) -> "WSGIApplication":
+        """Import the application, in the worker; one that cannot be had ends the master."""
+        # Imported here, because it brings python-socketio in, which has to see the standard library as the worker class
+        # has patched it.
+        from stickyring.runtime import Runtime  # noqa: PLC0415
+
+        try:
+            application = gunicorn.util.import_app(self._settings.application)
+        except (Exception, SystemExit) as error:
+            log.debug("the application cannot be loaded", exc_info=True)
+            self._refuse(f"cannot load {self._settings.application}: {_describe(error)}")
+        return Runtime(application, node_name=self._settings.node_name, max_connections=self._settings.max_connections)
+
+    def _refuse(self, cause: str) -> None:
+        """Hand the cause to the master, end it, and end this worker."""
+        os.write(self._refusal_writer, cause.encode()[:4096])
+        os.kill(os.getppid(), signal.SIGTERM)
+        sys.exit()
+
+    def _refusal(self) -> str:
+        try:
+            return os.read(self._refusal_reader, 4096).decode(errors="replace")
+        except BlockingIOError:
+            return ""
+
+    def _tell_that_it_serves(self, worker: Worker) -> None:
+        log.info(
+            "serving %s on %s",
+            self._settings.application,
+            self._address,
+            extra={"address": self._address, "worker_class": self._settings.worker_class},
+        )
+
+
+def _worker_class(path: str) -> type[Worker]:
+    try:
+        found = gunicorn.util.load_class(path)
+    except (RuntimeError, ImportError, AttributeError, ValueError) as error:
+        # gunicorn's message holds a whole traceback, its context is the plain cause.
+        raise click.ClickException(f"no worker class {path}: {_one_line(error.__context__ or error)}") from None
+    if not (isinstance(found, type) and issubclass(found, Worker)):
+        raise click.ClickException(f"no worker class {path}: it is not derived from gunicorn.workers.base.Worker")
+    return found
+
+
+def _listen(address: tuple[str, int]) -> socket.socket:
+    """Bind and listen here, where a failure is one line: gunicorn would try five times and log each."""
+    host, port = address
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        # Only a listening socket keeps a second process from taking the same address.
+        listener.listen(BACKLOG)
+    except OSError as error:
+        shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        raise click.ClickException(f"cannot listen on {shown}: {error.strerror}") from None
+    return listener
+
+
+def _address_text(listener: socket.socket) -> str:
+    host, port, *_ = listener.getsockname()
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _raise_descriptor_limit(max_connections: int) -> None:
+    """Raise the soft limit as far as the hard one allows, and say so when the cap cannot be reached."""
+    needed = max_connections + SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        log.warning(
+            "%d file descriptors are allowed, too few for %d connections: raise LimitNOFILE or lower --max-connections",
+            hard,
+            max_connections,
+        )
+
+
+def _describe(error: BaseException) -> str:
+    """Return the error in one line, with the place in the application's own code where it was raised."""
+    if isinstance(error, AppImportError):
+        return str(error)
+    loaders = (__file__, gunicorn.util.__file__, importlib.__file__)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename not in loaders and not frame.filename.startswith("<frozen")
+    ]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{_one_line(error)}{place}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join("".join(traceback.format_exception_only(error)).split())

@@ -1,0 +1,101 @@
+"""A gunicorn worker on eventlet: one green thread a connection, thousands of long-lived ones in a process.
+
+gunicorn had such a worker until 25.3 and dropped it in 26. This one carries `socketio.WSGIApp` over polling, WebSocket
+and the upgrade between them (gunicorn hands the connection over as `gunicorn.socket` in the WSGI environ), and it
+outlives running out of file descriptors: the accept loop pauses and goes on.
+"""
+
+import errno
+import os
+import signal
+from types import FrameType
+
+import eventlet
+import eventlet.hubs
+import eventlet.wsgi
+from eventlet.greenio import GreenSocket
+from gunicorn.workers.base_async import AsyncWorker
+
+HEARTBEAT_SECONDS = 1.0
+ACCEPT_PAUSE_SECONDS = 0.2
+OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""What accept(2) answers while the connection stays in the backlog, waiting for the process to have room again."""
+
+
+class EventletWorker(AsyncWorker):
+    """The worker class `stickyring.worker.EventletWorker` for gunicorn 27 and eventlet 0.41.
+
+    Of gunicorn's settings it heeds `worker_connections` (green threads at most; beyond it connections wait in the
+    backlog), `keepalive` (seconds that a connection may wait for its next request, and for that request's head) and
+    `graceful_timeout` (seconds between SIGTERM and the master's SIGKILL).
+    """
+
+    def init_process(self) -> None:
+        """Make the standard library cooperative before the application is imported; the master stays as it is."""
+        # Named, because the hub that EVENTLET_HUB=asyncio asks for does not live with gunicorn's signal handling.
+        eventlet.hubs.use_hub("epolls")
+        eventlet.monkey_patch()
+        # sendfile(2) in the standard library refuses sockets that do not block, and all of eventlet's are such.
+        self.cfg.set("sendfile", False)
+        super().init_process()
+
+    def run(self) -> None:
+        """Accept and serve until SIGTERM or until the master is gone, then let running requests end."""
+        connections = eventlet.GreenPool(self.worker_connections)
+        listeners = [GreenSocket(listener.sock) for listener in self.sockets]
+        acceptors = [eventlet.spawn(self._accept, listener, connections) for listener in listeners]
+
+        while self.alive and self.ppid == os.getppid():
+            self.notify()
+            self._wait_for_signal(HEARTBEAT_SECONDS)
+
+        for acceptor in acceptors:
+            acceptor.kill()
+        for listener in listeners:
+            listener.close()
+        # The master kills at graceful_timeout; ending before it means ending by ourselves.
+        with eventlet.Timeout(max(self.cfg.graceful_timeout - HEARTBEAT_SECONDS, 0), False):
+            connections.waitall()
+
+    def _wait_for_signal(self, seconds: float) -> None:
+        """Return at the next signal, at the latest after `seconds`: every signal writes a byte into the base's pipe."""
+        with eventlet.Timeout(seconds, False):
+            eventlet.hubs.trampoline(self.PIPE[0], read=True)
+            os.read(self.PIPE[0], 4096)
+
+    def _accept(self, listener: GreenSocket, connections: eventlet.GreenPool) -> None:
+        """Give every connection a green thread, for ever; one line when descriptors run out, one when they are back."""
+        exhausted = False
+        while True:
+            try:
+                client, address = listener.accept()
+            except OSError as error:
+                # Anything else (ECONNABORTED, a network error of the peer's) concerns the one connection that is gone.
+                if error.errno in OUT_OF_RESOURCES:
+                    if not exhausted:
+                        self.log.warning("accepting no connections for now: %s", error.strerror)
+                    exhausted = True
+                    eventlet.sleep(ACCEPT_PAUSE_SECONDS)
+                continue
+            if exhausted:
+                self.log.warning("accepting connections again")
+                exhausted = False
+            connections.spawn_n(self.handle, listener, client, address)
+
+    def timeout_ctx(self) -> eventlet.Timeout:
+        """Bound the wait for a request; gunicorn closes the connection when it ends without one."""
+        return eventlet.Timeout(self.cfg.keepalive, False)
+
+    def is_already_handled(self, respiter: object) -> bool:
+        """Tell gunicorn that a WebSocket has used the connection up: nothing may be written to it any more."""
+        if getattr(eventlet.wsgi.WSGI_LOCAL, "already_handled", False):
+            raise StopIteration
+        return bool(super().is_already_handled(respiter))
+
+    def handle_quit(self, sig: signal.Signals, frame: FrameType | None) -> None:
+        """End at once (SIGINT, SIGQUIT); in a green thread, as the base's handler sleeps and the hub must not."""
+        eventlet.spawn(super().handle_quit, sig, frame)
+
+    def handle_usr1(self, sig: signal.Signals, frame: FrameType | None) -> None:
+        """Reopen log files; in a green thread, as that takes locks, which the hub must not wait for."""
+        eventlet.spawn(super().handle_usr1, sig, frame)

@@ -1,0 +1,99 @@
+"""Fixtures that run the real thing: a `stickyring serve` process on a free loopback port."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+STICKYRING = Path(sys.executable).with_name("stickyring")
+DEADLINE_SECONDS = 15.0
+
+Answer = TypeVar("Answer")
+
+
+def wait_until(question: Callable[[], Answer], what: str, seconds: float = DEADLINE_SECONDS) -> Answer:
+    """Return the first true answer; fail when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if answer := question():
+            return answer
+        time.sleep(0.02)
+    pytest.fail(f"not within {seconds} s: {what}")
+
+
+class ServeProcess:
+    """A running `stickyring serve`: `address` is host:port once it serves."""
+
+    def __init__(self, process: subprocess.Popen[bytes], stderr: Path) -> None:
+        self.process = process
+        self._stderr = stderr
+        self.address = ""
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}"
+
+    def log(self) -> list[dict[str, Any]]:
+        """Return the log so far; every line on standard error has to be a JSON object."""
+        return [json.loads(line) for line in self._stderr.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def logged(self, message: str) -> list[dict[str, Any]]:
+        return [line for line in self.log() if message in line["message"]]
+
+    def connect(self, timeout: float = 5.0) -> HTTPConnection:
+        return HTTPConnection(self.address, timeout=timeout)
+
+    def get(self, path: str, headers: dict[str, str] | None = None, method: str = "GET") -> HTTPResponse:
+        """Send one request on a connection of its own; the body is at hand through read()."""
+        connection = self.connect()
+        connection.request(method, path, headers=headers or {})
+        return connection.getresponse()
+
+    def metric(self, sample: str) -> float:
+        """Return the value of a sample, named as in the exposition; 0 when it is not there."""
+        for line in self.get("/metrics").read().decode().splitlines():
+            if line.startswith(f"{sample} "):
+                return float(line.rpartition(" ")[2])
+        return 0.0
+
+    def stop(self) -> int:
+        """Send SIGTERM and return the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(DEADLINE_SECONDS)
+
+
+@contextmanager
+def serving(directory: Path, *arguments: str, descriptors: int | None = None) -> Iterator[ServeProcess]:
+    """Run `stickyring serve` in `directory`, where it also finds applications, from when it serves until the end."""
+    limit = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
+    command = [*limit, str(STICKYRING), "serve", "--listen", "127.0.0.1:0", "--node-name", "node1-1", *arguments]
+    stderr = directory / "stderr"
+    with stderr.open("wb") as output:
+        process = subprocess.Popen(command, stderr=output, cwd=directory, env={"PATH": os.environ["PATH"]})
+    node = ServeProcess(process, stderr)
+    try:
+        wait_until(lambda: node.logged("serving ") or process.poll() is not None, "the node serves")
+        assert process.poll() is None, stderr.read_text()
+        node.address = node.logged("serving ")[0]["address"]
+        yield node
+    finally:
+        if process.poll() is None:
+            # The quick way out: SIGTERM would wait for what a test left open.
+            process.send_signal(signal.SIGQUIT)
+            process.wait(DEADLINE_SECONDS)
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., ServeProcess]]:
+    """A function that starts `serving` in the test's own folder; the node ends with the test."""
+    with ExitStack() as stack:
+        yield lambda *arguments, **options: stack.enter_context(serving(tmp_path, *arguments, **options))

@@ -1,0 +1,118 @@
+"""The echo service on a real node, with python-socketio's own client and with plain HTTP."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import socketio
+from conftest import ServeProcess, serving, wait_until
+
+CAP = 3
+FILES = {
+    "index.html": ("text/html; charset=utf-8", "<p>first</p>"),
+    "index2.html": ("text/html; charset=utf-8", "<p>second</p>"),
+    "page.css": ("text/css; charset=utf-8", "p {}"),
+    "socket.io.min.js": ("javascript; charset=utf-8", "io()"),
+}
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
+    """A node that takes few connections, shared: a test leaves none behind."""
+    folder = tmp_path_factory.mktemp("echo")
+    for name, (_, text) in FILES.items():
+        Path(folder, name).write_text(text)
+    with serving(folder, "stickyring.echo:create_application('.')", "--max-connections", str(CAP)) as node:
+        yield node
+
+
+def total(node: ServeProcess, metric: str, label: str = "") -> float:
+    """Return the sum over both transports, of the samples that have the other label, if one is given."""
+    return sum(node.metric(f'{metric}{{{label}transport="{transport}"}}') for transport in ("polling", "websocket"))
+
+
+def nobody_is_connected(node: ServeProcess) -> bool:
+    return total(node, "stickyring_connections") == 0
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("transports", "ends_on"),
+    [(["polling"], "polling"), (["websocket"], "websocket"), (["polling", "websocket"], "websocket")],
+    ids=["polling", "websocket", "upgrade"],
+)
+async def test_welcome_echo_and_acknowledgement(node: ServeProcess, transports: list[str], ends_on: str) -> None:
+    accepted = f'stickyring_handshakes_accepted_total{{transport="{transports[0]}"}}'
+
+    def counts() -> tuple[float, float, float]:
+        received, sent = (
+            total(node, "stickyring_messages_total", f'direction="{direction}",') for direction in ("received", "sent")
+        )
+        return node.metric(accepted), received, sent
+
+    before = counts()
+    got: asyncio.Queue[str] = asyncio.Queue()
+    client = socketio.AsyncClient(reconnection=False)
+    client.on("message", got.put)
+    await client.connect(f"{node.url}?client_id=alice", transports=transports)
+    assert client.transport() == ends_on
+    assert await asyncio.wait_for(got.get(), 5) == "node#node1-1: welcome"
+
+    assert await client.call("message", "with acknowledgement", timeout=5) == "node#node1-1: with acknowledgement"
+    assert await asyncio.wait_for(got.get(), 5) == "node#node1-1: with acknowledgement"
+    await client.emit("message", "größer")
+    assert await asyncio.wait_for(got.get(), 5) == "node#node1-1: größer"
+
+    # In: connect and two events. Out: connect, welcome, two events and an acknowledgement.
+    assert tuple(after - earlier for earlier, after in zip(before, counts(), strict=True)) == (1, 3, 5)
+    assert node.metric(f'stickyring_connections{{transport="{ends_on}"}}') == 1
+    await client.disconnect()
+    wait_until(lambda: nobody_is_connected(node), "no connection is left")
+    assert "alice" not in str(node.log())
+
+
+@pytest.mark.asyncio
+async def test_the_cap_refuses_a_websocket_before_it_is_one(node: ServeProcess) -> None:
+    *clients, late = [socketio.AsyncClient(reconnection=False) for _ in range(CAP + 1)]
+    for client in clients:
+        await client.connect(node.url, transports=["websocket"])
+    with pytest.raises(socketio.exceptions.ConnectionError):
+        await late.connect(node.url, transports=["websocket"])
+    assert node.metric('stickyring_handshakes_refused_total{reason="capacity",transport="websocket"}') == 1
+    await clients[0].disconnect()
+    wait_until(lambda: node.get("/readyz").status == 200, "there is room again")
+    await late.connect(node.url, transports=["websocket"])
+    for client in (*clients[1:], late):
+        await client.disconnect()
+    wait_until(lambda: nobody_is_connected(node), "no connection is left")
+
+
+def test_pages_are_served_with_their_types(node: ServeProcess) -> None:
+    for name, (content_type, text) in FILES.items():
+        answer = node.get(f"/{name}")
+        assert (answer.status, answer.read().decode()) == (200, text)
+        assert (answer.getheader("Content-Type") or "").endswith(content_type)
+    assert node.get("/").read().decode() == FILES["index.html"][1]
+    for path in ("/nothing.html", "/../plain.py", "/%2e%2e/stderr-0"):
+        assert node.get(path).status == 404
+
+
+def test_only_pages_of_the_same_origin_connect(node: ServeProcess) -> None:
+    def status(origin: str, **headers: str) -> int:
+        named = {key.replace("_", "-"): value for key, value in headers.items()}
+        return node.get("/socket.io/?EIO=4&transport=polling", {"Origin": origin, **named}).status
+
+    assert status("http://chat.example.org", Host="chat.example.org") == 200
+    assert status("https://chat.example.org", Host="chat.example.org", X_Forwarded_Proto="https") == 200
+    assert status("http://evil.example.org", Host="chat.example.org") == 400
+
+
+@pytest.mark.asyncio
+async def test_sigterm_ends_a_node_with_an_open_websocket(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:
+    Path(tmp_path, "socket.io.min.js").touch()
+    node = serve("stickyring.echo:create_application('.')")
+    client = socketio.AsyncClient(reconnection=False)
+    await client.connect(node.url, transports=["websocket"])
+    assert await asyncio.to_thread(node.stop) == 0
+    await asyncio.wait_for(client.wait(), 5)

@@ -1,0 +1,103 @@
+"""The eventlet worker under gunicorn, over real connections."""
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ServeProcess, serving, wait_until
+
+DESCRIPTORS = 64
+
+APPLICATION = """
+import time
+
+def application(environ, start_response):
+    start_response("200 OK", [])
+    if environ["PATH_INFO"] == "/file":
+        return environ["wsgi.file_wrapper"](open(__file__, "rb"))
+    if environ["PATH_INFO"] == "/slow":
+        time.sleep(1)
+    return [b"answer"]
+"""
+
+
+@pytest.fixture
+def application(tmp_path: Path) -> str:
+    Path(tmp_path, "plain.py").write_text(APPLICATION)
+    return "plain:application"
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
+    folder = tmp_path_factory.mktemp("worker")
+    Path(folder, "plain.py").write_text(APPLICATION)
+    with serving(folder, "plain:application") as node:
+        yield node
+
+
+def answers(node: ServeProcess) -> bool:
+    connection = node.connect(timeout=0.5)
+    try:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def test_it_outlives_running_out_of_descriptors(serve: Callable[..., ServeProcess], application: str) -> None:
+    node = serve(application, descriptors=DESCRIPTORS)
+    assert answers(node)
+    (warning,) = node.logged("too few for 10000 connections")
+    assert warning["level"] == "WARNING"
+
+    host, _, port = node.address.partition(":")
+    held = [socket.create_connection((host, int(port))) for _ in range(DESCRIPTORS)]
+    wait_until(lambda: node.logged("accepting no connections for now: Too many open files"), "the node is exhausted")
+    # The control: without a free descriptor there is no answer, so what follows is the recovery.
+    assert not answers(node)
+
+    for connection in held:
+        connection.close()
+    wait_until(lambda: answers(node), "the node answers again")
+    assert len(node.logged("accepting no connections")) == len(node.logged("accepting connections again")) == 1
+
+
+def test_a_slow_request_does_not_hold_up_others(node: ServeProcess) -> None:
+    slow = node.connect()
+    slow.request("GET", "/slow")
+    assert answers(node)
+    assert slow.getresponse().read() == b"answer"
+
+
+def test_a_connection_carries_several_requests(node: ServeProcess) -> None:
+    connection = node.connect()
+    for _ in range(3):
+        connection.request("GET", "/")
+        answer = connection.getresponse()
+        assert (answer.read(), answer.getheader("Connection")) == (b"answer", "keep-alive")
+
+
+def test_an_application_may_answer_with_a_file(node: ServeProcess) -> None:
+    assert node.get("/file").read() == APPLICATION.encode()
+
+
+def test_sigterm_lets_a_running_request_end(serve: Callable[..., ServeProcess], application: str) -> None:
+    node = serve(application)
+    slow = node.connect()
+    slow.request("GET", "/slow")
+    assert answers(node)
+    assert node.stop() == 0
+    assert slow.getresponse().read() == b"answer"
+    assert not answers(node)
+
+
+def test_a_worker_whose_master_is_gone_ends(serve: Callable[..., ServeProcess], application: str) -> None:
+    node = serve(application)
+    os.kill(node.process.pid, signal.SIGKILL)
+    node.process.wait()
+    wait_until(lambda: not answers(node), "the worker ends")
