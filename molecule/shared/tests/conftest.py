@@ -1,0 +1,95 @@
+"""What all suites share: the inventory's own words as expectations, and a guard against runs that prove nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).parents[3]
+PROGRAMS = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Host:
+    """One host as the inventory describes it; variables: every `stickyring_` name to its value."""
+
+    name: str
+    groups: list[str]
+    variables: dict[str, Any]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run with a skip, or in which nothing passed, has not proven what its green would say."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped, passed = (len(reporter.stats.get(outcome, [])) for outcome in ("skipped", "passed"))
+    if session.exitstatus == pytest.ExitCode.OK and (skipped or not passed):
+        reporter.write_line(f"{passed} passed and {skipped} skipped: a suite must pass, and skip nothing", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def inventory(pytestconfig: pytest.Config) -> Path:
+    """The inventory that the scenario deploys."""
+    return Path(pytestconfig.getoption("ansible_inventory"))
+
+
+@pytest.fixture(scope="session")
+def programs() -> Path:
+    """The folder of the environment's commands."""
+    return PROGRAMS
+
+
+@pytest.fixture(scope="session")
+def ansible() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs one of the environment's ansible programs at the project's root: ansible("ansible-playbook", "site.yml")."""
+
+    def run(program: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+        done = subprocess.run(
+            [PROGRAMS / program, *arguments], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=900, check=False
+        )
+        if check:
+            assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def hosts(inventory: Path, ansible: Callable[..., object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Host]:
+    """Each host of the inventory by name, with the roles' defaults below what the inventory sets."""
+    directory = tmp_path_factory.mktemp("inventory")
+    ansible("ansible-playbook", "-i", inventory, "molecule/shared/describe.yml", "-e", f"directory={directory}")
+    return {file.stem: Host(file.stem, **json.loads(file.read_text())) for file in sorted(directory.glob("*.json"))}
+
+
+@pytest.fixture(scope="session")
+def nodes(hosts: dict[str, Host]) -> list[Host]:
+    """The hosts that run the application."""
+    return [host for host in hosts.values() if "nodes" in host.groups]
+
+
+@pytest.fixture(scope="session")
+def edge(hosts: dict[str, Host]) -> Host:
+    """The first edge."""
+    return next(host for host in hosts.values() if "edge" in host.groups)
+
+
+@pytest.fixture(scope="session")
+def edge_url(edge: Host) -> Callable[[str], str]:
+    """The address of a listener of the first edge, by the listener's name."""
+
+    def url(listener_name: str) -> str:
+        port = next(one["port"] for one in edge.variables["stickyring_edge_listeners"] if one["name"] == listener_name)
+        return f"http://{edge.variables['stickyring_address']}:{port}"
+
+    return url

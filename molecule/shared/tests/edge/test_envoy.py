@@ -1,0 +1,124 @@
+"""The edge as it really is: what Envoy has loaded, whom it listens to and what it logs."""
+
+import json
+import re
+import socket
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+from testinfra.host import Host
+
+testinfra_hosts = ["ansible://edge?sudo=true"]
+
+EXPOSURE_LIMIT = 2.0
+UNIT = "stickyring-edge.service"
+
+
+@pytest.fixture
+def admin(host: Host, edge: Any) -> str:
+    return f"http://127.0.0.1:{edge.variables['stickyring_edge_admin_port']}"
+
+
+@pytest.fixture
+def config(host: Host, admin: str) -> dict[str, Any]:
+    """Envoy's own dump, its sections by type."""
+    fetch = f"import urllib.request as u; print(u.urlopen('{admin}/config_dump?include_eds', timeout=5).read().decode())"
+    dump = json.loads(host.check_output('python3 -c "%s"', fetch) if False else host.check_output(f'python3 -c "{fetch}"'))
+    return {section["@type"].rsplit(".", 1)[1]: section for section in dump["configs"]}
+
+
+def test_it_runs_and_is_enabled(host: Host) -> None:
+    assert host.service(UNIT).is_running
+    assert host.service(UNIT).is_enabled
+
+
+def test_the_exposure_is_small(host: Host) -> None:
+    verdict = host.run(f"systemd-analyze security --no-pager {UNIT}").stdout
+    exposure = float(re.search(r"Overall exposure level for \S+: ([0-9.]+)", verdict)[1])
+    assert exposure <= EXPOSURE_LIMIT, verdict
+
+
+def test_the_sandbox_is_in_force(host: Host) -> None:
+    pid = host.check_output(f"systemctl show {UNIT} --property=MainPID --value")
+    status = dict(re.findall(r"^(\w+):\s+(.+)$", host.file(f"/proc/{pid}/status").content_string, re.M))
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2"
+    assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
+    assert host.check_output(f"ps -o user:32= -p {pid}") != "root"
+
+
+def test_it_listens_where_the_inventory_says_and_nowhere_else(host: Host, edge: Any) -> None:
+    pid = host.check_output(f"systemctl show {UNIT} --property=MainPID --value")
+    lines = host.check_output("ss --listening --tcp --numeric --processes --no-header").splitlines()
+    sockets = {line.split()[3] for line in lines if f"pid={pid}," in line}
+    wanted = {f"0.0.0.0:{one['port']}" for one in edge.variables["stickyring_edge_listeners"]}
+    assert sockets == wanted | {f"127.0.0.1:{edge.variables['stickyring_edge_admin_port']}"}
+
+
+def test_the_admin_interface_is_closed_to_the_network(edge: Any) -> None:
+    address = edge.variables["stickyring_address"]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((address, edge.variables["stickyring_edge_admin_port"]), timeout=5)
+    socket.create_connection((address, edge.variables["stickyring_edge_listeners"][0]["port"]), timeout=5).close()
+
+
+def test_the_ring_has_the_members_of_the_inventory(config: dict[str, Any], edge: Any) -> None:
+    loaded = {
+        one["endpoint_config"]["cluster_name"]: {
+            (
+                endpoint["metadata"]["filter_metadata"]["envoy.lb"]["hash_key"],
+                endpoint["endpoint"]["address"]["socket_address"]["address"],
+                endpoint["endpoint"]["address"]["socket_address"]["port_value"],
+            )
+            for locality in one["endpoint_config"]["endpoints"]
+            for endpoint in locality["lb_endpoints"]
+        }
+        for one in config["EndpointsConfigDump"]["dynamic_endpoint_configs"]
+    }
+    assert loaded == {
+        cluster["name"]: {(one["name"], one["address"], one["port"]) for one in cluster["endpoints"]}
+        for cluster in edge.variables["stickyring_edge_clusters"]
+    }
+
+
+def test_the_balancing_is_by_ring(config: dict[str, Any], edge: Any) -> None:
+    clusters = {one["cluster"]["name"]: one["cluster"] for one in config["ClustersConfigDump"]["dynamic_active_clusters"]}
+    points = edge.variables["stickyring_edge_ring_points_per_endpoint"]
+    for wanted in edge.variables["stickyring_edge_clusters"]:
+        loaded = clusters[wanted["name"]]
+        assert loaded["lb_policy"] == wanted.get("lb_policy", "RING_HASH")
+        assert int(loaded["ring_hash_lb_config"]["minimum_ring_size"]) == points * len(wanted["endpoints"])
+
+
+def test_the_hash_policies_are_those_of_the_inventory(config: dict[str, Any], edge: Any) -> None:
+    loaded = {
+        one["route_config"]["name"]: [
+            route["route"].get("hash_policy", []) for route in one["route_config"]["virtual_hosts"][0]["routes"] if "route" in route
+        ]
+        for one in config["RoutesConfigDump"]["dynamic_route_configs"]
+    }
+    common = edge.variables["stickyring_edge_hash_policies"]
+    for listener in edge.variables["stickyring_edge_listeners"]:
+        wanted = listener.get("hash_policies", common)
+        assert loaded[listener["name"]], "no route"
+        for policies in loaded[listener["name"]]:
+            assert [policy.keys() for policy in policies] == [policy.keys() for policy in wanted]
+
+
+def test_the_answer_names_the_node_that_served(edge_url: Any, edge: Any) -> None:
+    sticky = next(one for one in edge.variables["stickyring_edge_clusters"] if one["name"] == "nodes")
+    names = {one["name"] for one in sticky["endpoints"]}
+    served = set()
+    for number in range(40):
+        with urlopen(f"{edge_url('sticky')}/healthz?client_id=user-{number}", timeout=5) as answer:
+            served.add(answer.headers["x-served-by"])
+    assert served == names
+
+
+def test_an_oversize_body_is_refused_at_once(edge_url: Any) -> None:
+    url = f"{edge_url('sticky')}/socket.io/?EIO=4&transport=polling&client_id=big"
+    with pytest.raises(HTTPError) as refused:
+        urlopen(Request(url, data=b"4" * 3_000_000, method="POST"), timeout=5)
+    assert refused.value.code == 413
