@@ -1,0 +1,248 @@
+"""Envoy resources of the edge, composed from the role's variables."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from typing import Any
+
+Data = dict[str, Any]
+
+TYPE = "type.googleapis.com/"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+PARAMETER = re.compile(r"[A-Za-z0-9_.~-]+")
+HASH_POLICIES = ("query_parameter", "header", "cookie", "connection_properties", "filter_state")
+# Envoy's own upper bound for the points of one ring.
+LARGEST_RING = 8 * 1024 * 1024
+
+
+def _repeated(values: list[Any]) -> list[Any]:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+def stickyring_edge_problems(
+    listeners: list[Data], clusters: list[Data], hash_policies: list[Data], points_per_endpoint: int
+) -> list[str]:
+    """What is wrong with the edge's variables, one sentence each; empty when nothing is."""
+    problems = []
+    for kind, items in (("listener", listeners), ("cluster", clusters)):
+        names = [item["name"] for item in items]
+        problems += [f"{kind} {name}: the name is used twice." for name in _repeated(names)]
+        problems += [
+            f"{kind} {name}: a name is letters, digits, _ and -." for name in names if not NAME.fullmatch(name)
+        ]
+    if not listeners:
+        problems.append("stickyring_edge_listeners is empty: the edge would listen nowhere.")
+    places = [(item.get("address", "0.0.0.0"), item["port"]) for item in listeners]
+    problems += [f"port {port} on {address} has two listeners." for address, port in _repeated(places)]
+    known = {item["name"] for item in clusters}
+    problems += [
+        f"listener {item['name']}: there is no cluster {item['cluster']} in stickyring_edge_clusters."
+        for item in listeners
+        if item["cluster"] not in known
+    ]
+    for cluster in clusters:
+        endpoints = cluster["endpoints"]
+        where = f"cluster {cluster['name']}"
+        if not endpoints:
+            problems.append(f"{where}: the endpoint list is empty, which would refuse every user.")
+        problems += [f"{where}: endpoint {name} is there twice." for name in _repeated([e["name"] for e in endpoints])]
+        problems += [
+            f"{where}: {address}:{port} is there twice."
+            for address, port in _repeated([(e["address"], e["port"]) for e in endpoints])
+        ]
+        if points_per_endpoint * len(endpoints) > LARGEST_RING:
+            problems.append(
+                f"{where}: {points_per_endpoint} points for each of {len(endpoints)} endpoints are more than Envoy's "
+                f"{LARGEST_RING}; lower stickyring_edge_ring_points_per_endpoint."
+            )
+    policies = [("stickyring_edge_hash_policies", policy) for policy in hash_policies]
+    policies += [
+        (f"listener {item['name']}", policy) for item in listeners for policy in item.get("hash_policies") or []
+    ]
+    for where, policy in policies:
+        kinds = [key for key in policy if key != "terminal"]
+        if len(kinds) != 1 or kinds[0] not in HASH_POLICIES:
+            problems.append(
+                f"{where}: a hash policy has one of {', '.join(HASH_POLICIES)}; got {', '.join(kinds) or 'none'}."
+            )
+            continue
+        body = policy[kinds[0]]
+        name = body.get({"header": "header_name", "filter_state": "key"}.get(kinds[0], "name"), "x")
+        if not PARAMETER.fullmatch(name):
+            problems.append(f"{where}: the hash policy's name {name!r} is not letters, digits and _.~-")
+    return problems
+
+
+def _config_source(directory: str, path: str) -> Data:
+    folder = f"{directory}/{path}".rpartition("/")[0]
+    return {
+        "resource_api_version": "V3",
+        "path_config_source": {"path": f"{directory}/{path}", "watched_directory": {"path": folder}},
+    }
+
+
+def _listener(item: Data, common: Data) -> Data:
+    manager = {
+        **common["http_connection_manager"],
+        "stat_prefix": item["name"],
+        "rds": {
+            "route_config_name": item["name"],
+            "config_source": _config_source(common["directory"], f"routes/{item['name']}.yaml"),
+        },
+    }
+    return {
+        "@type": TYPE + "envoy.config.listener.v3.Listener",
+        "name": item["name"],
+        "address": {"socket_address": {"address": item.get("address", "0.0.0.0"), "port_value": item["port"]}},
+        **common["listener"],
+        "filter_chains": [
+            {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+        ],
+    }
+
+
+def _key_for_the_log(policies: list[Data]) -> Data:
+    """Per-route settings that put the hash key's value where the access log finds it.
+
+    They are part of the routes, so that another hash policy changes no listener: a changed listener ends its websockets.
+    """
+    operators = []
+    cookies = []
+    for policy in policies:
+        if "query_parameter" in policy:
+            operators.append({"command": "QUERY_PARAM", "param": policy["query_parameter"]["name"]})
+        elif "header" in policy:
+            operators.append({"command": "REQ", "param": policy["header"]["header_name"]})
+        elif "cookie" in policy:
+            name = policy["cookie"]["name"]
+            cookies.append(
+                {"cookie": name, "on_header_present": {"metadata_namespace": "stickyring.cookie", "key": name}}
+            )
+            operators.append({"command": "DYNAMIC_METADATA", "param": f"stickyring.cookie:{name}"})
+        elif "connection_properties" in policy:
+            operators.append("DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT")
+    settings: Data = {}
+    if cookies:
+        settings["stickyring.cookies"] = {
+            "@type": TYPE + "envoy.extensions.filters.http.header_to_metadata.v3.Config",
+            "request_rules": cookies,
+        }
+    if operators:
+        key = json.dumps({"operators": operators}, separators=(",", ":"))
+        settings["stickyring.key"] = {
+            "@type": TYPE + "envoy.extensions.filters.http.set_filter_state.v3.Config",
+            "on_request_headers": [
+                {
+                    "object_key": "stickyring.key",
+                    "factory_key": "envoy.string",
+                    "skip_if_empty": True,
+                    "format_string": {
+                        "text_format_source": {"inline_string": f"%COALESCE({key})%"},
+                        "omit_empty_values": True,
+                    },
+                }
+            ],
+        }
+    return settings
+
+
+def _routes(item: Data, common: Data) -> Data:
+    policies = item.get("hash_policies", common["hash_policies"])
+    route = {"cluster": item["cluster"], **common["route"]}
+    if policies:
+        route["hash_policy"] = policies
+    resource = {
+        "@type": TYPE + "envoy.config.route.v3.RouteConfiguration",
+        "name": item["name"],
+        **common["route_configuration"],
+    }
+    settings = _key_for_the_log(policies)
+    if settings:
+        resource["typed_per_filter_config"] = settings
+    resource["virtual_hosts"] = [
+        {"name": item["name"], "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": route}]}
+    ]
+    return resource
+
+
+def _ring_size(cluster: Data, common: Data) -> int:
+    return int(common["ring_points_per_endpoint"]) * len(cluster["endpoints"])
+
+
+def _endpoints_path(cluster: Data, common: Data) -> str:
+    """A ring of another size reads another file.
+
+    So the clusters file brings the new size and the new members in one step; with one file for both sizes there
+    is a moment with the old members on the new ring or the reverse, which moves users who have no reason to move.
+    """
+    if cluster.get("lb_policy", "RING_HASH") == "RING_HASH":
+        return f"endpoints/{cluster['name']}-{_ring_size(cluster, common)}.yaml"
+    return f"endpoints/{cluster['name']}.yaml"
+
+
+def _cluster(cluster: Data, common: Data) -> Data:
+    policy = cluster.get("lb_policy", "RING_HASH")
+    resource = {
+        "@type": TYPE + "envoy.config.cluster.v3.Cluster",
+        "name": cluster["name"],
+        "type": "EDS",
+        "eds_cluster_config": {"eds_config": _config_source(common["directory"], _endpoints_path(cluster, common))},
+        "lb_policy": policy,
+    }
+    if policy == "RING_HASH":
+        resource["ring_hash_lb_config"] = {
+            "hash_function": "XX_HASH",
+            "minimum_ring_size": _ring_size(cluster, common),
+            "maximum_ring_size": LARGEST_RING,
+        }
+    check = {**common["health_check"], "http_health_check": dict(common["health_check"]["http_health_check"])}
+    if "health_path" in cluster:
+        check["http_health_check"]["path"] = cluster["health_path"]
+    return {**resource, **common["cluster"], "health_checks": [check]}
+
+
+def _endpoints(cluster: Data) -> Data:
+    return {
+        "@type": TYPE + "envoy.config.endpoint.v3.ClusterLoadAssignment",
+        "cluster_name": cluster["name"],
+        "endpoints": [
+            {
+                "lb_endpoints": [
+                    {
+                        "endpoint": {
+                            "hostname": item["name"],
+                            "address": {"socket_address": {"address": item["address"], "port_value": item["port"]}},
+                        },
+                        "metadata": {"filter_metadata": {"envoy.lb": {"hash_key": item["name"]}}},
+                        "load_balancing_weight": item.get("weight", 1),
+                    }
+                    for item in cluster["endpoints"]
+                ]
+            }
+        ],
+    }
+
+
+def stickyring_edge_files(listeners: list[Data], clusters: list[Data], common: Data) -> dict[str, list[Data]]:
+    """Path of each filesystem xDS file, below its directory, to the resources in it.
+
+    Envoy takes one route configuration and one endpoint list from a file, hence one file a listener and a cluster.
+    ``common`` is what the role's vars/main.yml composes.
+    """
+    files: dict[str, list[Data]] = {"clusters.yaml": [_cluster(item, common) for item in clusters]}
+    files |= {_endpoints_path(item, common): [_endpoints(item)] for item in clusters}
+    files |= {f"routes/{item['name']}.yaml": [_routes(item, common)] for item in listeners}
+    files["listeners.yaml"] = [_listener(item, common) for item in listeners]
+    return files
+
+
+class FilterModule:
+    """The role's filters."""
+
+    def filters(self) -> dict[str, Any]:
+        return {
+            "stickyring_edge_problems": stickyring_edge_problems,
+            "stickyring_edge_files": stickyring_edge_files,
+        }
