@@ -79,13 +79,16 @@ def download(lock: Path, architecture: str, to: Path, python_version: str | None
     """Download the wheels that ``lock`` names, refusing a file whose hash it does not list.
 
     The index, its certificates and its proxy are those of pip's own configuration. pip judges environment markers by
-    the Python that it runs on, which is not the one that the wheels are for, so every line counts here: at worst a wheel
-    is fetched that no host installs.
+    the Python that it runs on, which is not the one that the wheels are for, so every line counts here: at worst a
+    wheel is fetched that no host installs.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as unconditional:
         unconditional.write(re.sub(r"[ \t]*;[^\\\n]*", " ", lock.read_text()))
         unconditional.flush()
-        platforms = [f"manylinux_2_{minor}_{architecture}" for minor in GLIBC_MINORS] + [f"manylinux2014_{architecture}"]
+        platforms = [
+            *(f"manylinux_2_{minor}_{architecture}" for minor in GLIBC_MINORS),
+            f"manylinux2014_{architecture}",
+        ]
         run(
             f"downloading the wheels of {lock}" + (f" for Python {python_version}" if python_version else ""),
             *("pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"),
@@ -130,7 +133,7 @@ def write_tar(folder: Path, tar: Path) -> None:
 
 
 def build_wheelhouse(
-    directory: Path, working: Path, projects: list[Path], lock: Path, python_versions: list[str], architecture: str
+    directory: Path, working: Path, *, projects: list[Path], lock: Path, python_versions: list[str], architecture: str
 ) -> bool:
     """Make ``wheelhouse.tar`` and ``requirements.txt``; return whether there was anything to do."""
     for needed in [lock, *(project / "pyproject.toml" for project in projects)]:
@@ -212,10 +215,10 @@ def main() -> None:
                 built = build_wheelhouse(
                     directory,
                     Path(working),
-                    arguments.project,
-                    arguments.lock,
-                    arguments.python_version,
-                    arguments.architecture,
+                    projects=arguments.project,
+                    lock=arguments.lock,
+                    python_versions=arguments.python_version,
+                    architecture=arguments.architecture,
                 )
             else:
                 built = fetch_envoy(directory, Path(working), arguments.lock, arguments.architecture)

@@ -1,33 +1,51 @@
 #!/usr/bin/python
 """Ansible module: what a host holds of a node service, and whether it can take what is wanted."""
 
+from __future__ import annotations  # a Python that is too old should be told so, not fail on its syntax
+
+import errno
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.compat.version import LooseVersion
+
 DOCUMENTATION = r"""
 module: stickyring_node_preflight
 short_description: Look at a host before a node service is installed or changed
 description:
   - Reads what is installed and what runs. Changes nothing.
   - Fails when the host cannot take the service, naming every cause, so that nothing running was touched by then.
+  - Its options are the role's variables without their prefix, see the role's argument_specs.
 options:
-  service: {description: Name of the template unit, type: str, required: true}
-  address: {description: Address that the instances listen on, type: str, required: true}
-  ports: {description: "Port of instance 1, of instance 2, ...", type: list, elements: int, required: true}
-  release: {description: Name of the release that is wanted, type: str, required: true}
-  python: {description: Lowest version of /usr/bin/python3, type: str, required: true}
+  service: {type: str, required: true}
+  application: {type: str, required: true}
+  address: {type: str, required: true}
+  port: {type: int, required: true}
+  instances: {type: int, required: true}
+  health_path: {type: str, required: true}
+  max_connections: {type: int, required: true}
+  limit_nofile: {type: int, required: true}
+  environment: {description: "Names of the further environment variables", type: list, elements: str, required: true}
+  release: {type: str, required: true}
+  requirements_sha256: {description: "What the release is installed from", type: str, required: true}
 attributes:
   check_mode: {support: full}
 author: stickyring
 """
 
 RETURN = r"""
-has_venv: {description: Whether python3 can make virtual environments, type: bool, returned: success}
-release_requirements:
-  description: SHA-256 of the requirements that the wanted release was completely installed from, or empty
-  type: str
-  returned: success
-current: {description: Name of the release that is linked as current, or empty, type: str, returned: success}
-known: {description: Instances that are configured, enabled or running, type: list, elements: int, returned: success}
-enabled: {description: Instances that start at boot, type: list, elements: int, returned: success}
-running: {description: Instances that run, type: list, elements: int, returned: success}
+has_venv: {description: "Whether python3 can make virtual environments", type: bool, returned: success}
+complete: {description: "Whether the wanted release is installed completely", type: bool, returned: success}
+current: {description: "Name of the release that is linked as current, or empty", type: str, returned: success}
+known: {description: "Instances that are configured, enabled or running", type: list, elements: int, returned: success}
+enabled: {description: "Instances that start at boot", type: list, elements: int, returned: success}
+running: {description: "Instances that run", type: list, elements: int, returned: success}
 up_to_date:
   description: Instances that run and were started after the last change of their unit, environment and release
   type: list
@@ -35,20 +53,67 @@ up_to_date:
   returned: success
 """
 
-import errno
-import os
-import re
-import socket
-import time
-from pathlib import Path
-
-from ansible.module_utils.basic import AnsibleModule
-
+PYTHON = "/usr/bin/python3"
+LOWEST_PYTHON = "3.11"
+OPTIONS = {
+    "service": {"type": "str", "required": True},
+    "application": {"type": "str", "required": True},
+    "address": {"type": "str", "required": True},
+    "port": {"type": "int", "required": True},
+    "instances": {"type": "int", "required": True},
+    "health_path": {"type": "str", "required": True},
+    "max_connections": {"type": "int", "required": True},
+    "limit_nofile": {"type": "int", "required": True},
+    "environment": {"type": "list", "elements": "str", "required": True},
+    "release": {"type": "str", "required": True},
+    "requirements_sha256": {"type": "str", "required": True},
+}
+# What no unit file, shell or folder gives a meaning of its own: the values stand in all three.
+APPLICATION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(\([^\"\\%$\n]*\))?"
+SERVICE = r"[a-z][a-z0-9-]{0,30}"
+RELEASE = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
+VARIABLE = r"[A-Za-z_]\w*"
+DESCRIPTORS_BESIDE_CONNECTIONS = 100
 PROC = Path("/proc")
 TCP_LISTEN = "0A"
 
 
-def listeners(port):
+def mistakes(wanted: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the variables themselves, on whatever host."""
+    if not re.fullmatch(SERVICE, wanted["service"]):
+        yield (
+            f"stickyring_node_service {wanted['service']!r} also names a user:"
+            " lower case letters, digits and hyphens, beginning with a letter, 31 at most"
+        )
+    if not re.fullmatch(APPLICATION, wanted["application"], re.ASCII):
+        yield (
+            f"stickyring_node_application {wanted['application']!r} is neither module:attribute nor module:factory(),"
+            ' or holds one of " \\ % $'
+        )
+    if not re.fullmatch(RELEASE, wanted["release"]):
+        yield f"stickyring_node_release {wanted['release']!r} may hold letters, digits and . _ + - only"
+    if wanted["instances"] < 1:
+        yield f"stickyring_node_instances is {wanted['instances']}: give 1 or more, or remove the host's line"
+    if wanted["port"] < 1024 or wanted["port"] + wanted["instances"] - 1 > 65535:
+        yield (
+            f"stickyring_node_port {wanted['port']} leaves the range from 1024 to 65535"
+            f" with {wanted['instances']} instances"
+        )
+    if not wanted["health_path"].startswith("/"):
+        yield f"stickyring_node_health_path {wanted['health_path']!r} does not begin with /"
+    if wanted["limit_nofile"] < wanted["max_connections"] + DESCRIPTORS_BESIDE_CONNECTIONS:
+        yield (
+            f"stickyring_node_limit_nofile {wanted['limit_nofile']} is too low: {wanted['max_connections']} connections"
+            f" (stickyring_node_max_connections) and {DESCRIPTORS_BESIDE_CONNECTIONS} files beside must fit"
+        )
+    for name in wanted["environment"]:
+        if not re.fullmatch(VARIABLE, name, re.ASCII):
+            yield f"stickyring_node_environment: {name!r} cannot name an environment variable"
+        elif name.startswith("STICKYRING_"):
+            yield f"stickyring_node_environment: {name} belongs to the runtime, which has variables of the role instead"
+
+
+def listeners(port: int) -> set[tuple[int, str, str]]:
     """Return ``{(process id, command, unit)}`` of everything that listens on a TCP port, on any address."""
     inodes = set()
     for table in ("tcp", "tcp6"):
@@ -60,7 +125,7 @@ def listeners(port):
     found = set()
     for process in PROC.glob("[0-9]*"):
         try:
-            if any(os.readlink(fd) in inodes for fd in (process / "fd").iterdir()):
+            if any(str(fd.readlink()) in inodes for fd in (process / "fd").iterdir()):
                 cgroup = (process / "cgroup").read_text()
                 unit = re.search(r"/([^/\n]+\.(?:service|scope))(?:/|$)", cgroup, re.MULTILINE)
                 found.add((int(process.name), (process / "comm").read_text().strip(), unit[1] if unit else ""))
@@ -69,7 +134,7 @@ def listeners(port):
     return found
 
 
-def port_problem(address, port, own_unit):
+def port_problem(address: str, port: int, own_unit: str) -> str | None:
     """Return what keeps ``own_unit`` from listening on the address and port, or nothing."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as probe:
@@ -87,17 +152,17 @@ def port_problem(address, port, own_unit):
     holders = listeners(port)
     if holders and all(unit == own_unit for _, _, unit in holders):
         return None
-    names = ", ".join(f"{command} (process {pid}{', ' + unit if unit else ''})" for pid, command, unit in sorted(holders))
+    names = [f"{command} (process {pid}, {unit or 'no unit'})" for pid, command, unit in sorted(holders)]
     return (
-        f"port {port} on {address}, meant for {own_unit}, is in use by {names or 'a process that cannot be seen'}:"
+        f"port {port} on {address}, meant for {own_unit}, is in use by {', '.join(names) or 'nobody who can be seen'}:"
         " stop that, or choose another stickyring_node_port"
     )
 
 
-def units(module, service, instances):
+def units(module: AnsibleModule, service: str, instances: list[int]) -> dict[int, dict[str, str]]:
     """Return ``{instance: properties}`` as systemd sees the instances given and all others of the service."""
     names = [f"{service}@{instance}.service" for instance in instances]
-    properties = "Id,ActiveState,UnitFileState,MainPID,ExecMainStartTimestampMonotonic"
+    properties = "Id,ActiveState,UnitFileState,ExecMainStartTimestampMonotonic"
     command = ["systemctl", "show", f"--property={properties}", *names, f"{service}@*.service"]
     _, output, _ = module.run_command(command, check_rc=True)
     shown = {}
@@ -109,56 +174,59 @@ def units(module, service, instances):
     return shown
 
 
-def changed_at(*paths):
+def changed_at(*paths: Path) -> float:
     """Return when the youngest of the files (or links themselves) was written, in seconds; never, if one is missing."""
     return max(path.lstat().st_mtime if os.path.lexists(path) else float("inf") for path in paths)
 
 
-def main():
-    module = AnsibleModule(
-        argument_spec={
-            "service": {"type": "str", "required": True},
-            "address": {"type": "str", "required": True},
-            "ports": {"type": "list", "elements": "int", "required": True},
-            "release": {"type": "str", "required": True},
-            "python": {"type": "str", "required": True},
-        },
-        supports_check_mode=True,
-    )
-    service, address, ports = (module.params[name] for name in ("service", "address", "ports"))
-    home, settings = Path("/opt") / service, Path("/etc") / service
+def main() -> None:
+    """Look, and answer as an Ansible module does."""
+    module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
+    wanted = module.params
+    service, instances = wanted["service"], range(1, wanted["instances"] + 1)
 
-    problems = [port_problem(address, port, f"{service}@{i}.service") for i, port in enumerate(ports, 1)]
-    _, version, _ = module.run_command(["/usr/bin/python3", "-c", "import platform; print(platform.python_version())"])
-    if not version or [int(part) for part in re.findall(r"\d+", version)[:2]] < [
-        int(part) for part in module.params["python"].split(".")
-    ]:
-        problems.append(f"/usr/bin/python3 is {version.strip() or 'missing'}: {module.params['python']} or newer is needed")
-    problems = sorted(filter(None, set(problems)))
+    problems = list(mistakes(wanted))
     if problems:
-        module.fail_json(msg="Nothing was changed. " + ". ".join(problems) + ".")
+        refuse(module, problems)
 
-    no_venv, _, _ = module.run_command(["/usr/bin/python3", "-c", "import venv, ensurepip"])
-    stamp = home / "releases" / module.params["release"] / ".complete"
-    current = home / "current"
+    home, settings = Path("/opt") / service, Path("/etc") / service
+    stamp, current = home / "releases" / wanted["release"] / ".complete", home / "current"
+    found = (port_problem(wanted["address"], wanted["port"] + i - 1, f"{service}@{i}.service") for i in instances)
+    problems = sorted({problem for problem in found if problem})
+    _, version, _ = module.run_command([PYTHON, "-c", "import platform; print(platform.python_version())"])
+    if LooseVersion(version.strip() or "0") < LooseVersion(LOWEST_PYTHON):
+        problems.append(f"{PYTHON} is {version.strip() or 'missing'}: {LOWEST_PYTHON} or newer is needed")
+    if stamp.is_file() and stamp.read_text().strip() != wanted["requirements_sha256"]:
+        problems.append(
+            f"release {wanted['release']} was installed from other content of stickyring_node_requirements:"
+            " give this content another stickyring_node_release"
+        )
+    if problems:
+        refuse(module, problems)
+
+    no_venv, _, _ = module.run_command([PYTHON, "-c", "import venv, ensurepip"])
     configured = {int(path.stem) for path in settings.glob("*.env") if path.stem.isdigit()}
-    shown = units(module, service, sorted(configured | set(range(1, len(ports) + 1))))
+    shown = units(module, service, sorted(configured.union(instances)))
     running = {i for i, unit in shown.items() if unit["ActiveState"] == "active"}
     enabled = {i for i, unit in shown.items() if unit["UnitFileState"] == "enabled"}
     # Counted back from now, so that a clock that was set after the start does not matter.
-    started = {
-        i: time.time() - time.monotonic() + int(shown[i]["ExecMainStartTimestampMonotonic"]) / 1e6 for i in running
-    }
+    boot = time.time() - time.monotonic()
+    started = {i: boot + int(shown[i]["ExecMainStartTimestampMonotonic"]) / 1e6 for i in running}
     template = Path("/etc/systemd/system") / f"{service}@.service"
     module.exit_json(
         has_venv=no_venv == 0,
-        release_requirements=stamp.read_text().strip() if stamp.is_file() else "",
-        current=os.readlink(current).rpartition("/")[2] if current.is_symlink() else "",
+        complete=stamp.is_file(),
+        current=current.readlink().name if current.is_symlink() else "",
         known=sorted(configured | running | enabled),
         enabled=sorted(enabled),
         running=sorted(running),
         up_to_date=sorted(i for i in running if started[i] > changed_at(template, current, settings / f"{i}.env")),
     )
+
+
+def refuse(module: AnsibleModule, problems: list[str]) -> None:
+    """End the run on this host, naming every problem."""
+    module.fail_json(msg="Nothing was changed. " + ". ".join(problems) + ".")
 
 
 if __name__ == "__main__":
