@@ -44,15 +44,15 @@ function keep(id) {
 }
 
 /**
- * A hue in degrees for a node's name, so that tabs on one node are seen to agree. Names differ in a digit only: the
- * small factor and the golden angle set node1-1, node2-1 and node1-2 far apart.
+ * A hue in degrees for a node's name, so that tabs on one node are seen to agree. Names such as node1-1 differ in their
+ * digits: the next host's hue is the golden angle away, which sets a few hosts far apart; instances of a host are near.
  */
 function hue(name) {
   let sum = 0;
   for (const character of name) {
     sum = (sum * 3 + character.codePointAt(0)) % 65536;
   }
-  return (sum * 137.508) % 360;
+  return (sum * (137.508 / 9)) % 360; // the host's digit has been multiplied by 3 twice
 }
 
 function paintNode(element, name) {
