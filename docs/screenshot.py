@@ -15,9 +15,9 @@ TAB = ViewportSize(width=400, height=770)
 PICTURE = ViewportSize(width=3 * 400 + 4 * 20, height=770 + 76)
 FRAME = """
 <style>
-  body {{ margin: 0; padding: 20px; display: flex; align-items: start; gap: 20px; background: #dfe4ea; font: 14px system-ui, sans-serif }}
+  body {{ margin: 0; padding: 20px; display: flex; align-items: start; gap: 20px; background: #dfe4ea }}
   figure {{ margin: 0; border-radius: 8px; overflow: hidden; box-shadow: 0 1px 6px #0004; background: #fff }}
-  figcaption {{ padding: 8px 16px; background: #c9d1da; color: #1b2027; font-weight: 600 }}
+  figcaption {{ padding: 8px 16px; background: #c9d1da; color: #1b2027; font: 600 14px system-ui, sans-serif }}
   img {{ display: block }}
 </style>
 <figure><figcaption>A user</figcaption><img src="{0}"></figure>
