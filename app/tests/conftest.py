@@ -52,10 +52,12 @@ class ServeProcess:
     def connect(self, timeout: float = 5.0) -> HTTPConnection:
         return HTTPConnection(self.address, timeout=timeout)
 
-    def get(self, path: str, headers: dict[str, str] | None = None, method: str = "GET") -> HTTPResponse:
+    def get(
+        self, path: str, headers: dict[str, str] | None = None, method: str = "GET", body: str | None = None
+    ) -> HTTPResponse:
         """Send one request on a connection of its own; the body is at hand through read()."""
         connection = self.connect()
-        connection.request(method, path, headers=headers or {})
+        connection.request(method, path, body, headers or {})
         return connection.getresponse()
 
     def metric(self, sample: str) -> float:

@@ -1,6 +1,7 @@
 """The echo service on a real node, with python-socketio's own client and with plain HTTP."""
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,6 +71,8 @@ async def test_welcome_echo_and_acknowledgement(node: ServeProcess, transports: 
     await client.disconnect()
     wait_until(lambda: nobody_is_connected(node), "no connection is left")
     assert "alice" not in str(node.log())
+    # A WebSocket that ended is no failed request: nothing is written to its connection any more.
+    assert not [line for line in node.log() if line["level"] == "ERROR"]
 
 
 @pytest.mark.asyncio
@@ -88,6 +91,35 @@ async def test_the_cap_refuses_a_websocket_before_it_is_one(node: ServeProcess) 
     wait_until(lambda: nobody_is_connected(node), "no connection is left")
 
 
+class PollingSession:
+    """A session over plain HTTP requests; `opened` is what the handshake got."""
+
+    def __init__(self, node: ServeProcess, headers: dict[str, str] | None = None) -> None:
+        self._node = node
+        self._path = "/socket.io/?EIO=4&transport=polling"
+        self.opened = node.get(self._path, headers)
+        if self.opened.status == 200:
+            self._path += f"&sid={json.loads(self.opened.read()[1:])['sid']}"
+
+    def receive(self) -> list[str]:
+        return self._node.get(self._path).read().decode().split("\x1e")
+
+    def send(self, packet: str) -> None:
+        assert self._node.get(self._path, method="POST", body=packet).read() == b"OK"
+
+    def close(self) -> None:
+        self.send("1")
+
+
+def test_the_welcome_comes_after_the_acceptance(node: ServeProcess) -> None:
+    session = PollingSession(node)
+    session.send("40")
+    accepted, welcome = session.receive()
+    assert accepted.startswith('40{"sid":')
+    assert welcome == '42["message","node#node1-1: welcome"]'
+    session.close()
+
+
 def test_pages_are_served_with_their_types(node: ServeProcess) -> None:
     for name, (content_type, text) in FILES.items():
         answer = node.get(f"/{name}")
@@ -101,7 +133,10 @@ def test_pages_are_served_with_their_types(node: ServeProcess) -> None:
 def test_only_pages_of_the_same_origin_connect(node: ServeProcess) -> None:
     def status(origin: str, **headers: str) -> int:
         named = {key.replace("_", "-"): value for key, value in headers.items()}
-        return node.get("/socket.io/?EIO=4&transport=polling", {"Origin": origin, **named}).status
+        session = PollingSession(node, {"Origin": origin, **named})
+        if session.opened.status == 200:
+            session.close()
+        return session.opened.status
 
     assert status("http://chat.example.org", Host="chat.example.org") == 200
     assert status("https://chat.example.org", Host="chat.example.org", X_Forwarded_Proto="https") == 200

@@ -1,7 +1,8 @@
 """The WSGI layer around an application, without a server: health, readiness, metrics, cap and counts."""
 
+import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlencode
 from wsgiref.util import setup_testing_defaults
@@ -17,11 +18,16 @@ CAP = 2
 class Answer:
     """What one request got."""
 
-    def __init__(self, application: Runtime, path: str, method: str = "GET", **query: str) -> None:
-        environ: dict[str, Any] = {"PATH_INFO": path, "QUERY_STRING": urlencode(query), "REQUEST_METHOD": method}
+    def __init__(self, application: Runtime, path: str, method: str = "GET", body: str = "", **query: str) -> None:
+        environ: dict[str, Any] = {
+            "PATH_INFO": path,
+            "QUERY_STRING": urlencode(query),
+            "REQUEST_METHOD": method,
+            "CONTENT_LENGTH": str(len(body)),
+            "wsgi.input": io.BytesIO(body.encode()),
+        }
         setup_testing_defaults(environ)
-        body: Iterable[bytes] = application(environ, self._start_response)
-        self.text = b"".join(body).decode()
+        self.text = b"".join(application(environ, self._start_response)).decode()
 
     def _start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: object = None
@@ -33,6 +39,10 @@ class Answer:
 
 def handshake(runtime: Runtime, protocol: str = "4", transport: str = "polling") -> Answer:
     return Answer(runtime, "/socket.io/", EIO=protocol, transport=transport)
+
+
+def sid_of(accepted: Answer) -> str:
+    return str(json.loads(accepted.text[1:])["sid"])
 
 
 def sample(runtime: Runtime, name: str) -> float | None:
@@ -77,10 +87,17 @@ def test_a_handshake_above_the_cap_gets_503(runtime: Runtime) -> None:
 
 
 def test_a_full_node_still_serves_the_sessions_that_it_has(runtime: Runtime) -> None:
-    sids = [json.loads(handshake(runtime).text[1:])["sid"] for _ in range(CAP)]
-    answer = Answer(runtime, "/socket.io/", method="POST", EIO="4", transport="polling", sid=sids[0])
+    first, *_ = [sid_of(handshake(runtime)) for _ in range(CAP)]
+    answer = Answer(runtime, "/socket.io/", method="POST", EIO="4", transport="polling", sid=first)
     assert answer.status == 200
     assert sample(runtime, 'stickyring_unknown_sessions_total{transport="polling"}') == 0
+
+
+def test_a_session_that_ended_makes_room(runtime: Runtime) -> None:
+    first, *_ = [sid_of(handshake(runtime)) for _ in range(CAP)]
+    assert handshake(runtime).status == 503
+    Answer(runtime, "/socket.io/", method="POST", body="1", EIO="4", transport="polling", sid=first)
+    assert handshake(runtime).status == 200
 
 
 def test_a_session_of_another_node_is_refused_and_counted(runtime: Runtime) -> None:

@@ -19,7 +19,7 @@ def application(environ, start_response):
     if environ["PATH_INFO"] == "/file":
         return environ["wsgi.file_wrapper"](open(__file__, "rb"))
     if environ["PATH_INFO"] == "/slow":
-        time.sleep(1)
+        time.sleep(0.5)
     return [b"answer"]
 """
 
@@ -89,7 +89,7 @@ def test_an_application_may_answer_with_a_file(node: ServeProcess) -> None:
 def test_sigterm_lets_a_running_request_end(serve: Callable[..., ServeProcess], application: str) -> None:
     node = serve(application)
     slow = node.connect()
-    slow.request("GET", "/slow")
+    slow.request("GET", "/slow", headers={"Connection": "close"})
     assert answers(node)
     assert node.stop() == 0
     assert slow.getresponse().read() == b"answer"

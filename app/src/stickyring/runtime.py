@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 import socketio
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, make_wsgi_app
 
 from stickyring.metrics import TRANSPORTS, Engine, EngineMetrics, node_registry
 
@@ -71,7 +71,11 @@ class SocketIOGate:
     @property
     def full(self) -> bool:
         """Whether a new handshake would be refused."""
-        return len(self._engine.sockets) >= self._max_connections
+        sessions = self._engine.sockets
+        if len(sessions) < self._max_connections:
+            return False
+        # The engine keeps a polling session that has ended until its next round; it takes nobody's place.
+        return sum(not session.closed for session in sessions.copy().values()) >= self._max_connections
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Serve one request."""
@@ -113,8 +117,10 @@ class SocketIOGate:
         connect, message, disconnect = (engine.handlers[event] for event in ("connect", "message", "disconnect"))
         send_packet = engine.send_packet
 
-        def transport_of(sid: str) -> str:
-            return "websocket" if engine.sockets[sid].upgraded else "polling"
+        def count(messages: dict[str, Counter], sid: str) -> None:
+            # A session can end between two packets of one payload; what comes after is nobody's.
+            if (session := engine.sockets.get(sid)) is not None:
+                messages["websocket" if session.upgraded else "polling"].inc()
 
         def on_connect(sid: str, environ: "WSGIEnvironment") -> object:
             answer = connect(sid, environ)
@@ -125,7 +131,7 @@ class SocketIOGate:
             return answer
 
         def on_message(sid: str, data: object) -> object:
-            metrics.received[transport_of(sid)].inc()
+            count(metrics.received, sid)
             return message(sid, data)
 
         def on_disconnect(sid: str, *reason: str) -> object:
@@ -133,8 +139,7 @@ class SocketIOGate:
             return disconnect(sid, *reason)
 
         def counting_send_packet(sid: str, packet: object) -> None:
-            if sid in engine.sockets:
-                metrics.sent[transport_of(sid)].inc()
+            count(metrics.sent, sid)
             send_packet(sid, packet)
 
         engine.on("connect", on_connect)
