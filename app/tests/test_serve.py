@@ -113,6 +113,7 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
 
 def test_an_address_of_another_host_is_one_line(tmp_path: Path) -> None:
     assert "Cannot assign requested address" in refusal(tmp_path, "--listen", "192.0.2.1:8001")
+    assert refusal(tmp_path, "--listen", "a..b:8001").startswith("Error: cannot listen on a..b:8001: ")
 
 
 def test_any_wsgi_application_in_the_working_directory(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:

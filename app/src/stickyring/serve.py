@@ -11,7 +11,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 import gunicorn.util
@@ -182,7 +182,6 @@ class Node(BaseApplication):
             "preload_app": False,  # the worker class patches the standard library before the application is imported
             "control_socket_disable": True,
             "backlog": BACKLOG,
-            "proc_name": "stickyring",
             "logger_class": logs.GunicornLogger,
             "loglevel": self._settings.log_level,
             "errorlog": None,  # no handler of gunicorn's own
@@ -221,7 +220,7 @@ class Node(BaseApplication):
             self._refuse(f"cannot load {self._settings.application}: {_describe(error)}")
         return Runtime(application, node_name=self._settings.node_name, max_connections=self._settings.max_connections)
 
-    def _refuse(self, cause: str) -> None:
+    def _refuse(self, cause: str) -> NoReturn:
         """Hand the cause to the master, end it, and end this worker."""
         os.write(self._refusal_writer, cause.encode()[:4096])
         os.kill(os.getppid(), signal.SIGTERM)
@@ -265,9 +264,9 @@ def _listen(address: tuple[str, int]) -> socket.socket:
         listener.bind(where)
         # Only a listening socket keeps a second process from taking the same address.
         listener.listen(BACKLOG)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter from a host name that no resolver can take
         shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        raise click.ClickException(f"cannot listen on {shown}: {error.strerror}") from None
+        raise click.ClickException(f"cannot listen on {shown}: {getattr(error, 'strerror', None) or error}") from None
     return listener
 
 
