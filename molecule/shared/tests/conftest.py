@@ -68,7 +68,7 @@ def ansible() -> Callable[..., subprocess.CompletedProcess[str]]:
 def hosts(inventory: Path, ansible: Callable[..., object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Host]:
     """Each host of the inventory by name, with the roles' defaults below what the inventory sets."""
     directory = tmp_path_factory.mktemp("inventory")
-    ansible("ansible-playbook", "-i", inventory, "molecule/shared/describe.yml", "-e", f"directory={directory}")
+    ansible("ansible-playbook", "-i", inventory, "playbooks/describe.yml", "-e", f"directory={directory}")
     return {file.stem: Host(file.stem, **json.loads(file.read_text())) for file in sorted(directory.glob("*.json"))}
 
 
