@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 from collections import Counter
@@ -19,6 +20,14 @@ LARGEST_RING = 8 * 1024 * 1024
 
 def _repeated(values: list[Any]) -> list[Any]:
     return [value for value, count in Counter(values).items() if count > 1]
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def stickyring_edge_problems(
@@ -51,6 +60,14 @@ def stickyring_edge_problems(
         problems += [
             f"{where}: {address}:{port} is there twice."
             for address, port in _repeated([(e["address"], e["port"]) for e in endpoints])
+        ]
+        problems += [
+            f"{where}: endpoint {e['name']}: {e['address']!r} is no IP address, and Envoy looks up no names here."
+            for e in endpoints
+            if not _is_address(e["address"])
+        ]
+        problems += [
+            f"{where}: endpoint {e['name']}: the weight is 1 or more." for e in endpoints if e.get("weight", 1) < 1
         ]
         if points_per_endpoint * len(endpoints) > LARGEST_RING:
             problems.append(
@@ -106,9 +123,9 @@ def _listener(item: Data, common: Data) -> Data:
 def _key_for_the_log(policies: list[Data]) -> Data:
     """Per-route settings that put the hash key's value where the access log finds it.
 
-    They are part of the routes, so that another hash policy changes no listener: a changed listener ends its websockets.
+    They are part of the routes, so that another hash policy changes no listener, which would end its websockets.
     """
-    operators = []
+    operators: list[Data | str] = []
     cookies = []
     for policy in policies:
         if "query_parameter" in policy:
@@ -149,7 +166,7 @@ def _key_for_the_log(policies: list[Data]) -> Data:
 
 
 def _routes(item: Data, common: Data) -> Data:
-    policies = item.get("hash_policies", common["hash_policies"])
+    policies: list[Data] = item.get("hash_policies", common["hash_policies"])
     route = {"cluster": item["cluster"], **common["route"]}
     if policies:
         route["hash_policy"] = policies
@@ -242,6 +259,7 @@ class FilterModule:
     """The role's filters."""
 
     def filters(self) -> dict[str, Any]:
+        """Name to function, as Ansible asks for them."""
         return {
             "stickyring_edge_problems": stickyring_edge_problems,
             "stickyring_edge_files": stickyring_edge_files,

@@ -1,7 +1,26 @@
-#!/usr/bin/python
-"""Ansible module: filesystem xDS files for Envoy, proven in the running process."""
+"""Ansible module: filesystem xDS files for Envoy, proven in the running process.
+
+Envoy's side of it: https://www.envoyproxy.io/docs/envoy/v1.40.0/configuration/overview/xds_api and
+https://www.envoyproxy.io/docs/envoy/v1.40.0/operations/admin.
+"""
 
 from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import socket
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
 
 DOCUMENTATION = r"""
 module: stickyring_edge_xds
@@ -98,27 +117,24 @@ proven:
   type: bool
 """
 
-import hashlib
-import http.client
-import json
-import os
-import re
-import socket
-import tempfile
-import time
-import urllib.parse
-
-from ansible.module_utils.basic import AnsibleModule
-
 CLUSTER = "envoy.config.cluster.v3.Cluster"
 ENDPOINTS = "envoy.config.endpoint.v3.ClusterLoadAssignment"
 ROUTES = "envoy.config.route.v3.RouteConfiguration"
 LISTENER = "envoy.config.listener.v3.Listener"
-ONE_RESOURCE_TYPES = (ENDPOINTS, ROUTES)
-COUNTERS = ("update_rejected", "update_failure")
-POLL_SECONDS = 0.1
+# Nothing may be named before it is there, so Envoy is given them in this order.
+TYPES = (CLUSTER, ENDPOINTS, ROUTES, LISTENER)
+# Envoy takes exactly one of these from a file.
+SINGLE_TYPES = (ENDPOINTS, ROUTES)
+
 # Words that some YAML parsers take for something else than text.
 RESERVED_KEYS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
+POLL_SECONDS = 0.1
+JOURNAL_SECONDS = 3
+REASON_LENGTH = 500
+
+Resource = dict[str, Any]
+Stats = dict[str, Any]
+Dump = dict[str, Any]
 
 
 class InvalidFiles(Exception):
@@ -126,10 +142,10 @@ class InvalidFiles(Exception):
 
 
 class NotApplied(Exception):
-    """Envoy rejected a step or did not finish it in time; the message is Envoy's reason."""
+    """Envoy refused a step or did not finish it in time; the message is Envoy's reason."""
 
 
-def to_yaml(value, indent=0):
+def to_yaml(value: object, indent: int = 0) -> str:
     """Block YAML of JSON data, as text that ends with a newline.
 
     Scalars are JSON, which YAML contains. Written here because a managed host need not have PyYAML.
@@ -151,7 +167,7 @@ def to_yaml(value, indent=0):
     return f"{pad}{json.dumps(value)}\n"
 
 
-def version_of(resources):
+def version_of(resources: list[Resource]) -> str:
     """The version_info of a file with these resources: 16 hexadecimal digits, whatever the order of keys."""
     return hashlib.sha256(json.dumps(resources, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -159,267 +175,254 @@ def version_of(resources):
 class XdsFile:
     """One wanted file: its path below the directory, its resources, their type and version."""
 
-    def __init__(self, path, resources):
+    def __init__(self, path: str, resources: list[Resource]) -> None:
         if not resources:
             raise InvalidFiles(
                 f"{path}: no resources. Envoy would drop what it serves; leave the file out to remove it."
             )
         types = {resource.get("@type", "").removeprefix("type.googleapis.com/") for resource in resources}
-        if len(types) != 1 or not types <= {CLUSTER, ENDPOINTS, ROUTES, LISTENER}:
-            raise InvalidFiles(
-                f"{path}: one resource type a file, of clusters, endpoints, routes, listeners; got {types}."
-            )
+        if len(types) != 1 or not types <= set(TYPES):
+            raise InvalidFiles(f"{path}: wants resources of one type out of {', '.join(TYPES)}; got {sorted(types)}.")
         self.path = path
         self.type = types.pop()
         self.resources = resources
         self.version = version_of(resources)
-        if self.type in ONE_RESOURCE_TYPES and len(resources) != 1:
+        if self.type in SINGLE_TYPES and len(resources) != 1:
             raise InvalidFiles(f"{path}: Envoy takes exactly one resource from such a file; got {len(resources)}.")
         if self.type == ENDPOINTS and not self.endpoints():
             raise InvalidFiles(f"{path}: the endpoint list is empty. Envoy would accept it and then refuse every user.")
 
-    def endpoints(self):
-        """(address, port) -> endpoint name, for a file of endpoints."""
-        found = {}
-        for locality in self.resources[0].get("endpoints", []):
-            for item in locality.get("lb_endpoints", []):
-                address = item["endpoint"]["address"]["socket_address"]
-                found[(address["address"], address["port_value"])] = item["endpoint"].get("hostname", "")
-        return found
+    def endpoints(self) -> dict[tuple[str, int], str]:
+        """Address and port to the endpoint's name, of a file of endpoints."""
+        return endpoints_of(self.resources[0])
 
-    def names(self):
-        return [resource["name"] for resource in self.resources]
+    def names(self) -> list[str]:
+        """The resources' names; for endpoints that of their cluster."""
+        return [resource["cluster_name" if self.type == ENDPOINTS else "name"] for resource in self.resources]
 
-    def text(self, header):
-        return (
-            header.rstrip() + "\n" * bool(header) + to_yaml({"version_info": self.version, "resources": self.resources})
+    def text(self, header: str) -> str:
+        """The file's content below the header."""
+        body = to_yaml({"version_info": self.version, "resources": self.resources})
+        return f"{header.rstrip()}\n{body}" if header else body
+
+    def subscriptions(self, stats: Stats) -> list[str]:
+        """Statistics prefixes of Envoy's subscriptions to this file; none for routes that no listener uses yet."""
+        if self.type == CLUSTER:
+            return ["cluster_manager.cds"]
+        if self.type == LISTENER:
+            return ["listener_manager.lds"]
+        if self.type == ENDPOINTS:
+            return [f"cluster.{self.names()[0]}"]
+        ending = f".rds.{self.names()[0]}.version_text"
+        return [name.removesuffix(".version_text") for name in stats if name.endswith(ending)]
+
+    def refusals(self, stats: Stats) -> int:
+        """How many updates of this file Envoy has refused since it started."""
+        return sum(
+            stats.get(f"{prefix}.{counter}", 0)
+            for prefix in self.subscriptions(stats)
+            for counter in ("update_rejected", "update_failure")
         )
+
+    def version_problems(self, stats: Stats) -> list[str]:
+        """A line when Envoy is not at this version."""
+        loaded = {stats.get(f"{prefix}.version_text") or "none" for prefix in self.subscriptions(stats)}
+        if loaded == {self.version}:
+            return []
+        return [f"{self.path}: Envoy is at version {', '.join(sorted(loaded)) or 'none'}, not at {self.version}"]
+
+    def activity_problems(self, dump: Dump) -> list[str]:
+        """A line for each resource that is not active, still warming or should be gone."""
+        if self.type == ENDPOINTS:
+            return self._endpoint_problems(dump)
+        if self.type == CLUSTER:
+            clusters = dump.get("ClustersConfigDump", {})
+            active = {item["cluster"]["name"] for item in clusters.get("dynamic_active_clusters", [])}
+            warming = warming_clusters(dump)
+        elif self.type == LISTENER:
+            listeners = dump.get("ListenersConfigDump", {}).get("dynamic_listeners", [])
+            active = {item["name"] for item in listeners if "active_state" in item}
+            warming = {item["name"] for item in listeners if "warming_state" in item}
+        else:
+            return []
+        kind = self.type.rpartition(".")[2].lower()
+        wanted = set(self.names())
+        return (
+            [f"{kind} {name} is not active" for name in sorted(wanted - active)]
+            + [f"{kind} {name} is still warming" for name in sorted(wanted & warming)]
+            + [f"{kind} {name} is still there" for name in sorted(active - wanted)]
+        )
+
+    def _endpoint_problems(self, dump: Dump) -> list[str]:
+        loaded: set[tuple[str, int]] = set()
+        for item in dump.get("EndpointsConfigDump", {}).get("dynamic_endpoint_configs", []):
+            if item["endpoint_config"]["cluster_name"] == self.names()[0]:
+                loaded |= set(endpoints_of(item["endpoint_config"]))
+        if loaded == set(self.endpoints()):
+            return []
+        return [f"cluster {self.names()[0]} has other endpoints than {self.path}: {sorted(loaded)}"]
+
+    def port_problems(self) -> list[str]:
+        """A line for each listener port that accepts no connection."""
+        problems = []
+        for listener in self.resources if self.type == LISTENER else []:
+            where = listener["address"]["socket_address"]
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(where["address"], where["address"])
+            port = where["port_value"]
+            try:
+                socket.create_connection((host, port), timeout=5).close()
+            except OSError as error:
+                problems.append(f"listener {listener['name']}: {host}:{port} accepts no connection ({error})")
+        return problems
+
+    def health_problems(self, hosts: dict[tuple[str, str, int], Resource]) -> list[str]:
+        """A line with name, address and Envoy's flags for each endpoint that Envoy does not find healthy."""
+        problems = []
+        for (address, port), name in self.endpoints().items() if self.type == ENDPOINTS else ():
+            status = hosts.get((self.names()[0], address, port), {"unknown_to_envoy": True})
+            flags = [flag for flag, value in status.items() if value is True]
+            if flags or status.get("eds_health_status", "HEALTHY") != "HEALTHY":
+                told = ", ".join(flags) or status["eds_health_status"]
+                problems.append(f"{name} ({address}:{port}) of cluster {self.names()[0]} is not healthy: {told}")
+        return problems
+
+
+def endpoints_of(assignment: Resource) -> dict[tuple[str, int], str]:
+    """Address and port to the endpoint's name, of a ClusterLoadAssignment."""
+    found = {}
+    for locality in assignment.get("endpoints", []):
+        for item in locality.get("lb_endpoints", []):
+            address = item["endpoint"]["address"]["socket_address"]
+            found[(address["address"], address["port_value"])] = item["endpoint"].get("hostname", "")
+    return found
+
+
+def warming_clusters(dump: Dump) -> set[str]:
+    """Names of clusters that do not serve yet because their endpoints are not loaded or not checked."""
+    return {item["cluster"]["name"] for item in dump.get("ClustersConfigDump", {}).get("dynamic_warming_clusters", [])}
+
+
+def in_one_line(reason: str) -> str:
+    """The reason without line breaks, or its end: Envoy prints the whole message that it refused before it says why."""
+    words = " ".join(reason.split())
+    return words if len(words) <= REASON_LENGTH else f"... {words[-REASON_LENGTH:]}"
 
 
 class Admin:
-    """Envoy's admin interface on the loopback address."""
+    """Envoy's admin interface on the loopback address. Every method raises OSError when it does not answer."""
 
-    def __init__(self, port):
+    def __init__(self, port: int) -> None:
         self.port = port
 
-    def get(self, path):
-        """The body as text; OSError when nothing answers."""
+    def get(self, path: str) -> Resource:
+        """The JSON of this path."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         try:
             connection.request("GET", path)
             response = connection.getresponse()
-            body = response.read().decode()
-        except http.client.HTTPException as error:
+            body = response.read()
+            if response.status != http.client.OK:
+                raise OSError(f"http://127.0.0.1:{self.port}{path} answered {response.status}")
+            answer: Resource = json.loads(body)
+            return answer
+        except (http.client.HTTPException, ValueError) as error:
             raise OSError(f"127.0.0.1:{self.port} is not Envoy's admin interface: {error!r}") from error
         finally:
             connection.close()
-        if response.status != 200:
-            raise OSError(f"http://127.0.0.1:{self.port}{path} answered {response.status}")
-        return body
 
-    def answers(self):
+    def answers(self) -> bool:
+        """Whether an Envoy is there."""
         try:
-            self.get("/server_info")
+            return "version" in self.get("/server_info")
         except OSError:
             return False
-        return True
 
-    def stats(self):
-        """Subscription statistics: name -> number, or text for version_text."""
+    def stats(self) -> Stats:
+        """Statistics of the subscriptions: name to number, or to text for version_text."""
         pattern = urllib.parse.quote(r"(version_text|update_rejected|update_failure|update_success)$")
-        return {
-            item["name"]: item["value"]
-            for item in json.loads(self.get(f"/stats?format=json&filter={pattern}"))["stats"]
-            if "name" in item
-        }
+        stats = self.get(f"/stats?format=json&filter={pattern}")["stats"]
+        return {item["name"]: item["value"] for item in stats if "name" in item}
 
-    def dump(self):
-        """config_dump by the last part of each section's type, for example ClustersConfigDump."""
-        configs = json.loads(self.get("/config_dump?include_eds"))["configs"]
-        return {config["@type"].rpartition(".")[2]: config for config in configs}
+    def dump(self) -> Dump:
+        """The configuration that Envoy runs on, by the last part of each section's type."""
+        return {part["@type"].rpartition(".")[2]: part for part in self.get("/config_dump?include_eds")["configs"]}
 
-    def hosts(self):
-        """(cluster, address, port) -> health status as Envoy tells it, for example {'eds_health_status': 'HEALTHY'}."""
+    def hosts(self) -> dict[tuple[str, str, int], Resource]:
+        """Cluster, address and port to health as Envoy tells it, {'eds_health_status': 'HEALTHY'} when it is well."""
         found = {}
-        for cluster in json.loads(self.get("/clusters?format=json")).get("cluster_statuses", []):
+        for cluster in self.get("/clusters?format=json").get("cluster_statuses", []):
             for host in cluster.get("host_statuses", []):
                 address = host["address"]["socket_address"]
                 found[(cluster["name"], address["address"], address["port_value"])] = host["health_status"]
         return found
 
 
-def subscriptions(file, stats):
-    """Statistics prefixes of the subscriptions that read this file."""
-    if file.type == CLUSTER:
-        return ["cluster_manager.cds"]
-    if file.type == LISTENER:
-        return ["listener_manager.lds"]
-    if file.type == ENDPOINTS:
-        return [f"cluster.{file.resources[0]['cluster_name']}"]
-    ending = f".rds.{file.names()[0]}.version_text"
-    return [name.removesuffix(".version_text") for name in stats if name.startswith("http.") and name.endswith(ending)]
-
-
-def failures(file, stats):
-    """How many updates of this file Envoy has refused since it started."""
-    return sum(stats.get(f"{prefix}.{counter}", 0) for prefix in subscriptions(file, stats) for counter in COUNTERS)
-
-
-def version_problems(files, stats):
-    """What Envoy's subscriptions have not loaded yet, one line a file."""
-    problems = []
-    for file in files:
-        loaded = [stats.get(f"{prefix}.version_text") or "none" for prefix in subscriptions(file, stats)]
-        if set(loaded) != {file.version}:
-            problems.append(f"{file.path}: Envoy is at version {', '.join(loaded) or 'none'}, not at {file.version}")
-    return problems
-
-
-def activity_problems(files, dump):
-    """Resources that are not active, are still warming, are in error, or should be gone; one line each."""
-    problems = []
-    clusters = dump.get("ClustersConfigDump", {})
-    active = {item["cluster"]["name"] for item in clusters.get("dynamic_active_clusters", [])}
-    warming = {item["cluster"]["name"] for item in clusters.get("dynamic_warming_clusters", [])}
-    listeners = {item["name"]: item for item in dump.get("ListenersConfigDump", {}).get("dynamic_listeners", [])}
-    serving = {name for name, item in listeners.items() if "active_state" in item}
-    for file in files:
-        if file.type == CLUSTER:
-            problems += [f"cluster {name} is not active" for name in file.names() if name not in active]
-            problems += [f"cluster {name} is still warming" for name in file.names() if name in warming]
-            problems += [f"cluster {name} is still there" for name in sorted(active - set(file.names()))]
-        elif file.type == LISTENER:
-            problems += [f"listener {name} is not active" for name in file.names() if name not in serving]
-            problems += [
-                f"listener {name} is still warming"
-                for name in file.names()
-                if "warming_state" in listeners.get(name, {})
-            ]
-            problems += [f"listener {name} is still there" for name in sorted(serving - set(file.names()))]
-        elif file.type == ENDPOINTS:
-            cluster = file.resources[0]["cluster_name"]
-            loaded = next(
-                (
-                    XdsFile(file.path, [item["endpoint_config"]]).endpoints()
-                    for item in dump.get("EndpointsConfigDump", {}).get("dynamic_endpoint_configs", [])
-                    if item["endpoint_config"]["cluster_name"] == cluster
-                    and any(part.get("lb_endpoints") for part in item["endpoint_config"].get("endpoints", []))
-                ),
-                {},
-            )
-            if set(loaded) != set(file.endpoints()):
-                problems.append(f"cluster {cluster} has other endpoints than {file.path}: {sorted(loaded)}")
-    return problems
-
-
-def reasons(dump):
-    """Envoy's own words about resources that it rejected, as it keeps them in config_dump."""
-    found = []
-    for section, key in (
-        ("ListenersConfigDump", "dynamic_listeners"),
-        ("RoutesConfigDump", "dynamic_route_configs"),
-        ("ClustersConfigDump", "dynamic_active_clusters"),
-        ("ClustersConfigDump", "dynamic_warming_clusters"),
-        ("EndpointsConfigDump", "dynamic_endpoint_configs"),
-    ):
-        for item in dump.get(section, {}).get(key, []):
-            if "error_state" in item:
-                found.append(item["error_state"]["details"])
-    return found
-
-
-def port_problems(files):
-    """Listener ports that accept no connection, one line each."""
-    problems = []
-    for listener in (resource for file in files if file.type == LISTENER for resource in file.resources):
-        where = listener["address"]["socket_address"]
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(where["address"], where["address"])
-        try:
-            socket.create_connection((host, where["port_value"]), timeout=5).close()
-        except OSError as error:
-            problems.append(
-                f"listener {listener['name']}: {host}:{where['port_value']} accepts no connection ({error})"
-            )
-    return problems
-
-
-def health_problems(files, admin):
-    """Endpoints that Envoy does not find healthy, one line each with name, address and Envoy's flags."""
-    hosts = admin.hosts()
-    problems = []
-    for file in (file for file in files if file.type == ENDPOINTS):
-        cluster = file.resources[0]["cluster_name"]
-        for (address, port), name in file.endpoints().items():
-            status = hosts.get((cluster, address, port), {"unknown to Envoy": True})
-            flags = [flag for flag, value in status.items() if value is True]
-            if flags or status.get("eds_health_status", "HEALTHY") != "HEALTHY":
-                told = ", ".join(flags) or status["eds_health_status"]
-                problems.append(f"{name} ({address}:{port}) in cluster {cluster}: {told}")
-    return problems
-
-
 class Edge:
     """The directory of files and, when its admin interface answers, the Envoy that reads them."""
 
-    def __init__(self, module):
+    def __init__(self, module: AnsibleModule, files: list[XdsFile]) -> None:
         self.module = module
-        self.directory = module.params["directory"]
-        self.header = module.params["header"]
-        self.timeout = module.params["timeout"]
+        self.files = files
+        self.directory = Path(module.params["directory"])
+        self.header: str = module.params["header"]
+        self.timeout: int = module.params["timeout"]
         self.admin = Admin(module.params["admin_port"])
-        self.running = False
+        self.running = self.admin.answers()
         self.started = time.time()
+        self.before: Stats = self.admin.stats() if self.running else {}
 
-    def read(self, path):
-        """The file's text, or None."""
+    def read(self, path: str) -> str | None:
+        """The file's text, None when it is not there."""
         try:
-            with open(os.path.join(self.directory, path), encoding="utf-8") as stream:
-                return stream.read()
+            return (self.directory / path).read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
 
-    def existing(self):
-        """Paths of all files below the directory that are named like ours."""
-        found = []
-        for parent, _directories, names in os.walk(self.directory):
-            found += [
-                os.path.relpath(os.path.join(parent, name), self.directory)
-                for name in names
-                if name.endswith(".yaml") and not name.startswith(".")
-            ]
-        return sorted(found)
+    def strangers(self) -> list[str]:
+        """Files below the directory that are named like ours and that nobody wants."""
+        found = {str(path.relative_to(self.directory)) for path in self.directory.rglob("[!.]*.yaml")}
+        return sorted(found - {file.path for file in self.files})
 
-    def own(self, path, mode):
+    def changed_files(self) -> list[XdsFile]:
+        """Files to write: those whose text differs, and those that Envoy refused before.
+
+        Envoy looks at a file again only when it is moved into place again, so a refusal whose cause is gone, such as a
+        port that was taken, is mended by that.
+        """
+        return [
+            file
+            for file in self.files
+            if self.read(file.path) != file.text(self.header)
+            or (file.refusals(self.before) and file.version_problems(self.before))
+        ]
+
+    def own(self, path: Path, mode: str) -> bool:
         """Gives owner, group and mode; True when that changed something."""
-        arguments = dict(self.module.params, mode=mode, attributes=None)
-        return self.module.set_fs_attributes_if_different(
-            self.module.load_file_common_arguments(arguments, path=path), False
-        )
+        arguments = {**self.module.params, "mode": mode, "attributes": None}
+        wanted = self.module.load_file_common_arguments(arguments, path=str(path))
+        return bool(self.module.set_fs_attributes_if_different(wanted, changed=False))
 
-    def make_directories(self, paths):
-        for name in sorted({self.directory} | {os.path.dirname(os.path.join(self.directory, path)) for path in paths}):
-            if not os.path.isdir(name):
-                os.makedirs(name)
-            self.own(name, "0755")
+    def make_directories(self) -> None:
+        """Makes the directory and those of the files below it."""
+        for directory in sorted({self.directory, *((self.directory / file.path).parent for file in self.files)}):
+            directory.mkdir(parents=True, exist_ok=True)
+            self.own(directory, "0755")
 
-    def put(self, path, text):
+    def put(self, path: str, text: str) -> None:
         """Moves the text into place, complete with owner and mode: Envoy reads it in the same instant."""
-        target = os.path.join(self.directory, path)
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target), prefix=".")
+        target = self.directory / path
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".")
+        temporary = Path(name)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
                 stream.write(text)
             self.own(temporary, "0644")
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
-    def remove(self, path):
-        os.unlink(os.path.join(self.directory, path))
-
-    def wait(self, problems_now, what):
-        """Polls until there are no problems; NotApplied with the last ones at the deadline."""
+    def wait(self, what: str, problems_now: Callable[[], list[str]]) -> None:
+        """Polls until there are no problems; NotApplied with the last ones after the timeout."""
         deadline = time.monotonic() + self.timeout
         while True:
             try:
@@ -432,194 +435,176 @@ class Edge:
                 raise NotApplied(f"{what}: not done after {self.timeout} s: {'; '.join(problems)}")
             time.sleep(POLL_SECONDS)
 
-    def reason(self):
-        """Why Envoy refused an update, in its own words."""
-        found = reasons(self.admin.dump())
-        if not found and self.module.params["unit"]:
-            _code, output, _error = self.module.run_command(
-                [
-                    "journalctl",
-                    "--unit",
-                    self.module.params["unit"],
-                    "--since",
-                    f"@{int(self.started)}",
-                    "--output",
-                    "cat",
-                    "--no-pager",
-                ]
-            )
-            found = re.findall(r"Filesystem config update (?:rejected|failure): (.*)", output)
-        return "; ".join(dict.fromkeys(found)) or "the reason is in Envoy's log"
-
-    def refuse_rejections(self, files, before):
-        """The statistics of now; NotApplied when Envoy refused one of the files since ``before``."""
+    def problems(self, files: Iterable[XdsFile]) -> list[str]:
+        """What of these files Envoy does not run on yet; NotApplied when it has refused any file since the start."""
         stats = self.admin.stats()
-        refused = [file.path for file in files if failures(file, stats) > failures(file, before)]
+        refused = [file.path for file in self.files if file.refusals(stats) > file.refusals(self.before)]
         if refused:
-            raise NotApplied(f"Envoy rejected {', '.join(refused)}: {self.reason()}")
-        return stats
+            raise NotApplied(f"Envoy refused {', '.join(refused)}: {self.reason()}")
+        dump = self.admin.dump()
+        return [line for file in files for line in file.version_problems(stats) + file.activity_problems(dump)]
 
-    def prove(self, files, before):
-        """Waits until Envoy runs on exactly these files and every listener's port is open."""
+    def health_problems(self) -> list[str]:
+        """The endpoints that Envoy does not find healthy, one line each."""
+        hosts = self.admin.hosts()
+        return [line for file in self.files for line in file.health_problems(hosts)]
 
-        def problems_now():
-            stats = self.refuse_rejections(files, before)
-            return (version_problems(files, stats) + activity_problems(files, self.admin.dump())) or port_problems(
-                files
-            )
+    def reason(self) -> str:
+        """Why Envoy refused an update, in its own words; waits a moment for the journal to have them."""
+        deadline = time.monotonic() + JOURNAL_SECONDS
+        while True:
+            listeners = self.admin.dump().get("ListenersConfigDump", {}).get("dynamic_listeners", [])
+            found = [item["error_state"]["details"] for item in listeners if "error_state" in item]
+            found = found or self.reasons_in_journal()
+            if found or not self.module.params["unit"] or time.monotonic() > deadline:
+                return "; ".join(dict.fromkeys(map(in_one_line, found))) or "its log has the reason"
+            time.sleep(POLL_SECONDS)
 
-        self.wait(problems_now, "Loading the configuration")
+    def reasons_in_journal(self) -> list[str]:
+        """What Envoy logged since the start about files that it refused; config_dump knows only of listeners."""
+        if not self.module.params["unit"]:
+            return []
+        command = ["journalctl", "--unit", self.module.params["unit"], "--since", f"@{self.started:.6f}"]
+        _code, output, _error = self.module.run_command([*command, "--output", "cat", "--no-pager"])
+        # A report may span lines; the next record begins with its time in brackets or is a line of the access log.
+        return re.findall(r"Filesystem config update (?:rejected|failure): (.*?)(?=\n[\[{]|\Z)", output, re.DOTALL)
 
-    def apply(self, files, changed, stale):
-        """Writes what changed, step by step; a step that Envoy refuses puts everything back as it was."""
-        before = self.admin.stats() if self.running else {}
-        texts = {path: self.read(path) for path in [file.path for file in files] + stale}
-        new = [file for file in changed if texts[file.path] is None and file.type in ONE_RESOURCE_TYPES]
-        old = [file for file in changed if file not in new]
-        parting = self.parting_clusters(files) if self.running else []
-        clusters = [file for file in files if file.type == CLUSTER]
-        steps = [new]
+    def steps(self, changed: list[XdsFile]) -> list[list[XdsFile]]:
+        """The files to write, in steps that Envoy finishes one after another.
+
+        What nothing names yet goes first. Clusters that are to leave stay until no route names them any more.
+        """
+        new = [file for file in changed if file.type in SINGLE_TYPES and self.read(file.path) is None]
+        steps = [[file for file in changed if file.type == kind and file not in new] for kind in TYPES]
+        clusters = [file for file in self.files if file.type == CLUSTER]
+        parting = self.parting_clusters()
         if parting:
-            # Clusters that are to go stay until no route names them any more.
-            steps.append([XdsFile(file.path, file.resources + parting) for file in clusters])
-        steps += [
-            [file for file in old if file.type == kind]
-            for kind in (CLUSTER, ENDPOINTS, ROUTES, LISTENER)
-            if not (parting and kind == CLUSTER)
-        ]
-        if parting:
+            steps[0] = [XdsFile(file.path, file.resources + parting) for file in clusters]
             steps.append(clusters)
-        try:
-            for step in (step for step in steps if step):
-                for file in step:
-                    self.put(file.path, file.text(self.header))
-                if self.running and step is not new:
-                    self.wait(
-                        lambda step=step: (
-                            version_problems(step, self.refuse_rejections(files, before))
-                            + activity_problems(
-                                [file for file in step if file.type in (CLUSTER, LISTENER)], self.admin.dump()
-                            )
-                        ),
-                        f"Loading {', '.join(file.path for file in step)}",
-                    )
-            for path in stale:
-                self.remove(path)
-            if self.running:
-                self.prove(files, before)
-        except NotApplied as error:
-            raise NotApplied(f"{error}. {self.restore(files, texts)}") from error
+        return [new, *steps]
 
-    def parting_clusters(self, files):
-        """Clusters that Envoy has and that the files no longer name, as resources."""
-        wanted = {name for file in files if file.type == CLUSTER for name in file.names()}
+    def parting_clusters(self) -> list[Resource]:
+        """Clusters that Envoy has and that the files no longer name."""
+        if not self.running:
+            return []
+        wanted = {name for file in self.files if file.type == CLUSTER for name in file.names()}
         active = self.admin.dump().get("ClustersConfigDump", {}).get("dynamic_active_clusters", [])
         return [item["cluster"] for item in active if item["cluster"]["name"] not in wanted]
 
-    def restore(self, files, texts):
+    def apply(self, changed: list[XdsFile], strangers: list[str]) -> None:
+        """Writes what changed, step by step, and proves the whole; what fails on the way puts everything back."""
+        texts = {path: self.read(path) for path in [*(file.path for file in self.files), *strangers]}
+        self.make_directories()
+        try:
+            for number, step in enumerate(self.steps(changed) if changed or strangers else []):
+                for file in step:
+                    self.put(file.path, file.text(self.header))
+                if step and number and self.running:
+                    self.wait(f"Loading {', '.join(file.path for file in step)}", partial(self.problems, step))
+            for path in strangers:
+                (self.directory / path).unlink()
+            if self.running:
+                self.wait(
+                    "Loading the configuration",
+                    lambda: self.problems(self.files) or [line for file in self.files for line in file.port_problems()],
+                )
+        except (NotApplied, OSError) as error:
+            raise NotApplied(f"{error}. {self.restore(texts)}.") from error
+
+    def restore(self, texts: dict[str, str | None]) -> str:
         """Puts the files back as they were and waits until Envoy is at them; a sentence on how that went."""
         different = {path: text for path, text in texts.items() if self.read(path) != text}
         if not different:
             return "The files are as they were before"
-        successes = self.admin.stats()
-        # What is read by others comes back first; what was not there before goes last.
-        for path, text in sorted(different.items(), key=lambda item: (item[1] is None, os.sep not in item[0])):
+        try:
+            before = self.admin.stats()
+        except OSError:
+            before = {}
+        # The files that name others come after those, and what was not there before goes last.
+        for path, text in sorted(different.items(), key=lambda item: (item[1] is None, "/" not in item[0])):
             if text is None:
-                self.remove(path)
+                (self.directory / path).unlink()
             else:
                 self.put(path, text)
-        returned = [file for file in files if different.get(file.path)]
+        if not self.running:
+            return "The previous files are back in place"
 
-        def problems_now():
+        def problems_now() -> list[str]:
             stats = self.admin.stats()
-            problems = []
-            for file in returned:
-                version = re.search(r'^version_info: "(\w+)"$', different[file.path], re.MULTILINE)
-                for prefix in subscriptions(file, successes):
-                    counter = f"{prefix}.update_success"
-                    if (
-                        stats.get(counter, 0) <= successes.get(counter, 0)
-                        or version
-                        and stats.get(f"{prefix}.version_text") != version.group(1)
-                    ):
-                        problems.append(f"{file.path} is not loaded")
+            problems = [f"cluster {name} is still warming" for name in sorted(warming_clusters(self.admin.dump()))]
+            for file in self.files:
+                # A version alone does not tell: a refused update may have been taken in part, and leaves the version.
+                counters = [f"{prefix}.update_success" for prefix in file.subscriptions(before)]
+                if different.get(file.path) and any(stats.get(name, 0) <= before.get(name, 0) for name in counters):
+                    problems.append(f"{file.path} is not loaded again")
             return problems
 
         try:
-            self.wait(problems_now, "Loading the previous files")
+            self.wait("Loading them", problems_now)
         except NotApplied as error:
-            return f"The previous files are back in place, but Envoy is not at them: {error}"
-        return "The previous files are back in place and Envoy is at them: what served before serves on"
+            return f"The previous files are back in place, but Envoy is not at them yet. {error}"
+        return "The previous files are back in place and Envoy has loaded them: what served before serves on"
 
 
-def main():
+def run(module: AnsibleModule) -> dict[str, Any]:
+    """Does what the parameters ask; the module's result."""
+    files = [XdsFile(path, resources) for path, resources in module.params["files"].items()]
+    edge = Edge(module, files)
+    if module.params["admin_required"] and not edge.running and not module.check_mode:
+        edge.wait(
+            f"Asking Envoy on 127.0.0.1:{edge.admin.port}",
+            lambda: [] if edge.admin.answers() else ["its admin interface does not answer"],
+        )
+        edge.running = True
+        edge.before = edge.admin.stats()
+
+    changed = edge.changed_files()
+    strangers = edge.strangers()
+    texts = {file.path: file.text(edge.header) for file in changed} | dict.fromkeys(strangers, "")
+    result = {
+        "changed": bool(texts),
+        "written": [file.path for file in changed],
+        "removed": strangers,
+        "versions": {file.path: file.version for file in files},
+        "proven": False,
+        "diff": [
+            {"before_header": path, "after_header": path, "before": edge.read(path) or "", "after": text}
+            for path, text in texts.items()
+        ],
+    }
+    if module.check_mode:
+        return result
+
+    edge.apply(changed, strangers)
+    owned = [edge.own(edge.directory / file.path, "0644") for file in files]
+    result |= {"changed": any([result["changed"], *owned]), "proven": edge.running}
+    if module.params["healthy_timeout"]:
+        edge.timeout = module.params["healthy_timeout"]
+        edge.wait("Waiting until Envoy finds every endpoint healthy", edge.health_problems)
+    return result
+
+
+def main() -> None:
+    """Runs as an Ansible module."""
     module = AnsibleModule(
-        argument_spec=dict(
-            directory=dict(type="path", required=True),
-            files=dict(type="dict", required=True),
-            header=dict(type="str", default=""),
-            owner=dict(type="str"),
-            group=dict(type="str"),
-            admin_port=dict(type="int", default=9901),
-            admin_required=dict(type="bool", default=False),
-            timeout=dict(type="int", default=30),
-            healthy_timeout=dict(type="int", default=0),
-            unit=dict(type="str"),
-        ),
+        argument_spec={
+            "directory": {"type": "path", "required": True},
+            "files": {"type": "dict", "required": True},
+            "header": {"type": "str", "default": ""},
+            "owner": {"type": "str"},
+            "group": {"type": "str"},
+            "admin_port": {"type": "int", "default": 9901},
+            "admin_required": {"type": "bool", "default": False},
+            "timeout": {"type": "int", "default": 30},
+            "healthy_timeout": {"type": "int", "default": 0},
+            "unit": {"type": "str"},
+        },
         supports_check_mode=True,
     )
     try:
-        run(module)
+        result = run(module)
     except (InvalidFiles, NotApplied, OSError) as error:
         module.fail_json(msg=str(error))
-
-
-def run(module):
-    """Does what the parameters ask and ends the module with its result."""
-    edge = Edge(module)
-    files = [XdsFile(path, resources) for path, resources in module.params["files"].items()]
-    if module.params["admin_required"] and not module.check_mode:
-        edge.wait(
-            lambda: [] if edge.admin.answers() else ["nothing answers"],
-            f"Asking Envoy's admin interface on 127.0.0.1:{edge.admin.port}",
-        )
-    edge.running = edge.admin.answers()
-
-    changed = [file for file in files if edge.read(file.path) != file.text(edge.header)]
-    stale = [path for path in edge.existing() if path not in module.params["files"]]
-    if edge.running:
-        # Envoy reads a file again only when it is moved into place again, so a refusal whose cause is gone is mended here.
-        stats = edge.admin.stats()
-        behind = [file for file in files if version_problems([file], stats) and failures(file, stats)]
-        changed += [file for file in behind if file not in changed]
-    result = dict(
-        changed=bool(changed or stale),
-        written=[file.path for file in changed],
-        removed=stale,
-        versions={file.path: file.version for file in files},
-        proven=False,
-        diff=[
-            dict(
-                before_header=file.path,
-                after_header=file.path,
-                before=edge.read(file.path) or "",
-                after=file.text(edge.header),
-            )
-            for file in changed
-        ]
-        + [dict(before_header=path, after_header=path, before=edge.read(path), after="") for path in stale],
-    )
-    if module.check_mode:
-        module.exit_json(**result)
-
-    edge.make_directories(module.params["files"])
-    edge.apply(files, changed, stale)
-    for file in files:
-        result["changed"] |= edge.own(os.path.join(edge.directory, file.path), "0644")
-    result["proven"] = edge.running
-    if module.params["healthy_timeout"]:
-        edge.timeout = module.params["healthy_timeout"]
-        edge.wait(lambda: health_problems(files, edge.admin), "Waiting until Envoy finds every endpoint healthy")
     module.exit_json(**result)
 
 
