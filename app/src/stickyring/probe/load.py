@@ -117,9 +117,10 @@ class Load:
             self._announce(
                 f"all {total} sessions are open" if held == total else f"{held} of {total} sessions are open"
             )
-            self._end_holds(self.shape.hold)
+            self._end_holds(0 if self.interrupted else self.shape.hold)
 
     def _end_holds(self, seconds: float) -> None:
         when = asyncio.get_running_loop().time() + seconds
         for hold in self._holds:
-            hold.reschedule(when)
+            if not hold.expired():
+                hold.reschedule(when)
