@@ -42,6 +42,7 @@ author: stickyring
 RETURN = r"""
 has_venv: {description: "Whether python3 can make virtual environments", type: bool, returned: success}
 complete: {description: "Whether the wanted release is installed completely", type: bool, returned: success}
+application: {description: "What the installed unit serves, or empty", type: str, returned: success}
 current: {description: "Name of the release that is linked as current, or empty", type: str, returned: success}
 known: {description: "Instances that are configured, enabled or running", type: list, elements: int, returned: success}
 enabled: {description: "Instances that start at boot", type: list, elements: int, returned: success}
@@ -213,9 +214,11 @@ def main() -> None:
     boot = time.time() - time.monotonic()
     started = {i: boot + int(shown[i]["ExecMainStartTimestampMonotonic"]) / 1e6 for i in running}
     template = Path("/etc/systemd/system") / f"{service}@.service"
+    serves = re.search(r'^ExecStart=.* "(.+)"$', template.read_text() if template.is_file() else "", re.MULTILINE)
     module.exit_json(
         has_venv=no_venv == 0,
         complete=stamp.is_file(),
+        application=serves[1] if serves else "",
         current=current.readlink().name if current.is_symlink() else "",
         known=sorted(configured | running | enabled),
         enabled=sorted(enabled),
