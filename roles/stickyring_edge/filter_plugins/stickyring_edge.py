@@ -14,6 +14,8 @@ TYPE = "type.googleapis.com/"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 PARAMETER = re.compile(r"[A-Za-z0-9_.~-]+")
 HASH_POLICIES = ("query_parameter", "header", "cookie", "connection_properties", "filter_state")
+# Where each kind of policy names what it looks at.
+NAME_FIELDS = {"query_parameter": "name", "header": "header_name", "cookie": "name", "filter_state": "key"}
 # Envoy's own upper bound for the points of one ring.
 LARGEST_RING = 8 * 1024 * 1024
 
@@ -85,10 +87,12 @@ def stickyring_edge_problems(
                 f"{where}: a hash policy has one of {', '.join(HASH_POLICIES)}; got {', '.join(kinds) or 'none'}."
             )
             continue
-        body = policy[kinds[0]]
-        name = body.get({"header": "header_name", "filter_state": "key"}.get(kinds[0], "name"), "x")
-        if not PARAMETER.fullmatch(name):
-            problems.append(f"{where}: the hash policy's name {name!r} is not letters, digits and _.~-")
+        needed = NAME_FIELDS.get(kinds[0])
+        name = policy[kinds[0]].get(needed) if needed else "none"
+        if not name:
+            problems.append(f"{where}: the hash policy {kinds[0]} needs {needed}.")
+        elif not PARAMETER.fullmatch(name):
+            problems.append(f"{where}: the hash policy's {needed} {name!r} is not letters, digits and _.~-")
     return problems
 
 
@@ -166,7 +170,7 @@ def _key_for_the_log(policies: list[Data]) -> Data:
 
 
 def _routes(item: Data, common: Data) -> Data:
-    policies: list[Data] = item.get("hash_policies", common["hash_policies"])
+    policies: list[Data] = item["hash_policies"] if "hash_policies" in item else common["hash_policies"]
     route = {"cluster": item["cluster"], **common["route"]}
     if policies:
         route["hash_policy"] = policies

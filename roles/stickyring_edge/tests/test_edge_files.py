@@ -1,0 +1,164 @@
+"""The files that the role composes, and the judgement of its variables."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import yaml
+from fake_envoy import ROLE, load
+
+edge = load("filter_plugins/stickyring_edge.py")
+
+POLICIES = [
+    {"query_parameter": {"name": "client_id"}, "terminal": True},
+    {"header": {"header_name": "x-client-id"}, "terminal": True},
+    {"cookie": {"name": "stickyring", "ttl": "0s"}},
+]
+COMMON: dict[str, Any] = {
+    "directory": "/etc/x",
+    "hash_policies": POLICIES,
+    "ring_points_per_endpoint": 100,
+    "listener": {},
+    "http_connection_manager": {"use_remote_address": True},
+    "route_configuration": {},
+    "route": {"timeout": "60s"},
+    "cluster": {},
+    "health_check": {"http_health_check": {"path": "/healthz"}},
+}
+ENDPOINTS = [{"name": f"node{i}-1", "address": f"192.0.2.{i}", "port": 8001} for i in (1, 2, 3)]
+CLUSTERS = [
+    {"name": "nodes", "endpoints": ENDPOINTS},
+    {"name": "first", "endpoints": ENDPOINTS[:1], "health_path": "/ok"},
+]
+LISTENERS = [
+    {"name": "sticky", "port": 9002, "cluster": "nodes"},
+    {"name": "single", "port": 9001, "cluster": "first", "address": "127.0.0.1"},
+    {"name": "unkeyed", "port": 9003, "cluster": "nodes", "hash_policies": []},
+]
+
+
+def compose(listeners: list[dict[str, Any]] = LISTENERS, clusters: list[dict[str, Any]] = CLUSTERS) -> dict[str, Any]:
+    files: dict[str, Any] = edge.stickyring_edge_files(listeners, clusters, COMMON)
+    return files
+
+
+def test_every_path_that_a_file_names_is_one_of_the_files() -> None:
+    files = compose()
+    named = [cluster["eds_cluster_config"]["eds_config"] for cluster in files["clusters.yaml"]]
+    for listener in files["listeners.yaml"]:
+        named.append(listener["filter_chains"][0]["filters"][0]["typed_config"]["rds"]["config_source"])
+    paths = {source["path_config_source"]["path"] for source in named}
+    assert paths == {f"/etc/x/{path}" for path in files if "/" in path}
+
+
+def test_a_ring_of_another_size_reads_another_file_and_the_points_of_an_endpoint_stay() -> None:
+    sizes = {}
+    for count in (2, 3):
+        cluster = {"name": "nodes", "endpoints": ENDPOINTS[:count]}
+        files = compose([LISTENERS[0]], [cluster])
+        sizes[count] = files["clusters.yaml"][0]["ring_hash_lb_config"]["minimum_ring_size"]
+        assert f"endpoints/nodes-{100 * count}.yaml" in files
+    assert sizes == {2: 200, 3: 300}
+
+
+def test_another_address_changes_only_files_of_endpoints() -> None:
+    moved = [CLUSTERS[0] | {"endpoints": [ENDPOINTS[0] | {"address": "192.0.2.99"}, *ENDPOINTS[1:]]}, CLUSTERS[1]]
+    before, after = compose(), compose(clusters=moved)
+    assert [path for path in before if before[path] != after[path]] == ["endpoints/nodes-300.yaml"]
+    [endpoint, *_others] = after["endpoints/nodes-300.yaml"][0]["endpoints"][0]["lb_endpoints"]
+    assert endpoint["metadata"]["filter_metadata"]["envoy.lb"]["hash_key"] == "node1-1"
+
+
+def test_other_policies_than_ring_hash_have_no_ring() -> None:
+    files = compose(clusters=[{**CLUSTERS[0], "lb_policy": "MAGLEV"}, CLUSTERS[1]])
+    cluster = files["clusters.yaml"][0]
+    assert cluster["lb_policy"] == "MAGLEV"
+    assert "ring_hash_lb_config" not in cluster
+    assert "endpoints/nodes.yaml" in files
+
+
+def test_hash_policies_are_in_the_routes_alone() -> None:
+    changed = deepcopy(LISTENERS)
+    changed[0]["hash_policies"] = [{"header": {"header_name": "x-user"}}]
+    before, after = compose(), compose(changed)
+    assert [path for path in before if before[path] != after[path]] == ["routes/sticky.yaml"]
+    route = after["routes/sticky.yaml"][0]["virtual_hosts"][0]["routes"][0]["route"]
+    assert route["hash_policy"] == [{"header": {"header_name": "x-user"}}]
+
+
+def test_the_log_finds_the_key_of_every_policy() -> None:
+    settings = compose()["routes/sticky.yaml"][0]["typed_per_filter_config"]
+    expression = settings["stickyring.key"]["on_request_headers"][0]["format_string"]["text_format_source"]
+    assert expression["inline_string"] == (
+        '%COALESCE({"operators":[{"command":"QUERY_PARAM","param":"client_id"},{"command":"REQ","param":"x-client-id"},'
+        '{"command":"DYNAMIC_METADATA","param":"stickyring.cookie:stickyring"}]})%'
+    )
+    [rule] = settings["stickyring.cookies"]["request_rules"]
+    assert rule["on_header_present"] == {"metadata_namespace": "stickyring.cookie", "key": "stickyring"}
+
+
+def test_without_a_policy_nothing_is_hashed_or_logged_as_a_key() -> None:
+    [routes] = compose()["routes/unkeyed.yaml"]
+    assert "typed_per_filter_config" not in routes
+    assert "hash_policy" not in routes["virtual_hosts"][0]["routes"][0]["route"]
+
+
+def test_a_cluster_may_have_a_health_path_of_its_own() -> None:
+    checks = [cluster["health_checks"][0]["http_health_check"]["path"] for cluster in compose()["clusters.yaml"]]
+    assert checks == ["/healthz", "/ok"]
+    assert COMMON["health_check"]["http_health_check"]["path"] == "/healthz"
+
+
+def judge(
+    listeners: list[dict[str, Any]], clusters: list[dict[str, Any]], policies: list[dict[str, Any]], points: int = 4096
+) -> str:
+    return " ".join(edge.stickyring_edge_problems(listeners, clusters, policies, points))
+
+
+def test_good_variables_have_no_problem() -> None:
+    defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())["stickyring_edge_hash_policies"]
+    assert judge(LISTENERS, CLUSTERS, POLICIES) == ""
+    assert judge(LISTENERS, CLUSTERS, defaults) == ""
+    assert judge(LISTENERS, CLUSTERS, [{"connection_properties": {"source_ip": True}}]) == ""
+
+
+@pytest.mark.parametrize(
+    ("listener", "cluster", "endpoint", "words"),
+    [
+        ({"name": "single"}, {}, {}, "listener single: the name is used twice"),
+        ({"name": "a.b"}, {}, {}, "listener a.b: a name is letters"),
+        ({"cluster": "none"}, {}, {}, "listener sticky: there is no cluster none"),
+        ({"port": 9003}, {}, {}, "port 9003 on 0.0.0.0 has two listeners"),
+        ({}, {"endpoints": []}, {}, "cluster nodes: the endpoint list is empty"),
+        ({}, {"endpoints": ENDPOINTS * 700}, {}, "are more than Envoy's 8388608"),
+        ({}, {}, {"name": "node2-1"}, "cluster nodes: endpoint node2-1 is there twice"),
+        ({}, {}, {"address": "192.0.2.2"}, "cluster nodes: 192.0.2.2:8001 is there twice"),
+        ({}, {}, {"address": "node1.example"}, "endpoint node1-1: 'node1.example' is no IP address"),
+        ({}, {}, {"weight": 0}, "endpoint node1-1: the weight is 1 or more"),
+        ({"hash_policies": [{}]}, {}, {}, "listener sticky: a hash policy has one of query_parameter"),
+        ({"hash_policies": [{"param": {"name": "x"}}]}, {}, {}, "got param"),
+        ({"hash_policies": [{"header": {"header_name": "a)%b"}}]}, {}, {}, "header_name 'a)%b' is not letters"),
+        ({"hash_policies": [{"header": {"name": "x-user"}}]}, {}, {}, "header needs header_name"),
+    ],
+)
+def test_each_fault_is_said(
+    listener: dict[str, Any], cluster: dict[str, Any], endpoint: dict[str, Any], words: str
+) -> None:
+    listeners, clusters = deepcopy(LISTENERS), deepcopy(CLUSTERS)
+    listeners[0] |= listener
+    clusters[0]["endpoints"][0] |= endpoint
+    clusters[0] |= cluster
+    assert words in judge(listeners, clusters, POLICIES)
+
+
+def test_no_listener_is_a_fault() -> None:
+    assert "stickyring_edge_listeners is empty" in judge([], CLUSTERS, POLICIES)
+
+
+def test_defaults_and_argument_specs_say_the_same() -> None:
+    defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
+    specs = yaml.safe_load((ROLE / "meta" / "argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
+    assert {name: spec["default"] for name, spec in specs.items() if "default" in spec} == defaults
+    assert set(specs) - set(defaults) == {name for name, spec in specs.items() if spec.get("required")}

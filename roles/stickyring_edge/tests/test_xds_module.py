@@ -1,0 +1,256 @@
+"""The module that writes Envoy's files, against a fake Envoy."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import redirect_stdout
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.module_utils.testing import patch_module_args
+from fake_envoy import FakeEnvoy, load
+
+xds = load("library/stickyring_edge_xds.py")
+
+TYPE = "type.googleapis.com/"
+Files = dict[str, list[dict[str, Any]]]
+
+
+def assignment(cluster: str, ports: list[int]) -> dict[str, Any]:
+    return {
+        "@type": TYPE + xds.ENDPOINTS,
+        "cluster_name": cluster,
+        "endpoints": [
+            {
+                "lb_endpoints": [
+                    {
+                        "endpoint": {
+                            "hostname": f"node-{port}",
+                            "address": {"socket_address": {"address": "192.0.2.1", "port_value": port}},
+                        }
+                    }
+                    for port in ports
+                ]
+            }
+        ],
+    }
+
+
+@pytest.fixture
+def files(open_port: int) -> Files:
+    address = {"socket_address": {"address": "0.0.0.0", "port_value": open_port}}
+    return {
+        "listeners.yaml": [{"@type": TYPE + xds.LISTENER, "name": "sticky", "address": address}],
+        "clusters.yaml": [{"@type": TYPE + xds.CLUSTER, "name": "nodes"}],
+        "routes/sticky.yaml": [{"@type": TYPE + xds.ROUTES, "name": "sticky"}],
+        "endpoints/nodes.yaml": [assignment("nodes", [8001, 8002])],
+    }
+
+
+def run(directory: Path, files: Files, port: int, **parameters: object) -> dict[str, Any]:
+    """The module's result, as Ansible would read it."""
+    arguments = {"directory": str(directory), "files": files, "admin_port": port, "timeout": 1, **parameters}
+    output = io.StringIO()
+    with patch_module_args(arguments), redirect_stdout(output), pytest.raises(SystemExit):
+        xds.main()
+    result: dict[str, Any] = json.loads(output.getvalue())
+    return result
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": [{"b": 1, "c": [1, [2, 3], {"d": "x\n\u00e9%: #"}]}, "s"], "empty": {"list": [], "map": {}}},
+        {"@type": "a/b", "on": "yes", "no": None, "a key": True, "1": 1.5, "text": "- 1", "quote": '"'},
+        [[["deep"]], {}],
+    ],
+)
+def test_what_is_written_reads_back_the_same(value: object) -> None:
+    assert yaml.safe_load(xds.to_yaml(value)) == value
+
+
+def test_a_version_tells_contents_apart_and_not_the_order_of_keys() -> None:
+    assert xds.version_of([{"a": 1, "b": 2}]) == xds.version_of([{"b": 2, "a": 1}])
+    assert xds.version_of([{"a": 1, "b": 2}]) != xds.version_of([{"a": 1, "b": 3}])
+
+
+def test_without_an_envoy_the_files_are_written_once(directory: Path, files: Files, closed_port: int) -> None:
+    first = run(directory, files, closed_port, header="# mine")
+    assert first["changed"]
+    assert not first["proven"]
+    assert set(contents(directory)) == set(files)
+    for path, resources in files.items():
+        text = (directory / path).read_text()
+        assert text.startswith("# mine\n")
+        assert yaml.safe_load(text) == {"version_info": first["versions"][path], "resources": resources}
+        assert (directory / path).stat().st_mode & 0o777 == 0o644
+
+    assert not run(directory, files, closed_port, header="# mine")["changed"]
+
+
+def test_a_file_with_another_mode_is_mended(directory: Path, files: Files, closed_port: int) -> None:
+    run(directory, files, closed_port)
+    (directory / "clusters.yaml").chmod(0o666)
+    assert run(directory, files, closed_port)["changed"]
+    assert (directory / "clusters.yaml").stat().st_mode & 0o777 == 0o644
+
+
+def test_check_mode_touches_nothing_and_shows_the_difference(directory: Path, files: Files, closed_port: int) -> None:
+    result = run(directory, files, closed_port, _ansible_check_mode=True, admin_required=True)
+    assert result["changed"]
+    assert not directory.exists()
+    assert {part["after_header"]: part["before"] for part in result["diff"]} == dict.fromkeys(files, "")
+
+    run(directory, files, closed_port)
+    before = contents(directory)
+    files["clusters.yaml"][0]["connect_timeout"] = "3s"
+    result = run(directory, files, closed_port, _ansible_check_mode=True)
+    [part] = result["diff"]
+    assert part["after_header"] == "clusters.yaml"
+    assert "connect_timeout" in part["after"]
+    assert "connect_timeout" not in part["before"]
+    assert contents(directory) == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"endpoints/nodes.yaml": [assignment("nodes", [])]}, "endpoints/nodes.yaml: the endpoint list is empty"),
+        ({"endpoints/nodes.yaml": [assignment("nodes", [1]), assignment("b", [1])]}, "exactly one resource"),
+        ({"clusters.yaml": []}, "clusters.yaml: no resources"),
+        ({"clusters.yaml": [{"@type": "type.googleapis.com/x", "name": "a"}]}, "one type out of"),
+    ],
+)
+def test_files_that_cannot_serve_are_refused_unwritten(
+    directory: Path, files: Files, envoy: FakeEnvoy, wrong: Files, words: str
+) -> None:
+    run(directory, files, envoy.port)
+    before = contents(directory)
+    result = run(directory, files | wrong, envoy.port)
+    assert result["failed"]
+    assert words in result["msg"]
+    assert contents(directory) == before
+
+
+def test_a_running_envoy_is_proven_and_not_changed(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+    assert run(directory, files, envoy.port)["proven"]
+    loads = list(envoy.loads)
+    result = run(directory, files, envoy.port, admin_required=True)
+    assert result["proven"]
+    assert not result["changed"]
+    assert envoy.loads == loads
+
+
+def test_only_what_changed_is_written(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+    run(directory, files, envoy.port)
+    files["endpoints/nodes.yaml"] = [assignment("nodes", [8001, 8003])]
+    assert run(directory, files, envoy.port)["written"] == ["endpoints/nodes.yaml"]
+
+
+def test_nothing_is_named_before_it_is_there(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+    run(directory, files, envoy.port)
+    places = {path: envoy.loads.index(path) for path in files}
+    assert places["endpoints/nodes.yaml"] < places["clusters.yaml"] < places["listeners.yaml"]
+    assert places["routes/sticky.yaml"] < places["listeners.yaml"]
+
+
+def test_a_cluster_leaves_only_after_the_routes_left_it(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+    run(directory, files, envoy.port)
+    files["clusters.yaml"] = [{"@type": TYPE + xds.CLUSTER, "name": "others"}]
+    files["endpoints/others.yaml"] = [assignment("others", [8001])]
+    del files["endpoints/nodes.yaml"]
+    files["routes/sticky.yaml"][0]["virtual_hosts"] = []
+    envoy.loads.clear()
+    # The fake keeps endpoints of a cluster that is gone, which nobody asks about.
+    result = run(directory, files, envoy.port)
+    assert envoy.history == [["nodes"], ["others", "nodes"], ["others"]]
+    assert envoy.loads == ["endpoints/others.yaml", "clusters.yaml", "routes/sticky.yaml", "clusters.yaml"]
+    assert result["removed"] == ["endpoints/nodes.yaml"]
+    assert set(contents(directory)) == set(files)
+
+
+@pytest.mark.parametrize("path", ["clusters.yaml", "listeners.yaml", "routes/sticky.yaml", "endpoints/nodes.yaml"])
+def test_what_envoy_refuses_is_taken_back(directory: Path, files: Files, envoy: FakeEnvoy, path: str) -> None:
+    run(directory, files, envoy.port)
+    before = contents(directory)
+    bad = deepcopy(files)
+    bad[path][0]["refuse"] = "no such thing"
+    # Accepted, but it belongs to what was refused.
+    bad["clusters.yaml"][0]["connect_timeout"] = "3s"
+    result = run(directory, bad, envoy.port)
+    assert result["failed"]
+    assert f"Envoy refused {path}" in result["msg"]
+    assert "what served before serves on" in result["msg"]
+    assert contents(directory) == before
+    assert not run(directory, files, envoy.port)["changed"]
+    # Negative control: without the fault the same change is taken.
+    del bad[path][0]["refuse"]
+    assert "failed" not in run(directory, bad, envoy.port)
+
+
+def test_envoys_own_words_are_in_the_message(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+    run(directory, files, envoy.port)
+    files["listeners.yaml"][0]["refuse"] = "message {\n" + "x" * 2000 + "\n}: Proto constraint\nviolated"
+    message = run(directory, files, envoy.port)["msg"]
+    assert "}: Proto constraint violated. The previous" in message
+    assert len(message) < 800
+
+
+def test_a_first_configuration_that_is_refused_leaves_nothing(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+    files["clusters.yaml"][0]["refuse"] = "no"
+    assert run(directory, files, envoy.port)["failed"]
+    assert contents(directory) == {}
+
+
+def test_what_envoy_never_loads_is_taken_back_and_said(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+    run(directory, files, envoy.port)
+    before = contents(directory)
+    envoy.ignores_changes = True
+    files["clusters.yaml"][0]["connect_timeout"] = "3s"
+    message = run(directory, files, envoy.port)["msg"]
+    assert "not done after 1 s: clusters.yaml: Envoy is at version" in message
+    assert "Envoy is not at them yet" in message
+    assert contents(directory) == before
+
+
+def test_a_refusal_whose_cause_is_gone_is_mended(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+    run(directory, files, envoy.port)
+    del envoy.stats["listener_manager.lds.version_text"]
+    # Never refused: Envoy may still be on its way, so nothing is written.
+    assert run(directory, files, envoy.port)["failed"]
+    envoy.stats["listener_manager.lds.update_rejected"] = 1
+    result = run(directory, files, envoy.port)
+    assert result["written"] == ["listeners.yaml"]
+    assert result["proven"]
+
+
+def test_a_listener_whose_port_is_closed_is_not_proven(
+    directory: Path, files: Files, envoy: FakeEnvoy, closed_port: int
+) -> None:
+    files["listeners.yaml"][0]["address"]["socket_address"]["port_value"] = closed_port
+    message = run(directory, files, envoy.port)["msg"]
+    assert f"listener sticky: 127.0.0.1:{closed_port} accepts no connection" in message
+
+
+def test_an_unhealthy_endpoint_is_named(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+    assert "failed" not in run(directory, files, envoy.port, healthy_timeout=1)
+    envoy.unhealthy = {8002}
+    message = run(directory, files, envoy.port, healthy_timeout=1)["msg"]
+    assert "node-8002 (192.0.2.1:8002) of cluster nodes is not healthy: failed_active_health_check" in message
+    assert "node-8001" not in message
+    # Whoever does not ask is not told.
+    assert "failed" not in run(directory, files, envoy.port)
+
+
+def test_an_envoy_that_must_answer_and_does_not(directory: Path, files: Files, closed_port: int) -> None:
+    message = run(directory, files, closed_port, admin_required=True)["msg"]
+    assert f"Envoy on 127.0.0.1:{closed_port}" in message
+    assert "does not answer" in message
