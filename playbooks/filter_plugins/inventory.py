@@ -8,16 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# The fields of Envoy's RouteAction.HashPolicy that a policy may name, each with those it needs:
-# https://www.envoyproxy.io/docs/envoy/latest/api-v3/config/route/v3/route_components.proto
-HASH_POLICIES: dict[str, dict[str, type]] = {
-    "query_parameter": {"name": str},
-    "header": {"header_name": str},
-    "cookie": {"name": str},
-    "connection_properties": {"source_ip": bool},
-}
-
-
 def endpoints(hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One endpoint for each instance of each host, in the order of the inventory.
 
@@ -60,8 +50,6 @@ def problems(
     ]
     for host in hosts:
         found += _unknown_variables(host, hostvars[host], known_variables)
-    for edge in edges:
-        found += _bad_hash_policies(edge, hostvars[edge])
 
     without_address = [host for host in hosts if "stickyring_address" not in hostvars[host]]
     found += [f"{host}: stickyring_address is not set: give the address that the edge reaches it at." for host in without_address]
@@ -83,39 +71,6 @@ def _unknown_variables(host: str, variables: Mapping[str, Any], known_variables:
             hint = f"did you mean {near[0]}?" if near else "no role knows it."
             found.append(f"{host}: unknown variable {name}: {hint}")
     return found
-
-
-def _bad_hash_policies(edge: str, variables: Mapping[str, Any]) -> list[str]:
-    lists = {"stickyring_edge_hash_policies": variables.get("stickyring_edge_hash_policies", [])}
-    for listener in variables.get("stickyring_edge_listeners", []):
-        lists[f"stickyring_edge_listeners, listener {listener.get('name')}, hash_policies"] = listener.get("hash_policies", [])
-    found = []
-    for where, policies in lists.items():
-        if not isinstance(policies, Sequence) or isinstance(policies, str):
-            found.append(f"{edge}: {where} is not a list.")
-            continue
-        for number, policy in enumerate(policies, start=1):
-            fault = _hash_policy_fault(policy)
-            if fault:
-                found.append(f"{edge}: {where}, entry {number}: {fault}")
-    return found
-
-
-def _hash_policy_fault(policy: Any) -> str:
-    if not isinstance(policy, Mapping):
-        return "a hash policy is a mapping, for example {query_parameter: {name: client_id}, terminal: true}."
-    specifiers = [key for key in policy if key != "terminal"]
-    if len(specifiers) != 1 or specifiers[0] not in HASH_POLICIES:
-        return f"a hash policy names exactly one of {', '.join(HASH_POLICIES)}; this one has: {', '.join(specifiers) or 'none'}."
-    specifier = specifiers[0]
-    if not isinstance(policy.get("terminal", False), bool):
-        return "terminal is true or false."
-    fields = policy[specifier]
-    for field, kind in HASH_POLICIES[specifier].items():
-        value = fields.get(field) if isinstance(fields, Mapping) else None
-        if not isinstance(value, kind) or not value:
-            return f"{specifier} needs {field}."
-    return ""
 
 
 def _not_numbers(nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:

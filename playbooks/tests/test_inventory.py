@@ -22,7 +22,7 @@ DEFAULTS = {
     "stickyring_edge_admin_port": 9901,
     "stickyring_edge_listeners": [{"name": "sticky", "port": 9002, "cluster": "nodes"}],
 }
-KNOWN = [*DEFAULTS, "stickyring_address", "stickyring_node_name", "stickyring_edge_hash_policies"]
+KNOWN = [*DEFAULTS, "stickyring_address", "stickyring_node_name"]
 GROUPS = {"edge": ["edge1"], "nodes": ["node1", "node2"]}
 HOSTVARS: dict[str, dict[str, Any]] = {
     "edge1": {"stickyring_address": "198.51.100.10"},
@@ -100,27 +100,6 @@ def test_an_unknown_variable_gets_the_nearest_name() -> None:
 def test_a_port_that_is_none_is_refused(value: object) -> None:
     (message,) = judge(node1={"stickyring_node_port": value})
     assert message == f"node1: stickyring_node_port is {value!r}: give a number from 1 to 65535."
-
-
-@pytest.mark.parametrize(
-    ("policy", "fault"),
-    [
-        ({"query_param": {"name": "u"}}, "names exactly one of query_parameter, header, cookie, connection_properties"),
-        ({"query_parameter": {"name": "u"}, "header": {"header_name": "h"}}, "names exactly one of"),
-        ({"query_parameter": {}}, "query_parameter needs name."),
-        ({"header": {"name": "x-user"}}, "header needs header_name."),
-        ({"query_parameter": {"name": "u"}, "terminal": "yes"}, "terminal is true or false."),
-        ("client_id", "a hash policy is a mapping"),
-    ],
-)
-def test_a_bad_hash_policy_is_found_in_both_places(policy: object, fault: str) -> None:
-    good = {"query_parameter": {"name": "client_id"}, "terminal": True}
-    (common,) = judge(edge1={"stickyring_edge_hash_policies": [good, policy]})
-    assert common.startswith("edge1: stickyring_edge_hash_policies, entry 2: ")
-    assert fault in common
-    listener = {"name": "sticky", "port": 9002, "cluster": "nodes", "hash_policies": [policy]}
-    (own,) = judge(edge1={"stickyring_edge_listeners": [listener]})
-    assert own.startswith("edge1: stickyring_edge_listeners, listener sticky, hash_policies, entry 1: ")
 
 
 def test_endpoints_are_named_by_host_and_instance() -> None:
