@@ -8,7 +8,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-def endpoints(hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+
+def endpoints(
+    hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """One endpoint for each instance of each host, in the order of the inventory.
 
     hosts: names of the hosts that serve; hostvars: the variables of all hosts by name; defaults: the node role's
@@ -52,7 +55,10 @@ def problems(
         found += _unknown_variables(host, hostvars[host], known_variables)
 
     without_address = [host for host in hosts if "stickyring_address" not in hostvars[host]]
-    found += [f"{host}: stickyring_address is not set: give the address that the edge reaches it at." for host in without_address]
+    found += [
+        f"{host}: stickyring_address is not set: give the address that the edge reaches it at."
+        for host in without_address
+    ]
     if without_address:
         return found
 
@@ -108,14 +114,22 @@ def _repeated_ports(
     nodes: Sequence[str], edges: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> list[str]:
     uses: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for endpoint, host in ((one, host) for host in nodes for one in endpoints([host], hostvars, defaults)):
-        uses[host, endpoint["port"]].append(f"instance {endpoint['name']}")
+    for host in nodes:
+        for endpoint in endpoints([host], hostvars, defaults):
+            uses[host, endpoint["port"]].append(f"instance {endpoint['name']}")
     for edge in edges:
-        setting = {**defaults, **{key: hostvars[edge][key] for key in hostvars[edge] if key.startswith("stickyring_edge_")}}
+        setting = {
+            **defaults,
+            **{key: hostvars[edge][key] for key in hostvars[edge] if key.startswith("stickyring_edge_")},
+        }
         for listener in setting["stickyring_edge_listeners"]:
             uses[edge, int(listener["port"])].append(f"listener {listener['name']}")
         uses[edge, int(setting["stickyring_edge_admin_port"])].append("stickyring_edge_admin_port")
-    return [f"{host}: port {port} is used by {' and by '.join(users)}." for (host, port), users in uses.items() if len(users) > 1]
+    return [
+        f"{host}: port {port} is used by {' and by '.join(users)}."
+        for (host, port), users in uses.items()
+        if len(users) > 1
+    ]
 
 
 class FilterModule:

@@ -43,7 +43,9 @@ def test_a_good_inventory_has_no_problem() -> None:
     assert judge() == []
 
 
-@pytest.mark.parametrize(("group", "rest"), [("nodes", {"edge": ["edge1"]}), ("edge", {"nodes": ["node1"], "edge": []})])
+@pytest.mark.parametrize(
+    ("group", "rest"), [("nodes", {"edge": ["edge1"]}), ("edge", {"nodes": ["node1"], "edge": []})]
+)
 def test_an_empty_group_is_named(group: str, rest: dict[str, list[str]]) -> None:
     assert judge(rest) == [f"The group `{group}` has no host: add one to the inventory."]
 
@@ -67,9 +69,17 @@ def test_a_host_without_an_address_is_named() -> None:
 @pytest.mark.parametrize(
     ("edge", "message"),
     [
-        ({"stickyring_edge_admin_port": 9002}, "edge1: port 9002 is used by listener sticky and by stickyring_edge_admin_port."),
         (
-            {"stickyring_edge_listeners": [{"name": "a", "port": 1, "cluster": "c"}, {"name": "b", "port": 1, "cluster": "c"}]},
+            {"stickyring_edge_admin_port": 9002},
+            "edge1: port 9002 is used by listener sticky and by stickyring_edge_admin_port.",
+        ),
+        (
+            {
+                "stickyring_edge_listeners": [
+                    {"name": "a", "port": 1, "cluster": "c"},
+                    {"name": "b", "port": 1, "cluster": "c"},
+                ]
+            },
             "edge1: port 1 is used by listener a and by listener b.",
         ),
     ],

@@ -55,7 +55,13 @@ def ansible() -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(program: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
         done = subprocess.run(
-            [PROGRAMS / program, *arguments], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=900, check=False
+            [PROGRAMS / program, *arguments],
+            cwd=PROJECT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
         )
         if check:
             assert done.returncode == 0, done.stdout + done.stderr

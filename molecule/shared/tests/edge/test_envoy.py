@@ -84,7 +84,9 @@ def test_the_ring_has_the_members_of_the_inventory(config: dict[str, Any], edge:
 
 
 def test_the_balancing_is_by_ring(config: dict[str, Any], edge: Any) -> None:
-    clusters = {one["cluster"]["name"]: one["cluster"] for one in config["ClustersConfigDump"]["dynamic_active_clusters"]}
+    clusters = {
+        one["cluster"]["name"]: one["cluster"] for one in config["ClustersConfigDump"]["dynamic_active_clusters"]
+    }
     points = edge.variables["stickyring_edge_ring_points_per_endpoint"]
     for wanted in edge.variables["stickyring_edge_clusters"]:
         loaded = clusters[wanted["name"]]
@@ -95,7 +97,9 @@ def test_the_balancing_is_by_ring(config: dict[str, Any], edge: Any) -> None:
 def test_the_hash_policies_are_those_of_the_inventory(config: dict[str, Any], edge: Any) -> None:
     loaded = {
         one["route_config"]["name"]: [
-            route["route"].get("hash_policy", []) for route in one["route_config"]["virtual_hosts"][0]["routes"] if "route" in route
+            route["route"].get("hash_policy", [])
+            for route in one["route_config"]["virtual_hosts"][0]["routes"]
+            if "route" in route
         ]
         for one in config["RoutesConfigDump"]["dynamic_route_configs"]
     }

@@ -19,7 +19,11 @@ def probe(programs: Path, tmp_path: Path) -> Callable[..., tuple[int, dict[str, 
     def run(url: str, *options: str) -> tuple[int, dict[str, Any]]:
         file = tmp_path / "figures.json"
         done = subprocess.run(
-            [programs / "stickyring", "probe", url, "--json", file, *options], capture_output=True, text=True, timeout=600, check=False
+            [programs / "stickyring", "probe", url, "--json", file, *options],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
         )
         assert done.returncode in (0, 1), done.stdout + done.stderr
         return done.returncode, json.loads(file.read_text())

@@ -32,7 +32,9 @@ def properties(host: Host, unit: str, *names: str) -> dict[str, str]:
 
 
 def test_exactly_the_wanted_instances_run(host: Host, node: Any, units: list[str]) -> None:
-    listed = host.check_output(f"systemctl list-units --plain --no-legend --all '{node.variables['stickyring_node_service']}@*'")
+    listed = host.check_output(
+        f"systemctl list-units --plain --no-legend --all '{node.variables['stickyring_node_service']}@*'"
+    )
     assert {line.split()[0]: line.split()[2] for line in listed.splitlines()} == dict.fromkeys(units, "active")
     assert all(host.service(unit).is_enabled for unit in units)
 

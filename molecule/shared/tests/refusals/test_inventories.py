@@ -40,7 +40,9 @@ def judge(inventory: Path, ansible: Any, tmp_path: Path) -> Any:
                 file.write(text)
         done = ansible("ansible-playbook", "-i", copy, "site.yml", "--check", "--tags", "always", *options, check=False)
         output = done.stdout + done.stderr
-        return Judgement(passed=done.returncode == 0, said=" ".join(output.split()), reached="Deploy the nodes" in output)
+        return Judgement(
+            passed=done.returncode == 0, said=" ".join(output.split()), reached="Deploy the nodes" in output
+        )
 
     return run
 
@@ -54,12 +56,15 @@ def test_the_good_inventory_passes(judge: Any) -> None:
 @pytest.mark.parametrize(
     ("hosts", "message"),
     [
-        (HOSTS.split("nodes:")[0], "The group `nodes` has no host"),
+        (HOSTS.split("nodes:", maxsplit=1)[0], "The group `nodes` has no host"),
         ("nodes:" + HOSTS.split("nodes:")[1], "The group `edge` has no host"),
         (HOSTS.replace("node2", "node1"), "Found duplicate mapping key 'node1'"),
         (HOSTS.replace("100.12", "100.11"), "node1 and node2 have the same address 198.51.100.11"),
         (HOSTS.replace("100.12}", "100.12, stickyring_node_name: node1}"), "node1 and node2 have the same name node1"),
-        (HOSTS.replace("100.10}", "100.10, stickyring_edge_admin_port: 9002}"), "edge1: port 9002 is used by listener sticky"),
+        (
+            HOSTS.replace("100.10}", "100.10, stickyring_edge_admin_port: 9002}"),
+            "edge1: port 9002 is used by listener sticky",
+        ),
         (HOSTS.replace("100.12}", "100.12, stickyring_node_prot: 1}"), "did you mean stickyring_node_port?"),
         (HOSTS.replace("100.12}", "100.12, stickyring_node_instances: none}"), "node2: stickyring_node_instances is"),
     ],
@@ -74,7 +79,9 @@ def test_a_bad_hash_policy_is_named(judge: Any) -> None:
 
 
 def test_too_old_an_ansible_is_named(judge: Any) -> None:
-    refused(judge(HOSTS, "--extra-vars", "stickyring_preflight_ansible_version=99.0"), "is too old: 99.0 or newer is needed")
+    refused(
+        judge(HOSTS, "--extra-vars", "stickyring_preflight_ansible_version=99.0"), "is too old: 99.0 or newer is needed"
+    )
 
 
 def refused(judgement: Judgement, message: str) -> None:

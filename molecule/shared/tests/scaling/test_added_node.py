@@ -65,5 +65,10 @@ def test_a_new_node_joins_without_a_dropped_websocket(
     assert envoy_pid(host) == before
 
     file = tmp_path / "after.json"
-    subprocess.run([programs / "stickyring", "probe", edge_url("sticky"), "--json", file], check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [programs / "stickyring", "probe", edge_url("sticky"), "--json", file],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     assert set(json.loads(file.read_text())["total"]["ids_per_node"]) == {f"node{number}-1" for number in range(1, 5)}
