@@ -457,14 +457,31 @@ class Edge:
                 return "; ".join(dict.fromkeys(map(in_one_line, found))) or "its log has the reason"
             time.sleep(POLL_SECONDS)
 
+    def journal(self, *options: str) -> str:
+        """What the unit logged, one record a line; empty when no unit is known."""
+        unit = self.module.params["unit"]
+        if not unit:
+            return ""
+        command = ["journalctl", "--unit", unit, "--output", "cat", "--no-pager", *options]
+        return str(self.module.run_command(command)[1])
+
     def reasons_in_journal(self) -> list[str]:
         """What Envoy logged since the start about files that it refused; config_dump knows only of listeners."""
-        if not self.module.params["unit"]:
-            return []
-        command = ["journalctl", "--unit", self.module.params["unit"], "--since", f"@{self.started:.6f}"]
-        _code, output, _error = self.module.run_command([*command, "--output", "cat", "--no-pager"])
+        log = self.journal("--since", f"@{self.started:.6f}")
         # A report may span lines; the next record begins with its time in brackets or is a line of the access log.
-        return re.findall(r"Filesystem config update (?:rejected|failure): (.*?)(?=\n[\[{]|\Z)", output, re.DOTALL)
+        return re.findall(r"Filesystem config update (?:rejected|failure): (.*?)(?=\n[\[{]|\Z)", log, re.DOTALL)
+
+    def expect_an_answer(self) -> None:
+        """Waits for the admin interface; NotApplied with the unit's last words."""
+        try:
+            self.wait(
+                f"Asking Envoy on 127.0.0.1:{self.admin.port}",
+                lambda: [] if self.admin.answers() else ["its admin interface does not answer"],
+            )
+        except NotApplied as error:
+            raise NotApplied(f"{error}. {in_one_line(self.journal('--lines', '5'))}".strip()) from error
+        self.running = True
+        self.before = self.admin.stats()
 
     def steps(self, changed: list[XdsFile]) -> list[list[XdsFile]]:
         """The files to write, in steps that Envoy finishes one after another.
@@ -548,12 +565,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     files = [XdsFile(path, resources) for path, resources in module.params["files"].items()]
     edge = Edge(module, files)
     if module.params["admin_required"] and not edge.running and not module.check_mode:
-        edge.wait(
-            f"Asking Envoy on 127.0.0.1:{edge.admin.port}",
-            lambda: [] if edge.admin.answers() else ["its admin interface does not answer"],
-        )
-        edge.running = True
-        edge.before = edge.admin.stats()
+        edge.expect_an_answer()
 
     changed = edge.changed_files()
     strangers = edge.strangers()

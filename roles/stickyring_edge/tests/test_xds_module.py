@@ -254,3 +254,38 @@ def test_an_envoy_that_must_answer_and_does_not(directory: Path, files: Files, c
     message = run(directory, files, closed_port, admin_required=True)["msg"]
     assert f"Envoy on 127.0.0.1:{closed_port}" in message
     assert "does not answer" in message
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What journalctl says."""
+    said = tmp_path / "journal"
+    program = tmp_path / "bin" / "journalctl"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ncat {said}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    return said
+
+
+def test_the_journal_has_the_reason_when_the_admin_interface_has_not(
+    directory: Path, files: Files, envoy: FakeEnvoy, journal: Path
+) -> None:
+    run(directory, files, envoy.port)
+    journal.write_text(
+        "[2026-01-01][1][info][main] before\n"
+        "[2026-01-01][1][warning][config] Filesystem config update rejected: Error adding cluster(s) nodes:\n"
+        "constraint violated\n"
+        '{"time":"2026-01-01","path":"/"}\n'
+    )
+    files["clusters.yaml"][0]["refuse"] = "told nowhere but in the log"
+    message = run(directory, files, envoy.port, unit="edge.service")["msg"]
+    assert "Envoy refused clusters.yaml: Error adding cluster(s) nodes: constraint violated. The previous" in message
+
+
+def test_the_last_words_of_an_envoy_that_does_not_answer(
+    directory: Path, files: Files, closed_port: int, journal: Path
+) -> None:
+    journal.write_text("[critical] cannot bind 127.0.0.1:9901\n")
+    message = run(directory, files, closed_port, admin_required=True, unit="edge.service")["msg"]
+    assert message.endswith("does not answer. [critical] cannot bind 127.0.0.1:9901")
