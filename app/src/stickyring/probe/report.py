@@ -213,42 +213,52 @@ class Report:
         }
 
     def __rich__(self) -> RenderableType:
-        key = f"id as {self.key}" if self.key else "no id sent"
-        parts: list[RenderableType] = [
-            Text(
-                f"{self.target.origin} ({self.target.address}), {key}: {len(self.shape.ids)} ids x "
-                f"{self.shape.connections} connections x {len(self.shape.manners)} transports in {self.elapsed:.1f} s"
-            ),
-            self._transports_table(),
-        ]
-        if self.nodes_known_by is None:
-            parts.append(
-                Text(
-                    f"Which node served is unknown: no {self.dialect.node_header} header and no node#<id> text. "
-                    f"Only completion and {INVALID_SESSION} are judged."
-                )
-            )
-        else:
-            parts.append(self._nodes_table())
-        if self.total.failures:
-            parts.append(self._failures_table())
         good = self.sticky and not self.interrupted
-        parts.append(Text(self.verdict, style="bold green" if good else "bold red"))
-        return Group(*parts)
+        paragraphs: list[list[RenderableType]] = [
+            [Text(line) for line in self._asked()],
+            [self._transports_table(), *(Text(line, style="dim") for line in self._notes())],
+        ]
+        if self.nodes_known_by is not None:
+            paragraphs.append([self._nodes_table()])
+        if self.total.failures:
+            paragraphs.append([self._failures_table()])
+        paragraphs.append([Text(self.verdict, style="bold green" if good else "bold red")])
+        # A blank line between paragraphs, none after the last.
+        return Group(*(line for paragraph in paragraphs for line in (Text(), *paragraph)))
+
+    def _asked(self) -> list[str]:
+        key = f"id as {self.key}" if self.key else "no id sent"
+        shape = self.shape
+        return [
+            f"{self.target.origin} ({self.target.address}), {key}",
+            f"{len(shape.ids)} ids x {shape.connections} connections x {len(shape.manners)} transports, "
+            f"{self.elapsed:.1f} s",
+        ]
+
+    def _notes(self) -> list[str]:
+        notes = ["split ids: seen on more than one node; busiest/mean: of the ids on each node"]
+        if self.nodes_known_by is None:
+            notes.append(f"which node served is unknown: no {self.dialect.node_header} header, no node#<id> text;")
+            notes.append(f"only completion and {INVALID_SESSION} are judged")
+        else:
+            notes.append(f"nodes known by {self.nodes_known_by}")
+        if self.total.fell_back:
+            notes.append(f"{self.total.fell_back} websocket-first sessions fell back to polling")
+        return notes
 
     def _transports_table(self) -> Table:
-        # Without padding the columns, all of them, fit into 100 characters.
-        table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+        # Without padding and edge the columns fit into the 80 characters of a terminal.
+        table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
         table.add_column("transport", no_wrap=True)
-        held = ["dropped"] if self.shape.hold is not None else []
+        held = ["drop-\nped"] if self.shape.hold is not None else []
         for name in (
-            "sessions",
-            "com-\npleted",
+            "ses-\nsions",
+            "com-\nplete",
             "Invalid\nsession",
-            "other\nfailures",
+            "other\nfails",
             *held,
-            "ids on\n>1 node",
-            "busiest/\nmean ids",
+            "split\nids",
+            "busiest\n/mean",
             "handshake\np50/p99 ms",
             "round trip\np50/p99 ms",
         ):
@@ -265,26 +275,23 @@ class Report:
                 str(figures.invalid),
                 str(figures.failed_otherwise),
                 *dropped,
-                "unknown" if self.nodes_known_by is None else str(len(figures.split_ids)),
+                "?" if self.nodes_known_by is None else str(len(figures.split_ids)),
                 "-" if figures.busiest_over_mean is None else f"{figures.busiest_over_mean:.2f}",
                 pair(figures.handshakes),
                 pair(figures.round_trips),
                 end_section=number == len(rows) - 2,
             )
-        fell_back = self.total.fell_back
-        if fell_back:
-            table.caption = f"{fell_back} websocket-first sessions were refused a websocket and fell back to polling"
         return table
 
     def _nodes_table(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=f"nodes by {self.nodes_known_by}")
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False)
         table.add_column("node", overflow="fold")
         for name in ("ids", "sessions", *self.by_manner):
             table.add_column(name, justify="right", no_wrap=True)
         nodes = sorted(self.total.ids_per_node)
         for node in nodes[:NODES_SHOWN]:
             table.add_row(
-                node,
+                Text(node),
                 str(self.total.ids_per_node[node]),
                 str(self.total.sessions_per_node[node]),
                 *(str(figures.sessions_per_node[node]) for figures in self.by_manner.values()),
@@ -294,7 +301,7 @@ class Report:
         return table
 
     def _failures_table(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False)
         table.add_column("cause of failure", overflow="fold")
         for name in ("sessions", *self.by_manner):
             table.add_column(name, justify="right", no_wrap=True)
