@@ -1,9 +1,11 @@
 """Real sessions against real python-socketio nodes behind an edge that is sticky, or is not."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable
 
+import aiohttp
 import pytest
 from deployment import (
     Answer,
@@ -25,6 +27,7 @@ from stickyring.probe.report import Report
 from stickyring.probe.run import judge_and_measure, measure
 from stickyring.probe.settings import Dialect, Manner, Shape
 from stickyring.probe.targets import Target, judge
+from stickyring.probe.transports import connector
 
 IDS = tuple(f"user-{number:05}" for number in range(1, 9))
 ALL = Shape(IDS, connections=2)
@@ -184,12 +187,14 @@ async def test_a_session_answered_by_two_nodes_has_failed_even_if_it_went_throug
 
 async def test_websocket_first_falls_back_to_polling_and_websocket_does_not() -> None:
     def no_websockets(request: Request) -> Answer:
-        return refuse("403 Forbidden") if request.upgrade else owner("one")
+        return refuse("403 Forbidden", "x-served-by: gatekeeper") if request.upgrade else owner("one")
 
     async with deployed(no_websockets) as deployment:
         report = await probed(deployment, Shape(IDS, [Manner.WEBSOCKET_FIRST, Manner.WEBSOCKET], connections=1))
     first, only = report.by_manner["websocket-first"], report.by_manner["websocket"]
     assert (first.completed, first.fell_back) == (8, 8)
+    # Who refused the websocket is no node of the session that polling then opened.
+    assert set(first.sessions_per_node) == {f"node{owner('one').node % 3 + 1}-1"}
     assert (only.completed, only.fell_back) == (0, 0)
     assert only.failures == {"HTTP 403": 8}
 
@@ -239,6 +244,17 @@ async def test_the_connection_goes_to_the_address_that_was_judged() -> None:
         # The same name with another judged address does not reach the server.
         other = Target(target.origin, target.host, target.port, target.query, "127.0.0.2")
         assert (await measure(other, Dialect(), POLLING)).total.failures == {"connection refused": 16}
+
+
+async def test_no_connection_is_made_to_an_address_that_was_not_judged() -> None:
+    async with deployed(by_parameter()) as deployment:
+        for address, connections in (("127.0.0.1", 1), ("127.0.0.2", 1)):
+            target = Target(deployment.url, "127.0.0.1", deployment.port, "", address)
+            async with aiohttp.ClientSession(connector=connector(target)) as http:
+                expected = contextlib.nullcontext() if address == "127.0.0.1" else pytest.raises(aiohttp.ClientError)
+                with expected:
+                    await (await http.get(f"{deployment.url}/")).read()
+            assert deployment.connections == connections
 
 
 async def test_the_query_of_the_url_goes_along_as_it_stands() -> None:

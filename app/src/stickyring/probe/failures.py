@@ -48,7 +48,8 @@ def cause(error: BaseException, stage: str) -> str:
         case asyncio.TimeoutError():
             text = f"timeout ({stage})"
         case aiohttp.ClientConnectorCertificateError():
-            text = f"TLS certificate not accepted: {error.certificate_error}"
+            reason = getattr(error.certificate_error, "verify_message", error.certificate_error)
+            text = f"TLS certificate not accepted: {reason}"
         case aiohttp.ClientSSLError():
             text = f"TLS: {error.os_error.strerror or error.os_error}"
         case aiohttp.WSServerHandshakeError():
