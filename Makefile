@@ -5,7 +5,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-PYTHON_CODE := app playbooks roles molecule docs
+PYTHON_OUTSIDE_APP := playbooks roles molecule docs
 
 .PHONY: help demo proof down test lint unit molecule lock screenshot
 
@@ -36,11 +36,11 @@ down: .venv/.installed ## Remove the lab: hosts, network, keys and images
 test: lint unit molecule ## Lint, unit tests, and both scenarios with a browser (about 20 minutes; takes a running demo down)
 
 lint: .venv/.installed ## Judge style, types, playbooks and roles without running them
-	ruff check --config app/pyproject.toml $(PYTHON_CODE)
-	ruff format --check --config app/pyproject.toml $(PYTHON_CODE)
-	cd app && mypy
+	cd app && ruff check && ruff format --check && mypy
+	ruff check --config app/pyproject.toml $(PYTHON_OUTSIDE_APP)
+	ruff format --check --config app/pyproject.toml $(PYTHON_OUTSIDE_APP)
 	yamllint --strict .
-	ansible-lint --offline
+	ansible-lint
 
 unit: .venv/.installed ## Unit tests, without root and without the lab
 	cd app && pytest

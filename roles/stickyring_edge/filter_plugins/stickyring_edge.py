@@ -182,8 +182,9 @@ def _routes(item: Data, common: Data) -> Data:
     settings = _key_for_the_log(policies)
     if settings:
         resource["typed_per_filter_config"] = settings
+    private = [{"match": {"path": path}, "direct_response": {"status": 404}} for path in common["private_paths"]]
     resource["virtual_hosts"] = [
-        {"name": item["name"], "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": route}]}
+        {"name": item["name"], "domains": ["*"], "routes": [*private, {"match": {"prefix": "/"}, "route": route}]}
     ]
     return resource
 

@@ -303,8 +303,8 @@ def warming_clusters(dump: Dump) -> set[str]:
 
 
 def in_one_line(reason: str) -> str:
-    """The reason without line breaks, or its end: Envoy prints the whole message that it refused before it says why."""
-    words = " ".join(reason.split())
+    """The reason without line breaks and without the refused message, which Envoy prints behind it or before it."""
+    words = " ".join(reason.split()).partition('): {"')[0]
     return words if len(words) <= REASON_LENGTH else f"... {words[-REASON_LENGTH:]}"
 
 

@@ -19,6 +19,7 @@ POLICIES = [
 COMMON: dict[str, Any] = {
     "directory": "/etc/x",
     "hash_policies": POLICIES,
+    "private_paths": ["/metrics"],
     "ring_points_per_endpoint": 100,
     "listener": {},
     "http_connection_manager": {"use_remote_address": True},
@@ -84,7 +85,7 @@ def test_hash_policies_are_in_the_routes_alone() -> None:
     changed[0]["hash_policies"] = [{"header": {"header_name": "x-user"}}]
     before, after = compose(), compose(changed)
     assert [path for path in before if before[path] != after[path]] == ["routes/sticky.yaml"]
-    route = after["routes/sticky.yaml"][0]["virtual_hosts"][0]["routes"][0]["route"]
+    route = after["routes/sticky.yaml"][0]["virtual_hosts"][0]["routes"][-1]["route"]
     assert route["hash_policy"] == [{"header": {"header_name": "x-user"}}]
 
 
@@ -102,7 +103,13 @@ def test_the_log_finds_the_key_of_every_policy() -> None:
 def test_without_a_policy_nothing_is_hashed_or_logged_as_a_key() -> None:
     [routes] = compose()["routes/unkeyed.yaml"]
     assert "typed_per_filter_config" not in routes
-    assert "hash_policy" not in routes["virtual_hosts"][0]["routes"][0]["route"]
+    assert "hash_policy" not in routes["virtual_hosts"][0]["routes"][-1]["route"]
+
+
+def test_private_paths_are_answered_before_any_node() -> None:
+    [private, public] = compose()["routes/sticky.yaml"][0]["virtual_hosts"][0]["routes"]
+    assert private == {"match": {"path": "/metrics"}, "direct_response": {"status": 404}}
+    assert public["match"] == {"prefix": "/"}
 
 
 def test_a_cluster_may_have_a_health_path_of_its_own() -> None:

@@ -276,11 +276,15 @@ def test_the_journal_has_the_reason_when_the_admin_interface_has_not(
         "[2026-01-01][1][info][main] before\n"
         "[2026-01-01][1][warning][config] Filesystem config update rejected: Error adding cluster(s) nodes:\n"
         "constraint violated\n"
+        '[2026-01-01][1][warning][config] Filesystem config update failure: not a duration): {"resources":[]}\n'
         '{"time":"2026-01-01","path":"/"}\n'
     )
     files["clusters.yaml"][0]["refuse"] = "told nowhere but in the log"
     message = run(directory, files, envoy.port, unit="edge.service")["msg"]
-    assert "Envoy refused clusters.yaml: Error adding cluster(s) nodes: constraint violated. The previous" in message
+    assert (
+        "Envoy refused clusters.yaml: Error adding cluster(s) nodes: constraint violated; not a duration. The previous"
+        in message
+    )
 
 
 def test_the_last_words_of_an_envoy_that_does_not_answer(

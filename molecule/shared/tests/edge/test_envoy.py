@@ -5,6 +5,7 @@ import re
 import socket
 from http.client import HTTPConnection
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
@@ -119,6 +120,15 @@ def test_the_answer_names_the_node_that_served(edge_url: Any, edge: Any) -> None
         with urlopen(f"{edge_url('sticky')}/healthz?client_id=user-{number}", timeout=5) as answer:
             served.add(answer.headers["x-served-by"])
     assert served == names
+
+
+def test_the_metrics_of_the_nodes_are_not_for_the_users(edge: Any, edge_url: Any) -> None:
+    with pytest.raises(HTTPError) as refused:
+        urlopen(f"{edge_url('sticky')}/metrics", timeout=5)
+    assert refused.value.code == 404
+    node = next(one for one in edge.variables["stickyring_edge_clusters"] if one["name"] == "nodes")["endpoints"][0]
+    with urlopen(f"http://{node['address']}:{node['port']}/metrics", timeout=5) as answer:
+        assert b"stickyring_connections" in answer.read()
 
 
 @pytest.mark.parametrize(("announced", "status"), [(1_000_000, 400), (1_000_001, 413)])
