@@ -44,7 +44,7 @@ lint: .venv/.installed ## Judge style, types, playbooks and roles without runnin
 
 unit: .venv/.installed ## Unit tests, without root and without the lab
 	cd app && pytest
-	pytest playbooks roles
+	pytest playbooks roles molecule/tests
 
 molecule: .venv/.installed app/node_modules/.package-lock.json ## Both scenarios on real hosts, with a browser
 	@$(call need,chromium:chromium)

@@ -1,0 +1,59 @@
+"""Another team's application, deployed by variables alone beside the echo service, and nodes installed from an index."""
+
+import asyncio
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+import socketio
+import testinfra
+
+
+@pytest.fixture
+def machine(inventory: Any) -> Any:
+    """A host of the inventory by name, as root."""
+    return lambda name: testinfra.get_host(f"ansible://{name}?sudo=true", ansible_inventory=str(inventory))
+
+
+def test_its_pages_are_served_through_the_edge(edge_url: Any) -> None:
+    with urlopen(edge_url("guestbook") + "/health", timeout=5) as answer:
+        assert answer.read() == b"well\n"
+        assert answer.headers["x-served-by"] == "guestbook-1"
+    with pytest.raises(HTTPError) as refused:
+        urlopen(edge_url("guestbook") + "/index2.html", timeout=5)
+    assert refused.value.code == 404, "the echo service answers in its place"
+
+
+def test_its_own_events_work(edge_url: Any) -> None:
+    async def sign(name: str) -> tuple[int, str]:
+        client = socketio.AsyncClient(reconnection=False)
+        signed: asyncio.Queue[str] = asyncio.Queue()
+        client.on("signed", signed.put)
+        await client.connect(f"{edge_url('guestbook')}?client_id={name}", wait_timeout=10)
+        count = await client.call("sign", name, timeout=10)
+        answer = await asyncio.wait_for(signed.get(), 10)
+        await client.disconnect()
+        return count, answer
+
+    count, answer = asyncio.run(sign("ada"))
+    assert count >= 1
+    assert answer == "ada"
+    with urlopen(edge_url("guestbook") + "/", timeout=5) as page:
+        assert "ada" in page.read().decode().splitlines()
+
+
+def test_it_lives_beside_the_first_application(machine: Any) -> None:
+    units = ("chat@1.service", "chat@2.service", "guestbook@1.service")
+    node = machine("node2")
+    users = {unit: node.check_output(f"systemctl show {unit} --property=User --value") for unit in units}
+    assert all(node.service(unit).is_running for unit in units)
+    assert users == {"chat@1.service": "chat", "chat@2.service": "chat", "guestbook@1.service": "guestbook"}
+    assert not machine("node1").service("guestbook@1.service").is_running
+
+
+def test_the_nodes_were_installed_from_the_index(machine: Any, nodes: Any) -> None:
+    log = machine("edge1").check_output("journalctl --unit index --output cat --no-pager")
+    for node in nodes:
+        fetched = [line for line in log.splitlines() if line.startswith(node.variables["stickyring_address"] + " ")]
+        assert any("GET /stickyring/stickyring-" in line for line in fetched), f"{node.name} took no wheel from the index"
