@@ -79,4 +79,4 @@ need = missing=; for pair in $(1); do command -v "$${pair%%:*}" >/dev/null || mi
 install = { echo "Installing$(1)"; apt-get update -qq && apt-get install -qq --no-install-recommends $(1) >/dev/null; }
 say = echo; echo "==> $(1)"
 comma := ,
-EDGE = http://$(shell .venv/bin/ansible-inventory --host edge1 | jq --raw-output .ansible_host)
+EDGE = http://$(shell .venv/bin/ansible-inventory --list | jq --raw-output "._meta.hostvars[.edge.hosts[0]].ansible_host")

@@ -19,6 +19,10 @@ def test_every_suite_that_a_scenario_verifies_has_tests(file: Path) -> None:
 
 
 def test_every_suite_is_run_by_a_scenario() -> None:
-    sequences = [yaml.safe_load(file.read_text())["scenario"]["test_sequence"] for file in SCENARIOS.glob("*/molecule.yml")]
+    sequences = [
+        yaml.safe_load(file.read_text())["scenario"]["test_sequence"] for file in SCENARIOS.glob("*/molecule.yml")
+    ]
     verified = {Path(step).name for sequence in sequences for step in sequence if step.startswith("verify ")}
-    assert {folder.name for folder in (SCENARIOS / "shared" / "tests").iterdir() if any(folder.glob("test_*.py"))} == verified
+    assert {
+        folder.name for folder in (SCENARIOS / "shared" / "tests").iterdir() if any(folder.glob("test_*.py"))
+    } == verified

@@ -1,4 +1,4 @@
-"""Another team's application, deployed by variables alone beside the echo service, and nodes installed from an index."""
+"""Another team's application, deployed by variables alone beside the echo service, from wheels and from an index."""
 
 import asyncio
 from typing import Any
@@ -56,4 +56,6 @@ def test_the_nodes_were_installed_from_the_index(machine: Any, nodes: Any) -> No
     log = machine("edge1").check_output("journalctl --unit index --output cat --no-pager")
     for node in nodes:
         fetched = [line for line in log.splitlines() if line.startswith(node.variables["stickyring_address"] + " ")]
-        assert any("GET /stickyring/stickyring-" in line for line in fetched), f"{node.name} took no wheel from the index"
+        assert any("GET /stickyring/stickyring-" in line for line in fetched), (
+            f"{node.name} took no wheel from the index"
+        )

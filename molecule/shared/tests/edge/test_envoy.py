@@ -1,14 +1,17 @@
 """The edge as it really is: what Envoy has loaded, whom it listens to and what it logs."""
 
+import asyncio
 import json
 import re
 import socket
+import time
 from http.client import HTTPConnection
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
+import socketio
 from testinfra.host import Host
 
 testinfra_hosts = ["ansible://edge?sudo=true"]
@@ -140,3 +143,40 @@ def test_an_oversize_body_is_refused_before_it_is_sent(edge_url: Any, announced:
     connection.endheaders(b"4" * announced if status == 400 else None)
     assert connection.getresponse().status == status
     connection.close()
+
+
+def logged(host: Host, key: str) -> list[dict[str, Any]]:
+    """The access-log lines about a key; waits for the first one."""
+    deadline = time.monotonic() + 10
+    while True:
+        lines = host.check_output(f"journalctl --unit={UNIT} --output=cat --no-pager --since=-1min").splitlines()
+        found = [
+            line for line in map(json.loads, (one for one in lines if one.startswith("{"))) if line.get("key") == key
+        ]
+        if found or time.monotonic() > deadline:
+            return found
+
+
+def test_the_access_log_tells_key_node_and_duration(host: Host, edge_url: Any) -> None:
+    key = f"log-{time.monotonic_ns()}"
+    with urlopen(f"{edge_url('sticky')}/healthz?client_id={key}&secret=1", timeout=5) as answer:
+        node = answer.headers["x-served-by"]
+    (line,) = logged(host, key)
+    assert (line["node"], line["path"], line["response_code"]) == (node, "/healthz", 200)
+    assert line["duration_ms"] >= 0
+    assert "secret" not in json.dumps(line)
+
+
+def test_the_access_log_tells_of_a_websocket_while_it_is_open(host: Host, edge_url: Any) -> None:
+    key = f"log-{time.monotonic_ns()}"
+
+    async def open_websocket() -> list[dict[str, Any]]:
+        client = socketio.AsyncClient(reconnection=False)
+        await client.connect(f"{edge_url('sticky')}?client_id={key}", transports=["websocket"], wait_timeout=10)
+        lines = await asyncio.to_thread(logged, host, key)
+        await client.disconnect()
+        return lines
+
+    lines = asyncio.run(open_websocket())
+    assert [line["upgrade"] for line in lines] == ["websocket"]
+    assert lines[0]["node"]

@@ -1,0 +1,17 @@
+"""A run that is limited to the edges renders, byte for byte, what a whole run does."""
+
+from typing import Any
+
+from testinfra.host import Host
+
+testinfra_hosts = ["ansible://edge?sudo=true"]
+
+FILES = "find /etc/stickyring-edge /etc/systemd/system/stickyring-edge.service -type f -exec sha256sum {} + | sort -k 2"
+
+
+def test_a_limited_run_leaves_the_configuration_of_a_whole_run(host: Host, inventory: Any, ansible: Any) -> None:
+    whole = host.check_output(FILES)
+    assert whole.count("/xds/") >= 4, "no configuration to compare"
+    output = ansible("ansible-playbook", "-i", inventory, "site.yml", "--limit", "edge").stdout
+    assert "changed=0" in output.partition("PLAY RECAP")[2]
+    assert host.check_output(FILES) == whole

@@ -1,0 +1,51 @@
+"""What the README tells a reader to run is there, and the example inventory is a good one."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+PROGRAMS = Path(sys.executable).parent
+README = (PROJECT / "README.md").read_text()
+BLOCKS = re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [line.removeprefix("$ ").split(" #")[0].split("   ")[0] for block in BLOCKS for line in block.splitlines()]
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg")}
+    return subprocess.run(
+        command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("command", [one for one in COMMANDS if one.startswith("make ")])
+def test_every_make_target_exists(command: str) -> None:
+    done = run("make", "--dry-run", *shlex.split(command)[1:])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [one for one in COMMANDS if one.startswith("ansible-playbook ")])
+def test_every_playbook_can_be_run(command: str) -> None:
+    words = [word.replace("inventory/production", "inventory/example") for word in shlex.split(command)]
+    done = run(PROGRAMS / words[0], *words[1:], "--syntax-check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_every_link_leads_somewhere(link: str) -> None:
+    assert (PROJECT / link).exists()
+
+
+def test_every_command_is_of_a_kind_that_is_tested() -> None:
+    assert COMMANDS
+    assert {shlex.split(command)[0] for command in COMMANDS} == {"make", "ansible-playbook", "stickyring", "cp"}
+
+
+def test_the_example_inventory_passes_preflight() -> None:
+    done = run(PROGRAMS / "ansible-playbook", "-i", "inventory/example", "playbooks/preflight.yml")
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,64 @@
+"""Each role says the same in its defaults, its argument_specs and its README."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+PROJECT = Path(__file__).parents[2]
+ROLES = sorted((PROJECT / "roles").iterdir())
+# What a site sets; the lab, the probe and preflight are this project's own tools.
+DEPLOYED = ("stickyring_node", "stickyring_edge")
+# Set by the playbooks, from the inventory.
+COMPOSED = {"stickyring_node_address", "stickyring_node_name", "stickyring_node_restart", "stickyring_edge_node_id"}
+# Shown with a value that is not the default.
+EXAMPLES = {"stickyring_node_environment", "stickyring_node_wheelhouse"}
+
+
+def options(role: Path) -> dict[str, Any]:
+    specs = yaml.safe_load((role / "meta" / "argument_specs.yml").read_text())["argument_specs"]
+    return specs["main"]["options"]
+
+
+def defaults(role: Path) -> dict[str, Any]:
+    return yaml.safe_load((role / "defaults" / "main.yml").read_text())
+
+
+@pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
+def test_every_option_has_a_default_or_is_required(role: Path) -> None:
+    required = {name for name, option in options(role).items() if option.get("required")}
+    assert set(defaults(role)) == set(options(role)) - required
+
+
+@pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
+def test_every_literal_default_is_the_documented_one(role: Path) -> None:
+    specified = {name: option["default"] for name, option in options(role).items() if "default" in option}
+    literal = {name: value for name, value in defaults(role).items() if "{{" not in str(value)}
+    assert {name: specified.get(name) for name in literal} == literal
+
+
+@pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
+def test_every_variable_carries_the_name_of_its_role(role: Path) -> None:
+    assert all(name.startswith(f"{role.name}_") for name in options(role))
+
+
+@pytest.mark.parametrize("name", DEPLOYED)
+def test_the_readme_has_every_variable(name: str) -> None:
+    text = (PROJECT / "roles" / name / "README.md").read_text()
+    assert set(re.findall(rf"^\| `({name}_\w+)`", text, re.MULTILINE)) == set(options(PROJECT / "roles" / name))
+
+
+@pytest.mark.parametrize("name", DEPLOYED)
+def test_the_example_inventory_shows_every_variable_with_its_default(name: str) -> None:
+    files = sorted((PROJECT / "inventory" / "example" / "group_vars").glob("*.yml"))
+    shown: dict[str, Any] = {}
+    for file in files:
+        shown |= yaml.safe_load(re.sub(r"^# (?=stickyring_\w+:| )", "", file.read_text(), flags=re.MULTILINE))
+    role = PROJECT / "roles" / name
+    assert {variable for variable in shown if variable.startswith(name)} == set(options(role)) - COMPOSED
+    literal = {
+        key: value for key, value in defaults(role).items() if "{{" not in str(value) and key not in COMPOSED | EXAMPLES
+    }
+    assert {key: shown[key] for key in literal} == literal
