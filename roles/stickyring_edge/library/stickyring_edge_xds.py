@@ -6,6 +6,7 @@ https://www.envoyproxy.io/docs/envoy/v1.40.0/operations/admin.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import http.client
 import json
@@ -34,6 +35,14 @@ description:
     files back and fails with Envoy's own words. Without an answer the files are only written.
   - With nothing to change the module just proves the state and reports no change.
 options:
+  state:
+    description:
+      - V(present) writes the files.
+      - V(proven) changes nothing. It fails when the files differ from what is wanted, naming them and showing the
+        difference in diff mode, and when the admin interface does not answer within O(timeout) or Envoy is not at them.
+    type: str
+    choices: [present, proven]
+    default: present
   directory:
     description: Directory of the files; made when missing, with one level of sub-directories.
     type: path
@@ -58,10 +67,6 @@ options:
     description: Port of Envoy's admin interface on 127.0.0.1.
     type: int
     default: 9901
-  admin_required:
-    description: Fail when the admin interface does not answer within O(timeout).
-    type: bool
-    default: false
   timeout:
     description: Seconds that each step may take until Envoy has it.
     type: int
@@ -94,7 +99,7 @@ EXAMPLES = r"""
   stickyring_edge_xds:
     directory: /etc/stickyring-edge/xds
     files: "{{ files }}"
-    admin_required: true
+    state: proven
     healthy_timeout: 60
 """
 
@@ -143,6 +148,10 @@ class InvalidFiles(Exception):
 
 class NotApplied(Exception):
     """Envoy refused a step or did not finish it in time; the message is Envoy's reason."""
+
+
+class NotProven(Exception):
+    """The host does not hold what is wanted; the message names what differs."""
 
 
 def to_yaml(value: object, indent: int = 0) -> str:
@@ -394,7 +403,7 @@ class Edge:
         ]
 
     def own(self, path: Path, mode: str) -> bool:
-        """Gives owner, group and mode; True when that changed something."""
+        """Gives owner, group and mode, except in check mode; True when that changed something."""
         arguments = {**self.module.params, "mode": mode, "attributes": None}
         wanted = self.module.load_file_common_arguments(arguments, path=str(path))
         return bool(self.module.set_fs_attributes_if_different(wanted, changed=False))
@@ -518,12 +527,62 @@ class Edge:
             for path in strangers:
                 (self.directory / path).unlink()
             if self.running:
-                self.wait(
-                    "Loading the configuration",
-                    lambda: self.problems(self.files) or [line for file in self.files for line in file.port_problems()],
-                )
+                self.prove()
         except (NotApplied, OSError) as error:
             raise NotApplied(f"{error}. {self.restore(texts)}.") from error
+
+    def prove(self) -> None:
+        """Waits until Envoy runs on the files and its ports are open."""
+        self.wait(
+            "Loading the configuration",
+            lambda: self.problems(self.files) or [line for file in self.files for line in file.port_problems()],
+        )
+
+    def prove_healthy(self) -> None:
+        """Waits until Envoy finds every endpoint healthy, if that is asked for."""
+        if self.module.params["healthy_timeout"]:
+            self.timeout = self.module.params["healthy_timeout"]
+            self.wait("Waiting until Envoy finds every endpoint healthy", self.health_problems)
+
+    def difference(self, texts: dict[str, str]) -> list[dict[str, str]]:
+        """Files and their texts as Ansible shows them under --diff."""
+        return [
+            {"before_header": path, "after_header": path, "before": self.read(path) or "", "after": text}
+            for path, text in texts.items()
+        ]
+
+    def prove_files(self) -> None:
+        """NotProven when files, or their owners and modes, are not the wanted ones; changes none of it."""
+        texts = {file.path: file.text(self.header) for file in self.files}
+        texts = {path: text for path, text in texts.items() if self.read(path) != text}
+        texts |= dict.fromkeys(self.strangers(), "")
+        self.module.check_mode = True
+        names = [
+            *texts,
+            *(
+                f"{file.path} (owner or mode)"
+                for file in self.files
+                if file.path not in texts and self.own(self.directory / file.path, "0644")
+            ),
+        ]
+        if not names:
+            return
+        told = f"{self.directory} is not what the variables say and was left alone: {', '.join(names)}."
+        if self.module._diff:
+            # Ansible shows no diff of a task that failed, so it is part of the message.
+            lines = [
+                line
+                for part in self.difference(texts)
+                for line in difflib.unified_diff(
+                    part["before"].splitlines(),
+                    part["after"].splitlines(),
+                    f"{part['before_header']} on the host",
+                    f"{part['after_header']} wanted",
+                    lineterm="",
+                )
+            ]
+            told = "\n".join([told, *lines])
+        raise NotProven(told)
 
     def restore(self, texts: dict[str, str | None]) -> str:
         """Puts the files back as they were and waits until Envoy is at them; a sentence on how that went."""
@@ -564,46 +623,50 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     """Does what the parameters ask; the module's result."""
     files = [XdsFile(path, resources) for path, resources in module.params["files"].items()]
     edge = Edge(module, files)
-    if module.params["admin_required"] and not edge.running and not module.check_mode:
-        edge.expect_an_answer()
+    result = {
+        "changed": False,
+        "written": [],
+        "removed": [],
+        "versions": {file.path: file.version for file in files},
+        "proven": False,
+    }
+    if module.params["state"] == "proven":
+        edge.prove_files()
+        if not edge.running:
+            edge.expect_an_answer()
+        edge.prove()
+        edge.prove_healthy()
+        return result | {"proven": True}
 
     changed = edge.changed_files()
     strangers = edge.strangers()
     texts = {file.path: file.text(edge.header) for file in changed} | dict.fromkeys(strangers, "")
-    result = {
+    result |= {
         "changed": bool(texts),
         "written": [file.path for file in changed],
         "removed": strangers,
-        "versions": {file.path: file.version for file in files},
-        "proven": False,
-        "diff": [
-            {"before_header": path, "after_header": path, "before": edge.read(path) or "", "after": text}
-            for path, text in texts.items()
-        ],
+        "diff": edge.difference(texts),
     }
     if module.check_mode:
         return result
 
     edge.apply(changed, strangers)
     owned = [edge.own(edge.directory / file.path, "0644") for file in files]
-    result |= {"changed": any([result["changed"], *owned]), "proven": edge.running}
-    if module.params["healthy_timeout"]:
-        edge.timeout = module.params["healthy_timeout"]
-        edge.wait("Waiting until Envoy finds every endpoint healthy", edge.health_problems)
-    return result
+    edge.prove_healthy()
+    return result | {"changed": any([result["changed"], *owned]), "proven": edge.running}
 
 
 def main() -> None:
     """Runs as an Ansible module."""
     module = AnsibleModule(
         argument_spec={
+            "state": {"type": "str", "choices": ["present", "proven"], "default": "present"},
             "directory": {"type": "path", "required": True},
             "files": {"type": "dict", "required": True},
             "header": {"type": "str", "default": ""},
             "owner": {"type": "str"},
             "group": {"type": "str"},
             "admin_port": {"type": "int", "default": 9901},
-            "admin_required": {"type": "bool", "default": False},
             "timeout": {"type": "int", "default": 30},
             "healthy_timeout": {"type": "int", "default": 0},
             "unit": {"type": "str"},
@@ -612,7 +675,7 @@ def main() -> None:
     )
     try:
         result = run(module)
-    except (InvalidFiles, NotApplied, OSError) as error:
+    except (InvalidFiles, NotApplied, NotProven, OSError) as error:
         module.fail_json(msg=str(error))
     module.exit_json(**result)
 

@@ -104,7 +104,7 @@ def test_a_file_with_another_mode_is_mended(directory: Path, files: Files, close
 
 
 def test_check_mode_touches_nothing_and_shows_the_difference(directory: Path, files: Files, closed_port: int) -> None:
-    result = run(directory, files, closed_port, _ansible_check_mode=True, admin_required=True)
+    result = run(directory, files, closed_port, _ansible_check_mode=True)
     assert result["changed"]
     assert not directory.exists()
     assert {part["after_header"]: part["before"] for part in result["diff"]} == dict.fromkeys(files, "")
@@ -118,6 +118,46 @@ def test_check_mode_touches_nothing_and_shows_the_difference(directory: Path, fi
     assert "connect_timeout" in part["after"]
     assert "connect_timeout" not in part["before"]
     assert contents(directory) == before
+
+
+def test_a_proof_names_what_differs_and_leaves_it_alone(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+    run(directory, files, envoy.port)
+    (directory / "routes" / "old.yaml").write_text((directory / "routes" / "sticky.yaml").read_text())
+    before = contents(directory)
+    wanted = deepcopy(files)
+    wanted["clusters.yaml"][0]["connect_timeout"] = "3s"
+    result = run(directory, wanted, envoy.port, state="proven")
+    assert result["failed"]
+    assert "left alone: clusters.yaml, routes/old.yaml." in result["msg"]
+    assert "connect_timeout" not in result["msg"]
+    shown = run(directory, wanted, envoy.port, state="proven", _ansible_diff=True)["msg"]
+    assert "--- clusters.yaml on the host" in shown
+    assert '+    connect_timeout: "3s"' in shown
+    assert contents(directory) == before
+    # Whoever does not only ask gets what he wants, and then it is proven.
+    assert run(directory, wanted, envoy.port)["changed"]
+    assert run(directory, wanted, envoy.port, state="proven")["proven"]
+
+
+def test_a_proof_of_nothing_makes_nothing(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+    message = run(directory, files, envoy.port, state="proven")["msg"]
+    assert all(path in message for path in files)
+    assert not directory.exists()
+
+
+def test_a_proof_sees_another_mode_and_leaves_it(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+    run(directory, files, envoy.port)
+    (directory / "clusters.yaml").chmod(0o666)
+    assert "left alone: clusters.yaml (owner or mode)." in run(directory, files, envoy.port, state="proven")["msg"]
+    assert (directory / "clusters.yaml").stat().st_mode & 0o777 == 0o666
+
+
+def test_a_proof_asks_the_running_envoy(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+    run(directory, files, envoy.port)
+    assert run(directory, files, envoy.port, state="proven")["proven"]
+    envoy.stats["cluster_manager.cds.version_text"] = "older"
+    message = run(directory, files, envoy.port, state="proven")["msg"]
+    assert "clusters.yaml: Envoy is at version older" in message
 
 
 @pytest.mark.parametrize(
@@ -143,7 +183,7 @@ def test_files_that_cannot_serve_are_refused_unwritten(
 def test_a_running_envoy_is_proven_and_not_changed(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
     assert run(directory, files, envoy.port)["proven"]
     loads = list(envoy.loads)
-    result = run(directory, files, envoy.port, admin_required=True)
+    result = run(directory, files, envoy.port, state="proven")
     assert result["proven"]
     assert not result["changed"]
     assert envoy.loads == loads
@@ -251,7 +291,8 @@ def test_an_unhealthy_endpoint_is_named(directory: Path, files: Files, envoy: Fa
 
 
 def test_an_envoy_that_must_answer_and_does_not(directory: Path, files: Files, closed_port: int) -> None:
-    message = run(directory, files, closed_port, admin_required=True)["msg"]
+    run(directory, files, closed_port)
+    message = run(directory, files, closed_port, state="proven")["msg"]
     assert f"Envoy on 127.0.0.1:{closed_port}" in message
     assert "does not answer" in message
 
@@ -291,5 +332,6 @@ def test_the_last_words_of_an_envoy_that_does_not_answer(
     directory: Path, files: Files, closed_port: int, journal: Path
 ) -> None:
     journal.write_text("[critical] cannot bind 127.0.0.1:9901\n")
-    message = run(directory, files, closed_port, admin_required=True, unit="edge.service")["msg"]
+    run(directory, files, closed_port)
+    message = run(directory, files, closed_port, state="proven", unit="edge.service")["msg"]
     assert message.endswith("does not answer. [critical] cannot bind 127.0.0.1:9901")
