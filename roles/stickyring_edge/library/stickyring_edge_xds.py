@@ -17,6 +17,7 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ description:
   - The order never names what is not there yet (endpoints of new clusters, clusters, endpoints, routes, listeners), and
     what is no longer wanted goes last.
   - When Envoy's admin interface answers, each step is awaited there. A rejected or unfinished step puts the previous
-    files back and fails with Envoy's own words. Without an answer the files are only written.
+    files back and fails with Envoy's own words. Without an answer the files are only written, unless O(unit) runs.
   - With nothing to change the module just proves the state and reports no change.
 options:
   state:
@@ -64,7 +65,9 @@ options:
     description: Group of the files and directories.
     type: str
   admin_port:
-    description: Port of Envoy's admin interface on 127.0.0.1.
+    description:
+      - Port of Envoy's admin interface on 127.0.0.1.
+      - With V(present) and O(unit), an Envoy that still has another one is found by the ports that its process has.
     type: int
     default: 9901
   timeout:
@@ -76,8 +79,16 @@ options:
     type: int
     default: 0
   unit:
-    description: systemd unit whose journal is searched for Envoy's reason when the admin interface does not tell it.
+    description:
+      - systemd unit of this Envoy.
+      - Its journal is searched for Envoy's reason when the admin interface does not tell it.
+      - Files are not written below an Envoy that runs and does not answer, because nobody would judge them.
     type: str
+  start_files:
+    description: Files and links that Envoy reads only at its start, besides the file of its O(unit).
+    type: list
+    elements: path
+    default: []
 author:
   - The stickyring authors
 attributes:
@@ -120,6 +131,10 @@ proven:
   description: Whether a running Envoy was seen to be at these versions.
   returned: success
   type: bool
+up_to_date:
+  description: Whether O(unit) runs and was started after the last change of its file and of O(start_files).
+  returned: success
+  type: bool
 """
 
 CLUSTER = "envoy.config.cluster.v3.Cluster"
@@ -135,6 +150,10 @@ SINGLE_TYPES = (ENDPOINTS, ROUTES)
 RESERVED_KEYS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 POLL_SECONDS = 0.1
 JOURNAL_SECONDS = 3
+ADMIN_SECONDS = 5
+PROC = Path("/proc")
+TCP_LISTEN = "0A"
+LOOPBACK = "0100007F"
 REASON_LENGTH = 500
 
 Resource = dict[str, Any]
@@ -325,7 +344,7 @@ class Admin:
 
     def get(self, path: str) -> Resource:
         """The JSON of this path."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ADMIN_SECONDS)
         try:
             connection.request("GET", path)
             response = connection.getresponse()
@@ -363,6 +382,54 @@ class Admin:
         return found
 
 
+class Unit:
+    """The systemd unit that runs Envoy, as it was when it was looked at; without a name nothing runs."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.name: str | None = module.params["unit"]
+        self.start_files: list[str] = module.params["start_files"]
+        self.module = module
+        self.shown: dict[str, str] = {}
+        self.look()
+
+    def look(self) -> None:
+        """Asks systemd."""
+        if self.name:
+            properties = "ActiveState,MainPID,NeedDaemonReload,FragmentPath,ExecMainStartTimestampMonotonic"
+            command = ["systemctl", "show", f"--property={properties}", self.name]
+            output = self.module.run_command(command, check_rc=True)[1]
+            self.shown = dict(line.split("=", 1) for line in output.splitlines())
+
+    def active(self) -> bool:
+        """Whether it runs."""
+        return self.shown.get("ActiveState") == "active"
+
+    def up_to_date(self) -> bool:
+        """Whether it runs on its unit file and the start files as they are on disk."""
+        if not self.active() or self.shown["NeedDaemonReload"] == "yes":
+            return False
+        # Counted back from now, so that a clock that was set after the start does not matter.
+        boot = time.time() - time.monotonic()
+        started = boot + int(self.shown["ExecMainStartTimestampMonotonic"]) / 1e6
+        paths = map(Path, [self.shown["FragmentPath"], *self.start_files])
+        return all(os.path.lexists(path) and path.lstat().st_mtime < started for path in paths)
+
+    def loopback_ports(self) -> list[int]:
+        """Ports on 127.0.0.1 that its main process listens on."""
+        process = PROC / self.shown["MainPID"]
+        sockets = set()
+        try:
+            for descriptor in (process / "fd").iterdir():
+                # Clients' connections may end while we look.
+                with suppress(FileNotFoundError):
+                    sockets.add(str(descriptor.readlink()))
+            rows = [row.split() for row in (process / "net" / "tcp").read_text().splitlines()[1:]]
+        except OSError:
+            return []  # the process ended meanwhile
+        places = [row[1].split(":") for row in rows if row[3] == TCP_LISTEN and f"socket:[{row[9]}]" in sockets]
+        return sorted(int(port, 16) for address, port in places if address == LOOPBACK)
+
+
 class Edge:
     """The directory of files and, when its admin interface answers, the Envoy that reads them."""
 
@@ -373,9 +440,33 @@ class Edge:
         self.header: str = module.params["header"]
         self.timeout: int = module.params["timeout"]
         self.admin = Admin(module.params["admin_port"])
+        self.unit = Unit(module)
         self.running = self.admin.answers()
+        if not self.running and module.params["state"] == "present":
+            self.find()
         self.started = time.time()
         self.before: Stats = self.admin.stats() if self.running else {}
+
+    def find(self) -> None:
+        """Waits until a unit that runs is found at any port; NotApplied when it never answers.
+
+        To write the files all the same would give them to Envoy in no order and unjudged.
+        """
+        deadline = time.monotonic() + self.timeout
+        while self.unit.active():
+            # It may be at the port of an earlier run, as long as it was not restarted.
+            for admin in map(Admin, [self.admin.port, *self.unit.loopback_ports()]):
+                if admin.answers():
+                    self.admin, self.running = admin, True
+                    return
+            if time.monotonic() > deadline:
+                raise NotApplied(
+                    f"{self.unit.name} runs, but its admin interface answers neither on 127.0.0.1:{self.admin.port} nor"
+                    f" on another port that it has open there, for {self.timeout} s. Nothing was written."
+                    f" If Envoy hangs, `systemctl stop {self.unit.name}` and run this again."
+                )
+            time.sleep(POLL_SECONDS)
+            self.unit.look()
 
     def read(self, path: str) -> str | None:
         """The file's text, None when it is not there."""
@@ -462,16 +553,15 @@ class Edge:
             listeners = self.admin.dump().get("ListenersConfigDump", {}).get("dynamic_listeners", [])
             found = [item["error_state"]["details"] for item in listeners if "error_state" in item]
             found = found or self.reasons_in_journal()
-            if found or not self.module.params["unit"] or time.monotonic() > deadline:
+            if found or not self.unit.name or time.monotonic() > deadline:
                 return "; ".join(dict.fromkeys(map(in_one_line, found))) or "its log has the reason"
             time.sleep(POLL_SECONDS)
 
     def journal(self, *options: str) -> str:
         """What the unit logged, one record a line; empty when no unit is known."""
-        unit = self.module.params["unit"]
-        if not unit:
+        if not self.unit.name:
             return ""
-        command = ["journalctl", "--unit", unit, "--output", "cat", "--no-pager", *options]
+        command = ["journalctl", "--unit", self.unit.name, "--output", "cat", "--no-pager", *options]
         return str(self.module.run_command(command)[1])
 
     def reasons_in_journal(self) -> list[str]:
@@ -629,6 +719,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         "removed": [],
         "versions": {file.path: file.version for file in files},
         "proven": False,
+        "up_to_date": edge.unit.up_to_date(),
     }
     if module.params["state"] == "proven":
         edge.prove_files()
@@ -670,6 +761,7 @@ def main() -> None:
             "timeout": {"type": "int", "default": 30},
             "healthy_timeout": {"type": "int", "default": 0},
             "unit": {"type": "str"},
+            "start_files": {"type": "list", "elements": "path", "default": []},
         },
         supports_check_mode=True,
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import time
 from contextlib import redirect_stdout
 from copy import deepcopy
 from pathlib import Path
@@ -297,23 +299,46 @@ def test_an_envoy_that_must_answer_and_does_not(directory: Path, files: Files, c
     assert "does not answer" in message
 
 
+class Systemd:
+    """What systemctl and journalctl say."""
+
+    def __init__(self, programs: Path) -> None:
+        self.said = programs / "journal"
+        self.said.touch()
+        self.shown = programs / "unit"
+        self.unit = programs / "edge.service"
+        self.unit.touch()
+        self.show()
+        for name, command in (("journalctl", f"cat {self.said}"), ("systemctl", f"cat {self.shown}")):
+            (programs / name).write_text(f"#!/bin/sh\n{command}\n")
+            (programs / name).chmod(0o755)
+
+    def show(self, **properties: object) -> None:
+        """Has systemctl say this, of a unit that does not run unless it is said."""
+        shown = {"ActiveState": "inactive", "MainPID": 0, "NeedDaemonReload": "no", "FragmentPath": self.unit}
+        shown |= {"ExecMainStartTimestampMonotonic": 0, **properties}
+        self.shown.write_text("".join(f"{name}={value}\n" for name, value in shown.items()))
+
+    def start(self, **properties: object) -> None:
+        """Has this process be the unit's, started now."""
+        started = time.monotonic_ns() // 1000
+        self.show(ActiveState="active", MainPID=os.getpid(), ExecMainStartTimestampMonotonic=started, **properties)
+
+
 @pytest.fixture
-def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What journalctl says."""
-    said = tmp_path / "journal"
-    program = tmp_path / "bin" / "journalctl"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\ncat {said}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
-    return said
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Systemd:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    monkeypatch.setattr(xds, "ADMIN_SECONDS", 0.5)
+    return Systemd(programs)
 
 
 def test_the_journal_has_the_reason_when_the_admin_interface_has_not(
-    directory: Path, files: Files, envoy: FakeEnvoy, journal: Path
+    directory: Path, files: Files, envoy: FakeEnvoy, systemd: Systemd
 ) -> None:
     run(directory, files, envoy.port)
-    journal.write_text(
+    systemd.said.write_text(
         "[2026-01-01][1][info][main] before\n"
         "[2026-01-01][1][warning][config] Filesystem config update rejected: Error adding cluster(s) nodes:\n"
         "constraint violated\n"
@@ -329,9 +354,68 @@ def test_the_journal_has_the_reason_when_the_admin_interface_has_not(
 
 
 def test_the_last_words_of_an_envoy_that_does_not_answer(
-    directory: Path, files: Files, closed_port: int, journal: Path
+    directory: Path, files: Files, closed_port: int, systemd: Systemd
 ) -> None:
-    journal.write_text("[critical] cannot bind 127.0.0.1:9901\n")
+    systemd.said.write_text("[critical] cannot bind 127.0.0.1:9901\n")
     run(directory, files, closed_port)
     message = run(directory, files, closed_port, state="proven", unit="edge.service")["msg"]
     assert message.endswith("does not answer. [critical] cannot bind 127.0.0.1:9901")
+
+
+@pytest.mark.usefixtures("envoy")
+def test_an_envoy_at_another_admin_port_is_found_by_its_process(
+    directory: Path, files: Files, closed_port: int, systemd: Systemd
+) -> None:
+    systemd.start()
+    assert run(directory, files, closed_port, unit="edge.service")["proven"]
+    systemd.show()
+    assert not run(directory, files, closed_port, unit="edge.service")["proven"]
+    systemd.start()
+    # The proof is about the port that the variables say.
+    assert "does not answer" in run(directory, files, closed_port, unit="edge.service", state="proven")["msg"]
+
+
+def test_nothing_is_written_below_an_envoy_that_runs_and_is_mute(
+    directory: Path, files: Files, closed_port: int, systemd: Systemd
+) -> None:
+    systemd.start()
+    message = run(directory, files, closed_port, unit="edge.service")["msg"]
+    assert message.startswith("edge.service runs, but its admin interface answers neither")
+    assert not directory.exists()
+    # One that was stopped has nothing to say.
+    systemd.show()
+    result = run(directory, files, closed_port, unit="edge.service")
+    assert set(result["written"]) == set(files)
+    assert not result["proven"]
+
+
+def test_a_process_is_up_to_date_until_what_it_starts_from_is_touched(
+    directory: Path, files: Files, envoy: FakeEnvoy, tmp_path: Path, systemd: Systemd
+) -> None:
+    release, link = tmp_path / "release", tmp_path / "current"
+    release.mkdir()
+    link.symlink_to(release)
+
+    def up_to_date() -> bool:
+        result = run(directory, files, envoy.port, unit="edge.service", start_files=[str(link)])
+        answer: bool = result["up_to_date"]
+        return answer
+
+    assert not up_to_date()
+    later = time.time() + 60
+    systemd.start()
+    # What the link leads to is as old as it is: to point it elsewhere makes another link.
+    os.utime(release, (later, later))
+    assert up_to_date()
+    systemd.start(NeedDaemonReload="yes")
+    assert not up_to_date()
+    systemd.start()
+    os.utime(link, (later, later), follow_symlinks=False)
+    assert not up_to_date()
+    link.unlink()
+    assert not up_to_date()
+    link.symlink_to(release)
+    systemd.start()
+    assert up_to_date()
+    os.utime(systemd.unit, (later, later))
+    assert not up_to_date()
