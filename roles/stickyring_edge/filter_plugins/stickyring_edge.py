@@ -18,6 +18,8 @@ HASH_POLICIES = ("query_parameter", "header", "cookie", "connection_properties",
 NAME_FIELDS = {"query_parameter": "name", "header": "header_name", "cookie": "name", "filter_state": "key"}
 # Envoy's own upper bound for the points of one ring.
 LARGEST_RING = 8 * 1024 * 1024
+SHA256 = re.compile(r"[0-9a-f]{64}")
+PING_INTERVAL = 25
 
 
 def _repeated(values: list[Any]) -> list[Any]:
@@ -32,11 +34,56 @@ def _is_address(text: str) -> bool:
     return True
 
 
-def stickyring_edge_problems(
-    listeners: list[Data], clusters: list[Data], hash_policies: list[Data], points_per_endpoint: int
-) -> list[str]:
-    """What is wrong with the edge's variables, one sentence each; empty when nothing is."""
+def _canonical(address: str) -> str:
+    """The one spelling of an IP address that has many; what is none stays as it is."""
+    return str(ipaddress.ip_address(address)) if _is_address(address) else address
+
+
+def _number_problems(settings: Data) -> list[str]:
     problems = []
+    files, connections = (int(settings[f"stickyring_edge_{name}"]) for name in ("limit_nofile", "max_connections"))
+    if files < 2 * connections:
+        problems.append(
+            f"stickyring_edge_limit_nofile {files} is too low: a websocket takes two descriptors, so"
+            f" stickyring_edge_max_connections {connections} needs {2 * connections} or more."
+        )
+    if float(settings["stickyring_edge_route_timeout"]) <= PING_INTERVAL:
+        problems.append(
+            f"stickyring_edge_route_timeout {settings['stickyring_edge_route_timeout']} would end long polls: more than"
+            f" {PING_INTERVAL}, the ping interval of Engine.IO, is needed."
+        )
+    if int(settings["stickyring_edge_trusted_hops"]) < 0:
+        problems.append("stickyring_edge_trusted_hops is 0 or more.")
+    return problems
+
+
+def _place_problems(listeners: list[Data], admin_port: int) -> list[str]:
+    problems = []
+    places = [(_canonical(item.get("address", "0.0.0.0")), int(item["port"])) for item in listeners]
+    for item, (address, port) in zip(listeners, places, strict=True):
+        where = f"listener {item['name']}"
+        if not 1024 <= port <= 65535:
+            problems.append(f"{where}: port {port} is not from 1024 to 65535, which Envoy may open without privileges.")
+        if not _is_address(address):
+            problems.append(f"{where}: {address!r} is no IP address, and Envoy looks up no names here.")
+        if port == admin_port and address in ("127.0.0.1", "0.0.0.0", "::"):
+            problems.append(f"{where}: port {port} on {address} is that of stickyring_edge_admin_port on 127.0.0.1.")
+    return problems + [f"port {port} on {address} has two listeners." for address, port in _repeated(places)]
+
+
+def stickyring_edge_problems(settings: Data, sha256: str | None = None) -> list[str]:
+    """What is wrong with the edge's variables, one sentence each; empty when nothing is.
+
+    ``settings`` has the judged variables by their names, typed as the role's argument_specs say. ``sha256`` is judged
+    if it is known: a binary that the same run is to build has none yet.
+    """
+    listeners: list[Data] = settings["stickyring_edge_listeners"]
+    clusters: list[Data] = settings["stickyring_edge_clusters"]
+    hash_policies: list[Data] = settings["stickyring_edge_hash_policies"]
+    points_per_endpoint = int(settings["stickyring_edge_ring_points_per_endpoint"])
+    problems = _number_problems(settings)
+    if sha256 is not None and not SHA256.fullmatch(sha256):
+        problems.append(f"stickyring_edge_envoy_sha256 {sha256!r} is not 64 hexadecimal digits in lower case.")
     for kind, items in (("listener", listeners), ("cluster", clusters)):
         names = [item["name"] for item in items]
         problems += [f"{kind} {name}: the name is used twice." for name in _repeated(names)]
@@ -45,8 +92,7 @@ def stickyring_edge_problems(
         ]
     if not listeners:
         problems.append("stickyring_edge_listeners is empty: the edge would listen nowhere.")
-    places = [(item.get("address", "0.0.0.0"), item["port"]) for item in listeners]
-    problems += [f"port {port} on {address} has two listeners." for address, port in _repeated(places)]
+    problems += _place_problems(listeners, int(settings["stickyring_edge_admin_port"]))
     known = {item["name"] for item in clusters}
     problems += [
         f"listener {item['name']}: there is no cluster {item['cluster']} in stickyring_edge_clusters."
@@ -61,7 +107,7 @@ def stickyring_edge_problems(
         problems += [f"{where}: endpoint {name} is there twice." for name in _repeated([e["name"] for e in endpoints])]
         problems += [
             f"{where}: {address}:{port} is there twice."
-            for address, port in _repeated([(e["address"], e["port"]) for e in endpoints])
+            for address, port in _repeated([(_canonical(e["address"]), int(e["port"])) for e in endpoints])
         ]
         problems += [
             f"{where}: endpoint {e['name']}: {e['address']!r} is no IP address, and Envoy looks up no names here."
@@ -69,7 +115,7 @@ def stickyring_edge_problems(
             if not _is_address(e["address"])
         ]
         problems += [
-            f"{where}: endpoint {e['name']}: the weight is 1 or more." for e in endpoints if e.get("weight", 1) < 1
+            f"{where}: endpoint {e['name']}: the weight is 1 or more." for e in endpoints if int(e.get("weight", 1)) < 1
         ]
         if points_per_endpoint * len(endpoints) > LARGEST_RING:
             problems.append(

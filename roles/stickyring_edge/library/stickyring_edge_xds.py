@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import http.client
+import ipaddress
 import json
 import os
 import re
@@ -320,9 +321,14 @@ def endpoints_of(assignment: Resource) -> dict[tuple[str, int], str]:
     found = {}
     for locality in assignment.get("endpoints", []):
         for item in locality.get("lb_endpoints", []):
-            address = item["endpoint"]["address"]["socket_address"]
-            found[(address["address"], address["port_value"])] = item["endpoint"].get("hostname", "")
+            found[place_of(item["endpoint"]["address"])] = item["endpoint"].get("hostname", "")
     return found
+
+
+def place_of(address: Resource) -> tuple[str, int]:
+    """IP address, in the one spelling that compares, and port of an Address."""
+    place = address["socket_address"]
+    return str(ipaddress.ip_address(place["address"])), place["port_value"]
 
 
 def warming_clusters(dump: Dump) -> set[str]:
@@ -377,8 +383,7 @@ class Admin:
         found = {}
         for cluster in self.get("/clusters?format=json").get("cluster_statuses", []):
             for host in cluster.get("host_statuses", []):
-                address = host["address"]["socket_address"]
-                found[(cluster["name"], address["address"], address["port_value"])] = host["health_status"]
+                found[(cluster["name"], *place_of(host["address"]))] = host["health_status"]
         return found
 
 

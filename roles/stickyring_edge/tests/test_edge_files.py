@@ -119,16 +119,44 @@ def test_a_cluster_may_have_a_health_path_of_its_own() -> None:
 
 
 def judge(
-    listeners: list[dict[str, Any]], clusters: list[dict[str, Any]], policies: list[dict[str, Any]], points: int = 4096
+    listeners: list[dict[str, Any]] = LISTENERS,
+    clusters: list[dict[str, Any]] = CLUSTERS,
+    sha256: str | None = None,
+    **others: object,
 ) -> str:
-    return " ".join(edge.stickyring_edge_problems(listeners, clusters, policies, points))
+    """What is said of these variables; all others have their defaults."""
+    settings = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
+    settings |= {"stickyring_edge_listeners": listeners, "stickyring_edge_clusters": clusters}
+    settings |= {f"stickyring_edge_{name}": value for name, value in others.items()}
+    return " ".join(edge.stickyring_edge_problems(settings, sha256))
 
 
 def test_good_variables_have_no_problem() -> None:
-    defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())["stickyring_edge_hash_policies"]
-    assert judge(LISTENERS, CLUSTERS, POLICIES) == ""
-    assert judge(LISTENERS, CLUSTERS, defaults) == ""
-    assert judge(LISTENERS, CLUSTERS, [{"connection_properties": {"source_ip": True}}]) == ""
+    assert judge() == ""
+    assert judge(sha256="0123456789abcdef" * 4) == ""
+    assert judge(hash_policies=POLICIES) == ""
+    assert judge(hash_policies=[{"connection_properties": {"source_ip": True}}]) == ""
+    assert judge(limit_nofile="20000", max_connections="9000", admin_port="9801", route_timeout="25.5") == ""
+    # An address of its own, and both families.
+    places = ({"address": "192.0.2.9", "port": 9901}, {"address": "::", "port": 9002}, {"port": 65535})
+    others = [{"name": f"more{i}", "cluster": "nodes", **place} for i, place in enumerate(places)]
+    assert judge([*LISTENERS, *others]) == ""
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ({"sha256": "A" * 64}, f"stickyring_edge_envoy_sha256 '{'A' * 64}' is not 64 hexadecimal digits"),
+        ({"sha256": "0" * 63}, "is not 64 hexadecimal digits in lower case"),
+        ({"limit_nofile": 39999}, "stickyring_edge_limit_nofile 39999 is too low"),
+        ({"route_timeout": 25}, "stickyring_edge_route_timeout 25 would end long polls"),
+        ({"trusted_hops": -1}, "stickyring_edge_trusted_hops is 0 or more"),
+        ({"admin_port": 9002}, "listener sticky: port 9002 on 0.0.0.0 is that of stickyring_edge_admin_port"),
+        ({"admin_port": 9001}, "listener single: port 9001 on 127.0.0.1 is that of stickyring_edge_admin_port"),
+    ],
+)
+def test_each_fault_of_a_single_value_is_said(others: dict[str, Any], words: str) -> None:
+    assert words in judge(**others)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +166,10 @@ def test_good_variables_have_no_problem() -> None:
         ({"name": "a.b"}, {}, {}, "listener a.b: a name is letters"),
         ({"cluster": "none"}, {}, {}, "listener sticky: there is no cluster none"),
         ({"port": 9003}, {}, {}, "port 9003 on 0.0.0.0 has two listeners"),
+        ({"port": 1023}, {}, {}, "listener sticky: port 1023 is not from 1024 to 65535"),
+        ({"port": 65536}, {}, {}, "listener sticky: port 65536 is not from 1024 to 65535"),
+        ({"address": "edge.example"}, {}, {}, "listener sticky: 'edge.example' is no IP address"),
+        ({"address": "0:0::0", "port": 9901}, {}, {}, "port 9901 on :: is that of stickyring_edge_admin_port"),
         ({}, {"endpoints": []}, {}, "cluster nodes: the endpoint list is empty"),
         ({}, {"endpoints": ENDPOINTS * 700}, {}, "are more than Envoy's 8388608"),
         ({}, {}, {"name": "node2-1"}, "cluster nodes: endpoint node2-1 is there twice"),
@@ -157,11 +189,22 @@ def test_each_fault_is_said(
     listeners[0] |= listener
     clusters[0]["endpoints"][0] |= endpoint
     clusters[0] |= cluster
-    assert words in judge(listeners, clusters, POLICIES)
+    assert words in judge(listeners, clusters)
+
+
+def test_spellings_of_one_address_are_one_place() -> None:
+    endpoints = [
+        {"name": "a", "address": "2001:db8::1", "port": 1},
+        {"name": "b", "address": "2001:DB8:0::1", "port": 1},
+    ]
+    clusters = [{"name": "nodes", "endpoints": endpoints}]
+    assert "cluster nodes: 2001:db8::1:1 is there twice" in judge([LISTENERS[0]], clusters)
+    endpoints[1]["address"] = "2001:db8::2"
+    assert judge([LISTENERS[0]], clusters) == ""
 
 
 def test_no_listener_is_a_fault() -> None:
-    assert "stickyring_edge_listeners is empty" in judge([], CLUSTERS, POLICIES)
+    assert "stickyring_edge_listeners is empty" in judge([])
 
 
 def test_defaults_and_argument_specs_say_the_same() -> None:

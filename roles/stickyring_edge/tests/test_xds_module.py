@@ -292,6 +292,22 @@ def test_an_unhealthy_endpoint_is_named(directory: Path, files: Files, envoy: Fa
     assert "failed" not in run(directory, files, envoy.port)
 
 
+def test_envoy_may_spell_an_address_otherwise(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+    def place(address: str) -> dict[str, Any]:
+        wanted = deepcopy(files["endpoints/nodes.yaml"][0])
+        for item in wanted["endpoints"][0]["lb_endpoints"]:
+            item["endpoint"]["address"]["socket_address"]["address"] = address
+        return wanted
+
+    files["endpoints/nodes.yaml"] = [place("2001:DB8:0:0::1")]
+    run(directory, files, envoy.port)
+    envoy.loaded["cluster.nodes"] = [place("2001:db8::1")]
+    assert run(directory, files, envoy.port, state="proven", healthy_timeout=1)["proven"]
+    envoy.loaded["cluster.nodes"] = [place("2001:db8::2")]
+    message = run(directory, files, envoy.port, state="proven", healthy_timeout=1)["msg"]
+    assert "cluster nodes has other endpoints than endpoints/nodes.yaml" in message
+
+
 def test_an_envoy_that_must_answer_and_does_not(directory: Path, files: Files, closed_port: int) -> None:
     run(directory, files, closed_port)
     message = run(directory, files, closed_port, state="proven")["msg"]
