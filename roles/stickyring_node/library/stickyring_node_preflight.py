@@ -5,6 +5,7 @@ from __future__ import annotations  # a Python that is too old should be told so
 
 import errno
 import os
+import pwd
 import re
 import socket
 import time
@@ -75,6 +76,9 @@ SERVICE = r"[a-z][a-z0-9-]{0,30}"
 RELEASE = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 VARIABLE = r"[A-Za-z_]\w*"
 DESCRIPTORS_BESIDE_CONNECTIONS = 100
+# As the role makes the account: an account that differs would be rewritten.
+ACCOUNT = ("/nonexistent", "/usr/sbin/nologin")
+ROOT = Path("/")
 PROC = Path("/proc")
 TCP_LISTEN = "0A"
 
@@ -160,6 +164,20 @@ def port_problem(address: str, port: int, own_unit: str) -> str | None:
     )
 
 
+def account_problem(service: str) -> str | None:
+    """Return whose login the role would rewrite if it made the service's account, or nothing."""
+    try:
+        account = pwd.getpwnam(service)
+    except KeyError:
+        return None
+    if (account.pw_dir, account.pw_shell) == ACCOUNT:
+        return None
+    return (
+        f"the account {service} exists and was not made by this role (home {account.pw_dir}, shell {account.pw_shell})"
+        " and would be rewritten and locked out: choose another stickyring_node_service"
+    )
+
+
 def units(module: AnsibleModule, service: str, instances: list[int]) -> dict[int, dict[str, str]]:
     """Return ``{instance: properties}`` as systemd sees the instances given and all others of the service."""
     names = [f"{service}@{instance}.service" for instance in instances]
@@ -190,10 +208,13 @@ def main() -> None:
     if problems:
         refuse(module, problems)
 
-    home, settings = Path("/opt") / service, Path("/etc") / service
+    home, settings = ROOT / "opt" / service, ROOT / "etc" / service
     stamp, current = home / "releases" / wanted["release"] / ".complete", home / "current"
     found = (port_problem(wanted["address"], wanted["port"] + i - 1, f"{service}@{i}.service") for i in instances)
     problems = sorted({problem for problem in found if problem})
+    account = account_problem(service)
+    if account:
+        problems.append(account)
     _, version, _ = module.run_command([PYTHON, "-c", "import platform; print(platform.python_version())"])
     if LooseVersion(version.strip() or "0") < LooseVersion(LOWEST_PYTHON):
         problems.append(f"{PYTHON} is {version.strip() or 'missing'}: {LOWEST_PYTHON} or newer is needed")
@@ -213,7 +234,7 @@ def main() -> None:
     # Counted back from now, so that a clock that was set after the start does not matter.
     boot = time.time() - time.monotonic()
     started = {i: boot + int(shown[i]["ExecMainStartTimestampMonotonic"]) / 1e6 for i in running}
-    template = Path("/etc/systemd/system") / f"{service}@.service"
+    template = ROOT / "etc/systemd/system" / f"{service}@.service"
     serves = re.search(r'^ExecStart=.* "(.+)"$', template.read_text() if template.is_file() else "", re.MULTILINE)
     module.exit_json(
         has_venv=no_venv == 0,

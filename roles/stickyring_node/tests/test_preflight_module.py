@@ -1,0 +1,499 @@
+"""The module that judges a node's variables and looks at its host, with real sockets and a fake systemctl."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import pwd
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from ansible.module_utils.testing import patch_module_args
+
+SPEC = importlib.util.spec_from_file_location(
+    "stickyring_node_preflight", Path(__file__).parents[1] / "library" / "stickyring_node_preflight.py"
+)
+assert SPEC is not None
+assert SPEC.loader is not None
+preflight: ModuleType = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(preflight)
+
+SERVICE = "stickyring-test"
+REQUIREMENTS = hashlib.sha256(b"click==8.0").hexdigest()
+GOOD: dict[str, Any] = {
+    "service": SERVICE,
+    "application": "stickyring.echo:create_application()",
+    "address": "127.0.0.1",
+    "port": 8001,
+    "instances": 2,
+    "health_path": "/healthz",
+    "max_connections": 10000,
+    "limit_nofile": 10100,
+    "environment": ["REDIS_URL", "_x1"],
+    "release": "1.0+abc_D-1",
+    "requirements_sha256": REQUIREMENTS,
+}
+
+
+def account(name: str, home: str, shell: str) -> pwd.struct_passwd:
+    return pwd.struct_passwd((name, "x", 990, 990, "", home, shell))
+
+
+class Host:
+    """What a host holds: files below `root`, units that its systemctl shows, accounts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "root"
+        self.programs = folder / "bin"
+        self.programs.mkdir()
+        self.asked = folder / "asked"
+        self.accounts: dict[str, pwd.struct_passwd] = {}
+        self.shows({})
+        self.has_python("3.11.2")
+
+    def program(self, name: str, script: str) -> Path:
+        path = self.programs / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        return path
+
+    def has_python(self, version: str, venv: bool = True) -> None:
+        self.program("python3", f'case "$2" in *venv*) exit {0 if venv else 1};; esac; echo "{version}"')
+
+    def shows(self, units: dict[str, dict[str, str]]) -> None:
+        """What systemctl shows, by unit; the order of the properties is its own."""
+        blocks = [
+            "\n".join(f"{key}={value}" for key, value in ({"Id": name} | unit).items()) for name, unit in units.items()
+        ]
+        (self.programs / "shown").write_text("\n\n".join(blocks))
+        self.program("systemctl", f'echo "$@" >"{self.asked}"; cat "{self.programs / "shown"}"')
+
+    def write(self, path: str, text: str = "", age: float = 0) -> Path:
+        """A file that was written that many seconds ago."""
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        self.age(file, age)
+        return file
+
+    def age(self, path: Path, age: float) -> None:
+        os.utime(path, (time.time() - age,) * 2, follow_symlinks=False)
+
+    def getpwnam(self, name: str) -> pwd.struct_passwd:
+        return self.accounts[name]
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    made = Host(tmp_path)
+    monkeypatch.setattr(preflight, "ROOT", made.root)
+    monkeypatch.setattr(preflight, "PYTHON", str(made.programs / "python3"))
+    monkeypatch.setattr(preflight.pwd, "getpwnam", made.getpwnam)
+    monkeypatch.setenv("PATH", str(made.programs), prepend=":")
+    return made
+
+
+@pytest.fixture
+def free_ports() -> int:
+    """The first of two ports on which nothing listens."""
+    for port in range(20000, 30000, 2):
+        try:
+            for probed in (port, port + 1):
+                socket.create_server(("127.0.0.1", probed)).close()
+        except OSError as error:
+            assert error.errno == errno.EADDRINUSE
+        else:
+            return port
+    raise AssertionError("no two free ports")
+
+
+@pytest.fixture
+def listening() -> Iterator[int]:
+    """A port of loopback that this process listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def run(**changed: object) -> dict[str, Any]:
+    """The module's result, as Ansible would read it."""
+    output = io.StringIO()
+    with patch_module_args(GOOD | changed), redirect_stdout(output), pytest.raises(SystemExit):
+        preflight.main()
+    result: dict[str, Any] = json.loads(output.getvalue())
+    return result
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"service": "a"},
+        {"service": "a" * 31},
+        {"application": "chat:app"},
+        {"application": "_a.b_c:_make('x', y=1)"},
+        {"port": 1024},
+        {"port": 65534},
+        {"port": 65535, "instances": 1},
+        {"instances": 1},
+        {"environment": []},
+    ],
+)
+def test_good_variables_have_no_mistake(changed: dict[str, Any]) -> None:
+    assert list(preflight.mistakes(GOOD | changed)) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"service": ""}, "stickyring_node_service '' also names a user"),
+        ({"service": "Chat"}, "stickyring_node_service 'Chat' also names a user"),
+        ({"service": "1chat"}, "also names a user"),
+        ({"service": "chat@1"}, "also names a user"),
+        ({"service": "../chat"}, "also names a user"),
+        ({"service": "chat\n"}, "also names a user"),
+        ({"service": "a" * 32}, "31 at most"),
+        ({"application": "chat"}, "stickyring_node_application 'chat' is neither module:attribute nor"),
+        ({"application": "chat:app.wsgi"}, "is neither module:attribute"),
+        ({"application": "chat app:app"}, "is neither module:attribute"),
+        ({"application": 'chat:make("x")'}, 'holds one of " \\ % $'),
+        ({"application": "chat:make('%n')"}, 'holds one of " \\ % $'),
+        ({"application": "chat:make('$HOME')"}, 'holds one of " \\ % $'),
+        ({"application": "chat:make('a\\b')"}, 'holds one of " \\ % $'),
+        ({"release": ""}, "stickyring_node_release '' may hold letters"),
+        ({"release": ".."}, "stickyring_node_release '..' may hold letters"),
+        ({"release": "a/b"}, "may hold letters"),
+        ({"instances": 0}, "stickyring_node_instances is 0: give 1 or more"),
+        ({"instances": -1}, "stickyring_node_instances is -1: give 1 or more"),
+        ({"port": 1023}, "stickyring_node_port 1023 leaves the range from 1024 to 65535 with 2 instances"),
+        ({"port": 65535}, "stickyring_node_port 65535 leaves the range from 1024 to 65535 with 2 instances"),
+        ({"health_path": "healthz"}, "stickyring_node_health_path 'healthz' does not begin with /"),
+        ({"limit_nofile": 10099}, "stickyring_node_limit_nofile 10099 is too low: 10000 connections"),
+        ({"environment": ["A-B"]}, "stickyring_node_environment: 'A-B' cannot name an environment variable"),
+        ({"environment": ["1A"]}, "stickyring_node_environment: '1A' cannot name"),
+        ({"environment": ["GOOD", "STICKYRING_LISTEN"]}, "STICKYRING_LISTEN belongs to the runtime"),
+    ],
+)
+def test_each_mistake_is_said(changed: dict[str, Any], words: str) -> None:
+    [mistake] = preflight.mistakes(GOOD | changed)
+    assert words in mistake
+
+
+def test_every_mistake_is_said_before_the_host_is_looked_at(host: Host) -> None:
+    result = run(instances=0, health_path="x", release="/")
+    assert result["failed"]
+    assert result["msg"].startswith("Nothing was changed. ")
+    assert all(f"stickyring_node_{name}" in result["msg"] for name in ("instances", "health_path", "release"))
+    assert not host.asked.exists()
+
+
+def test_a_bare_host_has_nothing_and_takes_everything(host: Host, free_ports: int) -> None:
+    result = run(port=free_ports)
+    assert not result.get("failed"), result
+    expected = {"has_venv": True, "complete": False, "application": "", "current": ""}
+    expected |= {name: [] for name in ("known", "enabled", "running", "up_to_date")}
+    assert {name: result[name] for name in expected} == expected
+    assert not result.get("changed")
+    assert not host.root.exists()
+    assert host.asked.read_text().split()[2:] == [f"{SERVICE}@{i}.service" for i in ("1", "2", "*")]
+
+
+@pytest.mark.parametrize(
+    ("home", "shell"),
+    [
+        ("/home/deploy", "/bin/bash"),
+        ("/nonexistent", "/bin/sh"),
+        ("/var/www", "/usr/sbin/nologin"),
+        ("/root", "/bin/bash"),
+    ],
+)
+def test_an_account_of_somebody_else_is_refused(host: Host, free_ports: int, home: str, shell: str) -> None:
+    host.accounts["deploy"] = account("deploy", home, shell)
+    result = run(service="deploy", port=free_ports)
+    assert result["failed"]
+    assert result["msg"].startswith("Nothing was changed. the account deploy exists and was not made by this role")
+    assert f"(home {home}, shell {shell})" in result["msg"]
+    assert result["msg"].endswith("choose another stickyring_node_service.")
+    assert not run(port=free_ports).get("failed")
+
+
+def test_the_account_that_the_role_made_is_taken(host: Host, free_ports: int) -> None:
+    host.accounts[SERVICE] = account(SERVICE, "/nonexistent", "/usr/sbin/nologin")
+    assert not run(port=free_ports).get("failed")
+
+
+def test_a_real_account_is_found() -> None:
+    assert "the account root exists" in preflight.account_problem("root")
+    assert preflight.account_problem("stickyring-nobody-has-this") is None
+
+
+def test_the_account_is_the_one_that_the_role_makes() -> None:
+    install = (Path(__file__).parents[1] / "tasks" / "install.yml").read_text()
+    home, shell = preflight.ACCOUNT
+    assert f"home: {home}\n" in install
+    assert f"shell: {shell}\n" in install
+
+
+@pytest.mark.parametrize(("version", "refused"), [("3.9.2", True), ("3.10.12", True), ("", True), ("3.11.0", False)])
+def test_a_python_that_is_too_old_is_refused(host: Host, free_ports: int, version: str, refused: bool) -> None:
+    host.has_python(version)
+    result = run(port=free_ports)
+    assert bool(result.get("failed")) == refused
+    assert (f"is {version or 'missing'}: 3.11 or newer is needed" in result.get("msg", "")) == refused
+
+
+def test_a_python_without_venv_is_told(host: Host, free_ports: int) -> None:
+    host.has_python("3.11.2", venv=False)
+    assert run(port=free_ports)["has_venv"] is False
+
+
+def test_a_release_of_the_same_name_with_other_content_is_refused(host: Host, free_ports: int) -> None:
+    host.write(f"opt/{SERVICE}/releases/{GOOD['release']}/.complete", f"{REQUIREMENTS}\n")
+    assert run(port=free_ports)["complete"] is True
+    result = run(port=free_ports, requirements_sha256="other")
+    assert f"release {GOOD['release']} was installed from other content" in result["msg"]
+    assert run(port=free_ports, requirements_sha256="other", release="2.0")["complete"] is False
+
+
+def test_a_listening_socket_is_found_with_who_holds_it(listening: int) -> None:
+    comm = Path("/proc/self/comm").read_text().strip()
+    [(pid, command, _)] = preflight.listeners(listening)
+    assert (pid, command) == (os.getpid(), comm)
+
+
+def test_nobody_holds_a_free_port_or_one_that_is_only_connected_to(free_ports: int, listening: int) -> None:
+    assert preflight.listeners(free_ports) == set()
+    with socket.create_connection(("127.0.0.1", listening)) as client:
+        assert preflight.listeners(client.getsockname()[1]) == set()
+
+
+class FakeProc:
+    """A /proc in which given processes share the listening socket of one port."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder = folder
+        self.port = port
+        self.inode = 4711
+        (folder / "net").mkdir(parents=True)
+        self.listens("tcp", "0100007F")
+
+    def listens(self, table: str, address: str) -> None:
+        """The socket is in this table and no other."""
+        for path in (self.folder / "net").iterdir():
+            path.unlink()
+        row = (
+            f"0: {address}:{self.port:04X} 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 {self.inode} 1 0"
+        )
+        (self.folder / "net" / table).write_text(f"sl local_address ...\n{row}\n")
+
+    def add(self, pid: int, cgroup: str, socket_of: int | None = None) -> None:
+        process = self.folder / str(pid)
+        (process / "fd").mkdir(parents=True)
+        (process / "fd" / "0").symlink_to("/dev/null")
+        (process / "fd" / "5").symlink_to(f"socket:[{socket_of or self.inode}]")
+        (process / "comm").write_text("gunicorn\n")
+        (process / "cgroup").write_text(f"0::{cgroup}\n")
+
+
+@pytest.fixture
+def proc(tmp_path: Path, listening: int, monkeypatch: pytest.MonkeyPatch) -> FakeProc:
+    made = FakeProc(tmp_path / "proc", listening)
+    monkeypatch.setattr(preflight, "PROC", made.folder)
+    return made
+
+
+OWN = f"{SERVICE}@1.service"
+OWN_CGROUP = f"/system.slice/system-{SERVICE}.slice/{OWN}"
+
+
+def test_a_port_of_our_own_instance_is_no_problem(proc: FakeProc, listening: int) -> None:
+    for pid in (100, 101):
+        proc.add(pid, OWN_CGROUP)
+    proc.add(200, "/system.slice/other.service", socket_of=1)
+    assert preflight.listeners(listening) == {(100, "gunicorn", OWN), (101, "gunicorn", OWN)}
+    assert preflight.port_problem("127.0.0.1", listening, OWN) is None
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "unit"),
+    [
+        ("/system.slice/nginx.service", "nginx.service"),
+        ("/user.slice/user-0.slice/session-3.scope", "session-3.scope"),
+        (f"/system.slice/system-{SERVICE}.slice/{SERVICE}@2.service", f"{SERVICE}@2.service"),
+        ("/", "no unit"),
+    ],
+)
+def test_a_port_of_somebody_else_is_refused(proc: FakeProc, listening: int, cgroup: str, unit: str) -> None:
+    proc.add(100, OWN_CGROUP)
+    proc.add(300, cgroup)
+    problem = preflight.port_problem("127.0.0.1", listening, OWN)
+    assert problem.startswith(
+        f"port {listening} on 127.0.0.1, meant for {OWN}, is in use by gunicorn (process 100, {OWN})"
+    )
+    assert f"gunicorn (process 300, {unit})" in problem
+    assert problem.endswith("choose another stickyring_node_port")
+
+
+def test_a_port_whose_holder_cannot_be_seen_is_refused(proc: FakeProc, listening: int) -> None:
+    assert proc.folder.exists()
+    assert "is in use by nobody who can be seen" in preflight.port_problem("127.0.0.1", listening, OWN)
+
+
+def test_a_socket_of_ipv6_is_found_too(proc: FakeProc, listening: int) -> None:
+    proc.add(100, OWN_CGROUP)
+    proc.listens("tcp6", "00000000000000000000000001000000")
+    assert preflight.listeners(listening) == {(100, "gunicorn", OWN)}
+
+
+def test_a_process_that_ended_meanwhile_is_passed_over(proc: FakeProc, listening: int) -> None:
+    proc.add(100, OWN_CGROUP)
+    (proc.folder / "101").mkdir()
+    assert preflight.listeners(listening) == {(100, "gunicorn", OWN)}
+
+
+def test_an_address_of_another_host_is_refused(free_ports: int) -> None:
+    assert preflight.port_problem("192.0.2.1", free_ports, OWN) == (
+        "192.0.2.1 is no address of this host: correct stickyring_node_address"
+    )
+    assert preflight.port_problem("127.0.0.1", free_ports, OWN) is None
+
+
+def test_a_port_that_lingers_from_an_earlier_run_is_no_problem() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        client = socket.create_connection(("127.0.0.1", port))
+        accepted, _ = server.accept()
+        accepted.close()  # who closes first waits in TIME_WAIT
+        client.close()
+    assert preflight.port_problem("127.0.0.1", port, OWN) is None
+
+
+def test_all_problems_of_the_host_are_said_at_once(host: Host, listening: int) -> None:
+    host.has_python("3.9.2")
+    host.accounts[SERVICE] = account(SERVICE, "/home/deploy", "/bin/bash")
+    message = run(port=listening, instances=1)["msg"]
+    assert "Nothing was changed. port" in message
+    assert "the account" in message
+    assert "3.11 or newer is needed" in message
+    assert not host.asked.exists()
+
+
+def unit(active: bool = True, enabled: bool = True, started: float = 0) -> dict[str, str]:
+    """What systemctl shows of a unit that was started that many seconds ago."""
+    return {
+        "ExecMainStartTimestampMonotonic": str(int((time.monotonic() - started) * 1e6)) if active else "0",
+        "ActiveState": "active" if active else "inactive",
+        "UnitFileState": "enabled" if enabled else "disabled",
+    }
+
+
+def installed(host: Host, age: float, instances: tuple[int, ...] = (1, 2)) -> None:
+    """A host on which everything was written that many seconds ago."""
+    serve = f'ExecStart=/opt/{SERVICE}/current/bin/stickyring serve "chat:app"\n'
+    host.write(f"etc/systemd/system/{SERVICE}@.service", f"[Service]\n{serve}", age)
+    for instance in instances:
+        host.write(f"etc/{SERVICE}/{instance}.env", age=age)
+    host.write(f"opt/{SERVICE}/releases/1.0/.complete", "x", age)
+    current = host.root / "opt" / SERVICE / "current"
+    current.symlink_to("releases/1.0")
+    host.age(current, age)
+
+
+def test_what_is_installed_and_runs_is_told(host: Host, free_ports: int) -> None:
+    installed(host, age=100, instances=(1, 2, 3))
+    host.write(f"etc/{SERVICE}/notes.env", "no instance")
+    host.shows(
+        {
+            f"{SERVICE}@1.service": unit(started=50),
+            f"{SERVICE}@2.service": unit(active=False),
+            f"{SERVICE}@3.service": unit(active=False, enabled=False),
+            f"{SERVICE}@7.service": unit(started=50, enabled=False),
+            f"{SERVICE}@x.service": unit(started=50),
+            f"other-{SERVICE}@9.service": unit(started=50),
+        }
+    )
+    result = run(port=free_ports)
+    assert result["application"] == "chat:app"
+    assert result["current"] == "1.0"
+    assert result["known"] == [1, 2, 3, 7]
+    assert result["enabled"] == [1, 2]
+    assert result["running"] == [1, 7]
+    assert result["up_to_date"] == [1]
+    asked = host.asked.read_text().split()
+    assert asked[2:] == [f"{SERVICE}@{i}.service" for i in ("1", "2", "3", "*")]
+
+
+@pytest.mark.parametrize(
+    ("younger", "up_to_date"),
+    [
+        (None, [1, 2]),
+        (f"etc/systemd/system/{SERVICE}@.service", []),
+        (f"opt/{SERVICE}/current", []),
+        (f"etc/{SERVICE}/2.env", [1]),
+        (f"opt/{SERVICE}/releases/1.0/.complete", [1, 2]),
+    ],
+)
+def test_an_instance_that_is_older_than_what_it_runs_from_is_out_of_date(
+    host: Host, free_ports: int, younger: str | None, up_to_date: list[int]
+) -> None:
+    installed(host, age=100)
+    host.shows({f"{SERVICE}@{i}.service": unit(started=50) for i in (1, 2)})
+    if younger:
+        host.age(host.root / younger, 10)
+    assert run(port=free_ports)["up_to_date"] == up_to_date
+
+
+@pytest.mark.parametrize("lost", [f"etc/systemd/system/{SERVICE}@.service", f"opt/{SERVICE}/current"])
+def test_an_instance_whose_files_are_gone_is_out_of_date(host: Host, free_ports: int, lost: str) -> None:
+    installed(host, age=100)
+    host.shows({f"{SERVICE}@1.service": unit(started=50)})
+    (host.root / lost).unlink()
+    result = run(port=free_ports)
+    assert result["running"] == [1]
+    assert result["up_to_date"] == []
+
+
+def test_a_clock_that_was_set_does_not_matter(host: Host, free_ports: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = time.time() + 3600
+    installed(host, age=100)
+    for path in [*host.root.rglob("*.env"), *host.root.rglob("*.service"), host.root / "opt" / SERVICE / "current"]:
+        os.utime(path, (ahead - 100,) * 2, follow_symlinks=False)
+    host.shows({f"{SERVICE}@1.service": unit(started=50)})
+    assert run(port=free_ports)["up_to_date"] == []
+    monkeypatch.setattr(preflight.time, "time", lambda: ahead)
+    assert run(port=free_ports)["up_to_date"] == [1]
+
+
+def test_a_systemctl_that_fails_ends_the_run(host: Host, free_ports: int) -> None:
+    host.program("systemctl", "echo no bus >&2; exit 1")
+    result = run(port=free_ports)
+    assert result["failed"]
+    assert "no bus" in result["msg"]
+
+
+def test_check_mode_looks_too(host: Host, free_ports: int) -> None:
+    installed(host, age=100)
+    host.shows({f"{SERVICE}@1.service": unit(started=50)})
+    assert run(port=free_ports, _ansible_check_mode=True) == run(port=free_ports)
+
+
+def test_the_documentation_has_every_option() -> None:
+    documented = yaml.safe_load(preflight.DOCUMENTATION)["options"]
+    types = {name: {key: option[key] for key in option if key != "description"} for name, option in documented.items()}
+    assert types == preflight.OPTIONS
+    assert set(GOOD) == set(preflight.OPTIONS)
+
+
+def test_the_documentation_has_every_answer(host: Host, free_ports: int) -> None:
+    answered = set(run(port=free_ports)) - {"changed", "invocation"}
+    assert answered == set(yaml.safe_load(preflight.RETURN))
