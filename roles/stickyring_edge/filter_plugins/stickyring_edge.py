@@ -63,7 +63,7 @@ def _place_problems(listeners: list[Data], admin_port: int) -> list[str]:
     for item, (address, port) in zip(listeners, places, strict=True):
         where = f"listener {item['name']}"
         if not 1024 <= port <= 65535:
-            problems.append(f"{where}: port {port} is not from 1024 to 65535, which Envoy may open without privileges.")
+            problems.append(f"{where}: port {port} is not from 1024 to 65535; Envoy may open none below.")
         if not _is_address(address):
             problems.append(f"{where}: {address!r} is no IP address, and Envoy looks up no names here.")
         if port == admin_port and address in ("127.0.0.1", "0.0.0.0", "::"):

@@ -432,7 +432,7 @@ class Unit:
         except OSError:
             return []  # the process ended meanwhile
         places = [row[1].split(":") for row in rows if row[3] == TCP_LISTEN and f"socket:[{row[9]}]" in sockets]
-        return sorted(int(port, 16) for address, port in places if address == LOOPBACK)
+        return sorted({int(port, 16) for address, port in places if address == LOOPBACK})
 
 
 class Edge:
