@@ -23,7 +23,9 @@ proof:
 	@$(call say,Real clients$(comma) each with an id: every session must stay on its node)
 	stickyring probe "$(EDGE):9002" --ids 60 --connections 2
 	@$(call say,The same clients without an id: their requests reach different nodes)
-	! stickyring probe "$(EDGE):9002" --ids 20 --connections 1 --no-key
+	stickyring probe "$(EDGE):9002" --ids 20 --connections 1 --no-key --json .artifacts/no-key.json || [ $$? = 1 ]
+	@jq --exit-status '.transports.polling.invalid_session > 0' .artifacts/no-key.json >/dev/null || \
+	  { echo "The control has failed to fail: without an id, polling must meet Invalid session." >&2; exit 1; }
 	@printf '%s\n' '' 'The lab is up. Open:' \
 	  '  $(EDGE):9001/             one node, no user id (the single-node demo)' \
 	  '  $(EDGE):9002/index2.html  all nodes, sticky by client_id' \

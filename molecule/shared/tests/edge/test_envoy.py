@@ -112,7 +112,7 @@ def test_the_hash_policies_are_those_of_the_inventory(config: dict[str, Any], ed
         wanted = listener.get("hash_policies", common)
         assert loaded[listener["name"]], "no route"
         for policies in loaded[listener["name"]]:
-            assert [policy.keys() for policy in policies] == [policy.keys() for policy in wanted]
+            assert policies == wanted
 
 
 def test_the_answer_names_the_node_that_served(edge_url: Any, edge: Any) -> None:
