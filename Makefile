@@ -72,9 +72,6 @@ COMPILE := --quiet --universal --python-version 3.11 --generate-hashes --no-emit
 	@pip install --quiet --no-deps --no-build-isolation --editable app
 	@touch $@
 
-app/node_modules/.package-lock.json: app/package-lock.json
-	cd app && npm ci --ignore-scripts
-
 # need,COMMAND:PACKAGE ...: install the packages whose command is missing
 need = missing=; for pair in $(1); do command -v "$${pair%%:*}" >/dev/null || missing+=" $${pair\#\#*:}"; done; \
 	[ -z "$$missing" ] || $(call install,$$missing)

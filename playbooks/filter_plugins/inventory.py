@@ -65,7 +65,7 @@ def problems(
     found += _not_numbers(nodes, hostvars)
     if found:
         return found
-    return [*_repeated(hosts, nodes, hostvars, defaults), *_repeated_ports(nodes, edges, hostvars, defaults)]
+    return [*_repeated(hosts, nodes, hostvars), *_repeated_ports(nodes, edges, hostvars, defaults)]
 
 
 def _unknown_variables(host: str, variables: Mapping[str, Any], known_variables: Iterable[str]) -> list[str]:
@@ -89,9 +89,7 @@ def _not_numbers(nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]
     return found
 
 
-def _repeated(
-    hosts: Sequence[str], nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
-) -> list[str]:
+def _repeated(hosts: Sequence[str], nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
     by_address = defaultdict(list)
     for host in hosts:
         by_address[hostvars[host]["stickyring_address"]].append(host)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import testinfra
+import testinfra.host
 
 PROJECT = Path(__file__).parents[3]
 PROGRAMS = Path(sys.executable).parent
@@ -76,6 +78,12 @@ def hosts(inventory: Path, ansible: Callable[..., object], tmp_path_factory: pyt
     directory = tmp_path_factory.mktemp("inventory")
     ansible("ansible-playbook", "-i", inventory, "playbooks/describe.yml", "-e", f"directory={directory}")
     return {file.stem: Host(file.stem, **json.loads(file.read_text())) for file in sorted(directory.glob("*.json"))}
+
+
+@pytest.fixture(scope="session")
+def machine(inventory: Path) -> Callable[[str], testinfra.host.Host]:
+    """A host of the inventory by name, as root, for tests that look at several."""
+    return lambda name: testinfra.get_host(f"ansible://{name}?sudo=true", ansible_inventory=str(inventory))
 
 
 @pytest.fixture(scope="session")

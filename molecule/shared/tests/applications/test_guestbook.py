@@ -7,13 +7,6 @@ from urllib.request import urlopen
 
 import pytest
 import socketio
-import testinfra
-
-
-@pytest.fixture
-def machine(inventory: Any) -> Any:
-    """A host of the inventory by name, as root."""
-    return lambda name: testinfra.get_host(f"ansible://{name}?sudo=true", ansible_inventory=str(inventory))
 
 
 def test_its_pages_are_served_through_the_edge(edge_url: Any) -> None:

@@ -10,20 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import testinfra
 
 PROJECT = Path(__file__).parents[4]
 ARTIFACTS = PROJECT / ".artifacts"
-
-
-@pytest.fixture
-def machine(inventory: Path) -> Any:
-    """A host of the inventory by name, as root."""
-
-    def get(name: str) -> Any:
-        return testinfra.get_host(f"ansible://{name}?sudo=true", ansible_inventory=str(inventory))
-
-    return get
 
 
 @pytest.fixture
