@@ -48,7 +48,7 @@ unit: .venv/.installed ## Unit tests, without root and without the lab
 	cd app && pytest
 	pytest playbooks roles molecule/tests
 
-molecule: .venv/.installed app/node_modules/.package-lock.json ## Both scenarios on real hosts, with a browser
+molecule: .venv/.installed ## Both scenarios on real hosts, with a browser
 	@$(call need,chromium:chromium)
 	molecule test --all
 
