@@ -58,7 +58,7 @@ screenshot: .venv/.installed ## Take docs/demo.png of the running demo
 
 lock: .venv/.installed ## Resolve requirements.in and app/pyproject.toml into the lock files anew
 	uv pip compile $(COMPILE) app/pyproject.toml --output-file app/requirements.lock
-	uv pip compile $(COMPILE) requirements.in app/pyproject.toml --extra probe --output-file requirements.lock
+	uv pip compile $(COMPILE) requirements.in app/pyproject.toml --extra probe --extra plan --output-file requirements.lock
 
 COMPILE := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
 
