@@ -16,19 +16,39 @@ from stickyring import __version__
 TRANSPORTS = ("polling", "websocket")
 
 
-class Session(Protocol):
-    """What is used of one session of python-engineio."""
+class Queue(Protocol):
+    """What is used of the packets that wait for their way to a client."""
 
+    def empty(self) -> bool:
+        """Whether none waits."""
+
+
+class EngineSession(Protocol):
+    """What is used of one session of python-engineio, `engineio.Socket`."""
+
+    sid: str
+    queue: Queue
     upgraded: bool
+    upgrading: bool
+    closing: bool
     closed: bool
+
+    def close(self, wait: bool, abort: bool, reason: str) -> None:
+        """End the session: the disconnect event first, then what waits for the client, then a CLOSE unless `abort`."""
+
+
+class Packet(Protocol):
+    """What is used of `engineio.packet.Packet`."""
+
+    data: object
 
 
 class Engine(Protocol):
     """What is used of `engineio.Server`, which has no type hints: public names only."""
 
-    sockets: dict[str, Session]
+    sockets: dict[str, EngineSession]
     handlers: dict[str, Callable[..., object]]
-    send_packet: Callable[[str, object], None]
+    send_packet: Callable[[str, Packet], None]
 
     def on(self, event: str, handler: Callable[..., object]) -> None:
         """Set the handler of `connect`, `message` or `disconnect`."""
@@ -77,6 +97,16 @@ class EngineMetrics:
             self.accepted.labels(transport)
             self.refused.labels(transport, "capacity")
             self.unknown_sessions.labels(transport)
+
+
+class MoveMetrics:
+    """The counters of sessions that a node sends elsewhere."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.rebalances = Counter(
+            "stickyring_rebalances", "Times that users were asked to go where the ring has them.", registry=registry
+        )
+        self.moved = Counter("stickyring_sessions_moved", "Sessions asked to reconnect elsewhere.", registry=registry)
 
 
 class _ConnectionsCollector(Collector):

@@ -1,4 +1,4 @@
-"""What a node adds to the application that it serves: health, readiness, metrics and a cap on connections."""
+"""What a node adds to the application that it serves: health, readiness, metrics, a cap, and whose each session is."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 import socketio
-from prometheus_client import CollectorRegistry, Counter, make_wsgi_app
+from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from stickyring.metrics import TRANSPORTS, Engine, EngineMetrics, node_registry
+from stickyring.metrics import TRANSPORTS, Engine, EngineMetrics, MoveMetrics, Packet, node_registry
+from stickyring.sessions import Session, key_of
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 ENGINE_IO_PROTOCOL = "4"
 RETRY_AFTER_SECONDS = 5
+MOVED = b'"This session has moved: connect again"'
 
 
 class Runtime:
@@ -26,14 +28,19 @@ class Runtime:
     It answers `/healthz` (200: the process lives), `/readyz` (200: takes new users; 503: full) and `/metrics`
     (Prometheus exposition) itself; every other request reaches the application as it came. A `socketio.WSGIApp` stands
     behind a `SocketIOGate`. One that another WSGI application hides inside itself is not seen, and served as any other.
+
+    `sessions` holds the open sessions by their Engine.IO id; there are none without a gate. `move_metrics`
+    counts those that are sent elsewhere.
     """
 
     def __init__(self, application: "WSGIApplication", *, node_name: str, max_connections: int) -> None:
         registry = node_registry(node_name)
+        self.sessions: dict[str, Session] = {}
+        self.move_metrics = MoveMetrics(registry)
         self._metrics: WSGIApplication = make_wsgi_app(registry)
         self._gate: SocketIOGate | None = None
         if isinstance(application, socketio.WSGIApp):
-            application = self._gate = SocketIOGate(application, max_connections, registry)
+            application = self._gate = SocketIOGate(application, max_connections, registry, self.sessions)
         self._application = application
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
@@ -52,17 +59,28 @@ class Runtime:
 
 
 class SocketIOGate:
-    """Stands before a `socketio.WSGIApp`: refuses new handshakes when the node is full, and counts.
+    """Stands before a `socketio.WSGIApp`: refuses new handshakes when the node is full, counts, and knows the sessions.
 
     It works for any such application, through public names of python-engineio's server: `on()` and `handlers` (the
     events connect, message and disconnect), `send_packet()` (every message that goes out) and `sockets` (the sessions).
+    A session is in `sessions` from its connect event to its disconnect event.
 
     A handshake is a GET without `sid`. Above `max_connections` sessions, one of protocol 4 gets 503 with Retry-After
     before the engine sees it. Older protocols are left to the engine, which answers 400 and says so.
+
+    A poll that ends because its session was moved is answered with 410: the one answer after which every client, of
+    JavaScript and of Python, takes the connection for lost and makes a new one.
     """
 
-    def __init__(self, application: socketio.WSGIApp, max_connections: int, registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        application: socketio.WSGIApp,
+        max_connections: int,
+        registry: CollectorRegistry,
+        sessions: dict[str, Session],
+    ) -> None:
         self._application = application
+        self._sessions = sessions
         self._max_connections = max_connections
         self._engine: Engine = application.engineio_app.eio
         self._metrics = EngineMetrics(self._engine, max_connections, registry)
@@ -79,15 +97,39 @@ class SocketIOGate:
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Serve one request."""
-        if environ["PATH_INFO"].startswith(self._application.engineio_path) and environ["REQUEST_METHOD"] == "GET":
+        if environ["PATH_INFO"].startswith(self._application.engineio_path):
             query = parse_qs(environ.get("QUERY_STRING", ""))
-            transport = _transport_label(query.get("transport", ["polling"])[0])
-            if "sid" not in query:
-                return self._handshake(environ, start_response, transport, query.get("EIO", [""])[0])
-            if query["sid"][0] not in self._engine.sockets:
-                self._metrics.unknown_sessions.labels(transport).inc()
+            sid = query.get("sid", [""])[0]
+            session = self._sessions.get(sid)
+            if session is not None and (key := key_of(environ)) is not None:
+                session.key = key
+            if environ["REQUEST_METHOD"] == "GET":
+                transport = _transport_label(query.get("transport", ["polling"])[0])
+                if "sid" not in query:
+                    return self._handshake(environ, start_response, transport, query.get("EIO", [""])[0])
+                if session is not None and transport == "polling" and "HTTP_UPGRADE" not in environ:
+                    return self._poll(environ, start_response, session)
+                if sid not in self._engine.sockets:
+                    self._metrics.unknown_sessions.labels(transport).inc()
         answer: Iterable[bytes] = self._application(environ, start_response)
         return answer
+
+    def _poll(self, environ: "WSGIEnvironment", start_response: "StartResponse", session: Session) -> Iterable[bytes]:
+        begun: list[tuple[str, list[tuple[str, str]]]] = []
+
+        def hold_back(
+            status: str, headers: list[tuple[str, str]], *exc_info: "OptExcInfo"
+        ) -> Callable[[bytes], object]:
+            begun.append((status, headers))
+            return lambda _: None
+
+        body = b"".join(self._application(environ, hold_back))
+        ((status, headers),) = begun
+        if session.moved and not body:
+            status, body = "410 Gone", MOVED
+            headers = [*headers, ("Cache-Control", "no-store")]
+        start_response(status, headers)
+        return [body]
 
     def _handshake(
         self, environ: "WSGIEnvironment", start_response: "StartResponse", transport: str, protocol: str
@@ -113,34 +155,39 @@ class SocketIOGate:
 
     def _watch(self) -> None:
         """Put counting in front of what the Socket.IO server does at the engine's events."""
-        engine, metrics = self._engine, self._metrics
+        engine, metrics, sessions = self._engine, self._metrics, self._sessions
         connect, message, disconnect = (engine.handlers[event] for event in ("connect", "message", "disconnect"))
         send_packet = engine.send_packet
-
-        def count(messages: dict[str, Counter], sid: str) -> None:
-            # A session can end between two packets of one payload; what comes after is nobody's.
-            if (session := engine.sockets.get(sid)) is not None:
-                messages["websocket" if session.upgraded else "polling"].inc()
 
         def on_connect(sid: str, environ: "WSGIEnvironment") -> object:
             answer = connect(sid, environ)
             if answer is None or answer is True:
+                sessions[sid] = Session(engine, engine.sockets[sid], key_of(environ))
                 transport = parse_qs(environ.get("QUERY_STRING", "")).get("transport", ["polling"])[0]
                 metrics.accepted.labels(transport).inc()
                 log.debug("connected", extra={"sid": sid, "transport": transport})
             return answer
 
         def on_message(sid: str, data: object) -> object:
-            count(metrics.received, sid)
+            # A session can end between two packets of one payload, and a client can still be sending: what comes after
+            # the end is nobody's.
+            if (session := sessions.get(sid)) is None or session.ended:
+                return None
+            metrics.received[session.transport].inc()
+            session.received(data)
             return message(sid, data)
 
         def on_disconnect(sid: str, *reason: str) -> object:
+            sessions.pop(sid, None)
             log.debug("disconnected", extra={"sid": sid, "reason": " ".join(reason)})
             return disconnect(sid, *reason)
 
-        def counting_send_packet(sid: str, packet: object) -> None:
-            count(metrics.sent, sid)
+        def counting_send_packet(sid: str, packet: Packet) -> None:
+            if (session := sessions.get(sid)) is not None:
+                metrics.sent[session.transport].inc()
             send_packet(sid, packet)
+            if session is not None:
+                session.sent(packet.data)
 
         engine.on("connect", on_connect)
         engine.on("message", on_message)

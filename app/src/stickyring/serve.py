@@ -1,5 +1,6 @@
 """`stickyring serve`: one node process, which is gunicorn's master with one worker around the deployed application."""
 
+import errno
 import importlib
 import logging
 import os
@@ -8,6 +9,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,7 @@ class Settings:
     node_name: str
     worker_class: str
     max_connections: int
+    control: Path | None
     log_level: str
 
 
@@ -118,6 +121,14 @@ def default_node_name() -> str:
     help="Socket.IO connections above which new ones get 503.",
 )
 @click.option(
+    "--control",
+    "control_path",
+    type=click.Path(path_type=Path),
+    envvar="STICKYRING_CONTROL",
+    show_envvar=True,
+    help="Unix socket for `stickyring sessions` and `stickyring rebalance`; none without it.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(logs.LEVELS),
     default="info",
@@ -133,6 +144,7 @@ def serve(
     node_name: str,
     worker_class: str,
     max_connections: int,
+    control_path: Path | None,
     log_level: str,
 ) -> None:
     """Serve APPLICATION as one node of a sticky Socket.IO deployment.
@@ -148,20 +160,29 @@ def serve(
       stickyring serve chat.server:application --max-connections 20000
       STICKYRING_LISTEN='[::1]:8001' stickyring serve 'chat.server:create(debug=False)'
     """
-    settings = Settings(application, address, node_name, worker_class, max_connections, log_level)
+    settings = Settings(application, address, node_name, worker_class, max_connections, control_path, log_level)
     logs.configure(log_level, node_name)
     # The application runs in the worker, a child of this process.
     os.environ["STICKYRING_NODE_NAME"] = node_name
     # As gunicorn does: an application beside the working directory can be imported.
     sys.path.insert(0, str(Path.cwd()))
-    Node(settings, _worker_class(worker_class), _listen(address)).run()
+    found_class, listener = _worker_class(worker_class), _listen(address)
+    control_listener = None if control_path is None else _listen_for_control(control_path)
+    Node(settings, found_class, listener, control_listener).run()
 
 
 class Node(BaseApplication):
     """gunicorn, set up from `Settings` instead of from its own command line."""
 
-    def __init__(self, settings: Settings, worker_class: type[Worker], listener: socket.socket) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        worker_class: type[Worker],
+        listener: socket.socket,
+        control_listener: socket.socket | None,
+    ) -> None:
         self._settings = settings
+        self._control_listener = control_listener
         self._worker_class = worker_class
         self._address = _address_text(listener)
         # gunicorn takes the descriptor over.
@@ -206,11 +227,15 @@ class Node(BaseApplication):
                     raise click.ClickException(refusal) from None
                 log.info("stopped")
             raise
+        finally:
+            if self._settings.control is not None and os.getpid() == master:
+                self._settings.control.unlink(missing_ok=True)
 
     def load(self) -> "WSGIApplication":
         """Import the application, in the worker; one that cannot be had ends the master."""
-        # Imported here, because it brings python-socketio in, which has to see the standard library as the worker class
-        # has patched it.
+        # Imported here, because python-socketio and the metrics' locks have to see the standard library as the worker
+        # class has patched it.
+        from stickyring.control import Control, ControlServer  # noqa: PLC0415
         from stickyring.runtime import Runtime  # noqa: PLC0415
 
         try:
@@ -218,7 +243,12 @@ class Node(BaseApplication):
         except (Exception, SystemExit) as error:
             log.debug("the application cannot be loaded", exc_info=True)
             self._refuse(f"cannot load {self._settings.application}: {_describe(error)}")
-        return Runtime(application, node_name=self._settings.node_name, max_connections=self._settings.max_connections)
+        name = self._settings.node_name
+        runtime = Runtime(application, node_name=name, max_connections=self._settings.max_connections)
+        if self._control_listener is not None:
+            server = ControlServer(self._control_listener, Control(name, runtime.sessions, runtime.move_metrics))
+            threading.Thread(target=server.run, daemon=True).start()
+        return runtime
 
     def _refuse(self, cause: str) -> NoReturn:
         """Hand the cause to the master, end it, and end this worker."""
@@ -268,6 +298,29 @@ def _listen(address: tuple[str, int]) -> socket.socket:
         shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         raise click.ClickException(f"cannot listen on {shown}: {getattr(error, 'strerror', None) or error}") from None
     return listener
+
+
+def _listen_for_control(path: Path) -> socket.socket:
+    """Listen on a Unix socket that only this user may use, in place of one that nobody serves any more."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        if path.is_socket() and not _is_served(path):
+            path.unlink()
+        listener.bind(str(path))
+        listener.listen()
+    except OSError as error:
+        served = "another process serves it" if path.is_socket() else "there is something else"
+        cause = served if error.errno == errno.EADDRINUSE else error.strerror or error
+        raise click.ClickException(f"cannot make the control socket {path}: {cause}") from None
+    finally:
+        os.umask(before)
+    return listener
+
+
+def _is_served(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
+        return caller.connect_ex(str(path)) == 0
 
 
 def _address_text(listener: socket.socket) -> str:
