@@ -1,0 +1,84 @@
+"""What an interruption or a fault left behind on an edge: the next run mends it, or says what is in its way."""
+
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from testinfra.host import Host
+
+testinfra_hosts = ["ansible://edge?sudo=true"]
+
+UNIT = "stickyring-edge.service"
+FILES = "find /etc/stickyring-edge /etc/systemd/system/stickyring-edge.service -type f -exec sha256sum {} + | sort -k 2"
+
+
+def envoy_pid(host: Host) -> str:
+    return host.check_output(f"systemctl show {UNIT} --property=MainPID --value")
+
+
+@pytest.fixture
+def deploy(inventory: Any, ansible: Any) -> Any:
+    """Runs playbooks/edge.yml with settings in place of the inventory's; returns how many tasks changed something."""
+
+    def run(*settings: str) -> int:
+        options = [word for setting in settings for word in ("-e", setting)]
+        done = ansible("ansible-playbook", "-i", inventory, "playbooks/edge.yml", *options)
+        return int(re.search(r"changed=(\d+)", done.stdout)[1])
+
+    return run
+
+
+def test_a_run_that_was_killed_before_the_restart_is_finished(host: Host, deploy: Any) -> None:
+    before = envoy_pid(host)
+    # What such a run leaves: a bootstrap that is younger than the process.
+    host.check_output("touch /etc/stickyring-edge/bootstrap.yaml")
+    assert deploy() == 1
+    after = envoy_pid(host)
+    assert after != before
+    assert deploy() == 0
+    assert envoy_pid(host) == after
+
+
+def test_another_admin_port(host: Host, deploy: Any, edge: Any) -> None:
+    """The run that changes it has to find Envoy at the old one."""
+    now, other = edge.variables["stickyring_edge_admin_port"], 9990
+    deploy(f"stickyring_edge_admin_port={other}")
+    assert host.socket(f"tcp://127.0.0.1:{other}").is_listening
+    assert not host.socket(f"tcp://127.0.0.1:{now}").is_listening
+    deploy()
+    assert host.socket(f"tcp://127.0.0.1:{now}").is_listening
+    assert deploy() == 0
+
+
+@pytest.fixture
+def hung_envoy(host: Host) -> Iterator[None]:
+    host.check_output(f"systemctl kill --signal=STOP {UNIT}")
+    yield
+    host.check_output(f"systemctl kill --signal=CONT {UNIT}")
+
+
+@pytest.mark.usefixtures("hung_envoy")
+def test_an_envoy_that_hangs_is_named_and_its_files_stay(host: Host, inventory: Any, ansible: Any) -> None:
+    before = host.check_output(FILES)
+    began = time.monotonic()
+    done = ansible(
+        "ansible-playbook", "-i", inventory, "playbooks/edge.yml", "-e", "stickyring_edge_load_timeout=5", check=False
+    )
+    assert done.returncode != 0
+    assert "its admin interface answers neither" in " ".join(done.stdout.split())
+    assert time.monotonic() - began < 60
+    assert host.check_output(FILES) == before
+
+
+def test_verify_refuses_what_is_not_deployed_and_writes_nothing(host: Host, inventory: Any, ansible: Any) -> None:
+    """The control of every green verify: the inventory says another ring than the edge serves."""
+    before, pid = host.check_output(FILES), envoy_pid(host)
+    policies = '{"stickyring_edge_hash_policies": [{"header": {"header_name": "x-other"}}]}'
+    done = ansible("ansible-playbook", "-i", inventory, "playbooks/verify.yml", "--diff", "-e", policies, check=False)
+    output = " ".join(done.stdout.split())
+    assert done.returncode != 0
+    assert "is not what the variables say and was left alone" in output
+    assert "x-other" in output, "--diff shows no difference"
+    assert (host.check_output(FILES), envoy_pid(host)) == (before, pid)

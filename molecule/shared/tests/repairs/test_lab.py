@@ -1,0 +1,60 @@
+"""The lab on this machine: it has one owner, and what is missing of it is made again."""
+
+import re
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from testinfra.host import Host
+
+PROJECT = Path(__file__).parents[4]
+BLACKHOLE = ["ip", "route", "show", "type", "blackhole", "198.51.100.0/24"]
+
+
+@pytest.mark.parametrize("playbook", ["create", "destroy"])
+def test_another_clone_is_told_who_has_the_lab(playbook: str, inventory: Any, ansible: Any, tmp_path: Path) -> None:
+    done = ansible(
+        "ansible-playbook",
+        "-i",
+        inventory,
+        f"molecule/shared/{playbook}.yml",
+        "-e",
+        f"stickyring_lab_owner={tmp_path}",
+        check=False,
+    )
+    assert done.returncode != 0
+    output = " ".join((done.stdout + done.stderr).split())
+    assert f"The lab on this machine belongs to {PROJECT}: run `make down` there first." in output
+    ansible("ansible", "-i", inventory, "all", "-m", "ansible.builtin.ping")
+
+
+def switch_off(host: Host, address: str) -> None:
+    host.run("systemctl poweroff")
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((address, 22), timeout=1).close()
+        except OSError:
+            return
+    pytest.fail(f"{address} is still there")
+
+
+def test_a_lab_that_lost_a_host_and_a_route_is_made_whole(
+    inventory: Any, ansible: Any, machine: Any, hosts: Any
+) -> None:
+    kept = machine("node1").check_output("cat /proc/sys/kernel/random/boot_id; stat --format=%Y /proc/1")
+    switch_off(machine("node2"), hosts["node2"].variables["stickyring_address"])
+    subprocess.run(["ip", "route", "delete", "blackhole", "198.51.100.0/24", "metric", "4000"], check=True)
+
+    ansible("ansible-playbook", "-i", inventory, "molecule/shared/create.yml")
+    again = ansible("ansible-playbook", "-i", inventory, "molecule/shared/create.yml").stdout
+
+    assert set(re.findall(r"changed=(\d+)", again)) == {"0"}
+    assert subprocess.run(BLACKHOLE, check=True, capture_output=True, text=True).stdout
+    assert machine("node1").check_output("cat /proc/sys/kernel/random/boot_id; stat --format=%Y /proc/1") == kept
+    assert not machine("node2").file("/opt/stickyring-node").exists, "node2 was not made anew"
+    ansible("ansible-playbook", "-i", inventory, "site.yml")
+    assert machine("node2").service("stickyring-node@1").is_running
