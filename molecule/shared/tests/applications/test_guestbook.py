@@ -1,12 +1,18 @@
 """Another team's application, deployed by variables alone beside the echo service, from wheels and from an index."""
 
 import asyncio
+import json
+import re
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
 import socketio
+import yaml
+
+PROJECT = Path(__file__).parents[4]
 
 
 def test_its_pages_are_served_through_the_edge(edge_url: Any) -> None:
@@ -18,18 +24,20 @@ def test_its_pages_are_served_through_the_edge(edge_url: Any) -> None:
     assert refused.value.code == 404, "the echo service answers in its place"
 
 
-def test_its_own_events_work(edge_url: Any) -> None:
-    async def sign(name: str) -> tuple[int, str]:
-        client = socketio.AsyncClient(reconnection=False)
-        signed: asyncio.Queue[str] = asyncio.Queue()
-        client.on("signed", signed.put)
-        await client.connect(f"{edge_url('guestbook')}?client_id={name}", wait_timeout=10)
-        count = await client.call("sign", name, timeout=10)
-        answer = await asyncio.wait_for(signed.get(), 10)
-        await client.disconnect()
-        return count, answer
+async def sign(url: str, name: str) -> tuple[int, str]:
+    """Signs as a user; returns the acknowledged count and the name that everybody is told."""
+    client = socketio.AsyncClient(reconnection=False)
+    signed: asyncio.Queue[str] = asyncio.Queue()
+    client.on("signed", signed.put)
+    await client.connect(f"{url}?client_id={name}", wait_timeout=10)
+    count = await client.call("sign", name, timeout=10)
+    answer = await asyncio.wait_for(signed.get(), 10)
+    await client.disconnect()
+    return count, answer
 
-    count, answer = asyncio.run(sign("ada"))
+
+def test_its_own_events_work(edge_url: Any) -> None:
+    count, answer = asyncio.run(sign(edge_url("guestbook"), "ada"))
     assert count >= 1
     assert answer == "ada"
     with urlopen(edge_url("guestbook") + "/", timeout=5) as page:
@@ -52,3 +60,25 @@ def test_the_nodes_were_installed_from_the_index(machine: Any, nodes: Any) -> No
         assert any("GET /stickyring/stickyring-" in line for line in fetched), (
             f"{node.name} took no wheel from the index"
         )
+
+
+def test_it_takes_the_place_of_the_echo_service(inventory: Any, ansible: Any, edge_url: Any) -> None:
+    """Last, for it changes what is deployed: site.yml with the variables that the README says, and no others."""
+    section = (PROJECT / "README.md").read_text().split("## Bring your own application")[1]
+    told = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.S)[1])
+    artifacts = PROJECT / ".artifacts" / "guestbook"
+    settings = {
+        "stickyring_node_application": "guestbook:application",
+        "stickyring_node_requirements": str(artifacts / "requirements.txt"),
+        "stickyring_node_wheelhouse": str(artifacts / "wheelhouse.tar"),
+        "stickyring_node_environment": {"GUESTBOOK_TITLE": "Visitors"},
+        "stickyring_probe_options": told["stickyring_probe_options"],
+    }
+    assert settings.keys() == told.keys()
+    assert settings["stickyring_probe_options"] == ["--no-echo"]
+
+    ansible("ansible-playbook", "-i", inventory, "site.yml", "-e", json.dumps(settings))
+
+    assert asyncio.run(sign(edge_url("sticky"), "grace")) == (1, "grace")
+    with urlopen(edge_url("sticky") + "/?client_id=grace", timeout=5) as page:
+        assert page.read().decode().splitlines() == ["Visitors", "grace"]

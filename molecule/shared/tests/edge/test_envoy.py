@@ -145,6 +145,20 @@ def test_an_oversize_body_is_refused_before_it_is_sent(edge_url: Any, announced:
     connection.close()
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_ends_tls_is_believed_only_where_the_inventory_trusts_one(
+    edge: Any, edge_url: Any, scheme: str
+) -> None:
+    """Engine.IO compares a browser's Origin with the scheme that the edge hands on."""
+    place = edge_url("sticky").removeprefix("http://")
+    connection = HTTPConnection(place, timeout=5)
+    headers = {"Origin": f"{scheme}://{place}", "X-Forwarded-Proto": scheme}
+    connection.request("GET", "/socket.io/?EIO=4&transport=polling&client_id=proxied", headers=headers)
+    trusted = edge.variables["stickyring_edge_trusted_hops"] > 0
+    assert connection.getresponse().status == (200 if trusted or scheme == "http" else 400)
+    connection.close()
+
+
 def logged(host: Host, key: str) -> list[dict[str, Any]]:
     """The access-log lines about a key; waits for the first one."""
     deadline = time.monotonic() + 10

@@ -1,0 +1,78 @@
+"""What changes on nodes that serve: each is brought up to date, one after another, and no other is touched."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+UNIT = "stickyring-node@1.service"
+
+
+@pytest.fixture
+def deploy(inventory: Any, ansible: Any) -> Any:
+    """Runs playbooks/nodes.yml with settings in place of the inventory's."""
+    return lambda *settings: ansible(
+        "ansible-playbook", "-i", inventory, "playbooks/nodes.yml", *(word for one in settings for word in ("-e", one))
+    )
+
+
+@pytest.fixture
+def processes(machine: Any, nodes: Any) -> Any:
+    """The process that serves on each node, by the node's name."""
+    return lambda: {
+        node.name: machine(node.name).check_output(f"systemctl show {UNIT} --property=MainPID --value")
+        for node in nodes
+    }
+
+
+@contextmanager
+def watched(nodes: Any) -> Iterator[set[frozenset[str]]]:
+    """Which nodes were down together at any moment."""
+    down: set[frozenset[str]] = set()
+    done = threading.Event()
+
+    def answers(node: Any) -> bool:
+        try:
+            with urlopen(f"http://{node.variables['stickyring_address']}:8001/healthz", timeout=1) as answer:
+                return answer.status == 200
+        except (URLError, ConnectionError, TimeoutError):
+            return False
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            down.add(frozenset(node.name for node in nodes if not answers(node)))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield down
+    done.set()
+    watcher.join()
+
+
+def test_a_changed_setting_reaches_every_node_one_after_another(nodes: Any, deploy: Any, processes: Any) -> None:
+    before = processes()
+    with watched(nodes) as down:
+        deploy("stickyring_node_log_level=warning")
+    changed = processes()
+    assert all(changed[name] != before[name] for name in before)
+    assert {name for together in down for name in together} == set(before), "the watch has missed a restart"
+    assert max(map(len, down)) == 1
+
+    deploy()
+    back = processes()
+    assert all(back[name] != changed[name] for name in changed)
+    deploy()
+    assert processes() == back
+
+
+def test_a_run_that_was_killed_before_a_restart_is_finished(machine: Any, deploy: Any, processes: Any) -> None:
+    before = processes()
+    # What such a run leaves: an environment that is younger than the process.
+    machine("node2").check_output("touch /etc/stickyring-node/1.env")
+    deploy()
+    after = processes()
+    assert [name for name in after if after[name] != before[name]] == ["node2"]
