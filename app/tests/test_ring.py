@@ -1,0 +1,234 @@
+"""The ring by itself: facts that can be checked by hand, what a change of membership moves, and bad documents.
+
+That the owners are Envoy's is the matter of test_ring_against_envoy.py.
+"""
+
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+from xxhash import xxh64_intdigest
+
+from stickyring.ring import HASH_SPACE, Ring, RingError, moved
+
+USERS = [f"user-{number:05}" for number in range(20_000)]
+
+
+def member(name: str, weight: int = 1, health: str = "HEALTHY") -> dict[str, Any]:
+    return {"name": name, "weight": weight, "health": health}
+
+
+def nodes(count: int) -> list[dict[str, Any]]:
+    return [member(f"node{number}-1") for number in range(1, count + 1)]
+
+
+def circle(members: list[dict[str, Any]], points: int = 512, **change: Any) -> dict[str, Any]:
+    """A RING_HASH document with so many points for a unit of weight."""
+    serving = sum(each["weight"] for each in members if each["health"] == "HEALTHY")
+    return {
+        "cluster": "nodes",
+        "policy": "RING_HASH",
+        "minimum_size": max(1, points * serving),
+        "maximum_size": 8_388_608,
+        "members": members,
+    } | change
+
+
+def table(members: list[dict[str, Any]], **change: Any) -> dict[str, Any]:
+    return {"cluster": "nodes", "policy": "MAGLEV", "table_size": 65537, "members": members} | change
+
+
+POLICIES = pytest.mark.parametrize("made", [circle, table])
+
+
+def test_a_key_belongs_to_the_first_point_at_or_above_its_hash() -> None:
+    ring = Ring.load(circle(nodes(3), points=2))
+    points = {
+        xxh64_intdigest(f"node{node}-1_{number}".encode()): f"node{node}-1" for node in (1, 2, 3) for number in (0, 1)
+    }
+    first, last = min(points), max(points)
+    wrapped = 0
+    for user in USERS[:1000]:
+        own = xxh64_intdigest(user.encode())
+        assert ring.owner(user) == points[min((point for point in points if point >= own), default=first)]
+        wrapped += own > last
+    assert wrapped, "some keys must lie behind the last point, or wrapping round was not tried"
+    # A key that is itself a point's name has that point's very hash.
+    assert [ring.owner(f"{name}_1") for name in ring.names] == list(ring.names)
+
+
+def test_owners_that_envoy_was_seen_to_choose() -> None:
+    members = [
+        *(member(f"node{number}-1", number) for number in range(1, 5)),
+        member("node5-1", 5, "DRAINING"),
+    ]
+    users = ["", "alice", "bob", "carol", "dave", "a%20b", "a+b", "björn"]
+
+    def owners(document: dict[str, Any]) -> str:
+        return " ".join(owner.removeprefix("node").removesuffix("-1") for owner in Ring.load(document).owners(users))
+
+    assert owners(circle(members, minimum_size=1024)) == "3 3 4 1 2 3 3 4"
+    assert owners(table(members)) == "4 3 3 1 4 4 3 3"
+    assert owners(circle(nodes(4), minimum_size=1024)) != "3 3 4 1 2 3 3 4"
+
+
+def test_bytes_that_are_no_text_are_hashed_as_they_are() -> None:
+    key = b"\xff\xfealice"
+    slots = Ring.load(table(nodes(20), table_size=1009))
+    # A key of the same slot, found by its hash alone.
+    same = next(user for user in USERS if xxh64_intdigest(user.encode()) % 1009 == xxh64_intdigest(key) % 1009)
+    assert slots.owner(key.decode("utf-8", "surrogateescape")) == slots.owner(same)
+    assert slots.owner(key.decode("latin-1")) != slots.owner(same), "the control: other bytes, another slot"
+
+
+@POLICIES
+def test_the_order_of_members_does_not_matter_but_a_name_does(made: Any) -> None:
+    members = nodes(7)
+    owners = Ring.load(made(members)).owners(USERS)
+    assert Ring.load(made(members[::-1])).owners(USERS) == owners
+    renamed = [*members[:-1], member("node8-1")]
+    assert Ring.load(made(renamed)).owners(USERS) != owners
+
+
+@POLICIES
+@pytest.mark.parametrize("health", ["UNHEALTHY", "DRAINING"])
+def test_a_member_out_of_service_owns_nothing_as_if_it_were_not_there(made: Any, health: str) -> None:
+    out = [*nodes(3), member("node4-1", health=health)]
+    ring = Ring.load(made(out))
+    assert ring.names == ("node1-1", "node2-1", "node3-1")
+    assert ring.owners(USERS) == Ring.load(made(nodes(3))).owners(USERS)
+    assert "node4-1" not in ring.shares()
+    assert "node4-1" in Ring.load(made(nodes(4))).owners(USERS), "the control: it would own users if it served"
+
+
+def test_health_may_be_absent() -> None:
+    plain = [{"name": each["name"], "weight": 1} for each in nodes(3)]
+    assert Ring.load(circle(nodes(3)) | {"members": plain}).owners(USERS) == Ring.load(circle(nodes(3))).owners(USERS)
+
+
+@POLICIES
+def test_weights_shift_shares(made: Any) -> None:
+    shares = Ring.load(made([member("a"), member("b", 2), member("c", 5)])).shares()
+    assert shares == pytest.approx({"a": 1 / 8, "b": 2 / 8, "c": 5 / 8}, abs=0.03)
+    equal = Ring.load(made([member("a"), member("b"), member("c")])).shares()
+    assert equal == pytest.approx(dict.fromkeys("abc", 1 / 3), abs=0.03)
+
+
+def test_only_proportions_of_weights_count_when_the_points_are_given() -> None:
+    light = circle([member("a"), member("b", 3)], minimum_size=4000)
+    heavy = circle([member("a", 100), member("b", 300)], minimum_size=4000)
+    assert Ring.load(light).owners(USERS) == Ring.load(heavy).owners(USERS)
+
+
+@POLICIES
+def test_shares_sum_to_one_and_agree_with_counted_owners(made: Any) -> None:
+    ring = Ring.load(made([*nodes(5), member("big-1", 3)]))
+    shares = ring.shares()
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-12)
+    counted = Counter(ring.owners(USERS))
+    for name, share in shares.items():
+        # Four standard deviations of a count.
+        assert counted[name] == pytest.approx(share * len(USERS), abs=4 * (len(USERS) * share * (1 - share)) ** 0.5)
+
+
+def test_shares_are_those_of_the_arcs() -> None:
+    ring = Ring.load(circle([member("a"), member("b")], points=1))
+    at = {name: xxh64_intdigest(f"{name}_0".encode()) for name in "ab"}
+    low, high = sorted("ab", key=at.__getitem__)
+    assert ring.shares()[high] == (at[high] - at[low]) / HASH_SPACE
+
+
+@POLICIES
+@pytest.mark.parametrize(("before", "after"), [(3, 4), (10, 11), (6, 3)])
+def test_moved_agrees_with_counting(made: Any, before: int, after: int) -> None:
+    old, new = Ring.load(made(nodes(before))), Ring.load(made(nodes(after)))
+    shares = moved(old, new)
+    pairs = zip(old.owners(USERS), new.owners(USERS), strict=True)
+    counted = Counter(pair for pair in pairs if pair[0] != pair[1])
+    assert set(counted) <= set(shares)
+    for pair, share in shares.items():
+        assert counted[pair] == pytest.approx(share * len(USERS), abs=5 * (len(USERS) * share) ** 0.5 + 1)
+    assert moved(old, old) == {}
+    assert moved(new, old) == {(to, origin): share for (origin, to), share in shares.items()}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(circle(nodes(3)), table(nodes(3))), (table(nodes(4)), table(nodes(4), table_size=1009))],
+)
+def test_another_policy_or_table_moves_as_counted(before: dict[str, Any], after: dict[str, Any]) -> None:
+    old, new = Ring.load(before), Ring.load(after)
+    total = sum(moved(old, new).values())
+    counted = sum(map(str.__ne__, old.owners(USERS), new.owners(USERS)))
+    assert counted == pytest.approx(total * len(USERS), abs=4 * (len(USERS) * total * (1 - total)) ** 0.5)
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 4), (5, 6), (10, 11), (20, 21)])
+def test_a_fixed_number_of_points_moves_what_must_and_a_fixed_total_far_more(before: int, after: int) -> None:
+    fixed = moved(Ring.load(circle(nodes(before), points=4096)), Ring.load(circle(nodes(after), points=4096)))
+    assert sum(fixed.values()) == pytest.approx(1 / after, abs=0.015)
+    assert {to for _, to in fixed} == {f"node{after}-1"}, "nobody moves between nodes that stay"
+    total = [Ring.load(circle(nodes(count), minimum_size=1024)) for count in (before, after)]
+    stock = moved(*total)
+    assert sum(stock.values()) > 1.25 / after
+    assert len({to for _, to in stock}) > 1
+
+
+def test_a_hundred_thousand_ids_on_fifty_endpoints_take_less_than_two_seconds() -> None:
+    users = [f"user-{number}" for number in range(100_000)]
+    started = time.process_time()
+    owners = Ring.load(circle(nodes(50), points=4096)).owners(users)
+    assert time.process_time() - started < 2
+    assert len(set(owners)) == 50
+
+
+def _without(document: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in document.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [
+        ([], "a ring document is an object with cluster, policy and members, not []"),
+        ({}, "policy: None is not one of RING_HASH, MAGLEV"),
+        (circle(nodes(1), policy="ROUND_ROBIN"), "policy: 'ROUND_ROBIN' is not one of RING_HASH, MAGLEV"),
+        (circle(nodes(1), policy=[]), "policy: [] is not one of RING_HASH, MAGLEV"),
+        (_without(circle(nodes(1)), "minimum_size"), "a RING_HASH document has no minimum_size"),
+        (_without(circle(nodes(1)), "members"), "a RING_HASH document has no members"),
+        (circle(nodes(1), table_size=65537), "a RING_HASH document has no use for 'table_size'"),
+        (circle(nodes(1), cluster=""), "cluster: '' is not a name"),
+        (circle(nodes(1), minimum_size=0), "minimum_size: 0 is not a whole number from 1 to 8388608"),
+        (circle(nodes(1), minimum_size=1024.0), "minimum_size: 1024.0 is not a whole number from 1 to 8388608"),
+        (circle(nodes(1), minimum_size=True), "minimum_size: True is not a whole number from 1 to 8388608"),
+        (circle(nodes(1), maximum_size=9), "minimum_size: 512 is more than maximum_size, 9"),
+        (circle(nodes(1), maximum_size=8_388_609), "maximum_size: 8388609 is not a whole number from 1 to 8388608"),
+        (table(nodes(1), table_size=65536), "table_size: 65536 is not a prime number"),
+        (table(nodes(1), table_size=1), "table_size: 1 is not a prime number"),
+        (circle(nodes(1)) | {"members": "node1-1"}, "members: 'node1-1' is not a list"),
+        (
+            circle(nodes(1)) | {"members": ["node1-1"]},
+            "members[0]: 'node1-1' is not an object with name, weight and health",
+        ),
+        (circle([]), "members: none of 0 serves, so nobody owns anything"),
+        (circle([member("a", health="DRAINING")]), "members: none of 1 serves, so nobody owns anything"),
+        (circle([member("a"), member("a", 2)]), "members: 'a' is there twice"),
+        (circle([member("a"), member("")]), "members[1]: name: '' is not a name"),
+        (circle([member("a\n")]), r"members[0]: name: 'a\n' is not a name"),
+        (circle([member("a\ud800")]), r"members[0]: name: 'a\ud800' is not a name"),
+        (circle([member("a", health="DEGRADED")]), "members[0]: health: 'DEGRADED' is not one of HEALTHY, "),
+        (circle([member("a", weight=0)]), "members[0]: weight: 0 is not a whole number from 1 to 4294967295"),
+        (circle(nodes(1)) | {"members": [{"name": "a"}]}, "members[0] has no weight"),
+        (circle([member("a") | {"port": 1}]), "members[0] has no use for 'port'"),
+        (
+            circle([member("a", 2**32 - 1), member("b")], minimum_size=1),
+            "members: their weights sum to more than 4294967295, the most that Envoy takes",
+        ),
+        (circle([member("x" * 500, weight=0)], policy="y" * 500), f"policy: '{'y' * 56}... is not one of"),
+    ],
+)
+def test_a_bad_document_gives_one_clear_line(document: Any, text: str) -> None:
+    with pytest.raises(RingError) as raised:
+        Ring.load(document)
+    assert str(raised.value).startswith(text)
+    assert len(str(raised.value).splitlines()) == 1
