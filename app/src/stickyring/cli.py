@@ -2,6 +2,8 @@
 
 import click
 
+from stickyring.operate import rebalance, sessions
+from stickyring.plan.command import plan
 from stickyring.probe.command import probe
 from stickyring.serve import serve
 
@@ -25,3 +27,6 @@ def main() -> None:
 
 main.add_command(serve)
 main.add_command(probe)
+main.add_command(plan)
+main.add_command(sessions)
+main.add_command(rebalance)

@@ -14,8 +14,11 @@ BATCH_SECONDS = 0.1
 """Short, so that the nodes which take the clients in see a stream and no bursts."""
 JITTER = 0.5
 """Pauses vary by this share of themselves, so that nodes which began together do not keep step."""
-PATIENCE_SECONDS = 5.0
-"""A session that owes an acknowledgement gets this long; one that never gives it must not hold up the end."""
+PATIENCE_SECONDS = 2.0
+"""How long to wait for a moment in which nothing is under way in a session, and how long again for what is under way
+when nothing new is taken in: an acknowledgement that is never given must not hold up the end."""
+RETURN_SECONDS = 2.0
+"""Clients wait 0.5 to 1.5 s before they connect again: after this, whoever the edge sends back here has arrived."""
 TICK_SECONDS = 0.05
 
 
@@ -24,13 +27,13 @@ class Move:
 
     All sessions of one user (one key; a session without a key is a user of its own) are asked together, users in random
     order, `rate` sessions a second on the average, in batches of a tenth of a second. A session ends once nothing is
-    under way in it (`Session.quiet`), at the latest after PATIENCE_SECONDS.
+    under way in it (`Session.quiet`), after twice PATIENCE_SECONDS in any case.
 
-    Whoever arrives during the run and should leave gets a turn after the others. Sessions of users who come back to
-    this node after that, because the edge has another ring than the caller, are not chased round but counted.
+    Whoever arrives during the run and should leave gets a turn after the others. Users who come back to this node,
+    because the edge has another ring than the caller, are not chased round and round: their sessions are counted.
 
     Numbers of sessions, also while it runs: `to_move` found so far, `asked`, `left` (asked, and ended), `returned` (at
-    the end still or again here). `asked` may stay below `to_move`: the others left by themselves.
+    the end here and should not be). `asked` may stay below `to_move`: the others left by themselves.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Move:
         """Ask those who are here, then once those who have arrived meanwhile; return when all of them have left."""
         try:
             self._ask_all(self._users)
+            if self.asked:
+                time.sleep(RETURN_SECONDS)
             late = self._to_ask()
             self.to_move += sum(map(len, late))
             self._ask_all(late)
@@ -114,12 +119,18 @@ class Move:
             yield batch
 
     def _see_off(self, session: Session) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not (session.ended or session.quiet) and time.monotonic() < deadline:
-            time.sleep(TICK_SECONDS)
+        _wait_for_quiet(session)
+        session.taking = False
+        _wait_for_quiet(session)
         if not session.ended:
             session.end()
         self.left += 1
+
+
+def _wait_for_quiet(session: Session) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (session.ended or session.quiet) and time.monotonic() < deadline:
+        time.sleep(TICK_SECONDS)
 
 
 def _user(session: Session) -> Hashable:

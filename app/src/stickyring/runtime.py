@@ -171,10 +171,9 @@ class SocketIOGate:
         def on_message(sid: str, data: object) -> object:
             # A session can end between two packets of one payload, and a client can still be sending: what comes after
             # the end is nobody's.
-            if (session := sessions.get(sid)) is None or session.ended:
+            if (session := sessions.get(sid)) is None or not session.takes(data):
                 return None
             metrics.received[session.transport].inc()
-            session.received(data)
             return message(sid, data)
 
         def on_disconnect(sid: str, *reason: str) -> object:

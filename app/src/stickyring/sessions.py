@@ -26,7 +26,8 @@ class Session:
     """One open session and what is known of it.
 
     `key` is the user: the newest key that a request of this session carried, None if none did. `unanswered` counts the
-    events whose acknowledgement the application still owes. `moved` says that the node ended it to have it elsewhere.
+    events whose acknowledgement the application still owes; while `taking` is false, it gets no more that want one.
+    `moved` says that the node ended the session to have it elsewhere.
     """
 
     engine: Engine
@@ -34,6 +35,7 @@ class Session:
     key: str | None = None
     began: float = field(default_factory=time.monotonic)
     unanswered: int = 0
+    taking: bool = True
     moved: bool = False
 
     @property
@@ -53,18 +55,25 @@ class Session:
 
     @property
     def quiet(self) -> bool:
-        """Whether ending it now cuts nothing off: no acknowledgement, no queued packet, no upgrade, no connecting."""
+        """Whether its end cuts nothing off now: no acknowledgement, no packet for a poll, no upgrade, no connecting."""
         return (
             self.unanswered <= 0
-            and self.socket.queue.empty()
+            and (self.socket.upgraded or self.socket.queue.empty())
             and not self.socket.upgrading
             and self.seconds >= SETTLING_SECONDS
         )
 
-    def received(self, data: object) -> None:
-        """Note a message from the client."""
-        if isinstance(data, str) and WANTS_ANSWER.match(data):
-            self.unanswered += 1
+    def takes(self, data: object) -> bool:
+        """Note a message from the client; return whether the application gets it."""
+        if self.ended:
+            return False
+        if not isinstance(data, str) or not WANTS_ANSWER.match(data):
+            return True
+        # One with attachments (type 5) is taken in: without it, they would be taken for something else.
+        if not self.taking and data.startswith("2"):
+            return False
+        self.unanswered += 1
+        return True
 
     def sent(self, data: object) -> None:
         """Note a message to the client."""

@@ -1,13 +1,16 @@
 """A gunicorn worker on eventlet: one green thread a connection, thousands of long-lived ones in a process.
 
 gunicorn had such a worker until 25.3 and dropped it in 26. This one carries `socketio.WSGIApp` over polling, WebSocket
-and the upgrade between them (gunicorn hands the connection over as `gunicorn.socket` in the WSGI environ), and it
-outlives running out of file descriptors: the accept loop pauses and goes on.
+and the upgrade between them (gunicorn hands the connection over as `gunicorn.socket` in the WSGI environ). It outlives
+running out of file descriptors: the accept loop pauses and goes on. And a WebSocket that the server ends is closed in
+order: the client can read all that was written, whatever it is sending.
 """
 
+import contextlib
 import errno
 import os
 import signal
+import socket
 from types import FrameType
 
 import eventlet
@@ -18,6 +21,8 @@ from gunicorn.workers.base_async import AsyncWorker
 
 HEARTBEAT_SECONDS = 1.0
 ACCEPT_PAUSE_SECONDS = 0.2
+CLOSING_SECONDS = 5.0
+"""How long a client may take to close a WebSocket that the server has closed."""
 OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 """What accept(2) answers while the connection stays in the backlog, waiting for the process to have room again."""
 
@@ -81,6 +86,33 @@ class EventletWorker(AsyncWorker):
                 self.log.warning("accepting connections again")
                 exhausted = False
             connections.spawn_n(self.handle, listener, client, address)
+
+    def handle(self, listener: GreenSocket, client: GreenSocket, address: object) -> None:
+        """Serve one connection, and close it only when this green thread is done with it.
+
+        The writer of a WebSocket closes it while this green thread reads. Done at once, that would reset the connection
+        if the client is sending, and what was written last may never arrive; and eventlet would leave the reader
+        waiting for its timeout.
+        """
+        connection, hub = client.fd, eventlet.hubs.get_hub()
+        deadlines = []
+
+        def stop_reading() -> None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+
+        def stop_writing() -> None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+            deadlines.append(hub.schedule_call_global(CLOSING_SECONDS, stop_reading))
+
+        client.close = stop_writing
+        try:
+            super().handle(listener, client, address)
+        finally:
+            connection.close()
+            for deadline in deadlines:
+                deadline.cancel()
 
     def timeout_ctx(self) -> eventlet.Timeout:
         """Bound the wait for a request; gunicorn closes the connection when it ends without one."""

@@ -1,0 +1,124 @@
+"""The commands by which the operator of a host asks its node and tells it what to do, over its control socket."""
+
+import json
+import socket
+import sys
+import time
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any, TextIO
+from urllib.parse import urlencode
+
+import click
+
+ANSWER_SECONDS = 30
+POLL_SECONDS = 0.2
+
+with_control = click.option(
+    "--control",
+    "path",
+    type=click.Path(path_type=Path),
+    required=True,
+    envvar="STICKYRING_CONTROL",
+    show_envvar=True,
+    help="The node's control socket, as given to `stickyring serve`.",
+)
+
+
+@click.command()
+@click.option("--key", help="Only the sessions of this user, by the key as it stands on the wire.")
+@with_control
+def sessions(*, key: str | None, path: Path) -> None:
+    """Print who is connected to a node of this host, as JSON.
+
+    {"node": NAME, "sessions": [{"key": KEY or null, "transport": "polling" or "websocket", "seconds": OPEN_FOR}]}
+
+    \b
+    Examples:
+      stickyring sessions --control /run/stickyring-node/1/control.sock
+      stickyring sessions --control /run/stickyring-node/1/control.sock --key alice
+    """
+    target = "/sessions" if key is None else f"/sessions?{urlencode({'key': key}, errors='surrogateescape')}"
+    click.echo(json.dumps(_ask(path, "GET", target)))
+
+
+@click.command()
+@click.option(
+    "--ring", "document", type=click.File(), required=True, help="The ring document that all edges serve; - reads it."
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Sessions to ask a second. [default: 250 divided by the number of other nodes on the ring]",
+)
+@with_control
+def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
+    """Ask the users of a node whom the ring has elsewhere to reconnect, and wait until they have left.
+
+    Run it when every edge has the new ring: users go where the edge sends them. Users whom the ring has here are not
+    touched, nor are sessions without a key. Prints JSON: numbers of sessions that were to move, were staying and were
+    without a key at the beginning, and of those that were asked, left, and returned. Exits with 1 if some returned,
+    which means that an edge has another ring. Interrupting the command does not stop the node.
+
+    \b
+    Examples:
+      stickyring rebalance --control /run/stickyring-node/1/control.sock --ring ring.json
+      stickyring rebalance --control /run/stickyring-node/1/control.sock --ring - --rate 20 < ring.json
+    """
+    try:
+        order = {"ring": json.load(document)}
+    except ValueError as error:  # JSON that is none, or bytes that are no text
+        raise click.ClickException(f"{document.name} is not JSON: {error}") from None
+    progress = _ask(path, "POST", "/rebalance", order if rate is None else order | {"rate": rate})
+    to_move: int = progress["to_move"]
+    with click.progressbar(length=to_move, label="asked to reconnect", file=sys.stderr) as bar:
+        while progress["running"]:
+            time.sleep(POLL_SECONDS)
+            progress = _ask(path, "GET", "/rebalance")
+            bar.length = progress["to_move"]
+            bar.update(progress["asked"] - bar.pos)
+    del progress["running"]
+    click.echo(json.dumps(progress))
+    if progress["returned"]:
+        raise click.ClickException(
+            f"{progress['returned']} sessions are here though the ring has their users elsewhere: "
+            "an edge has another ring, or sends them by another key"
+        )
+
+
+class _UnixConnection(HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=ANSWER_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def _ask(path: Path, method: str, target: str, body: object = None) -> dict[str, Any]:
+    """Return the node's answer.
+
+    Raises:
+        click.ClickException: there is none, or the node refuses.
+    """
+    connection = _UnixConnection(path)
+    try:
+        connection.request(method, target, None if body is None else json.dumps(body))
+        response = connection.getresponse()
+        answer: dict[str, Any] = json.loads(response.read())
+    except FileNotFoundError:
+        raise click.ClickException(f"no control socket {path}: does the node run, and with --control?") from None
+    except ConnectionRefusedError:
+        raise click.ClickException(f"nobody serves the control socket {path}: the node does not run") from None
+    except (OSError, HTTPException, ValueError) as error:
+        raise click.ClickException(f"no answer on the control socket {path}: {error or type(error).__name__}") from None
+    finally:
+        connection.close()
+    if response.status >= HTTPStatus.BAD_REQUEST:
+        raise click.ClickException(f"the node refuses: {answer['error']}")
+    return answer
