@@ -27,11 +27,14 @@ class EngineSession(Protocol):
     """What is used of one session of python-engineio, `engineio.Socket`."""
 
     sid: str
-    queue: Queue
     upgraded: bool
     upgrading: bool
     closing: bool
     closed: bool
+
+    @property
+    def queue(self) -> Queue:
+        """The packets that wait."""
 
     def close(self, wait: bool, abort: bool, reason: str) -> None:
         """End the session: the disconnect event first, then what waits for the client, then a CLOSE unless `abort`."""
