@@ -15,7 +15,7 @@ def endpoints(
     """One endpoint for each instance of each host, in the order of the inventory.
 
     hosts: names of the hosts that serve; hostvars: the variables of all hosts by name; defaults: the node role's
-    defaults, for what a host leaves unset. Returns dicts with `name`, `address` and `port`; the name is the
+    defaults, for what a host leaves unset. Returns dicts with `name`, `address`, `port` and `weight`; the name is the
     endpoint's identity on the ring and stays when its address changes.
     """
     found = []
@@ -25,7 +25,12 @@ def endpoints(
         port = int(variables.get("stickyring_node_port", defaults["stickyring_node_port"]))
         instances = int(variables.get("stickyring_node_instances", defaults["stickyring_node_instances"]))
         found += [
-            {"name": f"{name}-{instance}", "address": variables["stickyring_address"], "port": port + instance - 1}
+            {
+                "name": f"{name}-{instance}",
+                "address": variables["stickyring_address"],
+                "port": port + instance - 1,
+                "weight": int(variables.get("stickyring_weight", 1)),
+            }
             for instance in range(1, instances + 1)
         ]
     return found
@@ -82,7 +87,11 @@ def _unknown_variables(host: str, variables: Mapping[str, Any], known_variables:
 def _not_numbers(nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
     found = []
     for host in nodes:
-        for name, low, high in (("stickyring_node_port", 1, 65535), ("stickyring_node_instances", 1, 64)):
+        for name, low, high in (
+            ("stickyring_node_port", 1, 65535),
+            ("stickyring_node_instances", 1, 64),
+            ("stickyring_weight", 1, 1000),
+        ):
             value = hostvars[host].get(name, low)
             if not re.fullmatch(r"[0-9]+", str(value)) or not low <= int(value) <= high:
                 found.append(f"{host}: {name} is {value!r}: give a number from {low} to {high}.")

@@ -114,9 +114,9 @@ def test_a_port_that_is_none_is_refused(value: object) -> None:
 
 def test_endpoints_are_named_by_host_and_instance() -> None:
     hostvars = deepcopy(HOSTVARS)
-    hostvars["node2"] |= {"stickyring_node_instances": 2, "stickyring_node_port": 7000}
+    hostvars["node2"] |= {"stickyring_node_instances": 2, "stickyring_node_port": 7000, "stickyring_weight": 3}
     assert inventory.endpoints(["node1", "node2"], hostvars, DEFAULTS) == [
-        {"name": "node1-1", "address": "198.51.100.11", "port": 8001},
-        {"name": "node2-1", "address": "198.51.100.12", "port": 7000},
-        {"name": "node2-2", "address": "198.51.100.12", "port": 7001},
+        {"name": "node1-1", "address": "198.51.100.11", "port": 8001, "weight": 1},
+        {"name": "node2-1", "address": "198.51.100.12", "port": 7000, "weight": 3},
+        {"name": "node2-2", "address": "198.51.100.12", "port": 7001, "weight": 3},
     ]

@@ -12,7 +12,13 @@ ROLES = sorted((PROJECT / "roles").iterdir())
 # What a site sets; the lab, the probe and preflight are this project's own tools.
 DEPLOYED = ("stickyring_node", "stickyring_edge")
 # Set by the playbooks, from the inventory.
-COMPOSED = {"stickyring_node_address", "stickyring_node_name", "stickyring_node_restart", "stickyring_edge_node_id"}
+COMPOSED = {
+    "stickyring_node_address",
+    "stickyring_node_name",
+    "stickyring_node_restart",
+    "stickyring_node_keep_surplus",
+    "stickyring_edge_node_id",
+}
 # Shown with a value that is not the default.
 EXAMPLES = {"stickyring_node_environment", "stickyring_node_wheelhouse"}
 

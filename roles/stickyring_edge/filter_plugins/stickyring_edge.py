@@ -18,6 +18,8 @@ HASH_POLICIES = ("query_parameter", "header", "cookie", "connection_properties",
 NAME_FIELDS = {"query_parameter": "name", "header": "header_name", "cookie": "name", "filter_state": "key"}
 # Envoy's own upper bound for the points of one ring.
 LARGEST_RING = 8 * 1024 * 1024
+# Envoy's own default for the slots of a Maglev table.
+MAGLEV_TABLE = 65537
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PING_INTERVAL = 25
 
@@ -80,7 +82,7 @@ def stickyring_edge_problems(settings: Data, sha256: str | None = None) -> list[
     listeners: list[Data] = settings["stickyring_edge_listeners"]
     clusters: list[Data] = settings["stickyring_edge_clusters"]
     hash_policies: list[Data] = settings["stickyring_edge_hash_policies"]
-    points_per_endpoint = int(settings["stickyring_edge_ring_points_per_endpoint"])
+    points = int(settings["stickyring_edge_ring_points_per_weight"])
     problems = _number_problems(settings)
     if sha256 is not None and not SHA256.fullmatch(sha256):
         problems.append(f"stickyring_edge_envoy_sha256 {sha256!r} is not 64 hexadecimal digits in lower case.")
@@ -117,10 +119,10 @@ def stickyring_edge_problems(settings: Data, sha256: str | None = None) -> list[
         problems += [
             f"{where}: endpoint {e['name']}: the weight is 1 or more." for e in endpoints if int(e.get("weight", 1)) < 1
         ]
-        if points_per_endpoint * len(endpoints) > LARGEST_RING:
+        if points * _weight(cluster) > LARGEST_RING:
             problems.append(
-                f"{where}: {points_per_endpoint} points for each of {len(endpoints)} endpoints are more than Envoy's "
-                f"{LARGEST_RING}; lower stickyring_edge_ring_points_per_endpoint."
+                f"{where}: {points} points for each of {_weight(cluster)} units of weight are more than Envoy's "
+                f"{LARGEST_RING}; lower stickyring_edge_ring_points_per_weight."
             )
     policies = [("stickyring_edge_hash_policies", policy) for policy in hash_policies]
     policies += [
@@ -235,8 +237,12 @@ def _routes(item: Data, common: Data) -> Data:
     return resource
 
 
+def _weight(cluster: Data) -> int:
+    return sum(int(item.get("weight", 1)) for item in cluster["endpoints"])
+
+
 def _ring_size(cluster: Data, common: Data) -> int:
-    return int(common["ring_points_per_endpoint"]) * len(cluster["endpoints"])
+    return int(common["ring_points_per_weight"]) * _weight(cluster)
 
 
 def _endpoints_path(cluster: Data, common: Data) -> str:
@@ -306,6 +312,48 @@ def stickyring_edge_files(listeners: list[Data], clusters: list[Data], common: D
     return files
 
 
+def _ring_document(resource: Data, members: list[Data]) -> Data:
+    """What stickyring.ring reads: a Cluster resource and its members in Envoy's order."""
+    document: Data = {"cluster": resource["name"], "policy": resource["lb_policy"], "members": members}
+    if resource["lb_policy"] == "RING_HASH":
+        sizes = resource["ring_hash_lb_config"]
+        document |= {"minimum_size": int(sizes["minimum_ring_size"]), "maximum_size": int(sizes["maximum_ring_size"])}
+    elif resource["lb_policy"] == "MAGLEV":
+        document["table_size"] = MAGLEV_TABLE
+    return document
+
+
+def stickyring_edge_wanted_ring(clusters: list[Data], name: str, common: Data) -> Data:
+    """The ring document of a cluster as the variables want it, every endpoint healthy."""
+    cluster = next(item for item in clusters if item["name"] == name)
+    members = [{"name": item["name"], "weight": int(item.get("weight", 1))} for item in cluster["endpoints"]]
+    return _ring_document(_cluster(cluster, common), members)
+
+
+def stickyring_edge_served_ring(name: str, config_dump: Data, clusters: Data) -> Data:
+    """The ring document of a cluster as Envoy serves it, from its admin interface's /config_dump and /clusters.
+
+    Empty when Envoy has no such cluster.
+    """
+    resources = [item["cluster"] for item in config_dump["configs"] if item["cluster"]["name"] == name]
+    statuses = [item.get("host_statuses", []) for item in clusters["cluster_statuses"] if item["name"] == name]
+    if not resources or not statuses:
+        return {}
+    members = [
+        {"name": host["hostname"], "weight": host["weight"], "health": _health(host["health_status"])}
+        for host in statuses[0]
+    ]
+    return _ring_document(resources[0], members)
+
+
+def _health(status: Data) -> str:
+    """As the ring sees it: what is neither draining nor healthy in every respect owns nothing."""
+    if status.get("eds_health_status") == "DRAINING":
+        return "DRAINING"
+    failing = any(value is True for value in status.values())
+    return "UNHEALTHY" if failing or status.get("eds_health_status", "HEALTHY") != "HEALTHY" else "HEALTHY"
+
+
 class FilterModule:
     """The role's filters."""
 
@@ -314,4 +362,6 @@ class FilterModule:
         return {
             "stickyring_edge_problems": stickyring_edge_problems,
             "stickyring_edge_files": stickyring_edge_files,
+            "stickyring_edge_served_ring": stickyring_edge_served_ring,
+            "stickyring_edge_wanted_ring": stickyring_edge_wanted_ring,
         }

@@ -124,6 +124,10 @@ removed:
   description: Files that were removed.
   returned: success
   type: list
+left:
+  description: Endpoints that Envoy had and has no more, as C(name) and C(address), in check mode those that would go.
+  returned: success
+  type: list
 versions:
   description: File to C(version_info).
   returned: success
@@ -480,6 +484,15 @@ class Edge:
         except FileNotFoundError:
             return None
 
+    def leaving(self) -> list[dict[str, str]]:
+        """Endpoints that Envoy has and that no file names any more: name and address of each."""
+        wanted = {name for file in self.files if file.type == ENDPOINTS for name in file.endpoints().values()}
+        found = {}
+        for item in self.admin.dump().get("EndpointsConfigDump", {}).get("dynamic_endpoint_configs", []):
+            for (address, port), name in endpoints_of(item["endpoint_config"]).items():
+                found[name] = f"{address}:{port}"
+        return [{"name": name, "address": found[name]} for name in sorted(found.keys() - wanted)]
+
     def strangers(self) -> list[str]:
         """Files below the directory that are named like ours and that nobody wants."""
         found = {str(path.relative_to(self.directory)) for path in self.directory.rglob("[!.]*.yaml")}
@@ -722,6 +735,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         "changed": False,
         "written": [],
         "removed": [],
+        "left": [],
         "versions": {file.path: file.version for file in files},
         "proven": False,
         "up_to_date": edge.unit.up_to_date(),
@@ -741,6 +755,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         "changed": bool(texts),
         "written": [file.path for file in changed],
         "removed": strangers,
+        "left": edge.leaving() if texts and edge.running else [],
         "diff": edge.difference(texts),
     }
     if module.check_mode:

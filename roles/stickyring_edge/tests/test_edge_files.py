@@ -20,7 +20,7 @@ COMMON: dict[str, Any] = {
     "directory": "/etc/x",
     "hash_policies": POLICIES,
     "private_paths": ["/metrics"],
-    "ring_points_per_endpoint": 100,
+    "ring_points_per_weight": 100,
     "listener": {},
     "http_connection_manager": {"use_remote_address": True},
     "route_configuration": {},
@@ -78,6 +78,73 @@ def test_other_policies_than_ring_hash_have_no_ring() -> None:
     assert cluster["lb_policy"] == "MAGLEV"
     assert "ring_hash_lb_config" not in cluster
     assert "endpoints/nodes.yaml" in files
+
+
+def test_a_weight_is_so_many_times_the_points() -> None:
+    cluster = {"name": "nodes", "endpoints": [ENDPOINTS[0] | {"weight": 3}, *ENDPOINTS[1:]]}
+    files = compose([LISTENERS[0]], [cluster])
+    assert files["clusters.yaml"][0]["ring_hash_lb_config"]["minimum_ring_size"] == 500
+    members = files["endpoints/nodes-500.yaml"][0]["endpoints"][0]["lb_endpoints"]
+    assert [member["load_balancing_weight"] for member in members] == [3, 1, 1]
+
+
+def served(policy: dict[str, Any], **flags: object) -> dict[str, Any]:
+    """The ring document of an Envoy with two members, the second with these flags."""
+    config = {"configs": [{"cluster": {"name": "other"}}, {"cluster": {"name": "nodes", **policy}}]}
+    hosts = [
+        {"hostname": "node2-1", "weight": 3, "health_status": {"eds_health_status": "HEALTHY"}},
+        {"hostname": "node1-1", "weight": 1, "health_status": {"eds_health_status": "HEALTHY"} | flags},
+    ]
+    clusters = {"cluster_statuses": [{"name": "other"}, {"name": "nodes", "host_statuses": hosts}]}
+    document: dict[str, Any] = edge.stickyring_edge_served_ring("nodes", config, clusters)
+    return document
+
+
+# As Envoy's /config_dump has them: 64-bit numbers are text in JSON.
+RING = {"lb_policy": "RING_HASH", "ring_hash_lb_config": {"minimum_ring_size": "400", "maximum_ring_size": "8388608"}}
+
+
+def test_the_served_ring_has_the_members_as_envoy_orders_them() -> None:
+    assert served(RING) == {
+        "cluster": "nodes",
+        "policy": "RING_HASH",
+        "minimum_size": 400,
+        "maximum_size": 8388608,
+        "members": [
+            {"name": "node2-1", "weight": 3, "health": "HEALTHY"},
+            {"name": "node1-1", "weight": 1, "health": "HEALTHY"},
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "health"),
+    [
+        ({"failed_active_health_check": True}, "UNHEALTHY"),
+        ({"pending_active_hc": True}, "UNHEALTHY"),
+        ({"eds_health_status": "UNHEALTHY"}, "UNHEALTHY"),
+        ({"eds_health_status": "DRAINING"}, "DRAINING"),
+    ],
+)
+def test_the_served_ring_tells_who_owns_nothing(flags: dict[str, object], health: str) -> None:
+    assert [member["health"] for member in served(RING, **flags)["members"]] == ["HEALTHY", health]
+
+
+def test_the_served_ring_of_maglev_has_a_table() -> None:
+    document = served({"lb_policy": "MAGLEV"})
+    assert (document["policy"], document["table_size"]) == ("MAGLEV", 65537)
+    assert "minimum_size" not in document
+
+
+def test_there_is_no_ring_of_a_cluster_that_envoy_lacks() -> None:
+    assert edge.stickyring_edge_served_ring("nodes", {"configs": []}, {"cluster_statuses": []}) == {}
+
+
+def test_the_wanted_ring_is_the_one_that_is_written() -> None:
+    document = edge.stickyring_edge_wanted_ring(CLUSTERS, "nodes", COMMON)
+    written = compose()["clusters.yaml"][0]["ring_hash_lb_config"]
+    assert document["minimum_size"] == written["minimum_ring_size"] == 300
+    assert [member["name"] for member in document["members"]] == ["node1-1", "node2-1", "node3-1"]
 
 
 def test_hash_policies_are_in_the_routes_alone() -> None:

@@ -197,6 +197,17 @@ def test_only_what_changed_is_written(directory: Path, files: Files, envoy: Fake
     assert run(directory, files, envoy.port)["written"] == ["endpoints/nodes.yaml"]
 
 
+def test_who_leaves_is_told_and_who_only_moves_is_not(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+    assert run(directory, files, envoy.port)["left"] == []
+    files["endpoints/nodes.yaml"] = [assignment("nodes", [8001, 8003])]
+    gone = run(directory, files, envoy.port, _ansible_check_mode=True)["left"]
+    assert gone == run(directory, files, envoy.port)["left"]
+    assert gone == [{"name": "node-8002", "address": "192.0.2.1:8002"}]
+    place = files["endpoints/nodes.yaml"][0]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]
+    place["socket_address"]["address"] = "192.0.2.9"
+    assert run(directory, files, envoy.port)["left"] == []
+
+
 def test_nothing_is_named_before_it_is_there(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
     run(directory, files, envoy.port)
     places = {path: envoy.loads.index(path) for path in files}

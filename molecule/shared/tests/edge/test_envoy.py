@@ -91,7 +91,7 @@ def test_the_balancing_is_by_ring(config: dict[str, Any], edge: Any) -> None:
     clusters = {
         one["cluster"]["name"]: one["cluster"] for one in config["ClustersConfigDump"]["dynamic_active_clusters"]
     }
-    points = edge.variables["stickyring_edge_ring_points_per_endpoint"]
+    points = edge.variables["stickyring_edge_ring_points_per_weight"]
     for wanted in edge.variables["stickyring_edge_clusters"]:
         loaded = clusters[wanted["name"]]
         assert loaded["lb_policy"] == wanted.get("lb_policy", "RING_HASH")
