@@ -65,13 +65,14 @@ class Member:
 class Ring(ABC):
     """The owners of all keys under one membership; never changes.
 
-    Attributes: `cluster`; `policy`, RING_HASH or MAGLEV; `members`, all of them in the edge's order; `names` of those
-    that serve.
+    Attributes: `cluster`; `policy`, RING_HASH or MAGLEV; `sizes`, the policy's numbers under the document's names;
+    `members`, all of them in the edge's order; `names` of those that serve.
     """
 
-    def __init__(self, cluster: str, policy: str, members: tuple[Member, ...]) -> None:
+    def __init__(self, cluster: str, policy: str, sizes: Mapping[str, int], members: tuple[Member, ...]) -> None:
         self.cluster = cluster
         self.policy = policy
+        self.sizes = sizes
         self.members = members
         self.names = tuple(member.name for member in members if member.serving)
 
@@ -112,8 +113,8 @@ class Ring(ABC):
     def shares(self) -> dict[str, float]:
         """Return the share of all possible hashes that each serving member owns; they sum to 1."""
 
-    def _weights(self) -> dict[str, float]:
-        """The serving members' weights as Envoy normalizes them."""
+    def due(self) -> dict[str, float]:
+        """Return the share that each serving member's weight asks for, as Envoy normalizes it; they sum to 1."""
         weights = {member.name: member.weight for member in self.members if member.serving}
         total = sum(weights.values())
         return {name: weight / total for name, weight in weights.items()}
@@ -127,8 +128,8 @@ class _HashRing(Ring):
     """
 
     def __init__(self, cluster: str, members: tuple[Member, ...], least: int, most: int) -> None:
-        super().__init__(cluster, "RING_HASH", members)
-        weights = self._weights()
+        super().__init__(cluster, "RING_HASH", {"minimum_size": least, "maximum_size": most}, members)
+        weights = self.due()
         smallest = min(weights.values())
         # The member with the smallest weight gets a whole number of points.
         scale = min(math.ceil(smallest * least) / smallest, float(most))
@@ -159,9 +160,9 @@ class _MaglevTable(Ring):
     """Envoy's Maglev: the members take turns at claiming slots of a table, a key belongs to slot hash % size."""
 
     def __init__(self, cluster: str, members: tuple[Member, ...], size: int) -> None:
-        super().__init__(cluster, "MAGLEV", members)
+        super().__init__(cluster, "MAGLEV", {"table_size": size}, members)
         # By the bytes of the name, which makes the edge's order meaningless here.
-        weights = sorted(self._weights().items(), key=lambda item: item[0].encode())
+        weights = sorted(self.due().items(), key=lambda item: item[0].encode())
         largest = max(weight for _, weight in weights)
         next_slots = [xxh64_intdigest(name.encode()) % size for name, _ in weights]
         skips = [xxh64_intdigest(name.encode(), 1) % (size - 1) + 1 for name, _ in weights]

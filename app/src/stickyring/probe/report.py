@@ -29,7 +29,7 @@ from functools import cached_property
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -327,9 +327,3 @@ def pair(seconds: Sequence[float]) -> str:
     """p50 and p99 in milliseconds, for a table."""
     values = milliseconds(seconds).values()
     return "/".join("-" if value is None else f"{value:.{0 if value >= 100 else 1}f}" for value in values)
-
-
-def console_for_stdout() -> Console:
-    """A terminal at its own width, anything else at 100 columns."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=100)

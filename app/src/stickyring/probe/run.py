@@ -10,9 +10,10 @@ import click
 
 from stickyring.probe.load import Load
 from stickyring.probe.progress import shown
-from stickyring.probe.report import Report, console_for_stdout
+from stickyring.probe.report import Report
 from stickyring.probe.settings import Dialect, Shape
 from stickyring.probe.targets import Target, judge
+from stickyring.terminal import console_for_stdout
 
 
 async def measure(target: Target, dialect: Dialect, shape: Shape) -> Report:

@@ -1,0 +1,1 @@
+"""`stickyring plan`: what a change of membership does to the users, before it is made."""

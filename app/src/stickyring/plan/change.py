@@ -1,0 +1,269 @@
+"""What lies between two rings: members, users who move, evenness; and its JSON file.
+
+The JSON file, schema 1 (shares of all users from 0 to 1, null where there is nothing to say):
+
+    {"schema": 1, "cluster": "nodes", "verdict": "one line", "notes": ["one line", ...],
+     "changes": true (anything at all differs), "moves_users": true,
+     "before": RING | null (nothing is deployed), "after": RING,
+     "members": [{"name": "node1-1", "change": "comes", "before": STANDING | null, "after": STANDING | null}, ...],
+     "moved_share": 0.251 | null, "least_share": 0.25 | null,
+     "moves": [{"from": "node1-1", "to": "node4-1", "share": 0.084}, ...],
+     "ids": {"total": 1000, "moved": 252, "moves": [{"id": "alice", "from": "node1-1", "to": "node4-1"}, ...]} | null}
+
+    RING = {"policy": "RING_HASH", "minimum_size": 12288, "maximum_size": 8388608 (or "table_size"),
+     "serving": 3, "evenness": 1.02, "busiest": "node2-1"}
+    STANDING = {"weight": 1, "health": "HEALTHY", "due": 0.333, "share": 0.341}
+
+`due` is a member's share of the weights, `share` what it owns, `evenness` the largest share / due, that of `busiest`.
+`least_share` is what has to move whatever places the users, if all own what they are due: half the L1 distance between
+the due shares before and after.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from stickyring.ring import Member, Ring, moved
+
+# A ring that is in step with its membership moves the least but for a point or so.
+ODDS_WORTH_A_NOTE = 0.015
+
+
+class Change:
+    """The change from the ring `before`, None when nothing is deployed, to `after`, seen by the users `ids`."""
+
+    def __init__(self, before: Ring | None, after: Ring, ids: Sequence[str] | None) -> None:
+        self.before = before
+        self.after = after
+        self.ids = ids
+
+    @cached_property
+    def members(self) -> list["MemberChange"]:
+        """What becomes of every member, in the order of `after`, those that go at the end."""
+        old = _standings(self.before) if self.before else {}
+        new = _standings(self.after)
+        return [MemberChange(name, old.get(name), new.get(name)) for name in new | old]
+
+    @cached_property
+    def moves(self) -> dict[tuple[str, str], float]:
+        """The share of all users that moves, by (from, to); nothing moves when nothing was there."""
+        return moved(self.before, self.after) if self.before else {}
+
+    @property
+    def moved_share(self) -> float:
+        """The share of all users that moves."""
+        return sum(self.moves.values())
+
+    @cached_property
+    def least_share(self) -> float:
+        """The share of all users that has to move between members that own what they are due."""
+        old = self.before.due() if self.before else {}
+        new = self.after.due()
+        return sum(max(0.0, due - new.get(name, 0.0)) for name, due in old.items())
+
+    @cached_property
+    def moved_ids(self) -> list[tuple[str, str, str]]:
+        """Id, from and to of each of `ids` that moves."""
+        if not self.before or not self.ids:
+            return []
+        owners = zip(self.ids, self.before.owners(self.ids), self.after.owners(self.ids), strict=True)
+        return [(user, old, new) for user, old, new in owners if old != new]
+
+    @cached_property
+    def moved_ids_by_pair(self) -> Counter[tuple[str, str]]:
+        """How many of `ids` move, by (from, to)."""
+        return Counter((old, new) for _, old, new in self.moved_ids)
+
+    @property
+    def anything(self) -> bool:
+        """Whether the two rings differ in anything, be it that nobody moves."""
+        return self.before is None or any(
+            (
+                self.before.policy != self.after.policy,
+                self.before.sizes != self.after.sizes,
+                self.before.members != self.after.members,
+            )
+        )
+
+    @property
+    def verdict(self) -> str:
+        """One line: who moves."""
+        serving = len(self.after.names)
+        if self.before is None:
+            return f"nothing is deployed yet: nobody moves, {serving} {_members(serving)} will serve"
+        if not self.anything:
+            return f"nothing changes: {serving} {_members(serving)} serve as before"
+        if not self.moves:
+            return "nobody moves: the edge is changed, every user stays where he is"
+        ids = f", {len(self.moved_ids)} of the {len(self.ids)} ids" if self.ids is not None else ""
+        least = f"{percent(self.least_share)} at least if all own what they are due"
+        return f"{percent(self.moved_share)} of all users move{ids} ({least})"
+
+    @property
+    def notes(self) -> list[str]:
+        """What else a reader should know, a line each."""
+        if self.before is None:
+            return []
+        notes = []
+        if self.before.policy != self.after.policy:
+            notes.append(f"the policy changes from {self.before.policy} to {self.after.policy}")
+        for name, size in self.after.sizes.items():
+            old = self.before.sizes.get(name, size)
+            if old != size:
+                notes.append(f"{name} changes from {old} to {size}")
+        if self.moved_share > self.least_share + ODDS_WORTH_A_NOTE:
+            notes.append(f"more move than must: {self._cause()}")
+        return notes
+
+    def _cause(self) -> str:
+        assert self.before is not None
+        if self.before.policy != self.after.policy:
+            return "the two policies place users independently of each other"
+        if self.after.policy == "MAGLEV":
+            if self.before.sizes != self.after.sizes:
+                return "tables of different sizes place users independently of each other"
+            return "Maglev also moves some between members that stay"
+        old, new = _points(self.before), _points(self.after)
+        if abs(old - new) > 0.01 * old:
+            return f"the points for a unit of weight change from {old:.0f} to {new:.0f}; keep minimum_size in step"
+        if self._comes_and_goes():
+            return "on a ring what gains weight takes from all, and what loses it gives to all"
+        return f"a ring of {old:.0f} points for a unit of weight is coarse"
+
+    def _comes_and_goes(self) -> bool:
+        """Whether some members gain weight on the ring while others lose it."""
+        gains = [member.weight_after - member.weight_before for member in self.members]
+        return min(gains) < 0 < max(gains)
+
+    def as_json(self) -> dict[str, Any]:
+        """The object of the module's docstring."""
+        deployed = self.before is not None
+        return {
+            "schema": 1,
+            "cluster": self.after.cluster,
+            "verdict": self.verdict,
+            "notes": self.notes,
+            "changes": self.anything,
+            "moves_users": bool(self.moves),
+            "before": _ring_as_json(self.before) if self.before else None,
+            "after": _ring_as_json(self.after),
+            "members": [member.as_json() for member in self.members],
+            "moved_share": self.moved_share if deployed else None,
+            "least_share": self.least_share if deployed else None,
+            "moves": [{"from": old, "to": new, "share": share} for (old, new), share in self.moves.items()],
+            "ids": None
+            if self.ids is None
+            else {
+                "total": len(self.ids),
+                "moved": len(self.moved_ids),
+                "moves": [{"id": user, "from": old, "to": new} for user, old, new in self.moved_ids],
+            },
+        }
+
+
+class Standing:
+    """A member within a ring: how much it is due, and how much it owns, as shares of all users."""
+
+    def __init__(self, member: Member, due: float, share: float) -> None:
+        self.member = member
+        self.due = due
+        self.share = share
+
+    @property
+    def weight(self) -> int:
+        """What it weighs on the ring, 0 when it does not serve."""
+        return self.member.weight if self.member.serving else 0
+
+    def as_json(self) -> dict[str, Any]:
+        """STANDING of the schema."""
+        return {
+            "weight": self.member.weight,
+            "health": self.member.health,
+            "due": self.due,
+            "share": self.share,
+        }
+
+
+class MemberChange:
+    """What becomes of one member; None stands for the ring that it is not in."""
+
+    def __init__(self, name: str, before: Standing | None, after: Standing | None) -> None:
+        self.name = name
+        self.before = before
+        self.after = after
+
+    @property
+    def weight_before(self) -> int:
+        """What it weighs on the ring before, 0 when it does not serve."""
+        return self.before.weight if self.before else 0
+
+    @property
+    def weight_after(self) -> int:
+        """What it weighs on the ring after, 0 when it does not serve."""
+        return self.after.weight if self.after else 0
+
+    @property
+    def change(self) -> str:
+        """In a word or two, empty when it stays as it is."""
+        if self.before is None:
+            return "comes"
+        if self.after is None:
+            return "goes"
+        old, new = self.before.member, self.after.member
+        changes = []
+        if old.weight != new.weight:
+            changes.append(f"weight {old.weight} → {new.weight}")
+        if old.health != new.health:
+            changes.append(f"{old.health} → {new.health}")
+        return ", ".join(changes)
+
+    def as_json(self) -> dict[str, Any]:
+        """The member of the schema."""
+        return {
+            "name": self.name,
+            "change": self.change,
+            "before": self.before and self.before.as_json(),
+            "after": self.after and self.after.as_json(),
+        }
+
+
+def evenness(ring: Ring) -> tuple[float, str]:
+    """The largest share / due, and the member that has it."""
+    due = ring.due()
+    return max((share / due[name], name) for name, share in ring.shares().items())
+
+
+def percent(share: float) -> str:
+    """One decimal is what a reader can use."""
+    if 0 < share < 0.0005:
+        return "< 0.1 %"
+    return f"{share:.1%}".replace("%", " %")
+
+
+def _standings(ring: Ring) -> dict[str, Standing]:
+    due, shares = ring.due(), ring.shares()
+    return {
+        member.name: Standing(member, due.get(member.name, 0.0), shares.get(member.name, 0.0))
+        for member in ring.members
+    }
+
+
+def _points(ring: Ring) -> float:
+    """Points for a unit of weight."""
+    return ring.sizes["minimum_size"] / sum(member.weight for member in ring.members if member.serving)
+
+
+def _ring_as_json(ring: Ring) -> dict[str, Any]:
+    value, busiest = evenness(ring)
+    return {
+        "policy": ring.policy,
+        **ring.sizes,
+        "serving": len(ring.names),
+        "evenness": value,
+        "busiest": busiest,
+    }
+
+
+def _members(count: int) -> str:
+    return "member" if count == 1 else "members"
