@@ -1,7 +1,10 @@
 """The WSGI layer around an application, without a server: health, readiness, metrics, cap and counts."""
 
+import gc
 import io
 import json
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlencode
@@ -18,8 +21,11 @@ CAP = 2
 class Answer:
     """What one request got."""
 
-    def __init__(self, application: Runtime, path: str, method: str = "GET", body: str = "", **query: str) -> None:
-        environ: dict[str, Any] = {
+    def __init__(
+        self, application: Runtime, path: str, method: str = "GET", body: str = "", key: str | None = None, **query: str
+    ) -> None:
+        environ: dict[str, Any] = {} if key is None else {"HTTP_X_STICKYRING_KEY": key}
+        environ |= {
             "PATH_INFO": path,
             "QUERY_STRING": urlencode(query),
             "REQUEST_METHOD": method,
@@ -37,8 +43,8 @@ class Answer:
         return lambda _: None
 
 
-def handshake(runtime: Runtime, protocol: str = "4", transport: str = "polling") -> Answer:
-    return Answer(runtime, "/socket.io/", EIO=protocol, transport=transport)
+def handshake(runtime: Runtime, protocol: str = "4", transport: str = "polling", key: str | None = None) -> Answer:
+    return Answer(runtime, "/socket.io/", key=key, EIO=protocol, transport=transport)
 
 
 def sid_of(accepted: Answer) -> str:
@@ -129,3 +135,91 @@ def test_each_runtime_counts_for_itself(runtime: Runtime) -> None:
     other = Runtime(socketio.WSGIApp(server), node_name="node1-2", max_connections=CAP)
     handshake(runtime)
     assert sample(other, 'stickyring_handshakes_accepted_total{transport="polling"}') == 0
+
+
+def request(runtime: Runtime, sid: str, body: str = "", key: str | None = None) -> Answer:
+    """Send packets in a session; without any, receive."""
+    method = "POST" if body else "GET"
+    return Answer(runtime, "/socket.io/", method, body, key, EIO="4", transport="polling", sid=sid)
+
+
+def test_a_session_has_the_newest_key_that_a_request_carried(runtime: Runtime) -> None:
+    sid = sid_of(handshake(runtime))
+    session = runtime.sessions[sid]
+    assert session.key is None
+    for key, known in (("alice", "alice"), (None, "alice"), ("", "alice"), ("bob", "bob")):
+        assert request(runtime, sid, "40", key).status == 200
+        assert session.key == known
+    assert request(runtime, sid, key="carol").status == 200
+    assert session.key == "carol"
+
+
+@pytest.mark.parametrize("wire", ["größe".encode(), b"caf%C3%A9", b"\xff\xfe"])
+def test_a_key_is_the_bytes_on_the_wire(runtime: Runtime, wire: bytes) -> None:
+    # PEP 3333 hands headers over as ISO-8859-1.
+    sid = sid_of(handshake(runtime, key=wire.decode("latin-1")))
+    assert (runtime.sessions[sid].key or "").encode("utf-8", "surrogateescape") == wire
+
+
+def test_a_session_is_forgotten_however_it_ends() -> None:
+    server = socketio.Server(async_mode="threading", monitor_clients=False)
+    server.on("connect", lambda sid, environ: None)
+    runtime = Runtime(socketio.WSGIApp(server), node_name="node1-1", max_connections=1000)
+
+    def joined() -> str:
+        sid = sid_of(handshake(runtime, key="alice"))
+        request(runtime, sid, "40")
+        return sid
+
+    ends: list[Callable[[str], object]] = [
+        lambda sid: request(runtime, sid, "1"),  # the client's CLOSE
+        lambda sid: server.eio.sockets[sid].close(wait=False, reason="server disconnect"),
+        lambda sid: server.eio.sockets[sid].close(wait=False, abort=True, reason="ping timeout"),
+        lambda sid: runtime.sessions[sid].end(),
+    ]
+    gone = []
+    for end in ends:
+        sid = joined()
+        session = runtime.sessions[sid]
+        gone.append(weakref.ref(session))
+        end(sid)
+        assert session.ended
+        del session
+    assert runtime.sessions == {}
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * len(ends)
+    # The control: one that has not ended is there.
+    sid = joined()
+    assert [*runtime.sessions] == [sid]
+
+
+def test_a_handshake_that_the_application_refuses_is_no_session(runtime: Runtime) -> None:
+    assert handshake(runtime, protocol="3").status == 400
+    assert handshake(runtime, transport="websocket").status == 400
+    assert runtime.sessions == {}
+
+
+def test_the_waiting_poll_of_a_moved_session_ends_in_an_error(runtime: Runtime) -> None:
+    first, second = [sid_of(handshake(runtime)) for _ in range(CAP)]
+    request(runtime, first, "40")
+    moved = runtime.sessions[first]
+    assert "40{" in request(runtime, first).text
+    socket: Any = moved.socket
+    waiting, receive, polls = threading.Event(), socket.poll, []
+
+    def poll_and_tell() -> object:
+        waiting.set()
+        return receive()
+
+    socket.poll = poll_and_tell
+    poll = threading.Thread(target=lambda: polls.append(request(runtime, first)))
+    poll.start()
+    assert waiting.wait(5)
+    moved.end()
+    poll.join()
+    assert (polls[0].status, polls[0].headers["Cache-Control"]) == (410, "no-store")
+    assert "moved" in polls[0].text
+    # Neither a packet that the client still sends nor another poll does harm.
+    assert request(runtime, first, "42[]").status == request(runtime, first).status == 400
+    assert request(runtime, second, "40").status == 200
+    assert "40{" in request(runtime, second).text

@@ -21,7 +21,7 @@ WANTS_ANSWER = re.compile(r"[25](?:\d+-)?(?:/[^,]*,)?\d+\[")
 ANSWERS = ("3", "6")
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Session:
     """One open session and what is known of it.
 
