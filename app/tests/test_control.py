@@ -105,6 +105,10 @@ def test_what_cannot_be_done_is_refused(
     assert error in answer["error"]
 
 
+def test_before_the_first_rebalance_none_runs(node: ServeProcess, folder: Path) -> None:
+    assert ask(folder / "control", "GET", "/rebalance") == (200, {"running": False})
+
+
 def test_a_request_that_goes_wrong_harms_nobody(node: ServeProcess, folder: Path) -> None:
     control = folder / "control"
     assert ask(control, "POST", "/rebalance", length=10**9)[0] == 413

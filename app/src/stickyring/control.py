@@ -9,8 +9,8 @@ one that refuses has `error`, a line of text.
                               202 as GET /rebalance; 400 no such thing; 409 one is running
     GET  /rebalance           200 {"running", "rate", "seconds" since it began, and numbers of sessions: "to_move",
                               "staying" and "without_key" when it began; "asked" so far; "left", those of them that are
-                              gone; "returned", here when it ended though the ring has them elsewhere}
-                              404 there was none since the node started
+                              gone; "returned", here when it ended though the ring has them elsewhere}; only
+                              "running", false, if there was none since the node started
 """
 
 import json
@@ -69,8 +69,8 @@ class Control:
                 return HTTPStatus.OK, self._list_sessions(wanted)
             case "POST", "/rebalance":
                 return HTTPStatus.ACCEPTED, self._start_rebalance(body)
-            case "GET", "/rebalance" if self._rebalance is not None:
-                return HTTPStatus.OK, self._rebalance.progress()
+            case "GET", "/rebalance":
+                return HTTPStatus.OK, {"running": False} if self._rebalance is None else self._rebalance.progress()
         raise Refusal(HTTPStatus.NOT_FOUND, f"nothing answers {method} {parts.path} here")
 
     def _list_sessions(self, wanted: str | None) -> dict[str, Any]:

@@ -88,7 +88,8 @@ class EngineMetrics:
         )
         self.unknown_sessions = Counter(
             "stickyring_unknown_sessions",
-            "Requests for a session that this node does not know: the edge sent a user to the wrong node.",
+            "Requests for a session that this node does not know: the edge sent a user to the wrong node, or its ring "
+            "has changed under a polling client.",
             ["transport"],
             registry=registry,
         )

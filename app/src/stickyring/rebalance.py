@@ -1,4 +1,18 @@
-"""Sends the users of this node whom the ring has elsewhere to where the ring has them, and leaves the others alone."""
+"""Sends the users of this node whom the ring has elsewhere to where the ring has them, and leaves the others alone.
+
+It begins when every edge has the new ring: users go where the edge sends them. What a user is promised who moves:
+
+- One disconnect, after which the clients of JavaScript and of Python connect again by themselves, as after any lost
+  connection: the first attempt comes after 0.5 to 1.5 s with their default options. The application's disconnect
+  handlers run once, with the reason `transport close`.
+- The acknowledgement of every event that reached the application is written before the end, if it is given within four
+  seconds, and so is everything else that waits for a WebSocket. An event that wanted an acknowledgement and got none
+  did not reach the application, unless the handler takes longer than that: who sends it again has it handled once.
+- Over polling this ends with the ring, not with the rebalance: from the moment when the edge has the new ring it takes
+  the client's next request to the new node, which does not know the session; the client connects again because of that.
+
+Not promised: that events without acknowledgement arrive which cross the end on their way, as with any lost connection.
+"""
 
 import logging
 from collections.abc import Mapping

@@ -157,6 +157,7 @@ def serve(
     Examples:
       stickyring serve
       stickyring serve --listen 0.0.0.0:8001 --node-name node1-1
+      stickyring serve --control /run/stickyring-node/1/control.sock
       stickyring serve chat.server:application --max-connections 20000
       STICKYRING_LISTEN='[::1]:8001' stickyring serve 'chat.server:create(debug=False)'
     """
@@ -320,7 +321,9 @@ def _listen_for_control(path: Path) -> socket.socket:
 
 def _is_served(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
-        return caller.connect_ex(str(path)) == 0
+        # One that is too busy to take the call must not hold this up.
+        caller.setblocking(False)
+        return caller.connect_ex(str(path)) != errno.ECONNREFUSED
 
 
 def _address_text(listener: socket.socket) -> str:
