@@ -6,6 +6,7 @@ from stickyring.operate import rebalance, sessions
 from stickyring.plan.command import plan
 from stickyring.probe.command import probe
 from stickyring.serve import serve
+from stickyring.whereis import whereis
 
 
 class _Group(click.Group):
@@ -28,5 +29,6 @@ def main() -> None:
 main.add_command(serve)
 main.add_command(probe)
 main.add_command(plan)
+main.add_command(whereis)
 main.add_command(sessions)
 main.add_command(rebalance)

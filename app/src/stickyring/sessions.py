@@ -6,6 +6,7 @@ A session is one of Engine.IO (protocol revision 4), which is one connection of 
 import re
 import time
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 from stickyring.metrics import Engine, EngineSession
 
@@ -94,11 +95,19 @@ class Session:
 
 
 def key_of(environ: dict[str, object]) -> str | None:
-    """Return the key that the edge saw in a request; None without one.
+    """Return the key that the edge hashed for a request, as it stands on the wire; None without one.
 
+    The edge says what it took from the query decoded, and hashed it as it came: the parameter that decodes to it tells.
     WSGI decodes headers as ISO-8859-1 (PEP 3333), keys are UTF-8 on the wire.
     """
     value = environ.get(KEY_VARIABLE)
     if not isinstance(value, str) or not value:
         return None
-    return value.encode("latin-1").decode("utf-8", "surrogateescape")
+    key = value.encode("latin-1").decode("utf-8", "surrogateescape")
+    query = str(environ.get("QUERY_STRING", ""))
+    if "%" in query:
+        for parameter in query.split("&"):
+            _, _, raw = parameter.partition("=")
+            if unquote(raw, errors="surrogateescape") == key:
+                return raw
+    return key

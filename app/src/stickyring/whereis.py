@@ -1,0 +1,101 @@
+"""`stickyring whereis`: the node that the ring has a user on, and the nodes that hold sessions of his now."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stickyring.ring import Ring, RingError
+
+PLAYBOOK = Path("playbooks/whereis.yml")
+EPILOG = """\b
+Examples:
+  stickyring whereis alice
+  stickyring whereis alice --live
+  stickyring whereis a%20b --inventory inventory/production
+
+\b
+Exit status: 0 when all agree; 1 when the edges disagree, or a session is not where the ring has its user; 2 when that
+could not be found out.
+"""
+
+
+class Unknown(click.ClickException):
+    """It could not be found out."""
+
+    exit_code = 2
+
+
+@click.command(epilog=EPILOG)
+@click.argument("user", metavar="ID")
+@click.option("--live", is_flag=True, help="Ask the nodes as well which of them hold sessions of this user.")
+@click.option(
+    "-i", "--inventory", type=click.Path(exists=True), help="As for ansible-playbook. [default: that of ansible.cfg]"
+)
+def whereis(*, user: str, live: bool, inventory: str | None) -> None:
+    """Tell which node user ID is on, as the edges' rings have it now.
+
+    ID is the key as it stands on the wire, percent-encoding and all. Run it in the project's folder: edges, and with
+    --live nodes, are asked over SSH, as by any playbook.
+    """
+    if not PLAYBOOK.is_file():
+        raise Unknown(f"there is no {PLAYBOOK} here: run this in the project's folder")
+    with tempfile.TemporaryDirectory() as folder:
+        answers = _ask(user, live, inventory, Path(folder))
+    owners = {edge: _owner(edge, ring, user) for edge, ring in answers["rings"].items()}
+    told = sorted(set(owners.values()))
+    if len(told) == 1:
+        click.echo(f"{user} belongs to {told[0]}")
+    else:
+        click.echo(f"the edges disagree about {user}: {', '.join(f'{owners[edge]} says {edge}' for edge in owners)}")
+    agreed = len(told) == 1
+    if live:
+        agreed = _tell_sessions(answers["nodes"], told) and agreed
+    sys.exit(0 if agreed else 1)
+
+
+def _ask(user: str, live: bool, inventory: str | None, folder: Path) -> dict[str, Any]:
+    """Return {"rings": {edge: ring document}, "nodes": [answer of `stickyring sessions`, one an instance]}."""
+    command = [str(Path(sys.executable).with_name("ansible-playbook")), str(PLAYBOOK)]
+    command += ["--extra-vars", json.dumps({"id": user, "live": live, "directory": str(folder)})]
+    command += ["--inventory", inventory] if inventory else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise Unknown(f"cannot run {command[0]}: {error.strerror}") from None
+    if done.returncode:
+        raise Unknown(f"{PLAYBOOK} failed:\n{(done.stdout + done.stderr).strip()}")
+    rings = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("rings/*.json"))}
+    if not rings:
+        raise Unknown("the inventory has no edge")
+    lines = [line for file in sorted(folder.glob("sessions/*")) for line in file.read_text().splitlines()]
+    return {"rings": rings, "nodes": [json.loads(line) for line in lines]}
+
+
+def _owner(edge: str, document: dict[str, Any], user: str) -> str:
+    if not document:
+        raise Unknown(f"{edge} serves no ring yet")
+    try:
+        return Ring.load(document).owner(user)
+    except RingError as error:
+        raise Unknown(f"{edge}: {error}") from None
+
+
+def _tell_sessions(nodes: list[dict[str, Any]], owners: list[str]) -> bool:
+    """Print them by node; return whether all are where they belong."""
+    astray = 0
+    for answer in nodes:
+        for session in answer["sessions"]:
+            here = answer["node"] in owners
+            astray += not here
+            mark = "" if here else ", astray"
+            click.echo(f"  {answer['node']}: {session['transport']}, open for {session['seconds']:.0f} s{mark}")
+    if not any(answer["sessions"] for answer in nodes):
+        click.echo("  no session is open")
+    if astray:
+        click.echo(f"{astray} of these sessions are not where the ring has the user: run playbooks/rebalance.yml")
+    return not astray

@@ -1,0 +1,103 @@
+"""`stickyring whereis`, with a playbook that has been told what to find."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from stickyring.cli import main
+from stickyring.ring import Ring
+
+
+def document(*names: str) -> dict[str, Any]:
+    members = [{"name": name, "weight": 1} for name in names]
+    sizes = {"minimum_size": 100 * len(names), "maximum_size": 8388608}
+    return {"cluster": "nodes", "policy": "RING_HASH", "members": members, **sizes}
+
+
+THREE = document("node1-1", "node2-1", "node3-1")
+HOME = Ring.load(THREE).owner("alice")
+OTHER = next(name for name in ("node1-1", "node2-1") if name != HOME)
+WITHOUT_HOME = document(*(name for name in ("node1-1", "node2-1", "node3-1") if name != HOME))
+
+
+def holding(node: str, *sessions: tuple[str, float]) -> dict[str, Any]:
+    return {"node": node, "sessions": [{"key": "alice", "transport": how, "seconds": age} for how, age in sessions]}
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Callable[..., Result]]:
+    """Sets what the playbook finds; returns a function that runs the command."""
+    (tmp_path / "playbooks").mkdir()
+    (tmp_path / "playbooks" / "whereis.yml").touch()
+    monkeypatch.chdir(tmp_path)
+
+    def prepare(rings: dict[str, Any], nodes: dict[str, list[dict[str, Any]]] | None = None) -> Callable[..., Result]:
+        def play(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+            asked = json.loads(command[command.index("--extra-vars") + 1])
+            assert asked["id"] == "alice"
+            folder = Path(asked["directory"])
+            for kind in ("rings", "sessions"):
+                (folder / kind).mkdir()
+            for edge, ring in rings.items():
+                (folder / "rings" / f"{edge}.json").write_text(json.dumps(ring))
+            for host, answers in (nodes if asked["live"] and nodes else {}).items():
+                (folder / "sessions" / host).write_text("".join(json.dumps(one) + "\n" for one in answers))
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+        monkeypatch.setattr(subprocess, "run", play)
+        return lambda *options: CliRunner().invoke(main, ["whereis", "alice", *options])
+
+    return prepare
+
+
+def test_the_owner_is_that_of_the_ring(found: Any) -> None:
+    result = found({"edge1": THREE, "edge2": THREE})()
+    assert (result.exit_code, result.output) == (0, f"alice belongs to {HOME}\n")
+
+
+def test_edges_that_disagree_are_named(found: Any) -> None:
+    result = found({"edge1": THREE, "edge2": WITHOUT_HOME})()
+    assert result.exit_code == 1
+    assert f"{HOME} says edge1" in result.output
+    assert "says edge2" in result.output
+
+
+def test_sessions_at_home_are_listed(found: Any) -> None:
+    nodes = {"host1": [holding(HOME, ("websocket", 12.3), ("polling", 3)), holding(OTHER)]}
+    result = found({"edge1": THREE}, nodes)("--live")
+    assert result.exit_code == 0
+    assert result.output.splitlines()[1:] == [f"  {HOME}: websocket, open for 12 s", f"  {HOME}: polling, open for 3 s"]
+
+
+def test_a_session_elsewhere_is_said_plainly(found: Any) -> None:
+    nodes = {"host1": [holding(HOME, ("polling", 3))], "host2": [holding(OTHER, ("websocket", 60))]}
+    result = found({"edge1": THREE}, nodes)("--live")
+    assert result.exit_code == 1
+    assert f"{OTHER}: websocket, open for 60 s, astray" in result.output
+    assert "1 of these sessions are not where the ring has the user" in result.output
+
+
+def test_nobody_there_is_said(found: Any) -> None:
+    result = found({"edge1": THREE}, {"host1": [holding(HOME)]})("--live")
+    assert (result.exit_code, result.output.splitlines()[1]) == (0, "  no session is open")
+
+
+def test_what_cannot_be_found_out_is_an_error(found: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = found({"edge1": {}})
+    result = run()
+    assert (result.exit_code, result.output) == (2, "Error: edge1 serves no ring yet\n")
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 4, "fatal: unreachable", "")
+    )
+    result = run()
+    assert result.exit_code == 2
+    assert "fatal: unreachable" in result.output
+    (tmp_path / "playbooks" / "whereis.yml").unlink()
+    result = run()
+    assert result.exit_code == 2
+    assert "run this in the project's folder" in result.output

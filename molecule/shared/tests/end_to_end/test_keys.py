@@ -1,0 +1,51 @@
+"""What the ring hashes: computed outside Envoy, told to the node, and found again by whereis."""
+
+import json
+from typing import Any
+from urllib.request import Request, urlopen
+
+import pytest
+
+KEYS = ["plain", "a%20b", "a+b", "%61lice", "alice", "caf%C3%A9", "a%26b%3Dc"]
+
+
+def handshake(url: str, query: str, headers: dict[str, str] | None = None) -> str:
+    """Opens a polling session; returns the node that answered."""
+    request = Request(f"{url}/socket.io/?EIO=4&transport=polling{query}", headers=headers or {})
+    with urlopen(request, timeout=5) as answer:
+        return answer.headers["x-served-by"]
+
+
+@pytest.fixture
+def sessions(machine: Any, nodes: Any) -> Any:
+    """The keys of the sessions that an instance has."""
+
+    def ask(endpoint: str) -> list[str | None]:
+        host, _, instance = endpoint.rpartition("-")
+        service = nodes[0].variables["stickyring_node_service"]
+        answer = machine(host).check_output(
+            f"/opt/{service}/current/bin/stickyring sessions --control /run/{service}/{instance}/control.sock"
+        )
+        return [session["key"] for session in json.loads(answer)["sessions"]]
+
+    return ask
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_node_ring_and_whereis_agree_about_a_key(
+    key: str, edge_url: Any, sessions: Any, ansible: Any, inventory: Any
+) -> None:
+    node = handshake(edge_url("sticky"), f"&client_id={key}")
+    assert key in sessions(node)
+    said = ansible("stickyring", "whereis", key, "--live", "--inventory", inventory).stdout
+    assert said.splitlines()[0] == f"{key} belongs to {node}"
+    assert f"  {node}: polling" in said
+
+
+def test_a_key_that_a_client_claims_is_not_believed(edge_url: Any, sessions: Any) -> None:
+    node = handshake(edge_url("sticky"), "&client_id=honest", {"x-stickyring-key": "forged"})
+    assert "honest" in sessions(node)
+    assert "forged" not in sessions(node)
+    node = handshake(edge_url("unkeyed"), "", {"x-stickyring-key": "forged"})
+    assert "forged" not in sessions(node)
+    assert None in sessions(node)
