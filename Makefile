@@ -1,4 +1,4 @@
-# Everything is made from a clean clone on Debian 12 or 13, as root: the lab needs it, and packages are installed.
+# Everything is made from a clean clone on Debian 12, as root: the lab needs it, and packages are installed.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -35,7 +35,7 @@ proof:
 down: .venv/.installed ## Remove the lab: hosts, network, keys and images
 	ansible-playbook molecule/shared/destroy.yml -e stickyring_lab_purge=true
 
-test: lint unit molecule ## Lint, unit tests, and both scenarios with a browser (about 20 minutes; takes a running demo down)
+test: lint unit molecule ## Lint, unit tests, and all scenarios with a browser (about 25 minutes; takes a running demo down)
 
 lint: .venv/.installed ## Judge style, types, playbooks and roles without running them
 	cd app && ruff check && ruff format --check && mypy
@@ -48,7 +48,7 @@ unit: .venv/.installed ## Unit tests, without root and without the lab
 	cd app && pytest
 	pytest playbooks roles molecule/tests
 
-molecule: .venv/.installed ## Both scenarios on real hosts, with a browser
+molecule: .venv/.installed ## All scenarios on real hosts, with a browser
 	@$(call need,chromium:chromium)
 	molecule test --all
 
