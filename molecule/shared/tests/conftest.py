@@ -81,9 +81,9 @@ def hosts(inventory: Path, ansible: Callable[..., object], tmp_path_factory: pyt
 
 
 @pytest.fixture(scope="session")
-def machine(inventory: Path) -> Callable[[str], testinfra.host.Host]:
-    """A host of the inventory by name, as root, for tests that look at several."""
-    return lambda name: testinfra.get_host(f"ansible://{name}?sudo=true", ansible_inventory=str(inventory))
+def machine(inventory: Path) -> Callable[..., testinfra.host.Host]:
+    """A host by name, as root, for tests that look at several: of the inventory, or of another one."""
+    return lambda name, other=inventory: testinfra.get_host(f"ansible://{name}?sudo=true", ansible_inventory=str(other))
 
 
 @pytest.fixture(scope="session")

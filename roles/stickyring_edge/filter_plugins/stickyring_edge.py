@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import json
 import re
@@ -245,15 +246,15 @@ def _ring_size(cluster: Data, common: Data) -> int:
     return int(common["ring_points_per_weight"]) * _weight(cluster)
 
 
-def _endpoints_path(cluster: Data, common: Data) -> str:
-    """A ring of another size reads another file.
+def _endpoints_path(cluster: Data) -> str:
+    """Other members stand in another file.
 
-    So the clusters file brings the new size and the new members in one step; with one file for both sizes there
-    is a moment with the old members on the new ring or the reverse, which moves users who have no reason to move.
+    So the clusters file brings the members and the size of their ring in one step, and Envoy serves by them once it
+    has checked the health of them all. A file that kept its name would be taken at once: until its new members have
+    passed a check, and while members and size do not fit, users would be moved who have no reason to.
     """
-    if cluster.get("lb_policy", "RING_HASH") == "RING_HASH":
-        return f"endpoints/{cluster['name']}-{_ring_size(cluster, common)}.yaml"
-    return f"endpoints/{cluster['name']}.yaml"
+    members = json.dumps(cluster["endpoints"], sort_keys=True)
+    return f"endpoints/{cluster['name']}-{hashlib.sha256(members.encode()).hexdigest()[:12]}.yaml"
 
 
 def _cluster(cluster: Data, common: Data) -> Data:
@@ -262,7 +263,7 @@ def _cluster(cluster: Data, common: Data) -> Data:
         "@type": TYPE + "envoy.config.cluster.v3.Cluster",
         "name": cluster["name"],
         "type": "EDS",
-        "eds_cluster_config": {"eds_config": _config_source(common["directory"], _endpoints_path(cluster, common))},
+        "eds_cluster_config": {"eds_config": _config_source(common["directory"], _endpoints_path(cluster))},
         "lb_policy": policy,
     }
     if policy == "RING_HASH":
@@ -306,7 +307,7 @@ def stickyring_edge_files(listeners: list[Data], clusters: list[Data], common: D
     ``common`` is what the role's vars/main.yml composes.
     """
     files: dict[str, list[Data]] = {"clusters.yaml": [_cluster(item, common) for item in clusters]}
-    files |= {_endpoints_path(item, common): [_endpoints(item)] for item in clusters}
+    files |= {_endpoints_path(item): [_endpoints(item)] for item in clusters}
     files |= {f"routes/{item['name']}.yaml": [_routes(item, common)] for item in listeners}
     files["listeners.yaml"] = [_listener(item, common) for item in listeners]
     return files

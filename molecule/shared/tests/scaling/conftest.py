@@ -1,0 +1,129 @@
+"""A fleet that changes in steps, each from what the one before left, and the users who live through all of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from residents import Residents
+from stickyring.ring import Ring
+
+USERS = [f"user-{number}" for number in range(60)]
+SETTLED_SECONDS = 60
+
+
+@pytest.fixture(scope="session")
+def fleet(inventory: Path, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    folder = tmp_path_factory.mktemp("fleet") / "inventory"
+    shutil.copytree(inventory, folder)
+    return Fleet(folder)
+
+
+@dataclass
+class Fleet:
+    """An inventory to edit."""
+
+    folder: Path
+
+    def edit(self, change: Callable[[dict[str, Any]], object], group: str = "nodes") -> None:
+        """Hands the hosts of the group to the function and writes what it has made of them."""
+        file = self.folder / "hosts.yml"
+        content = yaml.safe_load(file.read_text())
+        change(content.setdefault(group, {"hosts": {}})["hosts"])
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    def prepare(self, name: str, address: str) -> None:
+        """Names a host that is nobody's yet."""
+        self.edit(lambda hosts: hosts.update({name: {"ansible_host": address}}), group="prepared")
+
+    def add(self, *numbers: int) -> None:
+        self.edit(
+            lambda hosts: hosts.update({f"node{i}": {"ansible_host": f"198.51.100.{10 + i}"} for i in numbers}),
+        )
+
+    def drop(self, name: str) -> None:
+        self.edit(lambda hosts: hosts.pop(name))
+
+    def move(self, name: str, address: str) -> None:
+        self.edit(lambda hosts: hosts[name].update(ansible_host=address))
+
+
+@pytest.fixture(scope="session")
+def residents(edge_url: Any) -> Iterator[Residents]:
+    with Residents(edge_url("sticky"), USERS) as all_of_them:
+        all_of_them.wait(lambda: all(len(home) == 1 and "" not in home for home in all_of_them.homes().values()), 60)
+        yield all_of_them
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What playbooks/plan.yml said; moves: user to (node before, node after) of those who move."""
+
+    after: Ring
+    moves: dict[str, tuple[str, str]]
+    report: dict[str, Any]
+
+    def homes(self) -> dict[str, set[str]]:
+        return {user: {self.after.owner(user)} for user in USERS}
+
+
+@pytest.fixture
+def plan(fleet: Fleet, ansible: Any, edge: Any, tmp_path: Path) -> Callable[..., Plan]:
+    """Asks the project what the inventory would change; takes further options of the playbook."""
+
+    def ask(*options: str) -> Plan:
+        ids = tmp_path / "ids"
+        ids.write_text("".join(f"{user}\n" for user in USERS))
+        where = ["-e", f"ids={ids}", "-e", f"directory={tmp_path}"]
+        ansible("ansible-playbook", "-i", fleet.folder, "playbooks/plan.yml", *where, *options)
+        folder = tmp_path / edge.name
+        report = json.loads((folder / "plan.json").read_text())
+        moves = {move["id"]: (move["from"], move["to"]) for move in report["ids"]["moves"]}
+        return Plan(Ring.load(json.loads((folder / "after.json").read_text())), moves, report)
+
+    return ask
+
+
+@pytest.fixture
+def run(fleet: Fleet, ansible: Any) -> Callable[..., str]:
+    """Runs a playbook on the fleet as it is now."""
+    return lambda playbook, *options: ansible("ansible-playbook", "-i", fleet.folder, playbook, *options).stdout
+
+
+@pytest.fixture
+def watch(residents: Residents, machine: Any, edge: Any) -> Callable[[], Callable[..., None]]:
+    """Begins to watch; what it returns is called with the plan when the playbook has ended, and judges."""
+
+    def envoy() -> str:
+        return machine(edge.name).check_output("systemctl show stickyring-edge.service --property=MainPID --value")
+
+    def begin() -> Callable[..., None]:
+        since, process = time.monotonic(), envoy()
+
+        def judge(plan: Plan, *, uprooted: frozenset[str] = frozenset(), outage: bool = False) -> None:
+            """uprooted: users whose node went away without a word; only where they end up is promised.
+
+            outage: a node was dead and on the ring, where Envoy then gives the others more points each (its issue
+            22558): of their users only those on a websocket, which stays, notice nothing.
+            """
+            residents.wait(lambda: residents.homes() == plan.homes(), SETTLED_SECONDS)
+            assert envoy() == process
+            for connection in residents:
+                if connection.user in uprooted or (outage and "polling" in connection.transports):
+                    continue
+                noticed = connection.count("disconnect", since)
+                assert noticed == (1 if connection.user in plan.moves else 0), connection
+                assert connection.count("failed", since) == 0, connection
+                if connection.user not in plan.moves:
+                    assert not [began for began in connection.silent if began >= since], connection
+
+        return judge
+
+    return begin

@@ -1,0 +1,124 @@
+"""Users who stay connected and talk while the fleet changes under them, and the record of what they noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import socketio
+
+TRANSPORTS = (["websocket"], ["polling"], ["polling", "websocket"])
+SILENCE_SECONDS = 1.0
+ANSWER_SECONDS = 10
+POLL_SECONDS = 0.1
+
+
+@dataclass
+class Connection:
+    """One connection of a user: real client, default reconnection, one transport setting.
+
+    events: (time, "connect", "disconnect" or "failed") in their order; node: who welcomed it last; silent: events whose
+    acknowledgement never came.
+    """
+
+    user: str
+    transports: list[str]
+    node: str = ""
+    events: list[tuple[float, str]] = field(default_factory=list)
+    silent: list[float] = field(default_factory=list)
+
+    def note(self, event: str) -> None:
+        self.events.append((time.monotonic(), event))
+
+    def count(self, event: str, since: float) -> int:
+        return sum(1 for moment, what in self.events if what == event and moment >= since)
+
+    async def live(self, url: str) -> None:
+        """Connects, and talks until it is cancelled."""
+        client = socketio.AsyncClient(reconnection_delay_max=2)
+        client.on("message", self.hear)
+        client.on("connect", lambda: self.note("connect"))
+        client.on("disconnect", lambda reason: self.left())
+        client.on("connect_error", lambda data: self.note("failed"))
+        await client.connect(f"{url}?client_id={self.user}", transports=self.transports, wait_timeout=20)
+        try:
+            while True:
+                await asyncio.sleep(SILENCE_SECONDS)
+                if client.connected:
+                    await self.talk(client)
+        finally:
+            await client.disconnect()
+
+    async def talk(self, client: socketio.AsyncClient) -> None:
+        began = time.monotonic()
+        try:
+            await client.call("message", "still there?", timeout=ANSWER_SECONDS)
+        except (socketio.exceptions.TimeoutError, socketio.exceptions.BadNamespaceError):
+            self.silent.append(began)
+
+    def left(self) -> None:
+        self.node = ""
+        self.note("disconnect")
+
+    def hear(self, text: str) -> None:
+        if text.endswith(": welcome"):
+            self.node = text.removeprefix("node#").removesuffix(": welcome")
+
+
+class Residents:
+    """Connections that live in a thread of their own; every transport setting has one of every user."""
+
+    def __init__(self, url: str, users: list[str]) -> None:
+        self._url = url
+        self.users = users
+        self.connections = [Connection(user, transports) for user in users for transports in TRANSPORTS]
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._tasks: list[Any] = []
+
+    def __enter__(self) -> Residents:
+        self._thread.start()
+        self._tasks = [self._spawn(connection.live(self._url)) for connection in self.connections]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._spawn(self._ended()).result(timeout=60)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=30)
+
+    async def _ended(self) -> None:
+        """Waits until every connection has said goodbye."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.wait(others)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter(self.connections)
+
+    def homes(self) -> dict[str, set[str]]:
+        """Each user's nodes; an empty name stands for a connection that has none now."""
+        found = defaultdict(set)
+        for connection in self.connections:
+            found[connection.user].add(connection.node)
+        return dict(found)
+
+    def wait(self, condition: Callable[[], bool], seconds: float) -> float:
+        """Waits until the condition holds; returns how long that took, or raises TimeoutError."""
+        began = time.monotonic()
+        while not condition():
+            if time.monotonic() - began > seconds:
+                raise TimeoutError(f"not in {seconds} s: {self.homes()}")
+            for task in self._tasks:
+                if task.done():
+                    task.result()
+            time.sleep(POLL_SECONDS)
+        return time.monotonic() - began

@@ -1,0 +1,174 @@
+"""3 to 4 to 6 to 3 nodes, one at another address, one dead: only those move who must, each once, and as was planned.
+
+The tests are steps: each begins with the fleet that the one before has left.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LIVE_SESSIONS = 200
+
+
+@pytest.fixture
+def live_websockets(programs: Path, edge_url: Any, tmp_path: Path) -> Iterator[Any]:
+    """Websockets that are opened once and never again; calling it ends them and returns how many were dropped."""
+    figures = tmp_path / "figures.json"
+    command = [programs / "stickyring", "probe", edge_url("sticky"), "--ids", str(LIVE_SESSIONS), "--connections", "1"]
+    options = ["--transport", "websocket", "--concurrency", str(LIVE_SESSIONS), "--hold", "1200", "--json", figures]
+    holder = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
+    for line in holder.stdout:
+        if f"all {LIVE_SESSIONS} sessions are open" in line:
+            break
+
+    def end() -> int:
+        holder.send_signal(signal.SIGINT)
+        holder.communicate(timeout=60)
+        total = json.loads(figures.read_text())["total"]
+        assert total["sessions"] == LIVE_SESSIONS
+        return total["dropped"]
+
+    yield end
+    holder.kill()
+    holder.wait()
+
+
+def test_a_fourth_node_joins_and_every_websocket_stays(
+    residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, live_websockets: Any
+) -> None:
+    """Without the rebalance nobody is asked to move, and the ring has its fourth member all the same."""
+    fleet.add(4)
+    expected = plan()
+    assert {node for _, node in expected.moves.values()} == {"node4-1"}
+    assert abs(expected.report["moved_share"] - 1 / 4) < 0.015
+    before = residents.homes()
+    run("molecule/shared/create.yml")
+    judge = watch()
+    run("site.yml", "--skip-tags", "rebalance")
+    assert live_websockets() == 0
+    assert residents.homes() == before
+
+    assert "changed=1" in run("playbooks/rebalance.yml")
+    judge(expected)
+    assert not plan().report["changes"]
+    assert set(re.findall(r"changed=(\d+)", run("playbooks/rebalance.yml"))) == {"0"}, "somebody is asked again"
+
+
+def test_two_more_join(fleet: Any, plan: Any, run: Any, watch: Any) -> None:
+    fleet.add(5, 6)
+    expected = plan()
+    assert {node for _, node in expected.moves.values()} == {"node5-1", "node6-1"}
+    run("molecule/shared/create.yml")
+    judge = watch()
+    run("site.yml")
+    judge(expected)
+
+
+def test_a_node_at_another_address_has_the_same_users(
+    residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, machine: Any
+) -> None:
+    """The host is built anew beside the old one, which still serves; then the line in the inventory changes."""
+    uprooted = frozenset(user for user, homes in residents.homes().items() if homes == {"node2-1"})
+    assert uprooted
+    fleet.prepare("replacement", "198.51.100.22")
+    run("molecule/shared/create.yml")
+    fleet.move("node2", "198.51.100.22")
+    fleet.prepare("retired", "198.51.100.12")
+    expected = plan()
+    assert expected.moves == {}
+    judge = watch()
+    run("site.yml")
+    judge(expected, uprooted=uprooted)
+    judge = watch()
+    switched_off = time.monotonic()
+    machine("retired", fleet.folder).run("systemctl poweroff")
+    residents.wait(
+        lambda: all(
+            connection.user not in uprooted or connection.events[-1] > (switched_off, "connect")
+            for connection in residents
+            if connection.transports == ["websocket"]
+        ),
+        90,
+    )
+    judge(expected, uprooted=uprooted)
+
+
+def test_a_node_is_removed(fleet: Any, plan: Any, run: Any, watch: Any, machine: Any) -> None:
+    leaving = ["-e", json.dumps({"stickyring_nodes_leaving": ["node6"]})]
+    expected = plan(*leaving)
+    assert {node for node, _ in expected.moves.values()} == {"node6-1"}
+    judge = watch()
+    output = " ".join(run("playbooks/remove_node.yml", "-e", "node=node6").split())
+    judge(expected)
+    assert "Delete its line" in output
+    assert "Nothing of it is left on the host" in output
+    node6 = machine("node6", fleet.folder)
+    assert not node6.file("/opt/stickyring-node").exists
+    assert not node6.file("/etc/systemd/system/stickyring-node@.service").exists
+    assert not node6.user("stickyring-node").exists
+    assert not node6.process.filter(comm="stickyring")
+    fleet.drop("node6")
+    assert not plan().report["changes"]
+
+
+def test_a_dead_node_is_removed(residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, machine: Any) -> None:
+    uprooted = frozenset(user for user, homes in residents.homes().items() if homes == {"node5-1"})
+    assert uprooted
+    expected = plan("-e", json.dumps({"stickyring_nodes_leaving": ["node5"]}))
+    judge = watch()
+    machine("node5", fleet.folder).run("systemctl poweroff")
+    output = " ".join(run("playbooks/remove_node.yml", "-e", "node=node5").split())
+    assert "It could not be reached" in output
+    judge(expected, uprooted=uprooted, outage=True)
+    fleet.drop("node5")
+
+
+def test_a_deleted_line_takes_a_node_off_the_ring_and_says_what_is_left(
+    residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, machine: Any
+) -> None:
+    node4 = machine("node4", fleet.folder)
+    fleet.drop("node4")
+    expected = plan()
+    assert {node for node, _ in expected.moves.values()} == {"node4-1"}
+    judge = watch()
+    output = " ".join(run("site.yml").split())
+    assert "Off the ring: node4-1 at 198.51.100.14:8001" in output
+    assert {user for user, homes in residents.homes().items() if homes == {"node4-1"}} == set(expected.moves)
+    node4.check_output("systemctl disable --now stickyring-node@1")
+    judge(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "Which node? Say -e node=NAME"),
+        (["-e", "node=node9"], "node9 is no host of the group `nodes`, which has node1, node2, node3."),
+    ],
+)
+def test_what_cannot_be_removed_is_refused(
+    fleet: Any, ansible: Any, plan: Any, options: list[str], message: str
+) -> None:
+    done = ansible("ansible-playbook", "-i", fleet.folder, "playbooks/remove_node.yml", *options, check=False)
+    assert done.returncode != 0
+    assert message in " ".join((done.stdout + done.stderr).split())
+    assert not plan().report["changes"]
+
+
+def test_the_last_node_is_not_removed(fleet: Any, ansible: Any, plan: Any) -> None:
+    kept = (fleet.folder / "hosts.yml").read_text()
+    fleet.drop("node2")
+    fleet.drop("node3")
+    done = ansible("ansible-playbook", "-i", fleet.folder, "playbooks/remove_node.yml", "-e", "node=node1", check=False)
+    (fleet.folder / "hosts.yml").write_text(kept)
+    assert done.returncode != 0
+    assert "node1 is the last node" in " ".join((done.stdout + done.stderr).split())
+    assert not plan().report["changes"]
