@@ -20,6 +20,7 @@ RING = {
     "maximum_size": 8388608,
     "members": [{"name": "node1-1", "weight": 1}],
 }
+ELSEWHERE = {**RING, "members": [{"name": "node2-1", "weight": 1}]}
 PLAIN = """
 def application(environ, start_response):
     start_response("200 OK", [])
@@ -56,9 +57,10 @@ def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def connect(node: ServeProcess, key: str | None) -> str:
-    headers = {} if key is None else {"x-stickyring-key": key}
-    answer = node.get("/socket.io/?EIO=4&transport=polling", headers)
+def connect(node: ServeProcess, key: str | None, cluster: str | None = None) -> str:
+    headers = {"x-stickyring-key": key, "x-stickyring-cluster": cluster}
+    said = {name: value for name, value in headers.items() if value is not None}
+    answer = node.get("/socket.io/?EIO=4&transport=polling", said)
     return str(json.loads(answer.read()[1:])["sid"])
 
 
@@ -67,12 +69,13 @@ def close(node: ServeProcess, sid: str) -> None:
 
 
 def test_sessions_tells_who_is_connected(node: ServeProcess, folder: Path) -> None:
-    sids = [connect(node, key) for key in ("alice", "alice", "a%20b&c", None)]
+    sids = [connect(node, "alice", "nodes"), *(connect(node, key) for key in ("alice", "a%20b&c", None))]
     listed = invoke("sessions", "--control", folder / "control")
     assert listed.exit_code == 0
     found = json.loads(listed.stdout)
     assert found["node"] == "node1-1"
     assert [session["key"] for session in found["sessions"]] == ["alice", "alice", "a%20b&c", None]
+    assert [session["cluster"] for session in found["sessions"]] == ["nodes", None, None, None]
     assert {session["transport"] for session in found["sessions"]} == {"polling"}
     assert all(0 <= session["seconds"] < DEADLINE_SECONDS for session in found["sessions"])
     for key, count in (("alice", 2), ("a%20b&c", 1), ("a b&c", 0)):
@@ -133,10 +136,24 @@ def test_a_rebalance_without_anybody_to_move(node: ServeProcess, folder: Path) -
     close(node, sid)
 
 
+def test_a_rebalance_concerns_the_sessions_of_its_cluster(node: ServeProcess, folder: Path) -> None:
+    connect(node, "alice", "nodes")
+    connect(node, "bob")
+    others = [connect(node, "alice", "first_node"), connect(node, None, "first_node")]
+    Path(folder, "ring.json").write_text(json.dumps(ELSEWHERE))
+    done = invoke("rebalance", "--control", folder / "control", "--ring", folder / "ring.json")
+    assert done.exit_code == 0, done.stderr
+    expected = {"to_move": 2, "staying": 2, "without_key": 0, "asked": 2, "left": 2, "returned": 0}
+    assert expected.items() <= json.loads(done.stdout).items()
+    left = json.loads(invoke("sessions", "--control", folder / "control").stdout)["sessions"]
+    assert [(session["key"], session["cluster"]) for session in left] == [("alice", "first_node"), (None, "first_node")]
+    for sid in others:
+        close(node, sid)
+
+
 def test_one_rebalance_at_a_time(node: ServeProcess, folder: Path) -> None:
     connect(node, "alice")
-    elsewhere = {**RING, "members": [{"name": "node2-1", "weight": 1}]}
-    assert ask(folder / "control", "POST", "/rebalance", json.dumps({"ring": elsewhere}))[0] == 202
+    assert ask(folder / "control", "POST", "/rebalance", json.dumps({"ring": ELSEWHERE}))[0] == 202
     Path(folder, "ring.json").write_text(json.dumps(RING))
     refused = invoke("rebalance", "--control", folder / "control", "--ring", folder / "ring.json")
     assert refused.exit_code == 1

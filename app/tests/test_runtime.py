@@ -14,6 +14,7 @@ import pytest
 import socketio
 
 from stickyring.runtime import Runtime
+from stickyring.sessions import key_of
 
 CAP = 2
 
@@ -159,6 +160,42 @@ def test_a_key_is_the_bytes_on_the_wire(runtime: Runtime, wire: bytes) -> None:
     # PEP 3333 hands headers over as ISO-8859-1.
     sid = sid_of(handshake(runtime, key=wire.decode("latin-1")))
     assert (runtime.sessions[sid].key or "").encode("utf-8", "surrogateescape") == wire
+
+
+@pytest.mark.parametrize(
+    ("query", "names", "key"),
+    [
+        ("email=a@b.c&client_id=a%40b.c", "client_id", "a%40b.c"),
+        ("email=a%40b.c&client_id=a@b.c", "client_id", "a@b.c"),
+        ("client_id=other&client_id=a%40b.c", "client_id", "a@b.c"),  # the edge looks at the first
+        ("Client_id=a%40b.c&client%5fid=a%40b.c", "client_id", "a@b.c"),
+        ("user=a%40b.c&client_id=a@b.%63", "client_id,user", "a@b.%63"),
+        ("user=a%40b.c&client_id=other", "client_id,user", "a%40b.c"),
+        ("client_id=a%40b.c", None, "a@b.c"),
+        ("", "client_id", "a@b.c"),
+    ],
+)
+def test_a_key_from_the_query_is_taken_as_it_came(query: str, names: str | None, key: str) -> None:
+    environ: dict[str, object] = {"HTTP_X_STICKYRING_KEY": "a@b.c", "QUERY_STRING": query}
+    environ |= {} if names is None else {"HTTP_X_STICKYRING_QUERY": names}
+    assert key_of(environ) == key
+
+
+def test_a_key_from_the_query_may_be_any_bytes() -> None:
+    environ: dict[str, object] = {
+        "HTTP_X_STICKYRING_KEY": "größe \udcff".encode("utf-8", "surrogateescape").decode("latin-1"),
+        "HTTP_X_STICKYRING_QUERY": "id",
+        "QUERY_STRING": "id=größe%20%FF".encode().decode("latin-1"),
+    }
+    assert key_of(environ) == "größe%20%FF"
+
+
+def test_a_session_has_the_newest_cluster_that_a_request_came_by(runtime: Runtime) -> None:
+    session = runtime.sessions[sid_of(handshake(runtime))]
+    assert session.cluster is None
+    for said, known in (("nodes", "nodes"), (None, "nodes"), ("", "nodes"), ("first_node", "first_node")):
+        session.note({} if said is None else {"HTTP_X_STICKYRING_CLUSTER": said})
+        assert session.cluster == known
 
 
 def test_a_session_is_forgotten_however_it_ends() -> None:

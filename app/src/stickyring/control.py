@@ -3,7 +3,7 @@
 It serves the commands of `stickyring.operate` and cannot be reached over the network. Every answer is a JSON object;
 one that refuses has `error`, a line of text.
 
-    GET  /sessions[?key=KEY]  200 {"node": name, "sessions": [{"key": "alice" | null,
+    GET  /sessions[?key=KEY]  200 {"node": name, "sessions": [{"key": "alice" | null, "cluster": "nodes" | null,
                               "transport": "polling" | "websocket", "seconds": it has been open}]}
     POST /rebalance           takes {"ring": ring document, "rate": sessions a second, may be absent}
                               202 as GET /rebalance; 400 no such thing; 409 one is running
@@ -75,7 +75,12 @@ class Control:
 
     def _list_sessions(self, wanted: str | None) -> dict[str, Any]:
         found = [
-            {"key": session.key, "transport": session.transport, "seconds": round(session.seconds, 3)}
+            {
+                "key": session.key,
+                "cluster": session.cluster,
+                "transport": session.transport,
+                "seconds": round(session.seconds, 3),
+            }
             for session in [*self._sessions.values()]
             if not session.ended and wanted in {None, session.key}
         ]

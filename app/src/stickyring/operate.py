@@ -32,7 +32,8 @@ with_control = click.option(
 def sessions(*, key: str | None, path: Path) -> None:
     """Print who is connected to a node of this host, as JSON.
 
-    {"node": NAME, "sessions": [{"key": KEY or null, "transport": "polling" or "websocket", "seconds": OPEN_FOR}]}
+    {"node": NAME, "sessions": [{"key": KEY or null, "cluster": CLUSTER or null, "transport": "polling" or "websocket",
+    "seconds": OPEN_FOR}]}; CLUSTER is the edge's, by which the user came.
 
     \b
     Examples:
@@ -57,9 +58,10 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
     """Ask the users of a node whom the ring has elsewhere to reconnect, and wait until they have left.
 
     Run it when every edge has the new ring: users go where the edge sends them. Users whom the ring has here are not
-    touched, nor are sessions without a key. Prints JSON: numbers of sessions that were to move, were staying and were
-    without a key at the beginning, and of those that were asked, left, and returned. Exits with 1 if some returned,
-    which means that an edge has another ring. Interrupting the command does not stop the node.
+    touched, nor are sessions without a key or of another cluster than the ring's. One that is running already is waited
+    for first. Prints JSON: numbers of sessions that were to move, were staying and were without a key at the beginning,
+    and of those that were asked, left, and returned. Exits with 1 if some returned, which means that an edge has
+    another ring. Interrupting the command does not stop the node.
 
     \b
     Examples:

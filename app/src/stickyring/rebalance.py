@@ -42,7 +42,8 @@ def default_rate(ring: Ring) -> float:
 class Rebalance:
     """One rebalance of the node `name`, with `Move`: who is asked, at what rate, and what happens with late arrivals.
 
-    A session without a key is left alone: nobody knows where the edge will place its user.
+    A session without a key is left alone: nobody knows where the edge will place its user. So is one that came by
+    another cluster of the edge's than the ring's: this ring does not place it.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Rebalance:
         self._name = name
         self._ring = ring
         present = [session for session in [*sessions.values()] if not session.ended]
-        self._without_key = sum(session.key is None for session in present)
+        self._without_key = sum(self._concerns(session) and session.key is None for session in present)
         self._move = Move(sessions, self._belongs_elsewhere, rate, metrics.moved.inc)
         self._staying = len(present) - self._without_key - self._move.to_move
         metrics.rebalances.inc()
@@ -88,5 +89,8 @@ class Rebalance:
             "returned": move.returned,
         }
 
+    def _concerns(self, session: Session) -> bool:
+        return session.cluster in {None, self._ring.cluster}
+
     def _belongs_elsewhere(self, session: Session) -> bool:
-        return session.key is not None and self._ring.owner(session.key) != self._name
+        return self._concerns(session) and session.key is not None and self._ring.owner(session.key) != self._name

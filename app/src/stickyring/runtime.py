@@ -9,7 +9,7 @@ import socketio
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from stickyring.metrics import TRANSPORTS, Engine, EngineMetrics, MoveMetrics, Packet, node_registry
-from stickyring.sessions import Session, key_of
+from stickyring.sessions import Session
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
@@ -101,8 +101,8 @@ class SocketIOGate:
             query = parse_qs(environ.get("QUERY_STRING", ""))
             sid = query.get("sid", [""])[0]
             session = self._sessions.get(sid)
-            if session is not None and (key := key_of(environ)) is not None:
-                session.key = key
+            if session is not None:
+                session.note(environ)
             if environ["REQUEST_METHOD"] == "GET":
                 transport = _transport_label(query.get("transport", ["polling"])[0])
                 if "sid" not in query:
@@ -162,7 +162,8 @@ class SocketIOGate:
         def on_connect(sid: str, environ: "WSGIEnvironment") -> object:
             answer = connect(sid, environ)
             if answer is None or answer is True:
-                sessions[sid] = Session(engine, engine.sockets[sid], key_of(environ))
+                sessions[sid] = session = Session(engine, engine.sockets[sid])
+                session.note(environ)
                 transport = parse_qs(environ.get("QUERY_STRING", "")).get("transport", ["polling"])[0]
                 metrics.accepted.labels(transport).inc()
                 log.debug("connected", extra={"sid": sid, "transport": transport})

@@ -10,8 +10,13 @@ from urllib.parse import unquote
 
 from stickyring.metrics import Engine, EngineSession
 
+# Request headers of the edge's, as the WSGI environ names them.
 KEY_VARIABLE = "HTTP_X_STICKYRING_KEY"
-"""The request header `x-stickyring-key`, in which the edge says what it hashed, as the WSGI environ names it."""
+"""`x-stickyring-key`: what the edge hashed; decoded, if it came from the query."""
+QUERY_VARIABLE = "HTTP_X_STICKYRING_QUERY"
+"""`x-stickyring-query`: the query parameters that the edge looks for a key in, `name1,name2`, the first one first."""
+CLUSTER_VARIABLE = "HTTP_X_STICKYRING_CLUSTER"
+"""`x-stickyring-cluster`: the edge's cluster by which the request came; each has a ring of its own."""
 SETTLING_SECONDS = 1.0
 """A client that has just connected still joins namespaces; cut off in that, python-socketio's gives up for good."""
 REASON = "transport close"
@@ -26,14 +31,15 @@ ANSWERS = ("3", "6")
 class Session:
     """One open session and what is known of it.
 
-    `key` is the user: the newest key that a request of this session carried, None if none did. `unanswered` counts the
-    events whose acknowledgement the application still owes; while `taking` is false, it gets no more that want one.
-    `moved` says that the node ended the session to have it elsewhere.
+    `key` is the user: the newest key that a request of this session carried, None if none did; `cluster` is likewise
+    the edge's cluster. `unanswered` counts the events whose acknowledgement the application still owes; while `taking`
+    is false, it gets no more that want one. `moved` says that the node ended the session to have it elsewhere.
     """
 
     engine: Engine
     socket: EngineSession
     key: str | None = None
+    cluster: str | None = None
     began: float = field(default_factory=time.monotonic)
     unanswered: int = 0
     taking: bool = True
@@ -63,6 +69,11 @@ class Session:
             and not self.socket.upgrading
             and self.seconds >= SETTLING_SECONDS
         )
+
+    def note(self, environ: dict[str, object]) -> None:
+        """Note what the edge says with a request of this session."""
+        self.key = key_of(environ) or self.key
+        self.cluster = _on_the_wire(environ, CLUSTER_VARIABLE) or self.cluster
 
     def takes(self, data: object) -> bool:
         """Note a message from the client; return whether the application gets it."""
@@ -97,17 +108,20 @@ class Session:
 def key_of(environ: dict[str, object]) -> str | None:
     """Return the key that the edge hashed for a request, as it stands on the wire; None without one.
 
-    The edge says what it took from the query decoded, and hashed it as it came: the parameter that decodes to it tells.
-    WSGI decodes headers as ISO-8859-1 (PEP 3333), keys are UTF-8 on the wire.
+    The edge says what it took from the query decoded, and hashed it as it came: of the parameters that it looks at, the
+    one that decodes to the key tells. A key that none of them decodes to came from elsewhere, and as it is.
     """
-    value = environ.get(KEY_VARIABLE)
-    if not isinstance(value, str) or not value:
+    key = _on_the_wire(environ, KEY_VARIABLE)
+    if not key:
         return None
-    key = value.encode("latin-1").decode("utf-8", "surrogateescape")
-    query = str(environ.get("QUERY_STRING", ""))
-    if "%" in query:
-        for parameter in query.split("&"):
-            _, _, raw = parameter.partition("=")
-            if unquote(raw, errors="surrogateescape") == key:
-                return raw
+    parameters = [parameter.partition("=") for parameter in _on_the_wire(environ, "QUERY_STRING").split("&")]
+    for wanted in _on_the_wire(environ, QUERY_VARIABLE).split(","):
+        raw = next((value for name, _, value in parameters if name == wanted), "")
+        if unquote(raw, errors="surrogateescape") == key:
+            return raw
     return key
+
+
+def _on_the_wire(environ: dict[str, object], variable: str) -> str:
+    """Return the bytes that came, as UTF-8 with surrogates for what is none; WSGI has them as ISO-8859-1 (PEP 3333)."""
+    return str(environ.get(variable, "")).encode("latin-1").decode("utf-8", "surrogateescape")
