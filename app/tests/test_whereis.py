@@ -36,17 +36,16 @@ def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Call
     (tmp_path / "playbooks" / "whereis.yml").touch()
     monkeypatch.chdir(tmp_path)
 
-    def prepare(rings: dict[str, Any], nodes: dict[str, list[dict[str, Any]]] | None = None) -> Callable[..., Result]:
+    def prepare(rings: dict[str, Any], nodes: dict[str, Any] | None = None) -> Callable[..., Result]:
         def play(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
             asked = json.loads(command[command.index("--extra-vars") + 1])
             assert asked["id"] == "alice"
             folder = Path(asked["directory"])
-            for kind in ("rings", "sessions"):
-                (folder / kind).mkdir()
             for edge, ring in rings.items():
                 (folder / "rings" / f"{edge}.json").write_text(json.dumps(ring))
             for host, answers in (nodes if asked["live"] and nodes else {}).items():
-                (folder / "sessions" / host).write_text("".join(json.dumps(one) + "\n" for one in answers))
+                text = answers if isinstance(answers, str) else "".join(json.dumps(one) + "\n" for one in answers)
+                (folder / "sessions" / host).write_text(text)
             return subprocess.CompletedProcess(command, 0, "", "")
 
         monkeypatch.setattr(subprocess, "run", play)
@@ -80,6 +79,37 @@ def test_a_session_elsewhere_is_said_plainly(found: Any) -> None:
     assert result.exit_code == 1
     assert f"{OTHER}: websocket, open for 60 s, astray" in result.output
     assert "1 of these sessions are not where the ring has the user" in result.output
+
+
+def test_a_host_without_an_answer_is_not_taken_for_one_without_sessions(found: Any) -> None:
+    for text in ("", "\n"):
+        run = found({"edge1": THREE}, {"host1": [holding(HOME, ("polling", 3))], "host2": text})
+        result = run("--live")
+        assert result.exit_code == 1
+        assert result.output.splitlines()[1:] == [
+            f"  {HOME}: polling, open for 3 s",
+            "  host2: no answer",
+            "whether the user has sessions on host2 is not known: do the nodes run there?",
+        ]
+        assert run().exit_code == 0, "nobody was asked"
+    silent = found({"edge1": THREE}, {"host1": [holding(HOME)], "host2": ""})("--live")
+    assert silent.exit_code == 1
+    assert "no session is open" not in silent.output
+
+
+def test_a_session_of_another_cluster_is_never_astray(found: Any) -> None:
+    def live(cluster: str | None) -> Result:
+        answer = holding(OTHER, ("websocket", 60))
+        answer["sessions"][0]["cluster"] = cluster
+        result: Result = found({"edge1": THREE}, {"host1": [answer]})("--live")
+        return result
+
+    other = live("first_node")
+    assert other.exit_code == 0
+    assert other.output.splitlines()[1:] == [f"  {OTHER}: websocket, open for 60 s (cluster first_node)"]
+    for cluster in ("nodes", None):
+        assert live(cluster).exit_code == 1
+        assert f"{OTHER}: websocket, open for 60 s, astray" in live(cluster).output
 
 
 def test_nobody_there_is_said(found: Any) -> None:

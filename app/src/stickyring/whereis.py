@@ -19,8 +19,8 @@ Examples:
   stickyring whereis a%20b --inventory inventory/production
 
 \b
-Exit status: 0 when all agree; 1 when the edges disagree, or a session is not where the ring has its user; 2 when that
-could not be found out.
+Exit status: 0 when all agree; 1 when the edges disagree, a session is not where the ring has its user, or a host gave
+no answer; 2 when that could not be found out.
 """
 
 
@@ -54,12 +54,23 @@ def whereis(*, user: str, live: bool, inventory: str | None) -> None:
         click.echo(f"the edges disagree about {user}: {', '.join(f'{owners[edge]} says {edge}' for edge in owners)}")
     agreed = len(told) == 1
     if live:
-        agreed = _tell_sessions(answers["nodes"], told) and agreed
+        clusters = {ring["cluster"] for ring in answers["rings"].values()}
+        agreed = _tell_sessions(answers["nodes"], told, clusters) and agreed
+        agreed = _tell_silent(answers["silent"]) and agreed
+        if not answers["silent"] and not any(answer["sessions"] for answer in answers["nodes"]):
+            click.echo("  no session is open")
     sys.exit(0 if agreed else 1)
 
 
 def _ask(user: str, live: bool, inventory: str | None, folder: Path) -> dict[str, Any]:
-    """Return {"rings": {edge: ring document}, "nodes": [answer of `stickyring sessions`, one an instance]}."""
+    """Return what the playbook found.
+
+    {"rings": {edge: ring document}, "nodes": [answer of `stickyring sessions`, one an instance],
+    "silent": [host that gave no answer]}
+    """
+    # Ansible's copy makes no folders for a file.
+    for kind in ("rings", "sessions"):
+        (folder / kind).mkdir()
     command = [str(Path(sys.executable).with_name("ansible-playbook")), str(PLAYBOOK)]
     command += ["--extra-vars", json.dumps({"id": user, "live": live, "directory": str(folder)})]
     command += ["--inventory", inventory] if inventory else []
@@ -72,8 +83,12 @@ def _ask(user: str, live: bool, inventory: str | None, folder: Path) -> dict[str
     rings = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("rings/*.json"))}
     if not rings:
         raise Unknown("the inventory has no edge")
-    lines = [line for file in sorted(folder.glob("sessions/*")) for line in file.read_text().splitlines()]
-    return {"rings": rings, "nodes": [json.loads(line) for line in lines]}
+    told = {file.name: file.read_text().strip() for file in sorted(folder.glob("sessions/*"))}
+    return {
+        "rings": rings,
+        "nodes": [json.loads(line) for text in told.values() for line in text.splitlines()],
+        "silent": [host for host, text in told.items() if not text],
+    }
 
 
 def _owner(edge: str, document: dict[str, Any], user: str) -> str:
@@ -85,17 +100,28 @@ def _owner(edge: str, document: dict[str, Any], user: str) -> str:
         raise Unknown(f"{edge}: {error}") from None
 
 
-def _tell_sessions(nodes: list[dict[str, Any]], owners: list[str]) -> bool:
-    """Print them by node; return whether all are where they belong."""
+def _tell_sessions(nodes: list[dict[str, Any]], owners: list[str], clusters: set[str]) -> bool:
+    """Print them by node; return whether all are where they belong. The ring does not place those of other clusters."""
     astray = 0
     for answer in nodes:
         for session in answer["sessions"]:
-            here = answer["node"] in owners
-            astray += not here
-            mark = "" if here else ", astray"
+            cluster = session.get("cluster")
+            mark = ""
+            if cluster is not None and cluster not in clusters:
+                mark = f" (cluster {cluster})"
+            elif answer["node"] not in owners:
+                astray += 1
+                mark = ", astray"
             click.echo(f"  {answer['node']}: {session['transport']}, open for {session['seconds']:.0f} s{mark}")
-    if not any(answer["sessions"] for answer in nodes):
-        click.echo("  no session is open")
     if astray:
         click.echo(f"{astray} of these sessions are not where the ring has the user: run playbooks/rebalance.yml")
     return not astray
+
+
+def _tell_silent(hosts: list[str]) -> bool:
+    """Print them; return whether there are none."""
+    for host in hosts:
+        click.echo(f"  {host}: no answer")
+    if hosts:
+        click.echo(f"whether the user has sessions on {', '.join(hosts)} is not known: do the nodes run there?")
+    return not hosts
