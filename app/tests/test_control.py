@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import DEADLINE_SECONDS, STICKYRING, ServeProcess, serving
+from conftest import DEADLINE_SECONDS, STICKYRING, ServeProcess, serving, wait_until
+from prometheus_client import CollectorRegistry
 
+from stickyring import operate
 from stickyring.cli import main
+from stickyring.control import Control, Refusal
+from stickyring.metrics import MoveMetrics
+from stickyring.ring import Ring
 
 RING = {
     "cluster": "nodes",
@@ -155,9 +160,64 @@ def test_one_rebalance_at_a_time(node: ServeProcess, folder: Path) -> None:
     connect(node, "alice")
     assert ask(folder / "control", "POST", "/rebalance", json.dumps({"ring": ELSEWHERE}))[0] == 202
     Path(folder, "ring.json").write_text(json.dumps(RING))
-    refused = invoke("rebalance", "--control", folder / "control", "--ring", folder / "ring.json")
-    assert refused.exit_code == 1
-    assert refused.stderr == "Error: the node refuses: a rebalance is running\n"
+    refused = ask(folder / "control", "POST", "/rebalance", json.dumps({"ring": RING}))
+    assert refused == (409, {"error": "a rebalance is running"})
+    before = node.metric("stickyring_rebalances_total")
+    # The command waits for it and then begins its own.
+    done = invoke("rebalance", "--control", folder / "control", "--ring", folder / "ring.json", "--rate", "30")
+    assert done.exit_code == 0, done.stderr
+    assert {"rate": 30, "to_move": 0, "returned": 0}.items() <= json.loads(done.stdout).items()
+    assert done.stderr.splitlines() == ["asked by the rebalance that is running", "asked to reconnect"]
+    assert node.metric("stickyring_rebalances_total") == before + 1
+    assert node.logged("rebalanced: 1 sessions left"), "the first one was seen to its end"
+
+
+@pytest.mark.parametrize("waiting", [False, True], ids=["for its own", "for another"])
+def test_a_node_that_is_started_anew_meanwhile_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: bool
+) -> None:
+    ring = tmp_path / "ring.json"
+    ring.write_text(json.dumps(RING))
+
+    def answer(path: Path, method: str, target: str, body: object = None) -> dict[str, Any]:
+        if method == "GET":
+            return {"running": False}
+        if waiting:
+            raise operate._Refused(409, "a rebalance is running")
+        return {"running": True, "to_move": 5, "asked": 0}
+
+    monkeypatch.setattr(operate, "_ask", answer)
+    result = invoke("rebalance", "--control", tmp_path / "control", "--ring", ring)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith("Error: the node was started anew")
+    assert "Traceback" not in result.stderr
+
+
+def test_an_equal_ring_is_not_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    load = Ring.load
+
+    def counting_load(document: dict[str, Any]) -> Ring:
+        made.append(document)
+        return load(document)
+
+    monkeypatch.setattr(Ring, "load", counting_load)
+    control = Control("node1-1", {}, MoveMetrics(CollectorRegistry()))
+
+    def start(ring: object) -> None:
+        control.answer("POST", "/rebalance", json.dumps({"ring": ring}).encode())
+        wait_until(lambda: not control.answer("GET", "/rebalance", b"")[1]["running"], "the rebalance has ended")
+
+    start(RING)
+    start(dict(reversed(RING.items())))
+    assert made == [RING]
+    start(ELSEWHERE)
+    assert made == [RING, ELSEWHERE]
+    # Python takes true for 1, a ring does not; and what is no ring does not take the place of one.
+    with pytest.raises(Refusal, match="weight: True"):
+        start({**ELSEWHERE, "members": [{"name": "node2-1", "weight": True}]})
+    start(ELSEWHERE)
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ class Control:
         self._sessions = sessions
         self._metrics = metrics
         self._rebalance: Rebalance | None = None
+        self._known_ring: tuple[str, Ring] | None = None
 
     def answer(self, method: str, target: str, body: bytes) -> tuple[HTTPStatus, dict[str, Any]]:
         """Do what a request asks.
@@ -94,7 +95,7 @@ class Control:
         if not isinstance(order, dict) or "ring" not in order or order.keys() - {"ring", "rate"}:
             raise Refusal(HTTPStatus.BAD_REQUEST, "a rebalance takes an object with ring and, if wanted, rate")
         try:
-            ring = Ring.load(order["ring"])
+            ring = self._ring(order["ring"])
         except RingError as error:
             raise Refusal(HTTPStatus.BAD_REQUEST, f"this is no ring: {error}") from None
         rate = order.get("rate", default_rate(ring))
@@ -105,6 +106,14 @@ class Control:
         self._rebalance = Rebalance(self._node_name, self._sessions, ring, rate, self._metrics)
         threading.Thread(target=self._rebalance.run, daemon=True).start()
         return self._rebalance.progress()
+
+    def _ring(self, document: dict[str, Any]) -> Ring:
+        # Making one keeps all else in this process waiting, for seconds with heavy weights; mostly it is the last one.
+        # Compared as text: in Python, true equals 1.
+        text = json.dumps(document, sort_keys=True)
+        if self._known_ring is None or self._known_ring[0] != text:
+            self._known_ring = text, Ring.load(document)
+        return self._known_ring[1]
 
 
 class ControlServer(ThreadingMixIn, UnixStreamServer):

@@ -14,6 +14,8 @@ import click
 
 ANSWER_SECONDS = 30
 POLL_SECONDS = 0.2
+HEARD_SECONDS = 5 * POLL_SECONDS
+"""The node tells of its newest rebalance only: a command that waited for another's leaves that one time to hear."""
 
 with_control = click.option(
     "--control",
@@ -69,17 +71,15 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
       stickyring rebalance --control /run/stickyring-node/1/control.sock --ring - --rate 20 < ring.json
     """
     try:
-        order = {"ring": json.load(document)}
+        order: dict[str, Any] = {"ring": json.load(document)}
     except ValueError as error:  # JSON that is none, or bytes that are no text
         raise click.ClickException(f"{document.name} is not JSON: {error}") from None
-    progress = _ask(path, "POST", "/rebalance", order if rate is None else order | {"rate": rate})
-    to_move: int = progress["to_move"]
-    with click.progressbar(length=to_move, label="asked to reconnect", file=sys.stderr) as bar:
-        while progress["running"]:
-            time.sleep(POLL_SECONDS)
-            progress = _ask(path, "GET", "/rebalance")
-            bar.length = progress["to_move"]
-            bar.update(progress["asked"] - bar.pos)
+    if rate is not None:
+        order["rate"] = rate
+    while (begun := _start(path, order)) is None:
+        _watch(path, _progress(path), "asked by the rebalance that is running")
+        time.sleep(HEARD_SECONDS)
+    progress = _watch(path, begun, "asked to reconnect")
     del progress["running"]
     click.echo(json.dumps(progress))
     if progress["returned"]:
@@ -87,6 +87,45 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
             f"{progress['returned']} sessions are here though the ring has their users elsewhere: "
             "an edge has another ring, or sends them by another key"
         )
+
+
+def _start(path: Path, order: dict[str, Any]) -> dict[str, Any] | None:
+    """Begin a rebalance; return its progress, None while another one is running."""
+    try:
+        return _ask(path, "POST", "/rebalance", order)
+    except _Refused as refused:
+        if refused.status != HTTPStatus.CONFLICT:
+            raise
+        return None
+
+
+def _watch(path: Path, progress: dict[str, Any], label: str) -> dict[str, Any]:
+    """Show the progress of the rebalance that is running to its end; return the last one."""
+    to_move: int = progress["to_move"]
+    with click.progressbar(length=to_move, label=label, file=sys.stderr) as bar:
+        while progress["running"]:
+            time.sleep(POLL_SECONDS)
+            progress = _progress(path)
+            bar.length = progress["to_move"]
+            bar.update(progress["asked"] - bar.pos)
+    return progress
+
+
+def _progress(path: Path) -> dict[str, Any]:
+    progress = _ask(path, "GET", "/rebalance")
+    if "to_move" not in progress:
+        raise click.ClickException(
+            "the node was started anew, which ended the rebalance that was running: run it again"
+        )
+    return progress
+
+
+class _Refused(click.ClickException):
+    """The node's refusal of a request, with the `status` of its answer."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"the node refuses: {text}")
+        self.status = status
 
 
 class _UnixConnection(HTTPConnection):
@@ -106,7 +145,8 @@ def _ask(path: Path, method: str, target: str, body: object = None) -> dict[str,
     """Return the node's answer.
 
     Raises:
-        click.ClickException: there is none, or the node refuses.
+        _Refused: the node refuses.
+        click.ClickException: there is none.
     """
     connection = _UnixConnection(path)
     try:
@@ -122,5 +162,5 @@ def _ask(path: Path, method: str, target: str, body: object = None) -> dict[str,
     finally:
         connection.close()
     if response.status >= HTTPStatus.BAD_REQUEST:
-        raise click.ClickException(f"the node refuses: {answer['error']}")
+        raise _Refused(response.status, answer["error"])
     return answer
