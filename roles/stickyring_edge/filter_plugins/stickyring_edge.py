@@ -12,6 +12,7 @@ from typing import Any
 Data = dict[str, Any]
 
 TYPE = "type.googleapis.com/"
+RING_POLICIES = ("RING_HASH", "MAGLEV")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 PARAMETER = re.compile(r"[A-Za-z0-9_.~-]+")
 HASH_POLICIES = ("query_parameter", "header", "cookie", "connection_properties", "filter_state")
@@ -19,6 +20,9 @@ HASH_POLICIES = ("query_parameter", "header", "cookie", "connection_properties",
 NAME_FIELDS = {"query_parameter": "name", "header": "header_name", "cookie": "name", "filter_state": "key"}
 # Envoy's own upper bound for the points of one ring.
 LARGEST_RING = 8 * 1024 * 1024
+# What the edge tells the nodes, and nobody else does: the key that was hashed, decoded; the cluster whose ring that was
+# for; and the parameters that it may have come from, since the ring hashes those as they stand in the query.
+NODE_HEADERS = ("x-stickyring-key", "x-stickyring-cluster", "x-stickyring-query")
 # Envoy's own default for the slots of a Maglev table.
 MAGLEV_TABLE = 65537
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -125,11 +129,14 @@ def stickyring_edge_problems(settings: Data, sha256: str | None = None) -> list[
                 f"{where}: {points} points for each of {_weight(cluster)} units of weight are more than Envoy's "
                 f"{LARGEST_RING}; lower stickyring_edge_ring_points_per_weight."
             )
-    policies = [("stickyring_edge_hash_policies", policy) for policy in hash_policies]
-    policies += [
-        (f"listener {item['name']}", policy) for item in listeners for policy in item.get("hash_policies") or []
+    lists = {"stickyring_edge_hash_policies": hash_policies}
+    lists |= {f"listener {item['name']}": item.get("hash_policies") or [] for item in listeners}
+    problems += [
+        f"{where}: every hash policy but the last is terminal: true, or Envoy mixes the hashes of all that match."
+        for where, policies in lists.items()
+        if not all(policy.get("terminal") for policy in policies[:-1])
     ]
-    for where, policy in policies:
+    for where, policy in ((where, policy) for where, policies in lists.items() for policy in policies):
         kinds = [key for key in policy if key != "terminal"]
         if len(kinds) != 1 or kinds[0] not in HASH_POLICIES:
             problems.append(
@@ -228,6 +235,14 @@ def _routes(item: Data, common: Data) -> Data:
         "name": item["name"],
         **common["route_configuration"],
     }
+    told = {"x-stickyring-cluster": item["cluster"]}
+    if names := [policy["query_parameter"]["name"] for policy in policies if "query_parameter" in policy]:
+        told["x-stickyring-query"] = ",".join(names)
+    resource["request_headers_to_remove"] = list(NODE_HEADERS)
+    resource["request_headers_to_add"] = [
+        {"header": {"key": name, "value": value}}
+        for name, value in {"x-stickyring-key": "%FILTER_STATE(stickyring.key:PLAIN)%", **told}.items()
+    ]
     settings = _key_for_the_log(policies)
     if settings:
         resource["typed_per_filter_config"] = settings
@@ -319,14 +334,16 @@ def _ring_document(resource: Data, members: list[Data]) -> Data:
     if resource["lb_policy"] == "RING_HASH":
         sizes = resource["ring_hash_lb_config"]
         document |= {"minimum_size": int(sizes["minimum_ring_size"]), "maximum_size": int(sizes["maximum_ring_size"])}
-    elif resource["lb_policy"] == "MAGLEV":
+    else:
         document["table_size"] = MAGLEV_TABLE
     return document
 
 
 def stickyring_edge_wanted_ring(clusters: list[Data], name: str, common: Data) -> Data:
-    """The ring document of a cluster as the variables want it, every endpoint healthy."""
-    cluster = next(item for item in clusters if item["name"] == name)
+    """The ring document of a cluster as the variables want it, every endpoint healthy; empty as for the served one."""
+    cluster = next((item for item in clusters if item["name"] == name), {"lb_policy": "none"})
+    if cluster.get("lb_policy", "RING_HASH") not in RING_POLICIES:
+        return {}
     members = [{"name": item["name"], "weight": int(item.get("weight", 1))} for item in cluster["endpoints"]]
     return _ring_document(_cluster(cluster, common), members)
 
@@ -334,9 +351,13 @@ def stickyring_edge_wanted_ring(clusters: list[Data], name: str, common: Data) -
 def stickyring_edge_served_ring(name: str, config_dump: Data, clusters: Data) -> Data:
     """The ring document of a cluster as Envoy serves it, from its admin interface's /config_dump and /clusters.
 
-    Empty when Envoy has no such cluster.
+    Empty when Envoy has no such cluster, or one whose policy knows no owners.
     """
-    resources = [item["cluster"] for item in config_dump["configs"] if item["cluster"]["name"] == name]
+    resources = [
+        item["cluster"]
+        for item in config_dump["configs"]
+        if item["cluster"]["name"] == name and item["cluster"].get("lb_policy") in RING_POLICIES
+    ]
     statuses = [item.get("host_statuses", []) for item in clusters["cluster_statuses"] if item["name"] == name]
     if not resources or not statuses:
         return {}

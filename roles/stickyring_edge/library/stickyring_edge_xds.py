@@ -76,7 +76,10 @@ options:
     type: int
     default: 30
   healthy_timeout:
-    description: Seconds to wait until Envoy finds every endpoint healthy; 0 asks nothing.
+    description:
+      - With V(proven), seconds to wait until Envoy finds every endpoint healthy; 0 asks nothing.
+      - With V(present), seconds until those that Envoy does not have yet must answer this host with 200, or nothing is
+        written; 0 asks nothing. A member that is on the ring and not healthy moves users of all others.
     type: int
     default: 0
   unit:
@@ -320,6 +323,19 @@ class XdsFile:
         return problems
 
 
+def unhealthy(address: str, port: int, path: str) -> str:
+    """Why the address does not answer the path with 200; empty when it does."""
+    connection = http.client.HTTPConnection(address, port, timeout=ADMIN_SECONDS)
+    try:
+        connection.request("GET", path)
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
+    finally:
+        connection.close()
+    return "" if status == 200 else f"status {status}"
+
+
 def endpoints_of(assignment: Resource) -> dict[tuple[str, int], str]:
     """Address and port to the endpoint's name, of a ClusterLoadAssignment."""
     found = {}
@@ -485,13 +501,51 @@ class Edge:
             return None
 
     def leaving(self) -> list[dict[str, str]]:
-        """Endpoints that Envoy has and that no file names any more: name and address of each."""
-        wanted = {name for file in self.files if file.type == ENDPOINTS for name in file.endpoints().values()}
+        """Endpoints that Envoy has and that no file has any more, or has elsewhere: name and address of each."""
+        wanted = {place for file in self.files if file.type == ENDPOINTS for place in file.endpoints()}
         found = {}
         for item in self.admin.dump().get("EndpointsConfigDump", {}).get("dynamic_endpoint_configs", []):
-            for (address, port), name in endpoints_of(item["endpoint_config"]).items():
-                found[name] = f"{address}:{port}"
-        return [{"name": name, "address": found[name]} for name in sorted(found.keys() - wanted)]
+            found |= endpoints_of(item["endpoint_config"])
+        return [
+            {"name": name, "address": f"{address}:{port}"}
+            for (address, port), name in sorted(found.items(), key=lambda item: item[1])
+            if (address, port) not in wanted
+        ]
+
+    def newcomers(self) -> dict[tuple[str, int], tuple[str, str]]:
+        """Endpoints that Envoy does not have yet, by address and port: name and health path."""
+        present = {(address, port) for _, address, port in self.admin.hosts()} if self.running else set()
+        paths = {
+            cluster["name"]: check["http_health_check"]["path"]
+            for file in self.files
+            if file.type == CLUSTER
+            for cluster in file.resources
+            for check in cluster.get("health_checks", [])
+        }
+        return {
+            place: (name, paths[file.names()[0]])
+            for file in self.files
+            if file.type == ENDPOINTS and file.names()[0] in paths
+            for place, name in file.endpoints().items()
+            if place not in present
+        }
+
+    def expect_healthy_newcomers(self) -> None:
+        """Waits until every endpoint that is to join answers this host; NotApplied with those that do not."""
+        newcomers = self.newcomers()
+
+        def problems() -> list[str]:
+            return [
+                f"{name} ({address}:{port}) does not answer {path} with 200 ({reason})"
+                for (address, port), (name, path) in newcomers.items()
+                if (reason := unhealthy(address, port, path))
+            ]
+
+        patience, self.timeout = self.timeout, self.module.params["healthy_timeout"]
+        try:
+            self.wait("Waiting for who is to join; nothing was written", problems)
+        finally:
+            self.timeout = patience
 
     def strangers(self) -> list[str]:
         """Files below the directory that are named like ours and that nobody wants."""
@@ -761,9 +815,10 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     if module.check_mode:
         return result
 
+    if texts and module.params["healthy_timeout"]:
+        edge.expect_healthy_newcomers()
     edge.apply(changed, strangers)
     owned = [edge.own(edge.directory / file.path, "0644") for file in files]
-    edge.prove_healthy()
     return result | {"changed": any([result["changed"], *owned]), "proven": edge.running}
 
 

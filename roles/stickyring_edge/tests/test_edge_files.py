@@ -160,6 +160,10 @@ def test_hash_policies_are_in_the_routes_alone() -> None:
     changed[0]["hash_policies"] = [{"header": {"header_name": "x-user"}}]
     before, after = compose(), compose(changed)
     assert [path for path in before if before[path] != after[path]] == ["routes/sticky.yaml"]
+    told = {
+        one["header"]["key"]: one["header"]["value"] for one in after["routes/sticky.yaml"][0]["request_headers_to_add"]
+    }
+    assert told == {"x-stickyring-key": "%FILTER_STATE(stickyring.key:PLAIN)%", "x-stickyring-cluster": "nodes"}
     route = after["routes/sticky.yaml"][0]["virtual_hosts"][0]["routes"][-1]["route"]
     assert route["hash_policy"] == [{"header": {"header_name": "x-user"}}]
 

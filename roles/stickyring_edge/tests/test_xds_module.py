@@ -197,7 +197,7 @@ def test_only_what_changed_is_written(directory: Path, files: Files, envoy: Fake
     assert run(directory, files, envoy.port)["written"] == ["endpoints/nodes.yaml"]
 
 
-def test_who_leaves_is_told_and_who_only_moves_is_not(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+def test_who_leaves_a_place_is_told(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
     assert run(directory, files, envoy.port)["left"] == []
     files["endpoints/nodes.yaml"] = [assignment("nodes", [8001, 8003])]
     gone = run(directory, files, envoy.port, _ansible_check_mode=True)["left"]
@@ -205,6 +205,7 @@ def test_who_leaves_is_told_and_who_only_moves_is_not(directory: Path, files: Fi
     assert gone == [{"name": "node-8002", "address": "192.0.2.1:8002"}]
     place = files["endpoints/nodes.yaml"][0]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]
     place["socket_address"]["address"] = "192.0.2.9"
+    assert run(directory, files, envoy.port)["left"] == [{"name": "node-8001", "address": "192.0.2.1:8001"}]
     assert run(directory, files, envoy.port)["left"] == []
 
 
@@ -294,13 +295,31 @@ def test_a_listener_whose_port_is_closed_is_not_proven(
 
 
 def test_an_unhealthy_endpoint_is_named(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
-    assert "failed" not in run(directory, files, envoy.port, healthy_timeout=1)
+    run(directory, files, envoy.port)
+    assert run(directory, files, envoy.port, state="proven", healthy_timeout=1)["proven"]
     envoy.unhealthy = {8002}
-    message = run(directory, files, envoy.port, healthy_timeout=1)["msg"]
+    message = run(directory, files, envoy.port, state="proven", healthy_timeout=1)["msg"]
     assert "node-8002 (192.0.2.1:8002) of cluster nodes is not healthy: failed_active_health_check" in message
     assert "node-8001" not in message
     # Whoever does not ask is not told.
-    assert "failed" not in run(directory, files, envoy.port)
+    assert run(directory, files, envoy.port, state="proven")["proven"]
+
+
+def test_who_is_not_healthy_does_not_join(directory: Path, files: Files, envoy: FakeEnvoy, closed_port: int) -> None:
+    """Members of before may be dead; the newcomer is asked by this host, before anything is written."""
+    run(directory, files, envoy.port)
+    envoy.unhealthy = {8001, 8002}
+    before = contents(directory)
+    files["clusters.yaml"][0]["health_checks"] = [{"http_health_check": {"path": "/ready"}}]
+    members = files["endpoints/nodes.yaml"][0]["endpoints"][0]["lb_endpoints"]
+    address = {"address": "127.0.0.1", "port_value": closed_port}
+    members.append({"endpoint": {"hostname": "node-new", "address": {"socket_address": address}}})
+    message = run(directory, files, envoy.port, healthy_timeout=1)["msg"]
+    assert f"node-new (127.0.0.1:{closed_port}) does not answer /ready with 200" in message
+    assert "node-8001" not in message
+    assert contents(directory) == before
+    address["port_value"] = envoy.port
+    assert "endpoints/nodes.yaml" in run(directory, files, envoy.port, healthy_timeout=1)["written"]
 
 
 def test_envoy_may_spell_an_address_otherwise(directory: Path, files: Files, envoy: FakeEnvoy) -> None:

@@ -8,6 +8,7 @@ import os
 import pwd
 import re
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,8 @@ author: stickyring
 
 RETURN = r"""
 has_venv: {description: "Whether python3 can make virtual environments", type: bool, returned: success}
+service: {description: "The service that was looked at", type: str, returned: success}
+prepared: {description: "Whether its account and folder of settings are as wanted", type: bool, returned: success}
 complete: {description: "Whether the wanted release is installed completely", type: bool, returned: success}
 application: {description: "What the installed unit serves, or empty", type: str, returned: success}
 current: {description: "Name of the release that is linked as current, or empty", type: str, returned: success}
@@ -164,6 +167,16 @@ def port_problem(address: str, port: int, own_unit: str) -> str | None:
     )
 
 
+def prepared(service: str, settings: Path) -> bool:
+    """Return whether account and folder of settings are as the role makes them, so that two tasks need not look."""
+    try:
+        account, folder = pwd.getpwnam(service), settings.stat()
+    except (KeyError, FileNotFoundError):
+        return False
+    owned = (folder.st_uid, folder.st_gid, stat.S_IMODE(folder.st_mode)) == (0, 0, 0o755)
+    return owned and stat.S_ISDIR(folder.st_mode) and (account.pw_dir, account.pw_shell) == ACCOUNT
+
+
 def account_problem(service: str) -> str | None:
     """Return whose login the role would rewrite if it made the service's account, or nothing."""
     try:
@@ -238,6 +251,8 @@ def main() -> None:
     serves = re.search(r'^ExecStart=.* "(.+)"$', template.read_text() if template.is_file() else "", re.MULTILINE)
     module.exit_json(
         has_venv=no_venv == 0,
+        service=service,
+        prepared=prepared(service, settings),
         complete=stamp.is_file(),
         application=serves[1] if serves else "",
         current=current.readlink().name if current.is_symlink() else "",

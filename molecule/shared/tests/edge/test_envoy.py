@@ -95,7 +95,9 @@ def test_the_balancing_is_by_ring(config: dict[str, Any], edge: Any) -> None:
     for wanted in edge.variables["stickyring_edge_clusters"]:
         loaded = clusters[wanted["name"]]
         assert loaded["lb_policy"] == wanted.get("lb_policy", "RING_HASH")
-        assert int(loaded["ring_hash_lb_config"]["minimum_ring_size"]) == points * len(wanted["endpoints"])
+        assert int(loaded["ring_hash_lb_config"]["minimum_ring_size"]) == points * sum(
+            one.get("weight", 1) for one in wanted["endpoints"]
+        )
 
 
 def test_the_hash_policies_are_those_of_the_inventory(config: dict[str, Any], edge: Any) -> None:
