@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -97,7 +98,17 @@ RING: dict[str, Any] = {
     "members": MEMBERS,
 }
 TABLE = {"cluster": "control-table", "policy": "MAGLEV", "table_size": 65537, "members": MEMBERS}
-DOCUMENTS = [*documents(SEED), RING, TABLE]
+GROWTHS = ((3, 4), (5, 6), (10, 11), (20, 21))
+POINTS = 4096  # the default of the edge's role
+
+
+def fleet(size: int, points: int = POINTS) -> dict[str, Any]:
+    """As many equal members, each with its own points on the ring."""
+    members = [{"name": f"node{number}-1", "weight": 1} for number in range(1, size + 1)]
+    return RING | {"cluster": f"fleet-{size}", "minimum_size": points * size, "members": members}
+
+
+DOCUMENTS = [*documents(SEED), RING, TABLE, *(fleet(size) for growth in GROWTHS for size in growth)]
 KEYS = keys(SEED)
 
 
@@ -313,3 +324,25 @@ def test_the_comparison_notices_another_seed_size_or_health(envoy: Envoy, monkey
     monkeypatch.setattr("stickyring.ring.xxh64_intdigest", lambda data, seed=0: xxh64_intdigest(data, seed + 1))
     assert differing(envoy, RING)
     assert differing(envoy, TABLE)
+
+
+def share_that_differs(before: Sequence[str], after: Sequence[str]) -> float:
+    return sum(old != new for old, new in zip(before, after, strict=True)) / len(before)
+
+
+@pytest.mark.parametrize(("few", "more"), GROWTHS)
+def test_a_new_member_moves_only_its_share(envoy: Envoy, few: int, more: int) -> None:
+    moved = share_that_differs(envoy.owners(f"fleet-{few}"), envoy.owners(f"fleet-{more}"))
+    assert abs(moved - 1 / more) <= 0.015
+    # Envoy's own 1024 points for all: each has fewer after.
+    stock = (Ring.load(fleet(size) | {"minimum_size": 1024}).owners(KEYS) for size in (few, more))
+    assert share_that_differs(*stock) > 1 / more + 0.015
+
+
+def test_ten_equal_members_have_equal_shares_of_the_users(envoy: Envoy) -> None:
+    shares = Ring.load(fleet(10)).shares()
+    assert max(shares.values()) <= 1.05 / 10
+    counted = Counter(envoy.owners("fleet-10"))
+    # 10 000 users, each on a member with probability 1/10: within 5 standard deviations.
+    assert all(abs(counted[name] - share * len(KEYS)) < 150 for name, share in shares.items())
+    assert max(Ring.load(fleet(10, points=100)).shares().values()) > 1.05 / 10
