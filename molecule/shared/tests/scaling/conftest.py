@@ -92,6 +92,18 @@ def plan(fleet: Fleet, ansible: Any, edge: Any, tmp_path: Path) -> Callable[...,
 
 
 @pytest.fixture
+def reach(fleet: Fleet, machine: Any, tmp_path: Path) -> Callable[[str], Any]:
+    """A host of the fleet as it is now, by name: testinfra reads an inventory once, hence a copy each time."""
+
+    def find(name: str) -> Any:
+        copy = tmp_path / name
+        shutil.copytree(fleet.folder, copy)
+        return machine(name, copy)
+
+    return find
+
+
+@pytest.fixture
 def run(fleet: Fleet, ansible: Any) -> Callable[..., str]:
     """Runs a playbook on the fleet as it is now."""
     return lambda playbook, *options: ansible("ansible-playbook", "-i", fleet.folder, playbook, *options).stdout

@@ -75,7 +75,7 @@ def test_two_more_join(fleet: Any, plan: Any, run: Any, watch: Any) -> None:
 
 
 def test_a_node_at_another_address_has_the_same_users(
-    residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, machine: Any
+    residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, reach: Any
 ) -> None:
     """The host is built anew beside the old one, which still serves; then the line in the inventory changes."""
     uprooted = frozenset(user for user, homes in residents.homes().items() if homes == {"node2-1"})
@@ -91,7 +91,7 @@ def test_a_node_at_another_address_has_the_same_users(
     judge(expected, uprooted=uprooted)
     judge = watch()
     switched_off = time.monotonic()
-    machine("retired", fleet.folder).run("systemctl poweroff")
+    reach("retired").run("systemctl poweroff")
     residents.wait(
         lambda: all(
             connection.user not in uprooted or connection.events[-1] > (switched_off, "connect")
@@ -103,7 +103,7 @@ def test_a_node_at_another_address_has_the_same_users(
     judge(expected, uprooted=uprooted)
 
 
-def test_a_node_is_removed(fleet: Any, plan: Any, run: Any, watch: Any, machine: Any) -> None:
+def test_a_node_is_removed(fleet: Any, plan: Any, run: Any, watch: Any, reach: Any) -> None:
     expected = plan("-e", "node=node6")
     assert {node for node, _ in expected.moves.values()} == {"node6-1"}
     judge = watch()
@@ -111,7 +111,7 @@ def test_a_node_is_removed(fleet: Any, plan: Any, run: Any, watch: Any, machine:
     judge(expected)
     assert "Delete its line" in output
     assert "Nothing of it is left on the host" in output
-    node6 = machine("node6", fleet.folder)
+    node6 = reach("node6")
     assert not node6.file("/opt/stickyring-node").exists
     assert not node6.file("/etc/systemd/system/stickyring-node@.service").exists
     assert not node6.user("stickyring-node").exists
@@ -120,12 +120,12 @@ def test_a_node_is_removed(fleet: Any, plan: Any, run: Any, watch: Any, machine:
     assert not plan().report["changes"]
 
 
-def test_a_dead_node_is_removed(residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, machine: Any) -> None:
+def test_a_dead_node_is_removed(residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, reach: Any) -> None:
     uprooted = frozenset(user for user, homes in residents.homes().items() if homes == {"node5-1"})
     assert uprooted
     expected = plan("-e", "node=node5")
     judge = watch()
-    machine("node5", fleet.folder).run("systemctl poweroff")
+    reach("node5").run("systemctl poweroff")
     output = " ".join(run("playbooks/remove_node.yml", "-e", "node=node5").split())
     assert "It could not be reached" in output
     judge(expected, uprooted=uprooted, outage=True)
@@ -133,7 +133,7 @@ def test_a_dead_node_is_removed(residents: Any, fleet: Any, plan: Any, run: Any,
 
 
 def test_a_deleted_line_takes_a_node_off_the_ring_and_says_what_is_left(
-    residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, machine: Any
+    residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, reach: Any
 ) -> None:
     fleet.drop("node4")
     fleet.prepare("dropped", "198.51.100.14")
@@ -145,7 +145,7 @@ def test_a_deleted_line_takes_a_node_off_the_ring_and_says_what_is_left(
     # Who polls is with his new node already; a websocket stays until its node ends it.
     left = {one.user for one in residents if one.transports == ["websocket"] and one.node == "node4-1"}
     assert left == set(expected.moves)
-    machine("dropped", fleet.folder).check_output("systemctl disable --now stickyring-node@1")
+    reach("dropped").check_output("systemctl disable --now stickyring-node@1")
     judge(expected)
 
 
