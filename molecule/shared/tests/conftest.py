@@ -27,6 +27,11 @@ class Host:
     groups: list[str]
     variables: dict[str, Any]
 
+    def url(self, listener_name: str) -> str:
+        """The address of a listener of this edge."""
+        port = next(one["port"] for one in self.variables["stickyring_edge_listeners"] if one["name"] == listener_name)
+        return f"http://{self.variables['stickyring_address']}:{port}"
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -93,17 +98,18 @@ def nodes(hosts: dict[str, Host]) -> list[Host]:
 
 
 @pytest.fixture(scope="session")
-def edge(hosts: dict[str, Host]) -> Host:
+def edges(hosts: dict[str, Host]) -> list[Host]:
+    """Every edge."""
+    return [host for host in hosts.values() if "edge" in host.groups]
+
+
+@pytest.fixture(scope="session")
+def edge(edges: list[Host]) -> Host:
     """The first edge."""
-    return next(host for host in hosts.values() if "edge" in host.groups)
+    return edges[0]
 
 
 @pytest.fixture(scope="session")
 def edge_url(edge: Host) -> Callable[[str], str]:
     """The address of a listener of the first edge, by the listener's name."""
-
-    def url(listener_name: str) -> str:
-        port = next(one["port"] for one in edge.variables["stickyring_edge_listeners"] if one["name"] == listener_name)
-        return f"http://{edge.variables['stickyring_address']}:{port}"
-
-    return url
+    return edge.url

@@ -1,0 +1,91 @@
+"""Edges never talk to each other: they agree as long as their rings do, and while these differ nobody is sent away."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+from residents import Residents
+
+USERS = [f"user-{number}" for number in range(200)]
+CONNECTED = USERS[:12]
+WITHOUT_NODE2 = json.dumps({"stickyring_nodes_leaving": ["node2"]})
+SETTLED_SECONDS = 60
+
+
+def homes(edge: Any) -> dict[str, str]:
+    """The node that the edge sends each user to."""
+
+    def served_by(user: str) -> str:
+        with urlopen(f"{edge.url('sticky')}/healthz?client_id={user}", timeout=5) as answer:
+            return answer.headers["x-served-by"]
+
+    return {user: served_by(user) for user in USERS}
+
+
+def test_edges_choose_the_same_node_for_the_same_user(edges: Any) -> None:
+    chosen, *others = map(homes, edges)
+    assert others, "one edge alone has nobody to agree with"
+    assert all(other == chosen for other in others)
+    assert len(set(chosen.values())) > 1
+
+
+@pytest.fixture
+def residents(edges: Any) -> Iterator[list[Residents]]:
+    """The same users, connected to every edge."""
+    with ExitStack() as stack:
+        connected = [stack.enter_context(Residents(edge.url("sticky"), CONNECTED)) for edge in edges]
+        settle(connected, homes(edges[0]))
+        yield connected
+
+
+def settle(residents: list[Residents], wanted: dict[str, str]) -> None:
+    """Waits until all connections of all users are where they should be."""
+    home = {user: {wanted[user]} for user in CONNECTED}
+    for connected in residents:
+        connected.wait(lambda one=connected: one.homes() == home, SETTLED_SECONDS)
+
+
+@pytest.fixture
+def edge_play(ansible: Any, inventory: Any) -> Iterator[Any]:
+    """Runs playbooks/edge.yml; at the end the edges are as the inventory says again."""
+
+    def run(*options: str) -> None:
+        ansible("ansible-playbook", "-i", inventory, "playbooks/edge.yml", *options)
+
+    yield run
+    run()
+
+
+def test_nobody_is_asked_to_move_before_every_edge_has_the_ring(
+    edges: Any, residents: Any, edge_play: Any, ansible: Any, inventory: Any
+) -> None:
+    before = homes(edges[0])
+    since = time.monotonic()
+
+    def disconnects() -> set[tuple[str, int]]:
+        """How often the websockets of each user were closed."""
+        websockets = [one for connected in residents for one in connected if one.transports == ["websocket"]]
+        return {(one.user, one.count("disconnect", since)) for one in websockets}
+
+    edge_play("--limit", edges[0].name, "-e", WITHOUT_NODE2)
+    after = homes(edges[0])
+    assert homes(edges[1]) == before != after
+    refused = ansible("ansible-playbook", "-i", inventory, "playbooks/rebalance.yml", check=False)
+    assert refused.returncode != 0
+    assert "The edges do not serve the same ring" in " ".join(refused.stdout.split())
+    moved = {user for user in CONNECTED if before[user] != after[user]}
+    assert moved
+    asked = ansible("stickyring", "whereis", next(iter(moved)), "--inventory", inventory, check=False)
+    assert (asked.returncode, "the edges disagree" in asked.stdout) == (1, True)
+    assert disconnects() == {(user, 0) for user in CONNECTED}
+
+    edge_play("-e", WITHOUT_NODE2)
+    ansible("ansible-playbook", "-i", inventory, "playbooks/rebalance.yml")
+    settle(residents, after)
+    assert disconnects() == {(user, 1 if user in moved else 0) for user in CONNECTED}
