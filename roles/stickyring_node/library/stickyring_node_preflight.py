@@ -4,6 +4,7 @@
 from __future__ import annotations  # a Python that is too old should be told so, not fail on its syntax
 
 import errno
+import hashlib
 import os
 import pwd
 import re
@@ -45,6 +46,10 @@ RETURN = r"""
 has_venv: {description: "Whether python3 can make virtual environments", type: bool, returned: success}
 service: {description: "The service that was looked at", type: str, returned: success}
 prepared: {description: "Whether its account and folder of settings are as wanted", type: bool, returned: success}
+files:
+  description: Unit and environments that are installed, each path with "owner:group mode sha256" in numbers
+  type: dict
+  returned: success
 complete: {description: "Whether the wanted release is installed completely", type: bool, returned: success}
 application: {description: "What the installed unit serves, or empty", type: str, returned: success}
 current: {description: "Name of the release that is linked as current, or empty", type: str, returned: success}
@@ -177,6 +182,13 @@ def prepared(service: str, settings: Path) -> bool:
     return owned and stat.S_ISDIR(folder.st_mode) and (account.pw_dir, account.pw_shell) == ACCOUNT
 
 
+def described(path: Path) -> str:
+    """Return what makes the file what it is, for comparison: ``uid:gid mode sha256``."""
+    status = path.lstat()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"{status.st_uid}:{status.st_gid} {stat.S_IMODE(status.st_mode):04o} {digest}"
+
+
 def account_problem(service: str) -> str | None:
     """Return whose login the role would rewrite if it made the service's account, or nothing."""
     try:
@@ -249,13 +261,16 @@ def main() -> None:
     started = {i: boot + int(shown[i]["ExecMainStartTimestampMonotonic"]) / 1e6 for i in running}
     template = ROOT / "etc/systemd/system" / f"{service}@.service"
     serves = re.search(r'^ExecStart=.* "(.+)"$', template.read_text() if template.is_file() else "", re.MULTILINE)
+    release = current.readlink() if current.is_symlink() else Path()
+    written = [path for path in [template, *settings.glob("*.env")] if path.is_file()]
     module.exit_json(
         has_venv=no_venv == 0,
         service=service,
         prepared=prepared(service, settings),
+        files={f"/{path.relative_to(ROOT)}": described(path) for path in written},
         complete=stamp.is_file(),
         application=serves[1] if serves else "",
-        current=current.readlink().name if current.is_symlink() else "",
+        current=release.name if release.parent == Path("releases") else "",
         known=sorted(configured | running | enabled),
         enabled=sorted(enabled),
         running=sorted(running),

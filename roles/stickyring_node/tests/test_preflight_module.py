@@ -463,6 +463,25 @@ def test_an_instance_whose_files_are_gone_is_out_of_date(host: Host, free_ports:
     assert result["up_to_date"] == []
 
 
+def test_every_file_of_the_instances_is_described(host: Host, free_ports: int) -> None:
+    installed(host, age=100)
+    environment = host.root / "etc" / SERVICE / "2.env"
+    environment.write_text("A=1\n")
+    environment.chmod(0o640)
+    files = run(port=free_ports)["files"]
+    assert set(files) == {f"/etc/systemd/system/{SERVICE}@.service", f"/etc/{SERVICE}/1.env", f"/etc/{SERVICE}/2.env"}
+    digest = hashlib.sha256(b"A=1\n").hexdigest()
+    assert files[f"/etc/{SERVICE}/2.env"] == f"{os.getuid()}:{os.getgid()} 0640 {digest}"
+
+
+def test_a_link_to_elsewhere_is_no_release(host: Host, free_ports: int) -> None:
+    installed(host, age=100)
+    current = host.root / "opt" / SERVICE / "current"
+    current.unlink()
+    current.symlink_to("/srv/1.0")
+    assert run(port=free_ports)["current"] == ""
+
+
 def test_a_clock_that_was_set_does_not_matter(host: Host, free_ports: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ahead = time.time() + 3600
     installed(host, age=100)

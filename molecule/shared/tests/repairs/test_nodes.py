@@ -69,6 +69,27 @@ def test_a_changed_setting_reaches_every_node_one_after_another(nodes: Any, depl
     assert processes() == back
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "echo STICKYRING_LOG_LEVEL=debug >> /etc/stickyring-node/1.env",
+        "chmod 0644 /etc/stickyring-node/1.env",
+        "sed -i /^NoNewPrivileges=/d /etc/systemd/system/stickyring-node@.service",
+        "ln -sfn /srv /opt/stickyring-node/current",
+    ],
+)
+def test_what_was_edited_by_hand_is_as_the_inventory_says_again(machine: Any, deploy: Any, edit: str) -> None:
+    state = (
+        "cat /etc/stickyring-node/1.env /etc/systemd/system/stickyring-node@.service; "
+        "stat --format=%a /etc/stickyring-node/1.env; readlink /opt/stickyring-node/current"
+    )
+    before = machine("node2").check_output(state)
+    machine("node2").check_output(edit)
+    assert machine("node2").check_output(state) != before
+    deploy()
+    assert machine("node2").check_output(state) == before
+
+
 def test_a_run_that_was_killed_before_a_restart_is_finished(machine: Any, deploy: Any, processes: Any) -> None:
     before = processes()
     # What such a run leaves: an environment that is younger than the process.
