@@ -15,7 +15,6 @@ DEPLOYED = ("stickyring_node", "stickyring_edge")
 COMPOSED = {
     "stickyring_node_address",
     "stickyring_node_name",
-    "stickyring_node_restart",
     "stickyring_node_keep_surplus",
     "stickyring_edge_node_id",
 }

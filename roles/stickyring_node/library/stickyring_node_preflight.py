@@ -37,6 +37,7 @@ options:
   environment: {description: "Names of the further environment variables", type: list, elements: str, required: true}
   release: {type: str, required: true}
   requirements_sha256: {description: "What the release is installed from", type: str, required: true}
+  files: {description: "SHA-256 of the unit and of every environment, by path", type: dict, required: true}
 attributes:
   check_mode: {support: full}
 author: stickyring
@@ -46,9 +47,10 @@ RETURN = r"""
 has_venv: {description: "Whether python3 can make virtual environments", type: bool, returned: success}
 service: {description: "The service that was looked at", type: str, returned: success}
 prepared: {description: "Whether its account and folder of settings are as wanted", type: bool, returned: success}
-files:
-  description: Unit and environments that are installed, each path with "owner:group mode sha256" in numbers
-  type: dict
+differing:
+  description: Those of the files that are missing, or have another content, owner or mode than is wanted
+  type: list
+  elements: str
   returned: success
 complete: {description: "Whether the wanted release is installed completely", type: bool, returned: success}
 application: {description: "What the installed unit serves, or empty", type: str, returned: success}
@@ -57,7 +59,7 @@ known: {description: "Instances that are configured, enabled or running", type: 
 enabled: {description: "Instances that start at boot", type: list, elements: int, returned: success}
 running: {description: "Instances that run", type: list, elements: int, returned: success}
 up_to_date:
-  description: Instances that run and were started after the last change of their unit, environment and release
+  description: Instances that run from the wanted unit, environment and release, started after these were written
   type: list
   elements: int
   returned: success
@@ -65,6 +67,7 @@ up_to_date:
 
 PYTHON = "/usr/bin/python3"
 LOWEST_PYTHON = "3.11"
+PYTHON_TELLS = "import platform; print(platform.python_version(), flush=True); import venv, ensurepip"
 OPTIONS = {
     "service": {"type": "str", "required": True},
     "application": {"type": "str", "required": True},
@@ -77,6 +80,7 @@ OPTIONS = {
     "environment": {"type": "list", "elements": "str", "required": True},
     "release": {"type": "str", "required": True},
     "requirements_sha256": {"type": "str", "required": True},
+    "files": {"type": "dict", "required": True},
 }
 # What no unit file, shell or folder gives a meaning of its own: the values stand in all three.
 APPLICATION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(\([^\"\\%$\n]*\))?"
@@ -86,6 +90,9 @@ VARIABLE = r"[A-Za-z_]\w*"
 DESCRIPTORS_BESIDE_CONNECTIONS = 100
 # As the role makes the account: an account that differs would be rewritten.
 ACCOUNT = ("/nonexistent", "/usr/sbin/nologin")
+# Of the files that instances start from, as user and group; an environment is for nobody else to read.
+OWNER = (0, 0)
+MODES = {".service": 0o644, ".env": 0o600}
 ROOT = Path("/")
 PROC = Path("/proc")
 TCP_LISTEN = "0A"
@@ -178,15 +185,17 @@ def prepared(service: str, settings: Path) -> bool:
         account, folder = pwd.getpwnam(service), settings.stat()
     except (KeyError, FileNotFoundError):
         return False
-    owned = (folder.st_uid, folder.st_gid, stat.S_IMODE(folder.st_mode)) == (0, 0, 0o755)
+    owned = (folder.st_uid, folder.st_gid, stat.S_IMODE(folder.st_mode)) == (*OWNER, 0o755)
     return owned and stat.S_ISDIR(folder.st_mode) and (account.pw_dir, account.pw_shell) == ACCOUNT
 
 
-def described(path: Path) -> str:
-    """Return what makes the file what it is, for comparison: ``uid:gid mode sha256``."""
+def as_wanted(path: Path, sha256: str) -> bool:
+    """Return whether the file is as the role writes it."""
+    if not path.is_file():
+        return False
     status = path.lstat()
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return f"{status.st_uid}:{status.st_gid} {stat.S_IMODE(status.st_mode):04o} {digest}"
+    made = (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode))
+    return made == (*OWNER, MODES[path.suffix]) and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
 def account_problem(service: str) -> str | None:
@@ -240,7 +249,7 @@ def main() -> None:
     account = account_problem(service)
     if account:
         problems.append(account)
-    _, version, _ = module.run_command([PYTHON, "-c", "import platform; print(platform.python_version())"])
+    no_venv, version, _ = module.run_command([PYTHON, "-c", PYTHON_TELLS])
     if LooseVersion(version.strip() or "0") < LooseVersion(LOWEST_PYTHON):
         problems.append(f"{PYTHON} is {version.strip() or 'missing'}: {LOWEST_PYTHON} or newer is needed")
     if stamp.is_file() and stamp.read_text().strip() != wanted["requirements_sha256"]:
@@ -251,7 +260,6 @@ def main() -> None:
     if problems:
         refuse(module, problems)
 
-    no_venv, _, _ = module.run_command([PYTHON, "-c", "import venv, ensurepip"])
     configured = {int(path.stem) for path in settings.glob("*.env") if path.stem.isdigit()}
     shown = units(module, service, sorted(configured.union(instances)))
     running = {i for i, unit in shown.items() if unit["ActiveState"] == "active"}
@@ -261,20 +269,27 @@ def main() -> None:
     started = {i: boot + int(shown[i]["ExecMainStartTimestampMonotonic"]) / 1e6 for i in running}
     template = ROOT / "etc/systemd/system" / f"{service}@.service"
     serves = re.search(r'^ExecStart=.* "(.+)"$', template.read_text() if template.is_file() else "", re.MULTILINE)
-    release = current.readlink() if current.is_symlink() else Path()
-    written = [path for path in [template, *settings.glob("*.env")] if path.is_file()]
+    linked = current.readlink() if current.is_symlink() else Path()
+    release = linked.name if linked.parent == Path("releases") else ""
+    differing = {path for path, sha256 in wanted["files"].items() if not as_wanted(ROOT / path.lstrip("/"), sha256)}
+
+    def up_to_date(instance: int) -> bool:
+        files = [template, settings / f"{instance}.env"]
+        written = differing.isdisjoint(f"/{path.relative_to(ROOT)}" for path in files)
+        return written and release == wanted["release"] and started[instance] > changed_at(current, *files)
+
     module.exit_json(
         has_venv=no_venv == 0,
         service=service,
         prepared=prepared(service, settings),
-        files={f"/{path.relative_to(ROOT)}": described(path) for path in written},
+        differing=sorted(differing),
         complete=stamp.is_file(),
         application=serves[1] if serves else "",
-        current=release.name if release.parent == Path("releases") else "",
+        current=release,
         known=sorted(configured | running | enabled),
         enabled=sorted(enabled),
         running=sorted(running),
-        up_to_date=sorted(i for i in running if started[i] > changed_at(template, current, settings / f"{i}.env")),
+        up_to_date=sorted(filter(up_to_date, running)),
     )
 
 

@@ -11,7 +11,7 @@ import os
 import pwd
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,13 @@ SPEC.loader.exec_module(preflight)
 
 SERVICE = "stickyring-test"
 REQUIREMENTS = hashlib.sha256(b"click==8.0").hexdigest()
+UNIT = f"/etc/systemd/system/{SERVICE}@.service"
+SETTINGS = f"/etc/{SERVICE}"
+FILES = {
+    UNIT: f'[Service]\nExecStart=/opt/{SERVICE}/current/bin/stickyring serve "chat:app"\n',
+    f"{SETTINGS}/1.env": "N=1\n",
+    f"{SETTINGS}/2.env": "N=2\n",
+}
 GOOD: dict[str, Any] = {
     "service": SERVICE,
     "application": "stickyring.echo:create_application()",
@@ -43,6 +50,7 @@ GOOD: dict[str, Any] = {
     "environment": ["REDIS_URL", "_x1"],
     "release": "1.0+abc_D-1",
     "requirements_sha256": REQUIREMENTS,
+    "files": {path: hashlib.sha256(text.encode()).hexdigest() for path, text in FILES.items()},
 }
 
 
@@ -69,7 +77,7 @@ class Host:
         return path
 
     def has_python(self, version: str, venv: bool = True) -> None:
-        self.program("python3", f'case "$2" in *venv*) exit {0 if venv else 1};; esac; echo "{version}"')
+        self.program("python3", f'echo "{version}"; exit {0 if venv else 1}')
 
     def shows(self, units: dict[str, dict[str, str]]) -> None:
         """What systemctl shows, by unit; the order of the properties is its own."""
@@ -81,7 +89,7 @@ class Host:
 
     def write(self, path: str, text: str = "", age: float = 0) -> Path:
         """A file that was written that many seconds ago."""
-        file = self.root / path
+        file = self.root / path.lstrip("/")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
         self.age(file, age)
@@ -98,6 +106,7 @@ class Host:
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     made = Host(tmp_path)
     monkeypatch.setattr(preflight, "ROOT", made.root)
+    monkeypatch.setattr(preflight, "OWNER", (os.getuid(), os.getgid()))
     monkeypatch.setattr(preflight, "PYTHON", str(made.programs / "python3"))
     monkeypatch.setattr(preflight.pwd, "getpwnam", made.getpwnam)
     monkeypatch.setenv("PATH", str(made.programs), prepend=":")
@@ -397,20 +406,19 @@ def unit(active: bool = True, enabled: bool = True, started: float = 0) -> dict[
     }
 
 
-def installed(host: Host, age: float, instances: tuple[int, ...] = (1, 2)) -> None:
-    """A host on which everything was written that many seconds ago."""
-    serve = f'ExecStart=/opt/{SERVICE}/current/bin/stickyring serve "chat:app"\n'
-    host.write(f"etc/systemd/system/{SERVICE}@.service", f"[Service]\n{serve}", age)
-    for instance in instances:
-        host.write(f"etc/{SERVICE}/{instance}.env", age=age)
-    host.write(f"opt/{SERVICE}/releases/1.0/.complete", "x", age)
+def installed(host: Host, age: float) -> None:
+    """A host on which everything that is wanted was written that many seconds ago."""
+    for path, text in FILES.items():
+        host.write(path, text, age).chmod(0o644 if path == UNIT else 0o600)
+    host.write(f"opt/{SERVICE}/releases/{GOOD['release']}/.complete", REQUIREMENTS, age)
     current = host.root / "opt" / SERVICE / "current"
-    current.symlink_to("releases/1.0")
+    current.symlink_to(f"releases/{GOOD['release']}")
     host.age(current, age)
 
 
 def test_what_is_installed_and_runs_is_told(host: Host, free_ports: int) -> None:
-    installed(host, age=100, instances=(1, 2, 3))
+    installed(host, age=100)
+    host.write(f"{SETTINGS}/3.env", age=100)
     host.write(f"etc/{SERVICE}/notes.env", "no instance")
     host.shows(
         {
@@ -424,7 +432,9 @@ def test_what_is_installed_and_runs_is_told(host: Host, free_ports: int) -> None
     )
     result = run(port=free_ports)
     assert result["application"] == "chat:app"
-    assert result["current"] == "1.0"
+    assert result["complete"]
+    assert result["current"] == GOOD["release"]
+    assert result["differing"] == []
     assert result["known"] == [1, 2, 3, 7]
     assert result["enabled"] == [1, 2]
     assert result["running"] == [1, 7]
@@ -440,7 +450,7 @@ def test_what_is_installed_and_runs_is_told(host: Host, free_ports: int) -> None
         (f"etc/systemd/system/{SERVICE}@.service", []),
         (f"opt/{SERVICE}/current", []),
         (f"etc/{SERVICE}/2.env", [1]),
-        (f"opt/{SERVICE}/releases/1.0/.complete", [1, 2]),
+        (f"opt/{SERVICE}/releases/{GOOD['release']}/.complete", [1, 2]),
     ],
 )
 def test_an_instance_that_is_older_than_what_it_runs_from_is_out_of_date(
@@ -463,15 +473,49 @@ def test_an_instance_whose_files_are_gone_is_out_of_date(host: Host, free_ports:
     assert result["up_to_date"] == []
 
 
-def test_every_file_of_the_instances_is_described(host: Host, free_ports: int) -> None:
+def edit(path: Path) -> None:
+    path.write_text("other\n")
+
+
+@pytest.mark.parametrize("change", [Path.unlink, edit, lambda path: path.chmod(0o640)])
+@pytest.mark.parametrize(("path", "up_to_date"), [(UNIT, []), (f"{SETTINGS}/2.env", [1])])
+def test_a_file_that_is_not_as_wanted_is_told_and_its_instances_are_out_of_date(
+    host: Host, free_ports: int, path: str, change: Callable[[Path], None], up_to_date: list[int]
+) -> None:
     installed(host, age=100)
-    environment = host.root / "etc" / SERVICE / "2.env"
-    environment.write_text("A=1\n")
-    environment.chmod(0o640)
-    files = run(port=free_ports)["files"]
-    assert set(files) == {f"/etc/systemd/system/{SERVICE}@.service", f"/etc/{SERVICE}/1.env", f"/etc/{SERVICE}/2.env"}
-    digest = hashlib.sha256(b"A=1\n").hexdigest()
-    assert files[f"/etc/{SERVICE}/2.env"] == f"{os.getuid()}:{os.getgid()} 0640 {digest}"
+    host.shows({f"{SERVICE}@{i}.service": unit(started=50) for i in (1, 2)})
+    file = host.root / path.lstrip("/")
+    change(file)
+    if file.exists():
+        host.age(file, 100)
+    result = run(port=free_ports)
+    assert result["differing"] == [path]
+    assert result["up_to_date"] == up_to_date
+
+
+def test_a_file_of_another_owner_is_told(host: Host, free_ports: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(host, age=100)
+    monkeypatch.setattr(preflight, "OWNER", (os.getuid(), os.getgid() + 1))
+    assert run(port=free_ports)["differing"] == sorted(FILES)
+
+
+def test_an_instance_of_another_release_is_out_of_date(host: Host, free_ports: int) -> None:
+    installed(host, age=100)
+    host.shows({f"{SERVICE}@1.service": unit(started=50)})
+    assert run(port=free_ports)["up_to_date"] == [1]
+    result = run(port=free_ports, release="2.0")
+    assert (result["current"], result["complete"], result["up_to_date"]) == (GOOD["release"], False, [])
+
+
+@pytest.mark.parametrize(("mode", "prepared"), [(0o755, True), (0o775, False)])
+def test_account_and_folder_are_prepared_only_as_the_role_makes_them(
+    host: Host, free_ports: int, mode: int, prepared: bool
+) -> None:
+    installed(host, age=100)
+    (host.root / SETTINGS.lstrip("/")).chmod(mode)
+    assert not run(port=free_ports)["prepared"]
+    host.accounts[SERVICE] = account(SERVICE, *preflight.ACCOUNT)
+    assert run(port=free_ports)["prepared"] == prepared
 
 
 def test_a_link_to_elsewhere_is_no_release(host: Host, free_ports: int) -> None:

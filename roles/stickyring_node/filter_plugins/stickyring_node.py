@@ -1,0 +1,37 @@
+"""Jinja filter of the role: what stands in the environment file of each instance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def stickyring_node_environments(
+    instances: list[int], *, service: str, host: str, port: int, name: str, shared: dict[str, Any]
+) -> dict[str, str]:
+    """Return ``{path: text}`` in the notation of systemd.exec(5), EnvironmentFile.
+
+    host: address of a URL, an IPv6 one in brackets. port: of instance 1. name: of the node. shared: variables that all
+    instances have; they win over an instance's own.
+    """
+
+    def own(instance: int) -> dict[str, str]:
+        return {
+            "STICKYRING_LISTEN": f"{host}:{int(port) + instance - 1}",
+            "STICKYRING_NODE_NAME": f"{name}-{instance}",
+            "STICKYRING_CONTROL": f"/run/{service}/{instance}/control.sock",
+        }
+
+    return {f"/etc/{service}/{instance}.env": _text(own(instance) | shared) for instance in instances}
+
+
+def _text(variables: dict[str, Any]) -> str:
+    quoted = {key: str(value).replace("\\", "\\\\").replace('"', '\\"') for key, value in variables.items()}
+    return "".join(["# Ansible managed\n", *(f'{key}="{value}"\n' for key, value in quoted.items())])
+
+
+class FilterModule:
+    """The role's filter."""
+
+    def filters(self) -> dict[str, Any]:
+        """Name to function, as Ansible asks for them."""
+        return {"stickyring_node_environments": stickyring_node_environments}

@@ -1,0 +1,35 @@
+"""The environment files of the instances, read back as systemd reads them."""
+
+import importlib.util
+import shlex
+from pathlib import Path
+
+SPEC = importlib.util.spec_from_file_location(
+    "stickyring_node", Path(__file__).parents[1] / "filter_plugins" / "stickyring_node.py"
+)
+assert SPEC is not None
+assert SPEC.loader is not None
+plugin = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(plugin)
+
+
+def read(text: str) -> dict[str, str]:
+    """Shell quoting is what systemd's is made after, as far as double quotes and backslashes go."""
+    return dict(word.split("=", 1) for word in shlex.split(text, comments=True))
+
+
+def test_each_instance_has_its_own_port_name_and_socket_beside_what_all_share() -> None:
+    shared = {"STICKYRING_MAX_CONNECTIONS": 100, "TITLE": 'a "quoted" \\ title # 1'}
+    files = plugin.stickyring_node_environments(
+        [1, 2], service="chat", host="[2001:db8::1]", port="7001", name="node1", shared=shared
+    )
+    assert {path: read(text) for path, text in files.items()} == {
+        f"/etc/chat/{instance}.env": {
+            "STICKYRING_LISTEN": f"[2001:db8::1]:{7000 + instance}",
+            "STICKYRING_NODE_NAME": f"node1-{instance}",
+            "STICKYRING_CONTROL": f"/run/chat/{instance}/control.sock",
+            "STICKYRING_MAX_CONNECTIONS": "100",
+            "TITLE": 'a "quoted" \\ title # 1',
+        }
+        for instance in (1, 2)
+    }
