@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,23 +57,34 @@ def programs() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ansible() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs one of the environment's ansible programs at the project's root: ansible("ansible-playbook", "site.yml")."""
+def start() -> Callable[..., subprocess.Popen[str]]:
+    """Starts one of the environment's ansible programs at the project's root, in a process group of its own."""
+
+    def start(program: str, *arguments: str | Path) -> subprocess.Popen[str]:
+        environment = os.environ | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+        command = [PROGRAMS / program, *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, cwd=PROJECT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def ansible(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs such a program to its end: ansible("ansible-playbook", "site.yml")."""
 
     def run(program: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
-        done = subprocess.run(
-            [PROGRAMS / program, *arguments],
-            cwd=PROJECT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
+        with start(program, *arguments) as process:
+            try:
+                output, errors = process.communicate(timeout=900)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
         if check:
-            assert done.returncode == 0, done.stdout + done.stderr
-        return done
+            assert process.returncode == 0, output + errors
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
     return run
 

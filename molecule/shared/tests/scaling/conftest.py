@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,8 +50,8 @@ class Fleet:
             lambda hosts: hosts.update({f"node{i}": {"ansible_host": f"198.51.100.{10 + i}"} for i in numbers}),
         )
 
-    def drop(self, name: str) -> None:
-        self.edit(lambda hosts: hosts.pop(name))
+    def drop(self, name: str, group: str = "nodes") -> None:
+        self.edit(lambda hosts: hosts.pop(name), group)
 
     def move(self, name: str, address: str) -> None:
         self.edit(lambda hosts: hosts[name].update(ansible_host=address))
@@ -66,6 +68,7 @@ def residents(edge_url: Any) -> Iterator[Residents]:
 class Plan:
     """What playbooks/plan.yml said; moves: user to (node before, node after) of those who move."""
 
+    before: Ring
     after: Ring
     moves: dict[str, tuple[str, str]]
     report: dict[str, Any]
@@ -86,7 +89,8 @@ def plan(fleet: Fleet, ansible: Any, edge: Any, tmp_path: Path) -> Callable[...,
         folder = tmp_path / edge.name
         report = json.loads((folder / "plan.json").read_text())
         moves = {move["id"]: (move["from"], move["to"]) for move in report["ids"]["moves"]}
-        return Plan(Ring.load(json.loads((folder / "after.json").read_text())), moves, report)
+        before, after = (Ring.load(json.loads((folder / f"{name}.json").read_text())) for name in ("before", "after"))
+        return Plan(before, after, moves, report)
 
     return ask
 
@@ -107,6 +111,20 @@ def reach(fleet: Fleet, machine: Any, tmp_path: Path) -> Callable[[str], Any]:
 def run(fleet: Fleet, ansible: Any) -> Callable[..., str]:
     """Runs a playbook on the fleet as it is now."""
     return lambda playbook, *options: ansible("ansible-playbook", "-i", fleet.folder, playbook, *options).stdout
+
+
+@pytest.fixture
+def interrupt(fleet: Fleet, start: Any) -> Callable[..., None]:
+    """Runs a playbook and kills it, with all that it has started here, when it begins the task."""
+
+    def run(task: str, playbook: str, *options: str) -> None:
+        play = start("ansible-playbook", "-i", fleet.folder, playbook, *options)
+        began = next((line for line in play.stdout if line.startswith("TASK [") and f"{task}]" in line), None)
+        os.killpg(play.pid, signal.SIGKILL)
+        play.communicate()
+        assert began, f"{playbook} has ended before {task}"
+
+    return run
 
 
 @pytest.fixture
