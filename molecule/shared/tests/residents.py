@@ -16,6 +16,7 @@ TRANSPORTS = (["websocket"], ["polling"], ["polling", "websocket"])
 SILENCE_SECONDS = 1.0
 ANSWER_SECONDS = 10
 POLL_SECONDS = 0.1
+GOODBYE_SECONDS = 60
 
 
 @dataclass
@@ -52,7 +53,8 @@ class Connection:
                 if client.connected:
                     await self.talk(client)
         finally:
-            await client.disconnect()
+            # Also when it is about to reconnect, which disconnect() would let it do.
+            await client.shutdown()
 
     async def talk(self, client: socketio.AsyncClient) -> None:
         began = time.monotonic()
@@ -89,14 +91,14 @@ class Residents:
     def __exit__(self, *error: object) -> None:
         for task in self._tasks:
             task.cancel()
-        self._spawn(self._ended()).result(timeout=60)
+        self._spawn(self._ended()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=30)
 
     async def _ended(self) -> None:
         """Waits until every connection has said goodbye."""
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.wait(others)
+        _, left = await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=GOODBYE_SECONDS)
+        assert not left, left
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
