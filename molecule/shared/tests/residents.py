@@ -7,6 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,22 +40,21 @@ class Connection:
     def count(self, event: str, since: float) -> int:
         return sum(1 for moment, what in self.events if what == event and moment >= since)
 
-    async def live(self, url: str) -> None:
-        """Connects, and talks until it is cancelled."""
+    async def live(self, url: str, ended: asyncio.Event) -> None:
+        """Connects, and talks until the end."""
         client = socketio.AsyncClient(reconnection_delay_max=2)
         client.on("message", self.hear)
         client.on("connect", lambda: self.note("connect"))
         client.on("disconnect", lambda reason: self.left())
         client.on("connect_error", lambda data: self.note("failed"))
         await client.connect(f"{url}?client_id={self.user}", transports=self.transports, wait_timeout=20)
-        try:
-            while True:
-                await asyncio.sleep(SILENCE_SECONDS)
-                if client.connected:
-                    await self.talk(client)
-        finally:
-            # Also when it is about to reconnect, which disconnect() would let it do.
-            await client.shutdown()
+        while not ended.is_set():
+            if client.connected:
+                await self.talk(client)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), SILENCE_SECONDS)
+        # Also when it is about to reconnect, which disconnect() would let it do.
+        await client.shutdown()
 
     async def talk(self, client: socketio.AsyncClient) -> None:
         began = time.monotonic()
@@ -79,24 +79,25 @@ class Residents:
         self._url = url
         self.users = users
         self.connections = [Connection(user, transports) for user in users for transports in TRANSPORTS]
+        self._ended = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._tasks: list[Any] = []
 
     def __enter__(self) -> Residents:
         self._thread.start()
-        self._tasks = [self._spawn(connection.live(self._url)) for connection in self.connections]
+        self._tasks = [self._spawn(connection.live(self._url, self._ended)) for connection in self.connections]
         return self
 
     def __exit__(self, *error: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        self._spawn(self._ended()).result()
+        self._spawn(self._end()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=30)
 
-    async def _ended(self) -> None:
+    async def _end(self) -> None:
         """Waits until every connection has said goodbye."""
+        # Not cancelled: the client's own waiting may swallow that.
+        self._ended.set()
         _, left = await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=GOODBYE_SECONDS)
         assert not left, left
 
