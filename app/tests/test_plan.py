@@ -173,7 +173,7 @@ def test_it_says_when_nothing_is_deployed_yet(planned: Any, before: Any) -> None
         (
             THREE | {"minimum_size": 1024},
             FOUR | {"minimum_size": 1024},
-            "more move than must: the points for a unit of weight change from 341 to 256; keep minimum_size in step",
+            "more move than must: the points for a unit of weight change from 342 to 256; keep minimum_size in step",
         ),
         (THREE, MAGLEV, "more move than must: the two policies place users independently of each other"),
         (MAGLEV, MAGLEV | {"table_size": 1009}, "more move than must: tables of different sizes place users "),

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 from conftest import wait_until
 from xxhash import xxh64_intdigest
 
@@ -35,7 +36,7 @@ ARTIFACTS = PROJECT / "roles" / "stickyring_artifacts" / "files"
 
 SEED = int(os.environ.get("STICKYRING_RING_SEED") or random.randrange(2**32))
 RINGS, TABLES = 14, 6
-MOST_MEMBERS = 30
+MOST_MEMBERS = 29
 CONNECTIONS = 20
 # With a third one under way Envoy may take a client for one that does not read its answers, and leave.
 PIPELINED = 2
@@ -62,7 +63,7 @@ def document(draw: random.Random, cluster: str, policy: str) -> dict[str, Any]:
     heaviest = draw.choice((1, 1, 4, 100, 5000))
     hosts = [f"node{number}-{draw.choice((1, 1, 2))}" for number in range(1, draw.randint(1, MOST_MEMBERS) + 1)]
     draw.shuffle(hosts)
-    members = [
+    members: list[dict[str, Any]] = [
         {
             "name": name,
             "weight": draw.randint(1, heaviest),
@@ -71,6 +72,8 @@ def document(draw: random.Random, cluster: str, policy: str) -> dict[str, Any]:
         for name in hosts
     ]
     members[draw.randrange(len(members))]["health"] = "HEALTHY"
+    if policy == "RING_HASH" and draw.random() < 0.5:
+        members.insert(draw.randrange(len(members) + 1), NOBODY)
     made = {"cluster": cluster, "policy": policy, "members": members}
     if policy == "MAGLEV":
         return made | {"table_size": draw.choice((31, 1009, 65537, 65537, 65537))}
@@ -85,6 +88,12 @@ def keys(seed: int) -> list[str]:
     drawn = {"".join(draw.choices(draw.choice(ALPHABETS), k=draw.randint(1, 40))).strip() for _ in range(12_000)}
     return ["", *sorted(drawn - {""})][:10_000]
 
+
+# As the edge's role has it among the endpoints, and passes on whoever meets it.
+NOBODY: dict[str, Any] = {"name": "nobody", "weight": 1}
+RETRIES = yaml.safe_load((PROJECT / "roles/stickyring_edge/vars/main.yml").read_text())["__stickyring_edge_route"][
+    "retry_policy"
+]
 
 # The negative controls' own: in a random one it may well make no difference what is changed.
 MEMBERS = [{"name": f"node{number}-1", "weight": number} for number in range(1, 5)] + [
@@ -103,12 +112,28 @@ POINTS = 4096  # the default of the edge's role
 
 
 def fleet(size: int, points: int = POINTS) -> dict[str, Any]:
-    """As many equal members, each with its own points on the ring."""
+    """As many equal members, each with its own points on the ring, as the edge's role has them."""
+    members = [{"name": f"node{number}-1", "weight": points} for number in range(1, size + 1)]
+    return RING | {"cluster": f"fleet-{size}", "minimum_size": 1, "members": [NOBODY, *members]}
+
+
+def stock(size: int) -> dict[str, Any]:
+    """The same members as Envoy has them by default: 1024 points for all, each has fewer of them in a larger fleet."""
     members = [{"name": f"node{number}-1", "weight": 1} for number in range(1, size + 1)]
-    return RING | {"cluster": f"fleet-{size}", "minimum_size": points * size, "members": members}
+    return RING | {"cluster": f"stock-{size}", "minimum_size": 1024, "members": members}
 
 
-DOCUMENTS = [*documents(SEED), RING, TABLE, *(fleet(size) for growth in GROWTHS for size in growth)]
+def failing(document: dict[str, Any]) -> dict[str, Any]:
+    """The same when the last member has failed."""
+    *others, last = document["members"]
+    return document | {
+        "cluster": document["cluster"] + "-failing",
+        "members": [*others, last | {"health": "UNHEALTHY"}],
+    }
+
+
+FAILING = [each for size in (3, 4, 10) for each in (failing(fleet(size)), stock(size), failing(stock(size)))]
+DOCUMENTS = [*documents(SEED), RING, TABLE, *(fleet(size) for growth in GROWTHS for size in growth), *FAILING]
 KEYS = keys(SEED)
 
 
@@ -234,12 +259,13 @@ def listens(path: Path) -> bool:
 def configuration(directory: Path) -> dict[str, Any]:
     """Envoy's bootstrap: a cluster for each document, the members at the sockets m0 to m29, in random order."""
     draw = random.Random(SEED)
-    sockets = [directory / f"m{number}" for number in range(MOST_MEMBERS)]
+    sockets = [directory / f"m{number}" for number in range(MOST_MEMBERS + 1)]
     answer = {"match": {"prefix": "/"}, "direct_response": {"status": 200}}
     choose = {
         "match": {"prefix": "/"},
         "route": {
             "cluster_header": "x-cluster",
+            "retry_policy": RETRIES,
             "hash_policy": [
                 {"query_parameter": {"name": "client_id"}, "terminal": True},
                 {"header": {"header_name": "x-client-id"}, "terminal": True},
@@ -274,7 +300,7 @@ def listener(path: Path, route: dict[str, Any]) -> dict[str, Any]:
 def cluster(document: dict[str, Any], sockets: Sequence[Path]) -> dict[str, Any]:
     endpoints = [
         {
-            "endpoint": {"address": {"pipe": {"path": str(path)}}},
+            "endpoint": {"address": {"pipe": {"path": str(path.with_name("nobody") if member is NOBODY else path)}}},
             "health_status": member.get("health", "HEALTHY"),
             "load_balancing_weight": member["weight"],
             "metadata": {"filter_metadata": {"envoy.lb": {"hash_key": member["name"]}}},
@@ -296,6 +322,7 @@ def cluster(document: dict[str, Any], sockets: Sequence[Path]) -> dict[str, Any]
         "type": "STATIC",
         "lb_policy": document["policy"],
         "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        "circuit_breakers": {"thresholds": [{"max_retries": 1000}]},
         "load_assignment": {"cluster_name": document["cluster"], "endpoints": [{"lb_endpoints": endpoints}]},
         **settings,
     }
@@ -334,9 +361,22 @@ def share_that_differs(before: Sequence[str], after: Sequence[str]) -> float:
 def test_a_new_member_moves_only_its_share(envoy: Envoy, few: int, more: int) -> None:
     moved = share_that_differs(envoy.owners(f"fleet-{few}"), envoy.owners(f"fleet-{more}"))
     assert abs(moved - 1 / more) <= 0.015
-    # Envoy's own 1024 points for all: each has fewer after.
-    stock = (Ring.load(fleet(size) | {"minimum_size": 1024}).owners(KEYS) for size in (few, more))
-    assert share_that_differs(*stock) > 1 / more + 0.015
+    assert share_that_differs(*(Ring.load(stock(size)).owners(KEYS) for size in (few, more))) > 1 / more + 0.015
+
+
+def strangers_moved(envoy: Envoy, document: dict[str, Any]) -> int:
+    """How many users of the members that stay have another owner when the last member fails."""
+    before, after = (envoy.owners(each["cluster"]) for each in (document, failing(document)))
+    failed = document["members"][-1]["name"]
+    assert failed in before
+    assert failed not in after
+    return sum(old not in (failed, new) for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("size", [3, 4, 10])
+def test_a_failing_member_moves_no_user_of_another(envoy: Envoy, size: int) -> None:
+    assert strangers_moved(envoy, fleet(size)) == 0
+    assert strangers_moved(envoy, stock(size)) > 0
 
 
 def test_ten_equal_members_have_equal_shares_of_the_users(envoy: Envoy) -> None:

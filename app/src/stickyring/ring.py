@@ -16,6 +16,11 @@ A ring document is the JSON form of what an edge serves for one cluster:
 
 `name` is the endpoint's hash_key; members stand in the edge's order; health may be absent and is HEALTHY then.
 Unhealthy and draining members own nothing: the edge runs with healthy_panic_threshold 0.
+
+On a ring, the member `nobody` takes part in Envoy's arithmetic and owns nothing: it is no node, and the edge passes on
+whoever it meets to the next point. It is there for its weight, 1: Envoy gives the lightest member a whole number of
+points, one for minimum_size 1, and all others as many for their weight. So a weight is a number of points, whoever else
+comes, goes or fails; without it, the points of all depend on who is there.
 """
 
 import math
@@ -32,6 +37,7 @@ from xxhash import xxh64_intdigest
 
 HASH_SPACE = 2**64
 LAST_HASH = HASH_SPACE - 1
+NOBODY = "nobody"
 # Envoy's bounds: RingHashLbConfig and MaglevLbConfig in cluster.proto, weights in endpoint_components.proto.
 LARGEST_RING = 8_388_608
 LARGEST_TABLE = 5_000_011
@@ -66,8 +72,11 @@ class Ring(ABC):
     """The owners of all keys under one membership; never changes.
 
     Attributes: `cluster`; `policy`, RING_HASH or MAGLEV; `sizes`, the policy's numbers under the document's names;
-    `members`, all of them in the edge's order; `names` of those that serve.
+    `members`, all of them in the edge's order; `names` of those that serve; `points_per_weight`, how many places on the
+    ring or in the table a unit of weight has.
     """
+
+    points_per_weight: float
 
     def __init__(self, cluster: str, policy: str, sizes: Mapping[str, int], members: tuple[Member, ...]) -> None:
         self.cluster = cluster
@@ -115,9 +124,7 @@ class Ring(ABC):
 
     def due(self) -> dict[str, float]:
         """Return the share that each serving member's weight asks for, as Envoy normalizes it; they sum to 1."""
-        weights = {member.name: member.weight for member in self.members if member.serving}
-        total = sum(weights.values())
-        return {name: weight / total for name, weight in weights.items()}
+        return _normalized(self.members)
 
 
 class _HashRing(Ring):
@@ -128,22 +135,26 @@ class _HashRing(Ring):
     """
 
     def __init__(self, cluster: str, members: tuple[Member, ...], least: int, most: int) -> None:
-        super().__init__(cluster, "RING_HASH", {"minimum_size": least, "maximum_size": most}, members)
-        weights = self.due()
+        nodes = tuple(member for member in members if member.name != NOBODY)
+        super().__init__(cluster, "RING_HASH", {"minimum_size": least, "maximum_size": most}, nodes)
+        weights = _normalized(members)
         smallest = min(weights.values())
         # The member with the smallest weight gets a whole number of points.
         scale = min(math.ceil(smallest * least) / smallest, float(most))
+        self.points_per_weight = scale / sum(member.weight for member in members if member.serving)
         owner_of: dict[int, str] = {}
         made, target = 0, 0.0
         for name, weight in weights.items():
             # The sum runs on over the members, and so do its rounding and the fractions of points.
             target += scale * weight
             prefix, count = name.encode() + b"_", math.ceil(target) - made
-            owner_of |= dict.fromkeys((xxh64_intdigest(b"%s%d" % (prefix, number)) for number in range(count)), name)
             made += count
-        points = sorted(owner_of)
-        self.ends = array("Q", [*points, LAST_HASH])
-        self.arc_owners = [owner_of[point] for point in (*points, points[0])]
+            if name != NOBODY:
+                points = (xxh64_intdigest(b"%s%d" % (prefix, number)) for number in range(count))
+                owner_of |= dict.fromkeys(points, name)
+        ends = sorted(owner_of)
+        self.ends = array("Q", [*ends, LAST_HASH])
+        self.arc_owners = [owner_of[end] for end in (*ends, ends[0])]
 
     def owners(self, keys: Iterable[str]) -> list[str]:
         ends, arc_owners = self.ends, self.arc_owners
@@ -185,6 +196,7 @@ class _MaglevTable(Ring):
                 if not free:
                     break
         self.slots = cast(list[str], table)
+        self.points_per_weight = size / sum(member.weight for member in members if member.serving)
 
     def owners(self, keys: Iterable[str]) -> list[str]:
         slots, size = self.slots, len(self.slots)
@@ -230,6 +242,13 @@ def _moved_arcs(before: _HashRing, after: _HashRing) -> dict[tuple[str, str], fl
     return {pair: hashes / HASH_SPACE for pair, hashes in owned.items()}
 
 
+def _normalized(members: Iterable[Member]) -> dict[str, float]:
+    """The share of the weight that each serving member has; they sum to 1."""
+    weights = {member.name: member.weight for member in members if member.serving}
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
+
+
 def _hash(key: str) -> int:
     # Surrogates stand for bytes that are no UTF-8: what came over the wire is hashed as it came.
     return xxh64_intdigest(key.encode("utf-8", "surrogateescape"))
@@ -243,7 +262,7 @@ def _members(described: object) -> tuple[Member, ...]:
     if twice:
         raise RingError(f"members: {_shown(twice[0])} is there twice")
     serving = [member for member in members if member.serving]
-    if not serving:
+    if all(member.name == NOBODY for member in serving):
         raise RingError(f"members: none of {len(members)} serves, so nobody owns anything")
     if sum(member.weight for member in serving) > LARGEST_WEIGHT:
         raise RingError(f"members: their weights sum to more than {LARGEST_WEIGHT}, the most that Envoy takes")

@@ -25,6 +25,9 @@ LARGEST_RING = 8 * 1024 * 1024
 NODE_HEADERS = ("x-stickyring-key", "x-stickyring-cluster", "x-stickyring-query")
 # Envoy's own default for the slots of a Maglev table.
 MAGLEV_TABLE = 65537
+# See _endpoints. Nothing listens there, so the edge passes on who meets it to the next point of the ring, by the retries of
+# its routes; the address is never another host's.
+NOBODY = {"name": "nobody", "address": "127.0.0.1", "port": 1}
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PING_INTERVAL = 25
 
@@ -111,6 +114,8 @@ def stickyring_edge_problems(settings: Data, sha256: str | None = None) -> list[
         where = f"cluster {cluster['name']}"
         if not endpoints:
             problems.append(f"{where}: the endpoint list is empty, which would refuse every user.")
+        if any(endpoint["name"] == NOBODY["name"] for endpoint in endpoints):
+            problems.append(f"{where}: the name {NOBODY['name']} is taken, by a place on the ring that is no endpoint.")
         problems += [f"{where}: endpoint {name} is there twice." for name in _repeated([e["name"] for e in endpoints])]
         problems += [
             f"{where}: {address}:{port} is there twice."
@@ -124,9 +129,10 @@ def stickyring_edge_problems(settings: Data, sha256: str | None = None) -> list[
         problems += [
             f"{where}: endpoint {e['name']}: the weight is 1 or more." for e in endpoints if int(e.get("weight", 1)) < 1
         ]
-        if points * _weight(cluster) > LARGEST_RING:
+        weight = sum(int(endpoint.get("weight", 1)) for endpoint in endpoints)
+        if points * weight >= LARGEST_RING:
             problems.append(
-                f"{where}: {points} points for each of {_weight(cluster)} units of weight are more than Envoy's "
+                f"{where}: {points} points for each of {weight} units of weight are more than Envoy's "
                 f"{LARGEST_RING}; lower stickyring_edge_ring_points_per_weight."
             )
     lists = {"stickyring_edge_hash_policies": hash_policies}
@@ -253,38 +259,34 @@ def _routes(item: Data, common: Data) -> Data:
     return resource
 
 
-def _weight(cluster: Data) -> int:
-    return sum(int(item.get("weight", 1)) for item in cluster["endpoints"])
-
-
-def _ring_size(cluster: Data, common: Data) -> int:
-    return int(common["ring_points_per_weight"]) * _weight(cluster)
-
-
-def _endpoints_path(cluster: Data) -> str:
+def _endpoints_path(cluster: Data, common: Data) -> str:
     """Other members stand in another file.
 
-    So the clusters file brings the members and the size of their ring in one step, and Envoy serves by them once it
-    has checked the health of them all. A file that kept its name would be taken at once: until its new members have
-    passed a check, and while members and size do not fit, users would be moved who have no reason to.
+    So the clusters file brings all members in one step, and Envoy serves by them once it has checked the health of them
+    all. A file that kept its name would be taken at once: a member at a new address would be off the ring until it has
+    passed a check, and its users with others.
     """
-    members = json.dumps(cluster["endpoints"], sort_keys=True)
+    members = json.dumps(_endpoints(cluster, common), sort_keys=True)
     return f"endpoints/{cluster['name']}-{hashlib.sha256(members.encode()).hexdigest()[:12]}.yaml"
 
 
+def _policy(cluster: Data) -> str:
+    return str(cluster.get("lb_policy", "RING_HASH"))
+
+
 def _cluster(cluster: Data, common: Data) -> Data:
-    policy = cluster.get("lb_policy", "RING_HASH")
+    policy = _policy(cluster)
     resource = {
         "@type": TYPE + "envoy.config.cluster.v3.Cluster",
         "name": cluster["name"],
         "type": "EDS",
-        "eds_cluster_config": {"eds_config": _config_source(common["directory"], _endpoints_path(cluster))},
+        "eds_cluster_config": {"eds_config": _config_source(common["directory"], _endpoints_path(cluster, common))},
         "lb_policy": policy,
     }
     if policy == "RING_HASH":
         resource["ring_hash_lb_config"] = {
             "hash_function": "XX_HASH",
-            "minimum_ring_size": _ring_size(cluster, common),
+            "minimum_ring_size": 1,
             "maximum_ring_size": LARGEST_RING,
         }
     check = {**common["health_check"], "http_health_check": dict(common["health_check"]["http_health_check"])}
@@ -293,25 +295,36 @@ def _cluster(cluster: Data, common: Data) -> Data:
     return {**resource, **common["cluster"], "health_checks": [check]}
 
 
-def _endpoints(cluster: Data) -> Data:
+def _endpoint(item: Data, weight: int) -> Data:
+    return {
+        "endpoint": {
+            "hostname": item["name"],
+            "address": {"socket_address": {"address": item["address"], "port_value": item["port"]}},
+        },
+        "metadata": {"filter_metadata": {"envoy.lb": {"hash_key": item["name"]}}},
+        "load_balancing_weight": weight,
+    }
+
+
+def _endpoints(cluster: Data, common: Data) -> Data:
+    """The endpoints of a cluster; on a ring, a weight is the number of points.
+
+    Envoy gives the lightest endpoint a whole number of points, one for minimum_ring_size 1, and the others as many for
+    their weight. With NOBODY as the lightest, who is always healthy, no point of a node depends on who else is there or
+    in good health. So a node that fails moves its own users and no others, which Envoy alone cannot do (issue 22558).
+    """
+    endpoints = cluster["endpoints"]
+    if _policy(cluster) != "RING_HASH":
+        members = [_endpoint(item, int(item.get("weight", 1))) for item in endpoints]
+    else:
+        nobody = _endpoint(NOBODY, 1)
+        nobody["endpoint"]["health_check_config"] = {"disable_active_health_check": True}
+        points = int(common["ring_points_per_weight"])
+        members = [nobody, *(_endpoint(item, points * int(item.get("weight", 1))) for item in endpoints)]
     return {
         "@type": TYPE + "envoy.config.endpoint.v3.ClusterLoadAssignment",
         "cluster_name": cluster["name"],
-        "endpoints": [
-            {
-                "lb_endpoints": [
-                    {
-                        "endpoint": {
-                            "hostname": item["name"],
-                            "address": {"socket_address": {"address": item["address"], "port_value": item["port"]}},
-                        },
-                        "metadata": {"filter_metadata": {"envoy.lb": {"hash_key": item["name"]}}},
-                        "load_balancing_weight": item.get("weight", 1),
-                    }
-                    for item in cluster["endpoints"]
-                ]
-            }
-        ],
+        "endpoints": [{"lb_endpoints": members}],
     }
 
 
@@ -322,7 +335,7 @@ def stickyring_edge_files(listeners: list[Data], clusters: list[Data], common: D
     ``common`` is what the role's vars/main.yml composes.
     """
     files: dict[str, list[Data]] = {"clusters.yaml": [_cluster(item, common) for item in clusters]}
-    files |= {_endpoints_path(item): [_endpoints(item)] for item in clusters}
+    files |= {_endpoints_path(item, common): [_endpoints(item, common)] for item in clusters}
     files |= {f"routes/{item['name']}.yaml": [_routes(item, common)] for item in listeners}
     files["listeners.yaml"] = [_listener(item, common) for item in listeners]
     return files
@@ -342,9 +355,12 @@ def _ring_document(resource: Data, members: list[Data]) -> Data:
 def stickyring_edge_wanted_ring(clusters: list[Data], name: str, common: Data) -> Data:
     """The ring document of a cluster as the variables want it, every endpoint healthy; empty as for the served one."""
     cluster = next((item for item in clusters if item["name"] == name), {"lb_policy": "none"})
-    if cluster.get("lb_policy", "RING_HASH") not in RING_POLICIES:
+    if _policy(cluster) not in RING_POLICIES:
         return {}
-    members = [{"name": item["name"], "weight": int(item.get("weight", 1))} for item in cluster["endpoints"]]
+    members = [
+        {"name": item["endpoint"]["hostname"], "weight": item["load_balancing_weight"]}
+        for item in _endpoints(cluster, common)["endpoints"][0]["lb_endpoints"]
+    ]
     return _ring_document(_cluster(cluster, common), members)
 
 

@@ -341,7 +341,10 @@ def endpoints_of(assignment: Resource) -> dict[tuple[str, int], str]:
     found = {}
     for locality in assignment.get("endpoints", []):
         for item in locality.get("lb_endpoints", []):
-            found[place_of(item["endpoint"]["address"])] = item["endpoint"].get("hostname", "")
+            endpoint = item["endpoint"]
+            # One whose health nobody asks for is a place on the ring, not a node.
+            if not endpoint.get("health_check_config", {}).get("disable_active_health_check"):
+                found[place_of(endpoint["address"])] = endpoint.get("hostname", "")
     return found
 
 

@@ -124,7 +124,7 @@ class Change:
             if self.before.sizes != self.after.sizes:
                 return "tables of different sizes place users independently of each other"
             return "Maglev also moves some between members that stay"
-        old, new = _points(self.before), _points(self.after)
+        old, new = self.before.points_per_weight, self.after.points_per_weight
         if abs(old - new) > 0.01 * old:
             return f"the points for a unit of weight change from {old:.0f} to {new:.0f}; keep minimum_size in step"
         if self._comes_and_goes():
@@ -247,11 +247,6 @@ def _standings(ring: Ring) -> dict[str, Standing]:
         member.name: Standing(member, due.get(member.name, 0.0), shares.get(member.name, 0.0))
         for member in ring.members
     }
-
-
-def _points(ring: Ring) -> float:
-    """Points for a unit of weight."""
-    return ring.sizes["minimum_size"] / sum(member.weight for member in ring.members if member.serving)
 
 
 def _ring_as_json(ring: Ring) -> dict[str, Any]:
