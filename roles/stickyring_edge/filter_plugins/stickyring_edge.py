@@ -25,8 +25,8 @@ LARGEST_RING = 8 * 1024 * 1024
 NODE_HEADERS = ("x-stickyring-key", "x-stickyring-cluster", "x-stickyring-query")
 # Envoy's own default for the slots of a Maglev table.
 MAGLEV_TABLE = 65537
-# See _endpoints. Nothing listens there, so the edge passes on who meets it to the next point of the ring, by the retries of
-# its routes; the address is never another host's.
+# See _endpoints. Nothing listens at this address of the edge itself, so the retries of the routes pass on whoever meets
+# it to the next point of the ring.
 NOBODY = {"name": "nobody", "address": "127.0.0.1", "port": 1}
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PING_INTERVAL = 25

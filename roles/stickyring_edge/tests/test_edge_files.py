@@ -58,15 +58,44 @@ def test_every_path_that_a_file_names_is_one_of_the_files() -> None:
     assert paths == {f"/etc/x/{path}" for path in files if "/" in path}
 
 
+def weights(files: dict[str, Any], path: str) -> dict[str, int]:
+    members = files[path][0]["endpoints"][0]["lb_endpoints"]
+    return {member["endpoint"]["hostname"]: member["load_balancing_weight"] for member in members}
+
+
 def test_other_members_stand_in_another_file_and_the_points_of_an_endpoint_stay() -> None:
-    sizes, paths = {}, set()
+    points = {}
     for count in (2, 3):
         cluster = {"name": "nodes", "endpoints": ENDPOINTS[:count]}
         files = compose([LISTENERS[0]], [cluster])
-        sizes[count] = files["clusters.yaml"][0]["ring_hash_lb_config"]["minimum_ring_size"]
-        paths |= endpoint_files(files)
-    assert len(paths) == 2
-    assert sizes == {2: 200, 3: 300}
+        assert files["clusters.yaml"][0]["ring_hash_lb_config"]["minimum_ring_size"] == 1
+        (path,) = endpoint_files(files)
+        points[path] = weights(files, path)
+    assert list(points.values()) == [
+        {"nobody": 1, "node1-1": 100, "node2-1": 100},
+        {"nobody": 1, "node1-1": 100, "node2-1": 100, "node3-1": 100},
+    ]
+
+
+def test_other_points_stand_in_another_file() -> None:
+    paths = [
+        endpoint_files(edge.stickyring_edge_files(LISTENERS, CLUSTERS, COMMON | {"ring_points_per_weight": points}))
+        for points in (100, 200)
+    ]
+    assert paths[0].isdisjoint(paths[1])
+
+
+def test_nobody_is_the_lightest_always_healthy_and_no_other_host() -> None:
+    files = compose()
+    for path in endpoint_files(files):
+        nobody, *nodes = files[path][0]["endpoints"][0]["lb_endpoints"]
+        assert nobody["endpoint"] == {
+            "hostname": "nobody",
+            "address": {"socket_address": {"address": "127.0.0.1", "port_value": 1}},
+            "health_check_config": {"disable_active_health_check": True},
+        }
+        assert nobody["load_balancing_weight"] < min(node["load_balancing_weight"] for node in nodes)
+        assert not any("health_check_config" in node["endpoint"] for node in nodes)
 
 
 def test_another_address_is_another_file_and_the_same_place_on_the_ring() -> None:
@@ -76,7 +105,7 @@ def test_another_address_is_another_file_and_the_same_place_on_the_ring() -> Non
     assert [name for name in before if before[name] != after.get(name, before[name])] == ["clusters.yaml"]
     rings = [files["clusters.yaml"][0]["ring_hash_lb_config"] for files in (before, after)]
     assert rings[0] == rings[1]
-    [endpoint, *_others] = after[path][0]["endpoints"][0]["lb_endpoints"]
+    [_, endpoint, *_others] = after[path][0]["endpoints"][0]["lb_endpoints"]
     assert endpoint["metadata"]["filter_metadata"]["envoy.lb"]["hash_key"] == "node1-1"
 
 
@@ -85,15 +114,15 @@ def test_other_policies_than_ring_hash_have_no_ring() -> None:
     cluster = files["clusters.yaml"][0]
     assert cluster["lb_policy"] == "MAGLEV"
     assert "ring_hash_lb_config" not in cluster
+    path = cluster["eds_cluster_config"]["eds_config"]["path_config_source"]["path"].removeprefix("/etc/x/")
+    assert weights(files, path) == {"node1-1": 1, "node2-1": 1, "node3-1": 1}
 
 
 def test_a_weight_is_so_many_times_the_points() -> None:
     cluster = {"name": "nodes", "endpoints": [ENDPOINTS[0] | {"weight": 3}, *ENDPOINTS[1:]]}
     files = compose([LISTENERS[0]], [cluster])
-    assert files["clusters.yaml"][0]["ring_hash_lb_config"]["minimum_ring_size"] == 500
     (path,) = endpoint_files(files)
-    members = files[path][0]["endpoints"][0]["lb_endpoints"]
-    assert [member["load_balancing_weight"] for member in members] == [3, 1, 1]
+    assert weights(files, path) == {"nobody": 1, "node1-1": 300, "node2-1": 100, "node3-1": 100}
 
 
 def served(policy: dict[str, Any], **flags: object) -> dict[str, Any]:
@@ -150,9 +179,11 @@ def test_there_is_no_ring_of_a_cluster_that_envoy_lacks() -> None:
 
 def test_the_wanted_ring_is_the_one_that_is_written() -> None:
     document = edge.stickyring_edge_wanted_ring(CLUSTERS, "nodes", COMMON)
-    written = compose()["clusters.yaml"][0]["ring_hash_lb_config"]
-    assert document["minimum_size"] == written["minimum_ring_size"] == 300
-    assert [member["name"] for member in document["members"]] == ["node1-1", "node2-1", "node3-1"]
+    files = compose()
+    written = files["clusters.yaml"][0]["ring_hash_lb_config"]
+    assert document["minimum_size"] == written["minimum_ring_size"]
+    (path,) = (path for path in endpoint_files(files) if path.startswith("endpoints/nodes"))
+    assert {member["name"]: member["weight"] for member in document["members"]} == weights(files, path)
 
 
 def test_hash_policies_are_in_the_routes_alone() -> None:
@@ -255,6 +286,7 @@ def test_each_fault_of_a_single_value_is_said(others: dict[str, Any], words: str
         ({}, {}, {"address": "192.0.2.2"}, "cluster nodes: 192.0.2.2:8001 is there twice"),
         ({}, {}, {"address": "node1.example"}, "endpoint node1-1: 'node1.example' is no IP address"),
         ({}, {}, {"weight": 0}, "endpoint node1-1: the weight is 1 or more"),
+        ({}, {}, {"name": "nobody"}, "the name nobody is taken"),
         ({"hash_policies": [{}]}, {}, {}, "listener sticky: a hash policy has one of query_parameter"),
         ({"hash_policies": [{"param": {"name": "x"}}]}, {}, {}, "got param"),
         ({"hash_policies": [{"header": {"header_name": "a)%b"}}]}, {}, {}, "header_name 'a)%b' is not letters"),

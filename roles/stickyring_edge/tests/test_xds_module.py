@@ -322,6 +322,24 @@ def test_who_is_not_healthy_does_not_join(directory: Path, files: Files, envoy: 
     assert "endpoints/nodes.yaml" in run(directory, files, envoy.port, healthy_timeout=1)["written"]
 
 
+def test_a_place_on_the_ring_that_is_no_node_is_nobody_to_wait_for(
+    directory: Path, files: Files, envoy: FakeEnvoy, closed_port: int
+) -> None:
+    """What would be refused for a node (see above) is taken for an endpoint whose health nobody asks for."""
+    run(directory, files, envoy.port)
+    files["clusters.yaml"][0]["health_checks"] = [{"http_health_check": {"path": "/ready"}}]
+    members = files["endpoints/nodes.yaml"][0]["endpoints"][0]["lb_endpoints"]
+    endpoint = {
+        "hostname": "nobody",
+        "address": {"socket_address": {"address": "127.0.0.1", "port_value": closed_port}},
+        "health_check_config": {"disable_active_health_check": True},
+    }
+    members.append({"endpoint": endpoint})
+    assert "endpoints/nodes.yaml" in run(directory, files, envoy.port, healthy_timeout=1)["written"]
+    members.remove({"endpoint": endpoint})
+    assert run(directory, files, envoy.port, healthy_timeout=1)["left"] == []
+
+
 def test_envoy_may_spell_an_address_otherwise(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
     def place(address: str) -> dict[str, Any]:
         wanted = deepcopy(files["endpoints/nodes.yaml"][0])

@@ -68,21 +68,29 @@ def test_the_admin_interface_is_closed_to_the_network(edge: Any) -> None:
     socket.create_connection((address, edge.variables["stickyring_edge_listeners"][0]["port"]), timeout=5).close()
 
 
-def test_the_ring_has_the_members_of_the_inventory(config: dict[str, Any], edge: Any) -> None:
+def test_the_ring_has_the_members_of_the_inventory_with_their_points(config: dict[str, Any], edge: Any) -> None:
     loaded = {
         one["endpoint_config"]["cluster_name"]: {
             (
                 endpoint["metadata"]["filter_metadata"]["envoy.lb"]["hash_key"],
                 endpoint["endpoint"]["address"]["socket_address"]["address"],
                 endpoint["endpoint"]["address"]["socket_address"]["port_value"],
+                endpoint["load_balancing_weight"],
             )
             for locality in one["endpoint_config"]["endpoints"]
             for endpoint in locality["lb_endpoints"]
         }
         for one in config["EndpointsConfigDump"]["dynamic_endpoint_configs"]
     }
+    points = edge.variables["stickyring_edge_ring_points_per_weight"]
     assert loaded == {
-        cluster["name"]: {(one["name"], one["address"], one["port"]) for one in cluster["endpoints"]}
+        cluster["name"]: {
+            ("nobody", "127.0.0.1", 1, 1),
+            *(
+                (one["name"], one["address"], one["port"], points * one.get("weight", 1))
+                for one in cluster["endpoints"]
+            ),
+        }
         for cluster in edge.variables["stickyring_edge_clusters"]
     }
 
@@ -91,13 +99,10 @@ def test_the_balancing_is_by_ring(config: dict[str, Any], edge: Any) -> None:
     clusters = {
         one["cluster"]["name"]: one["cluster"] for one in config["ClustersConfigDump"]["dynamic_active_clusters"]
     }
-    points = edge.variables["stickyring_edge_ring_points_per_weight"]
     for wanted in edge.variables["stickyring_edge_clusters"]:
         loaded = clusters[wanted["name"]]
         assert loaded["lb_policy"] == wanted.get("lb_policy", "RING_HASH")
-        assert int(loaded["ring_hash_lb_config"]["minimum_ring_size"]) == points * sum(
-            one.get("weight", 1) for one in wanted["endpoints"]
-        )
+        assert loaded["ring_hash_lb_config"]["minimum_ring_size"] == "1"
 
 
 def test_the_hash_policies_are_those_of_the_inventory(config: dict[str, Any], edge: Any) -> None:

@@ -137,16 +137,12 @@ def watch(residents: Residents, machine: Any, edge: Any) -> Callable[[], Callabl
     def begin() -> Callable[..., None]:
         since, process = time.monotonic(), envoy()
 
-        def judge(plan: Plan, *, uprooted: frozenset[str] = frozenset(), outage: bool = False) -> None:
-            """uprooted: users whose node went away without a word; only where they end up is promised.
-
-            outage: a node was dead and on the ring, where Envoy then gives the others more points each (its issue
-            22558): of their users only those on a websocket, which stays, notice nothing.
-            """
+        def judge(plan: Plan, *, uprooted: frozenset[str] = frozenset()) -> None:
+            """uprooted: users whose node went away without a word; only where they end up is promised."""
             residents.wait(lambda: residents.homes() == plan.homes(), SETTLED_SECONDS)
             assert envoy() == process
             for connection in residents:
-                if connection.user in uprooted or (outage and "polling" in connection.transports):
+                if connection.user in uprooted:
                     continue
                 noticed = connection.count("disconnect", since)
                 assert noticed == (1 if connection.user in plan.moves else 0), connection

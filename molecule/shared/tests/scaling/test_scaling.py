@@ -128,7 +128,7 @@ def test_a_dead_node_is_removed(residents: Any, fleet: Any, plan: Any, run: Any,
     reach("node5").run("systemctl poweroff")
     output = " ".join(run("playbooks/remove_node.yml", "-e", "node=node5").split())
     assert "It could not be reached" in output
-    judge(expected, uprooted=uprooted, outage=True)
+    judge(expected, uprooted=uprooted)
     fleet.drop("node5")
 
 
