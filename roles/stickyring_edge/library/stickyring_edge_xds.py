@@ -232,6 +232,16 @@ class XdsFile:
         """Address and port to the endpoint's name, of a file of endpoints."""
         return endpoints_of(self.resources[0])
 
+    def checked_endpoints(self) -> dict[tuple[str, int], str]:
+        """The same without those that are not to be checked: places on the ring that are no nodes."""
+        unchecked = {
+            place_of(item["endpoint"]["address"])
+            for locality in self.resources[0].get("endpoints", [])
+            for item in locality.get("lb_endpoints", [])
+            if item["endpoint"].get("health_check_config", {}).get("disable_active_health_check")
+        }
+        return {place: name for place, name in self.endpoints().items() if place not in unchecked}
+
     def names(self) -> list[str]:
         """The resources' names; for endpoints that of their cluster."""
         return [resource["cluster_name" if self.type == ENDPOINTS else "name"] for resource in self.resources]
@@ -314,7 +324,7 @@ class XdsFile:
     def health_problems(self, hosts: dict[tuple[str, str, int], Resource]) -> list[str]:
         """A line with name, address and Envoy's flags for each endpoint that Envoy does not find healthy."""
         problems = []
-        for (address, port), name in self.endpoints().items() if self.type == ENDPOINTS else ():
+        for (address, port), name in self.checked_endpoints().items() if self.type == ENDPOINTS else ():
             status = hosts.get((self.names()[0], address, port), {"unknown_to_envoy": True})
             flags = [flag for flag, value in status.items() if value is True]
             if flags or status.get("eds_health_status", "HEALTHY") != "HEALTHY":
@@ -341,10 +351,7 @@ def endpoints_of(assignment: Resource) -> dict[tuple[str, int], str]:
     found = {}
     for locality in assignment.get("endpoints", []):
         for item in locality.get("lb_endpoints", []):
-            endpoint = item["endpoint"]
-            # One whose health nobody asks for is a place on the ring, not a node.
-            if not endpoint.get("health_check_config", {}).get("disable_active_health_check"):
-                found[place_of(endpoint["address"])] = endpoint.get("hostname", "")
+            found[place_of(item["endpoint"]["address"])] = item["endpoint"].get("hostname", "")
     return found
 
 
@@ -529,7 +536,7 @@ class Edge:
             place: (name, paths[file.names()[0]])
             for file in self.files
             if file.type == ENDPOINTS and file.names()[0] in paths
-            for place, name in file.endpoints().items()
+            for place, name in file.checked_endpoints().items()
             if place not in present
         }
 
