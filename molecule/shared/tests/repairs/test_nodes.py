@@ -1,10 +1,11 @@
 """What changes on nodes that serve: each is brought up to date, one after another, and no other is touched."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import pytest
@@ -97,3 +98,42 @@ def test_a_run_that_was_killed_before_a_restart_is_finished(machine: Any, deploy
     deploy()
     after = processes()
     assert [name for name in after if after[name] != before[name]] == ["node2"]
+
+
+@pytest.fixture
+def all_stopped(machine: Any, nodes: Any) -> Iterator[None]:
+    for node in nodes:
+        machine(node.name).check_output(f"systemctl stop {UNIT}")
+    yield
+    for node in nodes:
+        machine(node.name).check_output(f"systemctl start {UNIT}")
+
+
+def answer(url: str) -> tuple[int, str]:
+    """The status, and who has given it."""
+    try:
+        with urlopen(f"{url}/healthz?client_id=somebody", timeout=5) as response:
+            return response.status, response.headers["x-served-by"]
+    except HTTPError as error:
+        return error.code, error.headers["x-served-by"]
+
+
+def wait_for(status: int, url: str) -> str:
+    """Waits for an answer with the status; returns who has given it."""
+    deadline = time.monotonic() + 30
+    while True:
+        found, server = answer(url)
+        if found == status:
+            return server
+        assert time.monotonic() < deadline, f"{found} from {server}"
+
+
+def test_without_any_node_the_edge_says_that_nobody_serves(edge_url: Any, request: pytest.FixtureRequest) -> None:
+    url = edge_url("sticky")
+    assert answer(url)[0] == 200
+    request.getfixturevalue("all_stopped")
+    assert wait_for(503, url) == "nobody"
+
+
+def test_the_nodes_that_come_back_are_found_again(edge_url: Any) -> None:
+    assert wait_for(200, edge_url("sticky")).startswith("node")
