@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from stickyring import operate
 from stickyring.cli import main
 from stickyring.control import Control, Refusal
+from stickyring.drain import Drain
 from stickyring.metrics import MoveMetrics
 from stickyring.ring import Ring
 
@@ -202,7 +203,8 @@ def test_an_equal_ring_is_not_made_anew(monkeypatch: pytest.MonkeyPatch) -> None
         return load(document)
 
     monkeypatch.setattr(Ring, "load", counting_load)
-    control = Control("node1-1", {}, MoveMetrics(CollectorRegistry()))
+    metrics = MoveMetrics(CollectorRegistry())
+    control = Control("node1-1", {}, metrics, Drain({}, metrics))
 
     def start(ring: object) -> None:
         control.answer("POST", "/rebalance", json.dumps({"ring": ring}).encode())

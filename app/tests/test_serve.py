@@ -74,6 +74,7 @@ def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.Mo
         "node_name": "node7-1",
         "worker_class": "stickyring.worker.EventletWorker",
         "max_connections": 10000,
+        "drain_timeout": 30,
         "control_path": None,
         "log_level": "info",
     }

@@ -2,7 +2,7 @@
 
 import click
 
-from stickyring.operate import rebalance, sessions
+from stickyring.operate import drain, rebalance, sessions, undrain
 from stickyring.plan.command import plan
 from stickyring.probe.command import probe
 from stickyring.serve import serve
@@ -32,3 +32,5 @@ main.add_command(plan)
 main.add_command(whereis)
 main.add_command(sessions)
 main.add_command(rebalance)
+main.add_command(drain)
+main.add_command(undrain)

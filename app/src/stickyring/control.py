@@ -11,6 +11,10 @@ one that refuses has `error`, a line of text.
                               "staying" and "without_key" when it began; "asked" so far; "left", those of them that are
                               gone; "returned", here when it ended though the ring has them elsewhere}; only
                               "running", false, if there was none since the node started
+    POST /drain               202 as GET /drain: nobody is taken in any more, and everybody is asked to leave
+    POST /undrain             200 as GET /drain: users are taken in again
+    GET  /drain               200 {"draining", and numbers of sessions: "sessions" that are open, "to_move" found so
+                              far, "asked", and "left", those of them that are gone}
 """
 
 import json
@@ -25,6 +29,7 @@ from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from stickyring.drain import Drain
 from stickyring.metrics import MoveMetrics
 from stickyring.rebalance import Rebalance, default_rate
 from stickyring.ring import Ring, RingError
@@ -50,8 +55,15 @@ class Refusal(Exception):
 class Control:
     """What a node is asked and told over its control socket; answers are given as they are sent, in JSON's types."""
 
-    def __init__(self, node_name: str, sessions: Mapping[str, Session], metrics: MoveMetrics) -> None:
+    def __init__(
+        self,
+        node_name: str,
+        sessions: Mapping[str, Session],
+        metrics: MoveMetrics,
+        drain: Drain,
+    ) -> None:
         self._node_name = node_name
+        self._drain = drain
         self._sessions = sessions
         self._metrics = metrics
         self._rebalance: Rebalance | None = None
@@ -72,6 +84,14 @@ class Control:
                 return HTTPStatus.ACCEPTED, self._start_rebalance(body)
             case "GET", "/rebalance":
                 return HTTPStatus.OK, {"running": False} if self._rebalance is None else self._rebalance.progress()
+            case "POST", "/drain":
+                self._drain.begin()
+                return HTTPStatus.ACCEPTED, self._drain.progress()
+            case "POST", "/undrain":
+                self._drain.cancel()
+                return HTTPStatus.OK, self._drain.progress()
+            case "GET", "/drain":
+                return HTTPStatus.OK, self._drain.progress()
         raise Refusal(HTTPStatus.NOT_FOUND, f"nothing answers {method} {parts.path} here")
 
     def _list_sessions(self, wanted: str | None) -> dict[str, Any]:

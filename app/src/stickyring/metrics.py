@@ -72,7 +72,8 @@ class EngineMetrics:
     """The counters of one Engine.IO server; whoever sees an event increments them.
 
     Labels: `transport` is polling, websocket or other (a transport that the client made up); `direction` is received or
-    sent; `reason` is capacity (503), protocol (400: older than Engine.IO 4), unauthorized (401) or bad_request (400).
+    sent; `reason` is capacity or draining (503), protocol (400: older than Engine.IO 4), unauthorized (401) or
+    bad_request (400).
     """
 
     def __init__(self, engine: Engine, max_connections: int, registry: CollectorRegistry) -> None:
@@ -100,6 +101,7 @@ class EngineMetrics:
         for transport in TRANSPORTS:
             self.accepted.labels(transport)
             self.refused.labels(transport, "capacity")
+            self.refused.labels(transport, "draining")
             self.unknown_sessions.labels(transport)
 
 
@@ -111,6 +113,7 @@ class MoveMetrics:
             "stickyring_rebalances", "Times that users were asked to go where the ring has them.", registry=registry
         )
         self.moved = Counter("stickyring_sessions_moved", "Sessions asked to reconnect elsewhere.", registry=registry)
+        self.draining = Gauge("stickyring_draining", "1 while the node takes no users in.", registry=registry)
 
 
 class _ConnectionsCollector(Collector):

@@ -111,7 +111,7 @@ class Move:
     def _batches(self, users: list[list[Session]]) -> Iterator[list[Session]]:
         batch: list[Session] = []
         for sessions in users:
-            batch += [session for session in sessions if not session.ended]
+            batch += [session for session in sessions if self._should_leave(session)]
             if len(batch) >= self.rate * BATCH_SECONDS and batch:
                 yield batch
                 batch = []

@@ -89,6 +89,45 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
         )
 
 
+@click.command()
+@with_control
+def drain(*, path: Path) -> None:
+    """Empty a node for maintenance, and wait until everybody has left.
+
+    The node takes nobody in any more, says so at /readyz, and asks everybody to reconnect: the edge sends them to the
+    next node of the ring. It goes on running, and stays like that until `undrain` or a restart. Prints JSON: numbers of
+    sessions that were to move, were asked and left. Interrupting the command does not stop the node from draining.
+
+    \b
+    Examples:
+      stickyring drain --control /run/stickyring-node/1/control.sock
+    """
+    progress = _ask(path, "POST", "/drain")
+    with click.progressbar(length=progress["to_move"], label="asked to reconnect", file=sys.stderr) as bar:
+        while progress["draining"] and progress["sessions"]:
+            time.sleep(POLL_SECONDS)
+            progress = _ask(path, "GET", "/drain")
+            bar.update(progress["asked"] - bar.pos)
+    click.echo(json.dumps(progress))
+    if not progress["draining"]:
+        raise click.ClickException("the node takes users in again: somebody has undrained it, or it was started anew")
+
+
+@click.command()
+@with_control
+def undrain(*, path: Path) -> None:
+    """Let a node that was drained take users in again.
+
+    The edge sends it its users as soon as a health check has seen that. Those of them who are connected elsewhere stay
+    there until the next rebalance.
+
+    \b
+    Examples:
+      stickyring undrain --control /run/stickyring-node/1/control.sock
+    """
+    click.echo(json.dumps(_ask(path, "POST", "/undrain")))
+
+
 def _start(path: Path, order: dict[str, Any]) -> dict[str, Any] | None:
     """Begin a rebalance; return its progress, None while another one is running."""
     try:

@@ -8,6 +8,7 @@ from urllib.parse import parse_qs
 import socketio
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
+from stickyring.drain import DRAINING_HEADER, Drain
 from stickyring.metrics import TRANSPORTS, Engine, EngineMetrics, MoveMetrics, Packet, node_registry
 from stickyring.sessions import Session
 
@@ -25,22 +26,24 @@ MOVED = b'"This session has moved: connect again"'
 class Runtime:
     """A WSGI application around the one that is deployed.
 
-    It answers `/healthz` (200: the process lives), `/readyz` (200: takes new users; 503: full) and `/metrics`
-    (Prometheus exposition) itself; every other request reaches the application as it came. A `socketio.WSGIApp` stands
-    behind a `SocketIOGate`. One that another WSGI application hides inside itself is not seen, and served as any other.
+    It answers `/healthz` (200: the process lives), `/readyz` (200: takes new users; 503: full, or draining) and
+    `/metrics` (Prometheus exposition) itself; every other request reaches the application as it came. A
+    `socketio.WSGIApp` stands behind a `SocketIOGate`. One that another WSGI application hides inside itself is not
+    seen, and served as any other.
 
     `sessions` holds the open sessions by their Engine.IO id; there are none without a gate. `move_metrics`
-    counts those that are sent elsewhere.
+    counts those that are sent elsewhere. `drain` empties the node.
     """
 
     def __init__(self, application: "WSGIApplication", *, node_name: str, max_connections: int) -> None:
         registry = node_registry(node_name)
         self.sessions: dict[str, Session] = {}
         self.move_metrics = MoveMetrics(registry)
+        self.drain = Drain(self.sessions, self.move_metrics)
         self._metrics: WSGIApplication = make_wsgi_app(registry)
         self._gate: SocketIOGate | None = None
         if isinstance(application, socketio.WSGIApp):
-            application = self._gate = SocketIOGate(application, max_connections, registry, self.sessions)
+            application = self._gate = SocketIOGate(application, max_connections, registry, self.sessions, self.drain)
         self._application = application
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
@@ -48,6 +51,8 @@ class Runtime:
         match environ["PATH_INFO"]:
             case "/healthz":
                 return _text(start_response, "200 OK", "ok")
+            case "/readyz" if self.drain.active:
+                return _text(start_response, "503 Service Unavailable", "draining")
             case "/readyz" if self._gate is not None and self._gate.full:
                 return _text(start_response, "503 Service Unavailable", "full")
             case "/readyz":
@@ -66,7 +71,8 @@ class SocketIOGate:
     A session is in `sessions` from its connect event to its disconnect event.
 
     A handshake is a GET without `sid`. Above `max_connections` sessions, one of protocol 4 gets 503 with Retry-After
-    before the engine sees it. Older protocols are left to the engine, which answers 400 and says so.
+    before the engine sees it. Older protocols are left to the engine, which answers 400 and says so. While the node is
+    drained, handshakes and requests of sessions that it does not have get 503 with the header that sends them on.
 
     A poll that ends because its session was moved is answered with 410: the one answer after which every client, of
     JavaScript and of Python, takes the connection for lost and makes a new one.
@@ -78,9 +84,11 @@ class SocketIOGate:
         max_connections: int,
         registry: CollectorRegistry,
         sessions: dict[str, Session],
+        drain: Drain,
     ) -> None:
         self._application = application
         self._sessions = sessions
+        self._drain = drain
         self._max_connections = max_connections
         self._engine: Engine = application.engineio_app.eio
         self._metrics = EngineMetrics(self._engine, max_connections, registry)
@@ -103,8 +111,14 @@ class SocketIOGate:
             session = self._sessions.get(sid)
             if session is not None:
                 session.note(environ)
+            transport = _transport_label(query.get("transport", ["polling"])[0])
+            if self._drain.active and sid not in self._engine.sockets:
+                if "sid" not in query:
+                    self._metrics.refused.labels(transport, "draining").inc()
+                return _text(
+                    start_response, "503 Service Unavailable", "this node is draining", [(DRAINING_HEADER, "1")]
+                )
             if environ["REQUEST_METHOD"] == "GET":
-                transport = _transport_label(query.get("transport", ["polling"])[0])
                 if "sid" not in query:
                     return self._handshake(environ, start_response, transport, query.get("EIO", [""])[0])
                 if session is not None and transport == "polling" and "HTTP_UPGRADE" not in environ:

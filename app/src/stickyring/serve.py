@@ -6,11 +6,14 @@ import logging
 import os
 import re
 import resource
+import select
 import signal
 import socket
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -27,6 +30,8 @@ from stickyring import logs
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
+    from stickyring.drain import Drain
+
 log = logging.getLogger(__name__)
 
 ECHO_SERVICE = "stickyring.echo:create_application()"
@@ -34,6 +39,9 @@ KEEPALIVE_SECONDS = 75
 """Longer than the edge keeps an idle connection: when only the edge closes one, no request meets it closing."""
 GRACEFUL_SECONDS = 3
 """Requests end in milliseconds; a poll or a WebSocket does not end by itself, and waiting longer helps neither."""
+DRAINED = b"."
+TICK_SECONDS = 0.1
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 BACKLOG = 2048
 SPARE_DESCRIPTORS = 64
 """What a node needs beside its connections: listener, logs, epoll, scrapes and health checks."""
@@ -48,6 +56,7 @@ class Settings:
     node_name: str
     worker_class: str
     max_connections: int
+    drain_timeout: float
     control: Path | None
     log_level: str
 
@@ -121,12 +130,21 @@ def default_node_name() -> str:
     help="Socket.IO connections above which new ones get 503.",
 )
 @click.option(
+    "--drain-timeout",
+    type=click.FloatRange(min=0),
+    default=30,
+    show_default=True,
+    envvar="STICKYRING_DRAIN_TIMEOUT",
+    show_envvar=True,
+    help="Seconds that SIGTERM gives users to go elsewhere before the process ends; 0 ends it at once.",
+)
+@click.option(
     "--control",
     "control_path",
     type=click.Path(path_type=Path),
     envvar="STICKYRING_CONTROL",
     show_envvar=True,
-    help="Unix socket for `stickyring sessions` and `stickyring rebalance`; none without it.",
+    help="Unix socket for `stickyring sessions`, `rebalance`, `drain` and `undrain`; none without it.",
 )
 @click.option(
     "--log-level",
@@ -144,6 +162,7 @@ def serve(
     node_name: str,
     worker_class: str,
     max_connections: int,
+    drain_timeout: float,
     control_path: Path | None,
     log_level: str,
 ) -> None:
@@ -153,6 +172,9 @@ def serve(
     A python-socketio application is a `socketio.WSGIApp` with async_mode='eventlet'. /healthz, /readyz and /metrics are
     answered for it.
 
+    SIGTERM drains the node first: it takes nobody in, asks everybody to reconnect elsewhere, and ends when they have
+    left. A second signal, or SIGINT or SIGQUIT, ends it at once.
+
     \b
     Examples:
       stickyring serve
@@ -161,7 +183,9 @@ def serve(
       stickyring serve chat.server:application --max-connections 20000
       STICKYRING_LISTEN='[::1]:8001' stickyring serve 'chat.server:create(debug=False)'
     """
-    settings = Settings(application, address, node_name, worker_class, max_connections, control_path, log_level)
+    settings = Settings(
+        application, address, node_name, worker_class, max_connections, drain_timeout, control_path, log_level
+    )
     logs.configure(log_level, node_name)
     # The application runs in the worker, a child of this process.
     os.environ["STICKYRING_NODE_NAME"] = node_name
@@ -190,6 +214,8 @@ class Node(BaseApplication):
         self._listener = listener.detach()
         self._refusal_reader, self._refusal_writer = os.pipe()
         os.set_blocking(self._refusal_reader, False)
+        # By this the master tells its worker to drain, and hears when that is done.
+        self._drain_here, self._drain_there = socket.socketpair()
         super().__init__()
 
     def load_config(self) -> None:
@@ -220,7 +246,7 @@ class Node(BaseApplication):
         _raise_descriptor_limit(self._settings.max_connections)
         master = os.getpid()
         try:
-            Arbiter(self).run()
+            _Master(self).run()
         except SystemExit:
             # The worker, a fork of this process, leaves through here as well.
             if os.getpid() == master:
@@ -247,9 +273,29 @@ class Node(BaseApplication):
         name = self._settings.node_name
         runtime = Runtime(application, node_name=name, max_connections=self._settings.max_connections)
         if self._control_listener is not None:
-            server = ControlServer(self._control_listener, Control(name, runtime.sessions, runtime.move_metrics))
+            control = Control(name, runtime.sessions, runtime.move_metrics, runtime.drain)
+            server = ControlServer(self._control_listener, control)
             threading.Thread(target=server.run, daemon=True).start()
+        threading.Thread(target=self._drain_when_told, args=(runtime.drain,), daemon=True).start()
         return runtime
+
+    def _drain_when_told(self, drain: "Drain") -> None:
+        # Made anew by descriptor, as the worker class has patched sockets or not.
+        told = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(self._drain_there.fileno()))
+        told.recv(1)
+        drain.begin(self._settings.drain_timeout)
+        drain.wait(self._settings.drain_timeout)
+        told.send(DRAINED)
+
+    def drain(self, goes_on: Callable[[], bool]) -> None:
+        """Have the worker drain, in the master; return when it has, and as soon as `goes_on` says no."""
+        if not self._settings.drain_timeout:
+            return
+        self._drain_here.send(b"drain")
+        deadline = time.monotonic() + self._settings.drain_timeout
+        while goes_on() and time.monotonic() < deadline:
+            if select.select([self._drain_here], [], [], TICK_SECONDS)[0]:
+                return
 
     def _refuse(self, cause: str) -> NoReturn:
         """Hand the cause to the master, end it, and end this worker."""
@@ -270,6 +316,26 @@ class Node(BaseApplication):
             self._address,
             extra={"address": self._address, "worker_class": self._settings.worker_class},
         )
+
+
+class _Master(Arbiter):
+    """gunicorn's master, which lets its worker drain before it stops it gracefully."""
+
+    def stop(self, graceful: bool = True) -> None:
+        """Stop the worker; at once, if a signal comes while it drains."""
+        if graceful:
+            self.app.drain(self._is_served)
+            graceful = not self._told_again
+        super().stop(graceful)
+
+    _told_again = False
+
+    def _is_served(self) -> bool:
+        """Whether there is a worker to wait for, and no further signal."""
+        self.reap_workers()
+        while not self.SIG_QUEUE.empty():
+            self._told_again |= self.SIG_QUEUE.get_nowait() in ENDING_SIGNALS
+        return bool(self.WORKERS) and not self._told_again
 
 
 def _worker_class(path: str) -> type[Worker]:

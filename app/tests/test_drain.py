@@ -1,0 +1,198 @@
+"""A node that is told to stop, or to make room, sends everybody elsewhere first; seen without an edge."""
+
+import asyncio
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import socketio
+from conftest import STICKYRING, ServeProcess, serving, wait_until
+
+APPLICATION = """
+import socketio
+
+server = socketio.Server(async_mode="eventlet", always_connect=True)
+
+@server.event
+def slow(sid, seconds):
+    server.sleep(seconds)
+    return "done"
+
+application = socketio.WSGIApp(server)
+"""
+HANDSHAKE = "/socket.io/?EIO=4&transport=polling"
+SESSIONS = 30
+DEADLINE = 6
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Callable[..., ServeProcess]]:
+    """Starts the node with the drain timeout given."""
+    (tmp_path / "chat.py").write_text(APPLICATION)
+    with ExitStack() as running:
+
+        def start(seconds: float = DEADLINE) -> ServeProcess:
+            arguments = ("chat:application", "--drain-timeout", str(seconds), "--control", "control")
+            return running.enter_context(serving(tmp_path, *arguments))
+
+        yield start
+
+
+class Users:
+    """Clients that do not come back, and what they noticed: how often they were disconnected, and why."""
+
+    def __init__(self) -> None:
+        self.clients: list[socketio.AsyncClient] = []
+        self.reasons: list[str] = []
+
+    async def connect(self, node: ServeProcess, transports: list[str], number: int = 1) -> socketio.AsyncClient:
+        for _ in range(number):
+            client = socketio.AsyncClient(reconnection=False)
+            client.on("disconnect", self.reasons.append)
+            await client.connect(node.url, transports=transports, wait_timeout=10)
+            self.clients.append(client)
+        return client
+
+    async def all_gone(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while len(self.reasons) < len(self.clients) and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        return len(self.reasons) == len(self.clients)
+
+
+def command(node: ServeProcess, folder: Path, name: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([STICKYRING, name, "--control", folder / "control"], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("transports", [["polling"], ["websocket"]])
+def test_sigterm_sends_everybody_away_and_ends_before_the_deadline(node: Any, transports: list[str]) -> None:
+    serve = node()
+
+    async def play() -> None:
+        users = Users()
+        await users.connect(serve, transports, SESSIONS)
+        serve.process.send_signal(signal.SIGTERM)
+        assert await users.all_gone(DEADLINE)
+
+    asyncio.run(play())
+    began = time.monotonic()
+    assert serve.process.wait(DEADLINE) == 0
+    assert time.monotonic() - began < DEADLINE - 2
+    assert serve.logged("drained")
+
+
+def test_what_is_under_way_ends_and_nobody_comes_in_meanwhile(node: Any) -> None:
+    serve = node()
+
+    async def play() -> None:
+        users = Users()
+        client = await users.connect(serve, ["websocket"])
+        waiting = asyncio.create_task(client.call("slow", 2.5, timeout=10))
+        await asyncio.sleep(0.2)
+        assert serve.get("/readyz").status == serve.get(HANDSHAKE).status == 200
+        serve.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: serve.get("/readyz").status == 503, "it says that it drains")
+        for path in (HANDSHAKE, f"{HANDSHAKE}&sid=unknown", "/socket.io/?EIO=4&transport=websocket&sid=unknown"):
+            refusal = serve.get(path)
+            assert (refusal.status, refusal.headers["x-stickyring-draining"]) == (503, "1")
+        assert serve.get("/healthz").status == 200
+        assert serve.metric("stickyring_draining") == 1
+        assert serve.metric('stickyring_handshakes_refused_total{reason="draining",transport="polling"}') == 1
+        assert await waiting == "done"
+        assert await users.all_gone(DEADLINE)
+
+    asyncio.run(play())
+    assert serve.process.wait(DEADLINE) == 0
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_a_second_signal_ends_it_at_once(node: Any, second: signal.Signals) -> None:
+    serve = node(60)
+
+    async def play() -> None:
+        client = await Users().connect(serve, ["websocket"])
+        asking = asyncio.create_task(client.call("slow", 30, timeout=1))
+        await asyncio.sleep(0.2)
+        serve.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: serve.get("/readyz").status == 503, "it drains")
+        serve.process.send_signal(second)
+        began = time.monotonic()
+        assert await asyncio.to_thread(serve.process.wait, 10) == 0
+        assert time.monotonic() - began < 3
+        with pytest.raises((socketio.exceptions.TimeoutError, socketio.exceptions.DisconnectedError)):
+            await asking
+
+    asyncio.run(play())
+
+
+def test_the_deadline_ends_it(node: Any) -> None:
+    serve = node(1)
+
+    async def play() -> None:
+        client = await Users().connect(serve, ["websocket"])
+        asking = asyncio.create_task(client.call("slow", 30, timeout=1))
+        await asyncio.sleep(0.2)
+        serve.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert await asyncio.to_thread(serve.process.wait, 15) == 0
+        assert 1 < time.monotonic() - began < 6
+        with pytest.raises((socketio.exceptions.TimeoutError, socketio.exceptions.DisconnectedError)):
+            await asking
+
+    asyncio.run(play())
+    assert serve.logged("not drained after 1 s: 1 sessions are left")
+
+
+def test_without_a_drain_nobody_is_asked(node: Any) -> None:
+    serve = node(0)
+
+    async def play() -> None:
+        await Users().connect(serve, ["websocket"])
+        serve.process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(serve.process.wait, 10) == 0
+
+    asyncio.run(play())
+    assert not serve.logged("drain")
+
+
+def test_drain_empties_a_node_that_goes_on_and_undrain_opens_it_again(node: Any, tmp_path: Path) -> None:
+    serve = node()
+
+    async def play() -> None:
+        users = Users()
+        await users.connect(serve, ["websocket"], SESSIONS)
+        output, _ = await asyncio.to_thread(command(serve, tmp_path, "drain").communicate, timeout=20)
+        told = json.loads(output)
+        assert told == {"draining": True, "sessions": 0, "to_move": SESSIONS, "asked": SESSIONS, "left": SESSIONS}
+        assert await users.all_gone(5)
+
+    asyncio.run(play())
+    assert (serve.get("/readyz").status, serve.get(HANDSHAKE).status) == (503, 503)
+    assert json.loads(command(serve, tmp_path, "undrain").communicate(timeout=20)[0])["draining"] is False
+    assert (serve.get("/readyz").status, serve.get(HANDSHAKE).status) == (200, 200)
+
+
+def test_undrain_keeps_those_who_were_not_asked_yet(node: Any, tmp_path: Path) -> None:
+    serve = node()
+
+    async def play() -> None:
+        users = Users()
+        client = await users.connect(serve, ["websocket"])
+        # It is asked, and cannot leave before its acknowledgement: the others would have left by then.
+        asking = asyncio.create_task(client.call("slow", 3, timeout=10))
+        await asyncio.sleep(0.2)
+        draining = command(serve, tmp_path, "drain")
+        wait_until(lambda: serve.get("/readyz").status == 503, "it drains")
+        command(serve, tmp_path, "undrain").communicate(timeout=20)
+        assert serve.get("/readyz").status == 200
+        assert await asking == "done"
+        await asyncio.to_thread(draining.communicate, timeout=20)
+        assert draining.returncode == 1
+
+    asyncio.run(play())
