@@ -27,7 +27,7 @@ NODE_HEADERS = ("x-stickyring-key", "x-stickyring-cluster", "x-stickyring-query"
 MAGLEV_TABLE = 65537
 # See _endpoints. Nothing listens at this address of the edge itself, so the retries of the routes pass on whoever meets
 # it to the next point of the ring.
-NOBODY = {"name": "nobody", "address": "127.0.0.1", "port": 1}
+NOBODY: Data = {"name": "nobody", "address": "127.0.0.1", "port": 1, "weight": 1}
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PING_INTERVAL = 25
 
@@ -130,10 +130,10 @@ def stickyring_edge_problems(settings: Data, sha256: str | None = None) -> list[
             f"{where}: endpoint {e['name']}: the weight is 1 or more." for e in endpoints if int(e.get("weight", 1)) < 1
         ]
         weight = sum(int(endpoint.get("weight", 1)) for endpoint in endpoints)
-        if points * weight >= LARGEST_RING:
+        if _policy(cluster) == "RING_HASH" and points * weight + NOBODY["weight"] > LARGEST_RING:
             problems.append(
-                f"{where}: {points} points for each of {weight} units of weight are more than Envoy's "
-                f"{LARGEST_RING}; lower stickyring_edge_ring_points_per_weight."
+                f"{where}: {points} points for each of {weight} units of weight, and one for {NOBODY['name']}, are more"
+                f" than Envoy's {LARGEST_RING}; lower stickyring_edge_ring_points_per_weight."
             )
     lists = {"stickyring_edge_hash_policies": hash_policies}
     lists |= {f"listener {item['name']}": item.get("hash_policies") or [] for item in listeners}
@@ -253,9 +253,9 @@ def _routes(item: Data, common: Data) -> Data:
     if settings:
         resource["typed_per_filter_config"] = settings
     private = [{"match": {"path": path}, "direct_response": {"status": 404}} for path in common["private_paths"]]
-    resource["virtual_hosts"] = [
-        {"name": item["name"], "domains": ["*"], "routes": [*private, {"match": {"prefix": "/"}, "route": route}]}
-    ]
+    # A retry needs the whole body again; Envoy's own bound is the connection's buffer, far below what a body may have.
+    everything = {"match": {"prefix": "/"}, "route": route, "request_body_buffer_limit": common["largest_body"]}
+    resource["virtual_hosts"] = [{"name": item["name"], "domains": ["*"], "routes": [*private, everything]}]
     return resource
 
 
@@ -317,7 +317,7 @@ def _endpoints(cluster: Data, common: Data) -> Data:
     if _policy(cluster) != "RING_HASH":
         members = [_endpoint(item, int(item.get("weight", 1))) for item in endpoints]
     else:
-        nobody = _endpoint(NOBODY, 1)
+        nobody = _endpoint(NOBODY, NOBODY["weight"])
         nobody["endpoint"]["health_check_config"] = {"disable_active_health_check": True}
         points = int(common["ring_points_per_weight"])
         members = [nobody, *(_endpoint(item, points * int(item.get("weight", 1))) for item in endpoints)]

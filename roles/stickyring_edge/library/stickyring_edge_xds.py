@@ -79,7 +79,7 @@ options:
     description:
       - With V(proven), seconds to wait until Envoy finds every endpoint healthy; 0 asks nothing.
       - With V(present), seconds until those that Envoy does not have yet must answer this host with 200, or nothing is
-        written; 0 asks nothing. A member that is on the ring and not healthy moves users of all others.
+        written; 0 asks nothing. Its users would otherwise be moved to the others first.
     type: int
     default: 0
   unit:

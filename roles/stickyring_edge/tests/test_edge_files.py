@@ -20,6 +20,7 @@ COMMON: dict[str, Any] = {
     "directory": "/etc/x",
     "hash_policies": POLICIES,
     "private_paths": ["/metrics"],
+    "largest_body": 1000,
     "ring_points_per_weight": 100,
     "listener": {},
     "http_connection_manager": {"use_remote_address": True},

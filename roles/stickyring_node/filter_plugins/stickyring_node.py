@@ -6,27 +6,27 @@ from typing import Any
 
 
 def stickyring_node_environments(
-    instances: list[int], *, service: str, host: str, port: int, name: str, shared: dict[str, Any]
+    instances: list[int], *, service: str, host: str, port: int, name: str, shared: dict[str, Any], header: str
 ) -> dict[str, str]:
     """Return ``{path: text}`` in the notation of systemd.exec(5), EnvironmentFile.
 
     host: address of a URL, an IPv6 one in brackets. port: of instance 1. name: of the node. shared: variables that all
-    instances have; they win over an instance's own.
+    instances have. header: a comment that opens each text.
     """
 
     def own(instance: int) -> dict[str, str]:
         return {
-            "STICKYRING_LISTEN": f"{host}:{int(port) + instance - 1}",
+            "STICKYRING_LISTEN": f"{host}:{port + instance - 1}",
             "STICKYRING_NODE_NAME": f"{name}-{instance}",
             "STICKYRING_CONTROL": f"/run/{service}/{instance}/control.sock",
         }
 
-    return {f"/etc/{service}/{instance}.env": _text(own(instance) | shared) for instance in instances}
+    return {f"/etc/{service}/{instance}.env": _text(header, own(instance) | shared) for instance in instances}
 
 
-def _text(variables: dict[str, Any]) -> str:
+def _text(header: str, variables: dict[str, Any]) -> str:
     quoted = {key: str(value).replace("\\", "\\\\").replace('"', '\\"') for key, value in variables.items()}
-    return "".join(["# Ansible managed\n", *(f'{key}="{value}"\n' for key, value in quoted.items())])
+    return "\n".join([header.rstrip(), *(f'{key}="{value}"' for key, value in quoted.items()), ""])
 
 
 class FilterModule:

@@ -5,6 +5,7 @@ from __future__ import annotations  # a Python that is too old should be told so
 
 import errno
 import hashlib
+import http.client
 import os
 import pwd
 import re
@@ -58,6 +59,7 @@ current: {description: "Name of the release that is linked as current, or empty"
 known: {description: "Instances that are configured, enabled or running", type: list, elements: int, returned: success}
 enabled: {description: "Instances that start at boot", type: list, elements: int, returned: success}
 running: {description: "Instances that run", type: list, elements: int, returned: success}
+healthy: {description: "Those that answer the health path with 200", type: list, elements: int, returned: success}
 up_to_date:
   description: Instances that run from the wanted unit, environment and release, started after these were written
   type: list
@@ -88,6 +90,7 @@ SERVICE = r"[a-z][a-z0-9-]{0,30}"
 RELEASE = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 VARIABLE = r"[A-Za-z_]\w*"
 DESCRIPTORS_BESIDE_CONNECTIONS = 100
+HEALTH_SECONDS = 3
 # As the role makes the account: an account that differs would be rewritten.
 ACCOUNT = ("/nonexistent", "/usr/sbin/nologin")
 # Of the files that instances start from, as user and group; an environment is for nobody else to read.
@@ -212,10 +215,22 @@ def account_problem(service: str) -> str | None:
     )
 
 
+def healthy(address: str, port: int, path: str) -> bool:
+    """Return whether an instance can take users."""
+    connection = http.client.HTTPConnection(address, port, timeout=HEALTH_SECONDS)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
 def units(module: AnsibleModule, service: str, instances: list[int]) -> dict[int, dict[str, str]]:
     """Return ``{instance: properties}`` as systemd sees the instances given and all others of the service."""
     names = [f"{service}@{instance}.service" for instance in instances]
-    properties = "Id,ActiveState,UnitFileState,ExecMainStartTimestampMonotonic"
+    properties = "Id,ActiveState,UnitFileState,NeedDaemonReload,ExecMainStartTimestampMonotonic"
     command = ["systemctl", "show", f"--property={properties}", *names, f"{service}@*.service"]
     _, output, _ = module.run_command(command, check_rc=True)
     shown = {}
@@ -276,7 +291,8 @@ def main() -> None:
     def up_to_date(instance: int) -> bool:
         files = [template, settings / f"{instance}.env"]
         written = differing.isdisjoint(f"/{path.relative_to(ROOT)}" for path in files)
-        return written and release == wanted["release"] and started[instance] > changed_at(current, *files)
+        loaded = shown[instance]["NeedDaemonReload"] == "no" and release == wanted["release"]
+        return written and loaded and started[instance] > changed_at(stamp, current, *files)
 
     module.exit_json(
         has_venv=no_venv == 0,
@@ -289,6 +305,7 @@ def main() -> None:
         known=sorted(configured | running | enabled),
         enabled=sorted(enabled),
         running=sorted(running),
+        healthy=sorted(i for i in running if healthy(wanted["address"], wanted["port"] + i - 1, wanted["health_path"])),
         up_to_date=sorted(filter(up_to_date, running)),
     )
 

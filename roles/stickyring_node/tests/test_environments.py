@@ -21,7 +21,7 @@ def read(text: str) -> dict[str, str]:
 def test_each_instance_has_its_own_port_name_and_socket_beside_what_all_share() -> None:
     shared = {"STICKYRING_MAX_CONNECTIONS": 100, "TITLE": 'a "quoted" \\ title # 1'}
     files = plugin.stickyring_node_environments(
-        [1, 2], service="chat", host="[2001:db8::1]", port="7001", name="node1", shared=shared
+        [1, 2], service="chat", host="[2001:db8::1]", port=7001, name="node1", shared=shared, header="# managed"
     )
     assert {path: read(text) for path, text in files.items()} == {
         f"/etc/chat/{instance}.env": {

@@ -10,9 +10,11 @@ import json
 import os
 import pwd
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -397,12 +399,13 @@ def test_all_problems_of_the_host_are_said_at_once(host: Host, listening: int) -
     assert not host.asked.exists()
 
 
-def unit(active: bool = True, enabled: bool = True, started: float = 0) -> dict[str, str]:
+def unit(active: bool = True, enabled: bool = True, started: float = 0, edited: bool = False) -> dict[str, str]:
     """What systemctl shows of a unit that was started that many seconds ago."""
     return {
         "ExecMainStartTimestampMonotonic": str(int((time.monotonic() - started) * 1e6)) if active else "0",
         "ActiveState": "active" if active else "inactive",
         "UnitFileState": "enabled" if enabled else "disabled",
+        "NeedDaemonReload": "yes" if edited else "no",
     }
 
 
@@ -450,7 +453,7 @@ def test_what_is_installed_and_runs_is_told(host: Host, free_ports: int) -> None
         (f"etc/systemd/system/{SERVICE}@.service", []),
         (f"opt/{SERVICE}/current", []),
         (f"etc/{SERVICE}/2.env", [1]),
-        (f"opt/{SERVICE}/releases/{GOOD['release']}/.complete", [1, 2]),
+        (f"opt/{SERVICE}/releases/{GOOD['release']}/.complete", []),
     ],
 )
 def test_an_instance_that_is_older_than_what_it_runs_from_is_out_of_date(
@@ -461,6 +464,35 @@ def test_an_instance_that_is_older_than_what_it_runs_from_is_out_of_date(
     if younger:
         host.age(host.root / younger, 10)
     assert run(port=free_ports)["up_to_date"] == up_to_date
+
+
+def test_an_instance_whose_unit_systemd_has_not_read_again_is_out_of_date(host: Host, free_ports: int) -> None:
+    """Also because of a drop-in, which is no file of the role's."""
+    installed(host, age=100)
+    host.shows({f"{SERVICE}@1.service": unit(started=50), f"{SERVICE}@2.service": unit(started=50, edited=True)})
+    assert run(port=free_ports)["up_to_date"] == [1]
+
+
+class Health(BaseHTTPRequestHandler):
+    """Answers /well with 200 and all else with 503."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/well" else 503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("path", "healthy"), [("/well", True), ("/ill", False)])
+def test_an_instance_is_healthy_when_it_says_so(host: Host, path: str, healthy: bool) -> None:
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        port = server.server_address[1]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert preflight.healthy("127.0.0.1", port, path) == healthy
+        server.shutdown()
+    assert not preflight.healthy("127.0.0.1", port, path)
 
 
 @pytest.mark.parametrize("lost", [f"etc/systemd/system/{SERVICE}@.service", f"opt/{SERVICE}/current"])

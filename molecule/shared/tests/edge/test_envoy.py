@@ -6,13 +6,15 @@ import re
 import socket
 import time
 from http.client import HTTPConnection
+from itertools import count
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 import socketio
 from testinfra.host import Host
+from xxhash import xxh64_intdigest
 
 testinfra_hosts = ["ansible://edge?sudo=true"]
 
@@ -150,6 +152,35 @@ def test_an_oversize_body_is_refused_before_it_is_sent(edge_url: Any, announced:
     connection.endheaders(b"4" * announced if status == 400 else None)
     assert connection.getresponse().status == status
     connection.close()
+
+
+@pytest.fixture(scope="module")
+def unplaced(edge: Any) -> str:
+    """A user whose point of the ring is nobody's."""
+    points = edge.variables["stickyring_edge_ring_points_per_weight"]
+    endpoints = next(one for one in edge.variables["stickyring_edge_clusters"] if one["name"] == "nodes")["endpoints"]
+    own = xxh64_intdigest("nobody_0")
+    # A user meets the first point at or above his own place.
+    before = max(
+        point
+        for one in endpoints
+        for number in range(points)
+        if (point := xxh64_intdigest(f"{one['name']}_{number}")) < own
+    )
+    return next(user for user in map("user-{}".format, count()) if before < xxh64_intdigest(user) <= own)
+
+
+@pytest.mark.parametrize("size", [1_000, 900_000])
+def test_who_meets_nobody_is_served_like_everybody(edge_url: Any, unplaced: str, size: int) -> None:
+    request = Request(f"{edge_url('sticky')}/healthz?client_id={unplaced}", data=b"4" * size)
+    with urlopen(request, timeout=5) as answer:
+        assert (answer.status, answer.headers["x-served-by"][:4]) == (200, "node")
+
+
+def test_a_websocket_of_who_meets_nobody_is_served(edge_url: Any, unplaced: str) -> None:
+    with socketio.SimpleClient() as client:
+        client.connect(f"{edge_url('sticky')}?client_id={unplaced}", transports=["websocket"], wait_timeout=10)
+        assert client.call("message", "hello", timeout=10).endswith(": hello")
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])

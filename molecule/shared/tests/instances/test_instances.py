@@ -2,11 +2,13 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
+
+import pytest
 
 USERS = [f"user-{number}" for number in range(24)]
 
@@ -38,16 +40,26 @@ def owners(url: str) -> set[str]:
     return {urlopen(f"{url}/healthz?client_id={user}", timeout=5).headers["x-served-by"] for user in USERS}
 
 
+@pytest.fixture
+def passed_on(machine: Any, edge: Any) -> Callable[[], int]:
+    """How many requests the edge has passed on to another node than the user's, because that one took none."""
+    admin = f"http://127.0.0.1:{edge.variables['stickyring_edge_admin_port']}"
+    stats = f"{admin}/stats?format=json&filter=^cluster.nodes.upstream_rq_retry$"
+    script = f"import json, urllib.request as r; print(json.load(r.urlopen('{stats}'))['stats'][0]['value'])"
+    return lambda: int(machine(edge.name).check_output(f'python3 -c "{script}"'))
+
+
 def test_instances_are_taken_away_and_come_back(
-    nodes: Any, machine: Any, ansible: Any, inventory: Any, edge_url: Any
+    nodes: Any, machine: Any, ansible: Any, inventory: Any, edge_url: Any, passed_on: Any
 ) -> None:
     url = edge_url("sticky")
+    before = passed_on()
     both = {f"{node.name}-{instance}" for node in nodes for instance in (1, 2)}
     assert owners(url) == both
     with asking(url) as refused:
         fewer = json.dumps({"stickyring_node_instances": 1})
         ansible("ansible-playbook", "-i", inventory, "site.yml", "-e", fewer)
-    assert refused == [], "an instance was stopped while the edge still sent users there"
+    assert (refused, passed_on()) == ([], before), "an instance was stopped while the edge still sent users there"
     assert owners(url) == {f"{node.name}-1" for node in nodes}
     for node in nodes:
         service = node.variables["stickyring_node_service"]
@@ -58,5 +70,5 @@ def test_instances_are_taken_away_and_come_back(
 
     with asking(url) as refused:
         ansible("ansible-playbook", "-i", inventory, "site.yml")
-    assert refused == [], "an instance was on the ring before it served"
+    assert (refused, passed_on()) == ([], before), "an instance was on the ring before it served"
     assert owners(url) == both

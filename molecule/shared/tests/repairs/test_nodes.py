@@ -17,9 +17,12 @@ UNIT = "stickyring-node@1.service"
 @pytest.fixture
 def deploy(inventory: Any, ansible: Any) -> Any:
     """Runs playbooks/nodes.yml with settings in place of the inventory's."""
-    return lambda *settings: ansible(
-        "ansible-playbook", "-i", inventory, "playbooks/nodes.yml", *(word for one in settings for word in ("-e", one))
-    )
+
+    def run(*settings: str, check: bool = True) -> Any:
+        options = [word for setting in settings for word in ("-e", setting)]
+        return ansible("ansible-playbook", "-i", inventory, "playbooks/nodes.yml", *options, check=check)
+
+    return run
 
 
 @pytest.fixture
@@ -80,16 +83,20 @@ def test_a_changed_setting_reaches_every_node_one_after_another(nodes: Any, depl
         "ln -sfn /srv /opt/stickyring-node/current",
     ],
 )
-def test_what_was_edited_by_hand_is_as_the_inventory_says_again(machine: Any, deploy: Any, edit: str) -> None:
+def test_what_was_edited_by_hand_is_as_the_inventory_says_again(
+    machine: Any, deploy: Any, processes: Any, edit: str
+) -> None:
     state = (
         "cat /etc/stickyring-node/1.env /etc/systemd/system/stickyring-node@.service; "
         "stat --format=%a /etc/stickyring-node/1.env; readlink /opt/stickyring-node/current"
     )
-    before = machine("node2").check_output(state)
+    before, running = machine("node2").check_output(state), processes()
     machine("node2").check_output(edit)
     assert machine("node2").check_output(state) != before
     deploy()
     assert machine("node2").check_output(state) == before
+    after = processes()
+    assert [name for name in after if after[name] != running[name]] == ["node2"]
 
 
 def test_a_run_that_was_killed_before_a_restart_is_finished(machine: Any, deploy: Any, processes: Any) -> None:
@@ -101,13 +108,27 @@ def test_a_run_that_was_killed_before_a_restart_is_finished(machine: Any, deploy
     assert [name for name in after if after[name] != before[name]] == ["node2"]
 
 
+def test_what_was_restarted_in_vain_is_not_done_to_the_next_node(nodes: Any, deploy: Any, processes: Any) -> None:
+    """The first run restarts one node, which runs and never gets healthy; another run must stop there."""
+    never = ["stickyring_node_log_level=debug", "stickyring_node_health_path=/never", "stickyring_node_start_timeout=2"]
+    before = processes()
+    for _ in range(2):
+        assert "did not become healthy at /never" in " ".join(deploy(*never, check=False).stdout.split())
+        after = processes()
+        assert [name for name in after if after[name] != before[name]] == [nodes[0].name]
+    deploy()
+
+
 @pytest.fixture
-def all_stopped(machine: Any, nodes: Any) -> Iterator[None]:
-    for node in nodes:
-        machine(node.name).check_output(f"systemctl stop {UNIT}")
-    yield
-    for node in nodes:
-        machine(node.name).check_output(f"systemctl start {UNIT}")
+def everywhere(machine: Any, nodes: Any) -> Iterator[Any]:
+    """Does the same to the instances of all nodes; at the end they run."""
+
+    def do(verb: str) -> None:
+        for node in nodes:
+            machine(node.name).check_output(f"systemctl {verb} {UNIT}")
+
+    yield do
+    do("start")
 
 
 def answer(url: str) -> tuple[int, str]:
@@ -124,17 +145,15 @@ def wait_for(status: int, server: str, url: str) -> None:
     deadline = time.monotonic() + 30
     while True:
         found = answer(url)
-        if found[0] == status and re.fullmatch(server, found[1]):
+        if found[0] == status and re.fullmatch(server, found[1] or ""):
             return
         assert time.monotonic() < deadline, found
 
 
-def test_without_any_node_the_edge_says_that_nobody_serves(edge_url: Any, request: pytest.FixtureRequest) -> None:
+def test_without_any_node_the_edge_says_that_nobody_serves_until_one_is_back(edge_url: Any, everywhere: Any) -> None:
     url = edge_url("sticky")
     wait_for(200, "node.-1", url)
-    request.getfixturevalue("all_stopped")
+    everywhere("stop")
     wait_for(503, "nobody", url)
-
-
-def test_nodes_that_come_back_are_found_again(edge_url: Any) -> None:
-    wait_for(200, "node.-1", edge_url("sticky"))
+    everywhere("start")
+    wait_for(200, "node.-1", url)

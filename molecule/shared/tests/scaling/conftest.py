@@ -119,10 +119,14 @@ def interrupt(fleet: Fleet, start: Any) -> Callable[..., None]:
 
     def run(task: str, playbook: str, *options: str) -> None:
         play = start("ansible-playbook", "-i", fleet.folder, playbook, *options)
-        began = next((line for line in play.stdout if line.startswith("TASK [") and f"{task}]" in line), None)
+        told = []
+        for line in play.stdout:
+            told.append(line)
+            if line.startswith("TASK [") and f"{task}]" in line:
+                break
         os.killpg(play.pid, signal.SIGKILL)
         play.communicate()
-        assert began, f"{playbook} has ended before {task}"
+        assert f"{task}]" in told[-1], f"{playbook} has ended before {task}: {''.join(told)}"
 
     return run
 

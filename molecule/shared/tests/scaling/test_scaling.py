@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 LIVE_SESSIONS = 200
+DRAINED_SECONDS = 15
+BACK_SECONDS = 20
 
 
 @pytest.fixture
@@ -152,7 +154,7 @@ def test_a_deleted_line_takes_a_node_off_the_ring_and_says_what_is_left(
 def test_a_run_that_is_killed_on_the_way_is_finished_by_the_next(
     fleet: Any, plan: Any, run: Any, watch: Any, interrupt: Any
 ) -> None:
-    """At each step the ring is whole: nobody is without a node, and who stays notices nothing."""
+    """Nobody is without a node meanwhile, and who stays notices nothing."""
     fleet.drop("dropped", group="prepared")
     fleet.add(4)
     expected = plan()
@@ -182,10 +184,29 @@ def test_a_run_that_is_killed_on_the_way_is_finished_by_the_next(
     assert not plan().report["changes"]
 
 
+def test_a_node_that_stops_sends_its_users_on(residents: Any, plan: Any, run: Any, watch: Any, reach: Any) -> None:
+    home = plan()
+    leaving = {user for user, homes in residents.homes().items() if homes == {"node3-1"}}
+    assert leaving
+    since = time.monotonic()
+    reach("node3").check_output("systemctl stop stickyring-node@1")
+    assert time.monotonic() - since < DRAINED_SECONDS
+    residents.wait(lambda: all(not homes & {"", "node3-1"} for homes in residents.homes().values()), BACK_SECONDS)
+    for connection in residents:
+        assert connection.count("disconnect", since) == (1 if connection.user in leaving else 0), connection
+        assert connection.count("failed", since) == 0, connection
+
+    reach("node3").check_output("systemctl start stickyring-node@1")
+    run("playbooks/verify.yml")
+    run("playbooks/rebalance.yml")
+    residents.wait(lambda: residents.homes() == home.homes(), BACK_SECONDS)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "Which node? Say -e node=NAME"),
+        (["-e", "node=node3", "--limit", "edge"], "The node and every edge have to be part of this run"),
         (["-e", "node=node9"], "node9 is no host of the group `nodes`, which has node1, node2, node3."),
     ],
 )
