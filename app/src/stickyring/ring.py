@@ -10,9 +10,10 @@ A ring document is the JSON form of what an edge serves for one cluster:
 
     {"cluster": "nodes",
      "policy": "RING_HASH" | "MAGLEV",
-     "minimum_size": 12288, "maximum_size": 8388608,   RING_HASH only: points on the whole ring, at least and at most
-     "table_size": 65537,                              MAGLEV only: slots of the table, a prime
-     "members": [{"name": "node1-1", "weight": 1, "health": "HEALTHY" | "UNHEALTHY" | "DRAINING"}, ...]}
+     "minimum_size": 1, "maximum_size": 8388608,   RING_HASH only: points on the whole ring, at least and at most
+     "table_size": 65537,                          MAGLEV only: slots of the table, a prime
+     "members": [{"name": "nobody", "weight": 1},  RING_HASH only, see below
+                 {"name": "node1-1", "weight": 4096, "health": "HEALTHY" | "UNHEALTHY" | "DRAINING"}, ...]}
 
 `name` is the endpoint's hash_key; members stand in the edge's order; health may be absent and is HEALTHY then.
 Unhealthy and draining members own nothing: the edge runs with healthy_panic_threshold 0.
@@ -20,7 +21,8 @@ Unhealthy and draining members own nothing: the edge runs with healthy_panic_thr
 On a ring, the member `nobody` takes part in Envoy's arithmetic and owns nothing: it is no node, and the edge passes on
 whoever it meets to the next point. It is there for its weight, 1: Envoy gives the lightest member a whole number of
 points, one for minimum_size 1, and all others as many for their weight. So a weight is a number of points, whoever else
-comes, goes or fails; without it, the points of all depend on who is there.
+comes, goes or fails; without it, the points of all depend on who is there. Envoy's rounding adds or takes a single point
+in some fleets of unequal weights. In a Maglev table, `nobody` is a name like any other.
 """
 
 import math
@@ -72,7 +74,7 @@ class Ring(ABC):
     """The owners of all keys under one membership; never changes.
 
     Attributes: `cluster`; `policy`, RING_HASH or MAGLEV; `sizes`, the policy's numbers under the document's names;
-    `members`, all of them in the edge's order; `names` of those that serve; `points_per_weight`, how many places on the
+    `members`, all of them in the edge's order, a ring's without `nobody`; `names` of those that serve; `points_per_weight`, how many places on the
     ring or in the table a unit of weight has.
     """
 
@@ -101,7 +103,7 @@ class Ring(ABC):
         cluster = document["cluster"]
         if not isinstance(cluster, str) or not cluster:
             raise RingError(f"cluster: {_shown(cluster)} is not a name")
-        members = _members(document["members"])
+        members = _members(document["members"], policy)
         if policy == "MAGLEV":
             return _MaglevTable(cluster, members, _prime(document["table_size"]))
         least = _integer(document["minimum_size"], "minimum_size", LARGEST_RING)
@@ -135,8 +137,8 @@ class _HashRing(Ring):
     """
 
     def __init__(self, cluster: str, members: tuple[Member, ...], least: int, most: int) -> None:
-        nodes = tuple(member for member in members if member.name != NOBODY)
-        super().__init__(cluster, "RING_HASH", {"minimum_size": least, "maximum_size": most}, nodes)
+        sizes = {"minimum_size": least, "maximum_size": most}
+        super().__init__(cluster, "RING_HASH", sizes, _without_nobody(members))
         weights = _normalized(members)
         smallest = min(weights.values())
         # The member with the smallest weight gets a whole number of points.
@@ -254,19 +256,24 @@ def _hash(key: str) -> int:
     return xxh64_intdigest(key.encode("utf-8", "surrogateescape"))
 
 
-def _members(described: object) -> tuple[Member, ...]:
+def _members(described: object, policy: str) -> tuple[Member, ...]:
     if not isinstance(described, Sequence) or isinstance(described, str):
         raise RingError(f"members: {_shown(described)} is not a list")
     members = tuple(_member(each, f"members[{number}]") for number, each in enumerate(described))
     twice = [name for name, count in Counter(member.name for member in members).items() if count > 1]
     if twice:
         raise RingError(f"members: {_shown(twice[0])} is there twice")
-    serving = [member for member in members if member.serving]
-    if all(member.name == NOBODY for member in serving):
-        raise RingError(f"members: none of {len(members)} serves, so nobody owns anything")
-    if sum(member.weight for member in serving) > LARGEST_WEIGHT:
+    owners = members if policy == "MAGLEV" else _without_nobody(members)
+    if not any(member.serving for member in owners):
+        raise RingError(f"members: none of {len(owners)} serves, so nobody owns anything")
+    if sum(member.weight for member in members if member.serving) > LARGEST_WEIGHT:
         raise RingError(f"members: their weights sum to more than {LARGEST_WEIGHT}, the most that Envoy takes")
     return members
+
+
+def _without_nobody(members: Iterable[Member]) -> tuple[Member, ...]:
+    """The members of a ring that are nodes."""
+    return tuple(member for member in members if member.name != NOBODY)
 
 
 def _member(described: object, where: str) -> Member:

@@ -10,10 +10,11 @@ The JSON file, schema 1 (shares of all users from 0 to 1, null where there is no
      "moves": [{"from": "node1-1", "to": "node4-1", "share": 0.084}, ...],
      "ids": {"total": 1000, "moved": 252, "moves": [{"id": "alice", "from": "node1-1", "to": "node4-1"}, ...]} | null}
 
-    RING = {"policy": "RING_HASH", "minimum_size": 12288, "maximum_size": 8388608 (or "table_size"),
+    RING = {"policy": "RING_HASH", "minimum_size": 1, "maximum_size": 8388608 (or "table_size"),
      "serving": 3, "evenness": 1.02, "busiest": "node2-1"}
-    STANDING = {"weight": 1, "health": "HEALTHY", "due": 0.333, "share": 0.341}
+    STANDING = {"weight": 4096, "health": "HEALTHY", "due": 0.333, "share": 0.341}
 
+The member `nobody` of a ring (see stickyring.ring) is no node, and not told of.
 `due` is a member's share of the weights, `share` what it owns, `evenness` the largest share / due, that of `busiest`.
 `least_share` is what has to move whatever places the users, if all own what they are due: half the L1 distance between
 the due shares before and after.
@@ -22,12 +23,15 @@ the due shares before and after.
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from math import isclose
 from typing import Any
 
 from stickyring.ring import Member, Ring, moved
 
-# A ring that is in step with its membership moves the least but for a point or so.
+# A ring on which those that stay keep their points moves the least, but for the odds of where points fall.
 ODDS_WORTH_A_NOTE = 0.015
+# By rounding alone, as when a total is shared out, points change less.
+CHANGE_OF_POINTS = 0.01
 
 
 class Change:
@@ -124,16 +128,24 @@ class Change:
             if self.before.sizes != self.after.sizes:
                 return "tables of different sizes place users independently of each other"
             return "Maglev also moves some between members that stay"
-        old, new = self.before.points_per_weight, self.after.points_per_weight
-        if abs(old - new) > 0.01 * old:
-            return f"the points for a unit of weight change from {old:.0f} to {new:.0f}; keep minimum_size in step"
+        stay = [member for member in self.members if member.points_before and member.points_after]
+        if _all_change_alike(stay):
+            old, new = stay[0].points_before, stay[0].points_after
+            return f"the points of every member that stays change, {stay[0].name}'s from {old:.0f} to {new:.0f}"
         if self._comes_and_goes():
             return "on a ring what gains weight takes from all, and what loses it gives to all"
-        return f"a ring of {old:.0f} points for a unit of weight is coarse"
+        counts = [
+            (count, member.name)
+            for member in self.members
+            for count in (member.points_before, member.points_after)
+            if count
+        ]
+        count, name = min(counts)
+        return f"a ring on which {name} has {count:.0f} {'point' if round(count) == 1 else 'points'} is coarse"
 
     def _comes_and_goes(self) -> bool:
-        """Whether some members gain weight on the ring while others lose it."""
-        gains = [member.weight_after - member.weight_before for member in self.members]
+        """Whether some members gain points on the ring while others lose them."""
+        gains = [round(member.points_after - member.points_before) for member in self.members]
         return min(gains) < 0 < max(gains)
 
     def as_json(self) -> dict[str, Any]:
@@ -163,17 +175,13 @@ class Change:
 
 
 class Standing:
-    """A member within a ring: how much it is due, and how much it owns, as shares of all users."""
+    """A member within a ring: its points, and how much it is due and owns, as shares of all users; 0 if it is out."""
 
-    def __init__(self, member: Member, due: float, share: float) -> None:
+    def __init__(self, member: Member, points: float, due: float, share: float) -> None:
         self.member = member
+        self.points = points
         self.due = due
         self.share = share
-
-    @property
-    def weight(self) -> int:
-        """What it weighs on the ring, 0 when it does not serve."""
-        return self.member.weight if self.member.serving else 0
 
     def as_json(self) -> dict[str, Any]:
         """STANDING of the schema."""
@@ -194,14 +202,14 @@ class MemberChange:
         self.after = after
 
     @property
-    def weight_before(self) -> int:
-        """What it weighs on the ring before, 0 when it does not serve."""
-        return self.before.weight if self.before else 0
+    def points_before(self) -> float:
+        """How many points it has on the ring before, 0 when it does not serve."""
+        return self.before.points if self.before else 0
 
     @property
-    def weight_after(self) -> int:
-        """What it weighs on the ring after, 0 when it does not serve."""
-        return self.after.weight if self.after else 0
+    def points_after(self) -> float:
+        """How many points it has on the ring after, 0 when it does not serve."""
+        return self.after.points if self.after else 0
 
     @property
     def change(self) -> str:
@@ -244,9 +252,27 @@ def percent(share: float) -> str:
 def _standings(ring: Ring) -> dict[str, Standing]:
     due, shares = ring.due(), ring.shares()
     return {
-        member.name: Standing(member, due.get(member.name, 0.0), shares.get(member.name, 0.0))
+        member.name: Standing(
+            member,
+            ring.points_per_weight * member.weight if member.serving else 0.0,
+            due.get(member.name, 0.0),
+            shares.get(member.name, 0.0),
+        )
         for member in ring.members
     }
+
+
+def _all_change_alike(members: Sequence[MemberChange]) -> bool:
+    """Whether the points of all have one factor between before and after, other than 1: then some move among them.
+
+    Not so with a single member, which has no other to move them to.
+    """
+    factors = [member.points_after / member.points_before for member in members]
+    return (
+        len(factors) > 1
+        and isclose(min(factors), max(factors), rel_tol=CHANGE_OF_POINTS)
+        and not isclose(min(factors), 1, rel_tol=CHANGE_OF_POINTS)
+    )
 
 
 def _ring_as_json(ring: Ring) -> dict[str, Any]:

@@ -20,9 +20,12 @@ Examples:
 
 \b
 A file holds what an edge serves, or is to serve, for one cluster:
-  {"cluster": "nodes", "policy": "RING_HASH", "minimum_size": 12288, "maximum_size": 8388608,
-   "members": [{"name": "node1-1", "weight": 1, "health": "HEALTHY"}, ...]}
-or "policy": "MAGLEV" with "table_size": 65537. Health is HEALTHY, UNHEALTHY or DRAINING.
+  {"cluster": "nodes", "policy": "RING_HASH", "minimum_size": 1, "maximum_size": 8388608,
+   "members": [{"name": "nobody", "weight": 1},
+               {"name": "node1-1", "weight": 4096, "health": "HEALTHY"}, ...]}
+or "policy": "MAGLEV" with "table_size": 65537 and without nobody, who is no node but
+makes a weight the number of a node's points on a ring. Health is HEALTHY, UNHEALTHY
+or DRAINING.
 {} says that nothing is deployed.
 
 \b
