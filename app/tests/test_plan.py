@@ -35,6 +35,12 @@ def document(*members: dict[str, Any], points: int = 1024, **change: Any) -> dic
     } | change
 
 
+def fleet(*weights: int) -> dict[str, Any]:
+    """A ring as an edge serves it now: with `nobody`, a weight is a number of points."""
+    nodes = [member(f"node{number}", weight) for number, weight in enumerate(weights, 1)]
+    return document({"name": "nobody", "weight": 1}, *nodes, minimum_size=1)
+
+
 THREE = document(member("node1"), member("node2"), member("node3"))
 FOUR = document(member("node1"), member("node2"), member("node3"), member("node4"))
 MAGLEV = {"cluster": "nodes", "policy": "MAGLEV", "table_size": 65537, "members": THREE["members"]}
@@ -173,11 +179,39 @@ def test_it_says_when_nothing_is_deployed_yet(planned: Any, before: Any) -> None
         (
             THREE | {"minimum_size": 1024},
             FOUR | {"minimum_size": 1024},
-            "more move than must: the points for a unit of weight change from 342 to 256; keep minimum_size in step",
+            "more move than must: the points of every member that stays change, node1-1's from 342 to 256",
         ),
         (THREE, MAGLEV, "more move than must: the two policies place users independently of each other"),
         (MAGLEV, MAGLEV | {"table_size": 1009}, "more move than must: tables of different sizes place users "),
-        (THREE, THREE | {"minimum_size": 30}, "more move than must: the points for a unit of weight change from 1024"),
+        (
+            THREE,
+            THREE | {"minimum_size": 30},
+            "more move than must: the points of every member that stays change, node1-1's from 1024 to 10",
+        ),
+        (
+            fleet(4096, 4096, 4096),
+            fleet(8192, 8192, 8192),
+            "more move than must: the points of every member that stays change, node1-1's from 4096 to 8192",
+        ),
+        (
+            fleet(4096, 4096, 4096),
+            fleet(8192, 4096, 2048),
+            "more move than must: on a ring what gains weight takes from all, and what loses it gives to all",
+        ),
+        # With the total as it is, what one gains all others lose.
+        (
+            THREE,
+            document(member("node1", 3), member("node2"), member("node3"), minimum_size=3072),
+            "more move than must: on a ring what gains weight takes from all, and what loses it gives to all",
+        ),
+        # A single one that stays hands users to those that come, whatever its points.
+        (
+            fleet(4096, 4096),
+            document({"name": "nobody", "weight": 1}, member("node1", 8192), member("node3", 4096), minimum_size=1),
+            "more move than must: on a ring what gains weight takes from all, and what loses it gives to all",
+        ),
+        (fleet(8, 4), fleet(8, 4, 8), "more move than must: a ring on which node2-1 has 4 points is coarse"),
+        (fleet(1, 2), fleet(1, 2, 2), "more move than must: a ring on which node1-1 has 1 point is coarse"),
     ],
 )
 def test_it_says_why_more_move_than_must(planned: Any, before: Any, after: Any, note: str) -> None:
@@ -186,9 +220,18 @@ def test_it_says_why_more_move_than_must(planned: Any, before: Any, after: Any, 
     assert [each for each in plan["notes"] if each.startswith(note)]
 
 
+def test_a_ring_with_nobody_tells_of_nodes_alone(planned: Any) -> None:
+    text, plan = planned(fleet(4096, 4096, 4096), fleet(4096, 4096, 4096, 4096))
+    assert "nobody" not in text
+    assert [each["name"] for each in plan["members"]] == ["node1-1", "node2-1", "node3-1", "node4-1"]
+    assert (plan["least_share"], plan["after"]["serving"]) == (pytest.approx(0.25), 4)
+    assert {move["to"] for move in plan["moves"]} == {"node4-1"}
+    assert plan["notes"] == []
+
+
 def test_many_pairs_are_listed_and_few_make_a_matrix(planned: Any) -> None:
-    fleet = [member(f"node{number}") for number in range(1, 13)]
-    text, plan = planned(document(*fleet, minimum_size=1024), document(*fleet[:-1], minimum_size=1024))
+    twelve = [member(f"node{number}") for number in range(1, 13)]
+    text, plan = planned(document(*twelve, minimum_size=1024), document(*twelve[:-1], minimum_size=1024))
     assert f"... and {len(plan['moves']) - 20} more pairs" in text
     assert "from \\ to" not in text
     text, _ = planned(THREE, FOUR)

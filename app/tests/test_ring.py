@@ -3,8 +3,10 @@
 That the owners are Envoy's is the matter of test_ring_against_envoy.py.
 """
 
+import random
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -37,6 +39,23 @@ def circle(members: list[dict[str, Any]], points: int = 512, **change: Any) -> d
 
 def table(members: list[dict[str, Any]], **change: Any) -> dict[str, Any]:
     return {"cluster": "nodes", "policy": "MAGLEV", "table_size": 65537, "members": members} | change
+
+
+NOBODY = member("nobody")
+
+
+def fleet(weights: Sequence[int], failed: int | None = None) -> dict[str, Any]:
+    """A RING_HASH document as an edge serves it: with `nobody`, a weight is a number of points."""
+    members = [
+        member(f"node{number}-1", weight, "UNHEALTHY" if number == failed else "HEALTHY")
+        for number, weight in enumerate(weights, 1)
+    ]
+    return circle([NOBODY, *members], minimum_size=1)
+
+
+def points(ring: Any) -> dict[str, int]:
+    """How many points each member has; behind the last there is one arc more."""
+    return Counter(ring.arc_owners[:-1])
 
 
 POLICIES = pytest.mark.parametrize("made", [circle, table])
@@ -175,6 +194,60 @@ def test_a_fixed_number_of_points_moves_what_must_and_a_fixed_total_far_more(bef
     assert len({to for _, to in stock}) > 1
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [[4096], *([4096] * size for size in (2, 3, 4, 10, 21)), [100, 200, 500], [4096, 8192, 4096], [1, 1, 7]],
+    ids=lambda weights: f"{len(weights)} from {min(weights)} to {max(weights)}",
+)
+def test_with_nobody_a_weight_is_a_number_of_points(weights: list[int]) -> None:
+    named = {f"node{number}-1": weight for number, weight in enumerate(weights, 1)}
+    ring = Ring.load(fleet(weights))
+    assert points(ring) == named
+    assert ring.points_per_weight == pytest.approx(1)
+    for failed, name in enumerate(named, 1):
+        if len(weights) > 1:
+            after = Ring.load(fleet(weights, failed))
+            assert points(after) == {other: weight for other, weight in named.items() if other != name}
+            assert {old for old, _ in moved(ring, after)} == {name}
+
+
+def test_without_nobody_a_member_that_fails_moves_users_of_others() -> None:
+    members = nodes(4)
+    failing = [*members[:-1], member("node4-1", health="UNHEALTHY")]
+    before, after = (Ring.load(circle(each, minimum_size=4 * 4096)) for each in (members, failing))
+    assert (points(before)["node1-1"], points(after)["node1-1"]) == (4096, 5462)
+    assert {old for old, _ in moved(before, after)} == {"node1-1", "node2-1", "node3-1", "node4-1"}
+
+
+def test_rounding_adds_or_takes_a_single_point() -> None:
+    """Among unequal weights of any size; what the default of the edge's role gives to equal ones is exact."""
+    draw = random.Random(1)
+    off = Counter[int]()
+    for _ in range(200):
+        weights = [1000 * draw.choice((1, 1, 2, 3, 5)) for _ in range(draw.randint(1, 20))]
+        made = points(Ring.load(fleet(weights)))
+        off.update(made[f"node{number}-1"] - weight for number, weight in enumerate(weights, 1))
+    assert set(off) == {-1, 0, 1}
+    assert off[0] > 0.95 * off.total()
+
+
+def test_nobody_is_no_member_and_due_nothing() -> None:
+    ring = Ring.load(fleet([4096, 4096, 8192]))
+    assert ring.names == tuple(each.name for each in ring.members) == ("node1-1", "node2-1", "node3-1")
+    assert ring.due() == {"node1-1": 0.25, "node2-1": 0.25, "node3-1": 0.5}
+    assert ring.shares().keys() == ring.due().keys()
+    assert sum(ring.shares().values()) == pytest.approx(1, abs=1e-12)
+    assert ring.owner("nobody_0") in ring.names, "nobody's point is on no ring"
+
+
+def test_nobody_is_a_member_like_others_of_a_maglev_table() -> None:
+    slots = Ring.load(table([NOBODY, member("node1-1")]))
+    assert slots.names == ("nobody", "node1-1")
+    assert slots.due() == {"nobody": 0.5, "node1-1": 0.5}
+    assert set(slots.owners(USERS)) == {"nobody", "node1-1"}
+    assert set(Ring.load(table([NOBODY])).owners(USERS[:10])) == {"nobody"}
+
+
 def test_a_hundred_thousand_ids_on_fifty_endpoints_take_less_than_two_seconds() -> None:
     users = [f"user-{number}" for number in range(100_000)]
     started = time.process_time()
@@ -212,6 +285,12 @@ def _without(document: dict[str, Any], key: str) -> dict[str, Any]:
         ),
         (circle([]), "members: none of 0 serves, so nobody owns anything"),
         (circle([member("a", health="DRAINING")]), "members: none of 1 serves, so nobody owns anything"),
+        (circle([NOBODY]), "members: none of 0 serves, so nobody owns anything"),
+        (fleet([4096], failed=1), "members: none of 1 serves, so nobody owns anything"),
+        (
+            table([NOBODY | {"health": "UNHEALTHY"}, member("a", health="DRAINING")]),
+            "members: none of 2 serves, so nobody owns anything",
+        ),
         (circle([member("a"), member("a", 2)]), "members: 'a' is there twice"),
         (circle([member("a"), member("")]), "members[1]: name: '' is not a name"),
         (circle([member("a\n")]), r"members[0]: name: 'a\n' is not a name"),

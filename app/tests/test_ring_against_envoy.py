@@ -257,7 +257,10 @@ def listens(path: Path) -> bool:
 
 
 def configuration(directory: Path) -> dict[str, Any]:
-    """Envoy's bootstrap: a cluster for each document, the members at the sockets m0 to m29, in random order."""
+    """Envoy's bootstrap: a cluster for each document, the members at the sockets m0 to m29, in random order.
+
+    Nothing listens at the socket of `nobody`, so that Envoy passes on whoever meets it.
+    """
     draw = random.Random(SEED)
     sockets = [directory / f"m{number}" for number in range(MOST_MEMBERS + 1)]
     answer = {"match": {"prefix": "/"}, "direct_response": {"status": 200}}

@@ -21,8 +21,8 @@ Unhealthy and draining members own nothing: the edge runs with healthy_panic_thr
 On a ring, the member `nobody` takes part in Envoy's arithmetic and owns nothing: it is no node, and the edge passes on
 whoever it meets to the next point. It is there for its weight, 1: Envoy gives the lightest member a whole number of
 points, one for minimum_size 1, and all others as many for their weight. So a weight is a number of points, whoever else
-comes, goes or fails; without it, the points of all depend on who is there. Envoy's rounding adds or takes a single point
-in some fleets of unequal weights. In a Maglev table, `nobody` is a name like any other.
+comes, goes or fails; without it, the points of all depend on who is there. Envoy's rounding adds or takes a single
+point in some fleets of unequal weights. In a Maglev table, `nobody` is a name like any other.
 """
 
 import math
@@ -74,8 +74,8 @@ class Ring(ABC):
     """The owners of all keys under one membership; never changes.
 
     Attributes: `cluster`; `policy`, RING_HASH or MAGLEV; `sizes`, the policy's numbers under the document's names;
-    `members`, all of them in the edge's order, a ring's without `nobody`; `names` of those that serve; `points_per_weight`, how many places on the
-    ring or in the table a unit of weight has.
+    `members`, all of them in the edge's order, a ring's without `nobody`; `names` of those that serve;
+    `points_per_weight`, how many places on the ring or in the table a unit of weight has.
     """
 
     points_per_weight: float
