@@ -159,15 +159,15 @@ def unplaced(edge: Any) -> str:
     """A user whose point of the ring is nobody's."""
     points = edge.variables["stickyring_edge_ring_points_per_weight"]
     endpoints = next(one for one in edge.variables["stickyring_edge_clusters"] if one["name"] == "nodes")["endpoints"]
-    own = xxh64_intdigest("nobody_0")
+    own = xxh64_intdigest(b"nobody_0")
     # A user meets the first point at or above his own place.
     before = max(
         point
         for one in endpoints
         for number in range(points)
-        if (point := xxh64_intdigest(f"{one['name']}_{number}")) < own
+        if (point := xxh64_intdigest(f"{one['name']}_{number}".encode())) < own
     )
-    return next(user for user in map("user-{}".format, count()) if before < xxh64_intdigest(user) <= own)
+    return next(user for user in map("user-{}".format, count()) if before < xxh64_intdigest(user.encode()) <= own)
 
 
 @pytest.mark.parametrize("size", [1_000, 900_000])
@@ -178,9 +178,13 @@ def test_who_meets_nobody_is_served_like_everybody(edge_url: Any, unplaced: str,
 
 
 def test_a_websocket_of_who_meets_nobody_is_served(edge_url: Any, unplaced: str) -> None:
-    with socketio.SimpleClient() as client:
-        client.connect(f"{edge_url('sticky')}?client_id={unplaced}", transports=["websocket"], wait_timeout=10)
-        assert client.call("message", "hello", timeout=10).endswith(": hello")
+    async def talk() -> str:
+        async with socketio.AsyncSimpleClient() as client:
+            url = f"{edge_url('sticky')}?client_id={unplaced}"
+            await client.connect(url, transports=["websocket"], wait_timeout=10)
+            return await client.call("message", "hello", timeout=10)
+
+    assert asyncio.run(talk()).endswith(": hello")
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])

@@ -74,27 +74,21 @@ def test_a_changed_setting_reaches_every_node_one_after_another(nodes: Any, depl
     assert processes() == back
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [
-        "echo STICKYRING_LOG_LEVEL=debug >> /etc/stickyring-node/1.env",
-        "chmod 0644 /etc/stickyring-node/1.env",
-        "sed -i /^NoNewPrivileges=/d /etc/systemd/system/stickyring-node@.service",
-        "ln -sfn /srv /opt/stickyring-node/current",
-    ],
-)
-def test_what_was_edited_by_hand_is_as_the_inventory_says_again(
-    machine: Any, deploy: Any, processes: Any, edit: str
-) -> None:
-    state = (
-        "cat /etc/stickyring-node/1.env /etc/systemd/system/stickyring-node@.service; "
-        "stat --format=%a /etc/stickyring-node/1.env; readlink /opt/stickyring-node/current"
-    )
-    before, running = machine("node2").check_output(state), processes()
-    machine("node2").check_output(edit)
-    assert machine("node2").check_output(state) != before
+def test_what_was_edited_by_hand_is_as_the_inventory_says_again(machine: Any, deploy: Any, processes: Any) -> None:
+    node = machine("node2")
+    environment, unit = "/etc/stickyring-node/1.env", "/etc/systemd/system/stickyring-node@.service"
+    edits = {
+        f"cat {environment}": f"echo STICKYRING_LOG_LEVEL=debug >> {environment}",
+        f"stat --format=%a {environment}": f"chmod 0644 {environment}",
+        f"cat {unit}": f"sed -i /^NoNewPrivileges=/d {unit}",
+        "readlink /opt/stickyring-node/current": "ln -sfn /srv /opt/stickyring-node/current",
+    }
+    before, running = {look: node.check_output(look) for look in edits}, processes()
+    for look, edit in edits.items():
+        node.check_output(edit)
+        assert node.check_output(look) != before[look]
     deploy()
-    assert machine("node2").check_output(state) == before
+    assert {look: node.check_output(look) for look in edits} == before
     after = processes()
     assert [name for name in after if after[name] != running[name]] == ["node2"]
 
