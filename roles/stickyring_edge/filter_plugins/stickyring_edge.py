@@ -311,7 +311,8 @@ def _endpoints(cluster: Data, common: Data) -> Data:
 
     Envoy gives the lightest endpoint a whole number of points, one for minimum_ring_size 1, and the others as many for
     their weight. With NOBODY as the lightest, who is always healthy, no point of a node depends on who else is there or
-    in good health, but for one that rounding may add or take where weights are unequal. So a node that fails moves its own users and no others, which Envoy alone cannot do (issue 22558).
+    in good health, but for one that rounding may add or take where weights are unequal. So a node that fails moves its
+    own users and no others, which Envoy alone cannot do (issue 22558).
     """
     endpoints = cluster["endpoints"]
     if _policy(cluster) != "RING_HASH":
