@@ -12,9 +12,10 @@ one that refuses has `error`, a line of text.
                               gone; "returned", here when it ended though the ring has them elsewhere}; only
                               "running", false, if there was none since the node started
     POST /drain               202 as GET /drain: nobody is taken in any more, and everybody is asked to leave
-    POST /undrain             200 as GET /drain: users are taken in again
-    GET  /drain               200 {"draining", and numbers of sessions: "sessions" that are open, "to_move" found so
-                              far, "asked", and "left", those of them that are gone}
+    POST /undrain             200 as GET /drain: users are taken in again; 409 the node is about to stop
+    GET  /drain               200 {"draining", "drained": whether everybody has left, and numbers of sessions:
+                              "sessions" that are open, "to_move" found so far, "asked", and "left", those of them that
+                              are gone}
 """
 
 import json
@@ -88,7 +89,8 @@ class Control:
                 self._drain.begin()
                 return HTTPStatus.ACCEPTED, self._drain.progress()
             case "POST", "/undrain":
-                self._drain.cancel()
+                if not self._drain.cancel():
+                    raise Refusal(HTTPStatus.CONFLICT, "the node is about to stop")
                 return HTTPStatus.OK, self._drain.progress()
             case "GET", "/drain":
                 return HTTPStatus.OK, self._drain.progress()

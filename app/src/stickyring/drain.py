@@ -35,7 +35,8 @@ class Drain:
     def __init__(self, sessions: Mapping[str, Session], metrics: MoveMetrics) -> None:
         self._sessions = sessions
         self._metrics = metrics
-        self._move: Move | None = None
+        self._moves: list[Move] = []
+        self._final = False
         self.active = False
         metrics.draining.set_function(lambda: self.active)
 
@@ -43,47 +44,67 @@ class Drain:
     def empty(self) -> bool:
         """Whether nobody is here any more, and nobody will come."""
         # The engine's session ends before the application's disconnect handlers have run: `left` is after them.
-        return self.active and not self._open() and self._move is not None and self._move.asked == self._move.left
+        return self.active and not self._open() and all(move.asked == move.left for move in self._moves)
 
-    def begin(self, seconds: float = math.inf) -> None:
-        """Take nobody in from now on, and ask everybody to leave within `seconds`; go on if that is under way."""
+    def begin(self, seconds: float = math.inf, *, final: bool = False) -> None:
+        """Take nobody in from now on, and ask everybody to leave within `seconds`; `final`: nothing can cancel it."""
+        self._final |= final
+        rate = max(HANDSHAKES_A_SECOND, self._open() / (seconds * ASKING_SHARE))
         if self.active:
+            self._moves[-1].rate = max(self._moves[-1].rate, rate)
             return
         self.active = True
-        rate = max(HANDSHAKES_A_SECOND, len(self._sessions) / (seconds * ASKING_SHARE))
-        self._move = Move(self._sessions, lambda session: self.active, rate, self._metrics.moved.inc)
-        log.info("draining: %d sessions to move at %.1f a second", self._move.to_move, rate, extra=self.progress())
-        threading.Thread(target=self._move.run, daemon=True).start()
+        moves: list[Move] = []
+        self._moves = moves
+        self._add_move(moves, rate)
+        log.info("draining: %d sessions to move at %.1f a second", moves[0].to_move, rate, extra=self.progress())
+        threading.Thread(target=self._ask_until_empty, args=(moves,), daemon=True).start()
 
-    def cancel(self) -> None:
-        """Take users in again; those who were not asked yet stay."""
+    def cancel(self) -> bool:
+        """Take users in again, and let those stay who were not asked yet; return False if the drain is final."""
+        if self._final:
+            return False
         if self.active:
             self.active = False
+            self._moves = []
             log.info("draining ended: taking users in again", extra=self.progress())
+        return True
 
-    def wait(self, seconds: float) -> bool:
-        """Wait until nobody is here, for that long at most; return whether that is so."""
+    def wait(self, seconds: float) -> None:
+        """Wait until nobody is here, for that long at most."""
         deadline = time.monotonic() + seconds
         while not self.empty:
             if time.monotonic() > deadline:
                 log.warning(
                     "not drained after %g s: %d sessions are left", seconds, self._open(), extra=self.progress()
                 )
-                return False
+                return
             time.sleep(TICK_SECONDS)
         log.info("drained", extra=self.progress())
-        return True
 
     def progress(self) -> dict[str, Any]:
         """Return the numbers of `GET /drain`."""
-        move = self._move
         return {
             "draining": self.active,
+            "drained": self.empty,
             "sessions": self._open(),
-            "to_move": move.to_move if move else 0,
-            "asked": move.asked if move else 0,
-            "left": move.left if move else 0,
+            "to_move": sum(move.to_move for move in self._moves),
+            "asked": sum(move.asked for move in self._moves),
+            "left": sum(move.left for move in self._moves),
         }
+
+    def _add_move(self, moves: list[Move], rate: float) -> None:
+        # One drain, one list: those of a drain that was cancelled ask nobody any more.
+        moves.append(Move(self._sessions, lambda session: self._moves is moves, rate, self._metrics.moved.inc))
+
+    def _ask_until_empty(self, moves: list[Move]) -> None:
+        """Ask those who are here, and whoever was on his way in when it began."""
+        moves[0].run()
+        while self._moves is moves:
+            if self._open():
+                self._add_move(moves, moves[-1].rate)
+                moves[-1].run()
+            time.sleep(TICK_SECONDS)
 
     def _open(self) -> int:
         return sum(not session.ended for session in [*self._sessions.values()])

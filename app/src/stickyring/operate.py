@@ -94,9 +94,10 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
 def drain(*, path: Path) -> None:
     """Empty a node for maintenance, and wait until everybody has left.
 
-    The node takes nobody in any more, says so at /readyz, and asks everybody to reconnect: the edge sends them to the
-    next node of the ring. It goes on running, and stays like that until `undrain` or a restart. Prints JSON: numbers of
-    sessions that were to move, were asked and left. Interrupting the command does not stop the node from draining.
+    The node takes no Socket.IO user in any more, says so at /readyz, and asks everybody to reconnect: the edge sends
+    them to the next node of the ring. It goes on running, and stays like that until `undrain` or a restart. Prints
+    JSON: numbers of sessions that were to move, were asked and left. Interrupting the command does not stop the node
+    from draining.
 
     \b
     Examples:
@@ -104,7 +105,7 @@ def drain(*, path: Path) -> None:
     """
     progress = _ask(path, "POST", "/drain")
     with click.progressbar(length=progress["to_move"], label="asked to reconnect", file=sys.stderr) as bar:
-        while progress["draining"] and progress["sessions"]:
+        while progress["draining"] and not progress["drained"]:
             time.sleep(POLL_SECONDS)
             progress = _ask(path, "GET", "/drain")
             bar.update(progress["asked"] - bar.pos)

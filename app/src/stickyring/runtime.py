@@ -113,7 +113,7 @@ class SocketIOGate:
                 session.note(environ)
             transport = _transport_label(query.get("transport", ["polling"])[0])
             if self._drain.active and sid not in self._engine.sockets:
-                if "sid" not in query:
+                if "sid" not in query and environ["REQUEST_METHOD"] == "GET":
                     self._metrics.refused.labels(transport, "draining").inc()
                 return _text(
                     start_response, "503 Service Unavailable", "this node is draining", [(DRAINING_HEADER, "1")]

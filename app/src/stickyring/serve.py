@@ -22,7 +22,7 @@ import click
 import gunicorn.util
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
-from gunicorn.errors import AppImportError
+from gunicorn.errors import AppImportError, HaltServer
 from gunicorn.workers.base import Worker
 
 from stickyring import logs
@@ -39,7 +39,7 @@ KEEPALIVE_SECONDS = 75
 """Longer than the edge keeps an idle connection: when only the edge closes one, no request meets it closing."""
 GRACEFUL_SECONDS = 3
 """Requests end in milliseconds; a poll or a WebSocket does not end by itself, and waiting longer helps neither."""
-DRAINED = b"."
+LISTENING, DRAINED = b"l", b"d"
 TICK_SECONDS = 0.1
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 BACKLOG = 2048
@@ -233,6 +233,7 @@ class Node(BaseApplication):
             "logger_class": logs.GunicornLogger,
             "loglevel": self._settings.log_level,
             "errorlog": None,  # no handler of gunicorn's own
+            "pre_fork": lambda arbiter, worker: self._heard(0),  # what the worker before has told is no longer true
             "post_worker_init": self._tell_that_it_serves,
         }.items():
             self.cfg.set(name, value)
@@ -282,20 +283,28 @@ class Node(BaseApplication):
     def _drain_when_told(self, drain: "Drain") -> None:
         # Made anew by descriptor, as the worker class has patched sockets or not.
         told = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(self._drain_there.fileno()))
+        told.send(LISTENING)
         told.recv(1)
-        drain.begin(self._settings.drain_timeout)
+        drain.begin(self._settings.drain_timeout, final=True)
         drain.wait(self._settings.drain_timeout)
         told.send(DRAINED)
 
     def drain(self, goes_on: Callable[[], bool]) -> None:
-        """Have the worker drain, in the master; return when it has, and as soon as `goes_on` says no."""
-        if not self._settings.drain_timeout:
+        """Have the worker drain, in the master; return when it has, and as soon as `goes_on` says no.
+
+        A worker that has no application yet has no users either, and is not waited for.
+        """
+        if not self._settings.drain_timeout or LISTENING not in self._heard(0):
             return
         self._drain_here.send(b"drain")
         deadline = time.monotonic() + self._settings.drain_timeout
         while goes_on() and time.monotonic() < deadline:
-            if select.select([self._drain_here], [], [], TICK_SECONDS)[0]:
+            if DRAINED in self._heard(TICK_SECONDS):
                 return
+
+    def _heard(self, seconds: float) -> bytes:
+        """What the worker has told, within that time."""
+        return self._drain_here.recv(64) if select.select([self._drain_here], [], [], seconds)[0] else b""
 
     def _refuse(self, cause: str) -> NoReturn:
         """Hand the cause to the master, end it, and end this worker."""
@@ -332,7 +341,10 @@ class _Master(Arbiter):
 
     def _is_served(self) -> bool:
         """Whether there is a worker to wait for, and no further signal."""
-        self.reap_workers()
+        try:
+            self.reap_workers()
+        except HaltServer:  # the worker has ended with an error, which is an end all the same
+            return False
         while not self.SIG_QUEUE.empty():
             self._told_again |= self.SIG_QUEUE.get_nowait() in ENDING_SIGNALS
         return bool(self.WORKERS) and not self._told_again
