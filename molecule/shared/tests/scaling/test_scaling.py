@@ -184,19 +184,19 @@ def test_a_run_that_is_killed_on_the_way_is_finished_by_the_next(
     assert not plan().report["changes"]
 
 
-def test_a_node_that_stops_sends_its_users_on(residents: Any, plan: Any, run: Any, watch: Any, reach: Any) -> None:
-    home = plan()
+def test_a_node_that_stops_sends_its_users_on(residents: Any, plan: Any, run: Any, reach: Any) -> None:
+    home, node3 = plan(), reach("node3")
     leaving = {user for user, homes in residents.homes().items() if homes == {"node3-1"}}
     assert leaving
     since = time.monotonic()
-    reach("node3").check_output("systemctl stop stickyring-node@1")
+    node3.check_output("systemctl stop stickyring-node@1")
     assert time.monotonic() - since < DRAINED_SECONDS
     residents.wait(lambda: all(not homes & {"", "node3-1"} for homes in residents.homes().values()), BACK_SECONDS)
     for connection in residents:
         assert connection.count("disconnect", since) == (1 if connection.user in leaving else 0), connection
         assert connection.count("failed", since) == 0, connection
 
-    reach("node3").check_output("systemctl start stickyring-node@1")
+    node3.check_output("systemctl start stickyring-node@1")
     run("playbooks/verify.yml")
     run("playbooks/rebalance.yml")
     residents.wait(lambda: residents.homes() == home.homes(), BACK_SECONDS)
