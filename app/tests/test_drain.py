@@ -5,8 +5,8 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,22 +116,29 @@ def test_what_is_under_way_ends_and_nobody_comes_in_meanwhile(node: Any) -> None
     assert serve.process.wait(DEADLINE) == 0
 
 
+@asynccontextmanager
+async def never_answered(serve: ServeProcess) -> AsyncIterator[None]:
+    """A user who waits for an acknowledgement that comes long after the node has ended, and does not get it."""
+    client = await Users().connect(serve, ["websocket"])
+    asking = asyncio.create_task(client.call("slow", 30, timeout=1))
+    await asyncio.sleep(0.2)
+    yield
+    with pytest.raises((socketio.exceptions.TimeoutError, socketio.exceptions.DisconnectedError)):
+        await asking
+
+
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_a_second_signal_ends_it_at_once(node: Any, second: signal.Signals) -> None:
     serve = node(60)
 
     async def play() -> None:
-        client = await Users().connect(serve, ["websocket"])
-        asking = asyncio.create_task(client.call("slow", 30, timeout=1))
-        await asyncio.sleep(0.2)
-        serve.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: serve.get("/readyz").status == 503, "it drains")
-        serve.process.send_signal(second)
-        began = time.monotonic()
-        assert await asyncio.to_thread(serve.process.wait, 10) == 0
-        assert time.monotonic() - began < 1.5
-        with pytest.raises((socketio.exceptions.TimeoutError, socketio.exceptions.DisconnectedError)):
-            await asking
+        async with never_answered(serve):
+            serve.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: serve.get("/readyz").status == 503, "it drains")
+            serve.process.send_signal(second)
+            began = time.monotonic()
+            assert await asyncio.to_thread(serve.process.wait, 10) == 0
+            assert time.monotonic() - began < 1.5
 
     asyncio.run(play())
 
@@ -140,15 +147,11 @@ def test_the_deadline_ends_it(node: Any) -> None:
     serve = node(1)
 
     async def play() -> None:
-        client = await Users().connect(serve, ["websocket"])
-        asking = asyncio.create_task(client.call("slow", 30, timeout=1))
-        await asyncio.sleep(0.2)
-        serve.process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        assert await asyncio.to_thread(serve.process.wait, 15) == 0
-        assert 1 < time.monotonic() - began < 6
-        with pytest.raises((socketio.exceptions.TimeoutError, socketio.exceptions.DisconnectedError)):
-            await asking
+        async with never_answered(serve):
+            serve.process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            assert await asyncio.to_thread(serve.process.wait, 15) == 0
+            assert 1 < time.monotonic() - began < 6
 
     asyncio.run(play())
     assert serve.logged("not drained after 1 s: 1 sessions are left")

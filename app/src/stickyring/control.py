@@ -56,13 +56,7 @@ class Refusal(Exception):
 class Control:
     """What a node is asked and told over its control socket; answers are given as they are sent, in JSON's types."""
 
-    def __init__(
-        self,
-        node_name: str,
-        sessions: Mapping[str, Session],
-        metrics: MoveMetrics,
-        drain: Drain,
-    ) -> None:
+    def __init__(self, node_name: str, sessions: Mapping[str, Session], metrics: MoveMetrics, drain: Drain) -> None:
         self._node_name = node_name
         self._drain = drain
         self._sessions = sessions

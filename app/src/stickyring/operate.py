@@ -4,6 +4,7 @@ import json
 import socket
 import sys
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -77,9 +78,9 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
     if rate is not None:
         order["rate"] = rate
     while (begun := _start(path, order)) is None:
-        _watch(path, _progress(path), "asked by the rebalance that is running")
+        _watch(_progress(path), "asked by the rebalance that is running", lambda: _progress(path), _runs)
         time.sleep(HEARD_SECONDS)
-    progress = _watch(path, begun, "asked to reconnect")
+    progress = _watch(begun, "asked to reconnect", lambda: _progress(path), _runs)
     del progress["running"]
     click.echo(json.dumps(progress))
     if progress["returned"]:
@@ -103,12 +104,8 @@ def drain(*, path: Path) -> None:
     Examples:
       stickyring drain --control /run/stickyring-node/1/control.sock
     """
-    progress = _ask(path, "POST", "/drain")
-    with click.progressbar(length=progress["to_move"], label="asked to reconnect", file=sys.stderr) as bar:
-        while progress["draining"] and not progress["drained"]:
-            time.sleep(POLL_SECONDS)
-            progress = _ask(path, "GET", "/drain")
-            bar.update(progress["asked"] - bar.pos)
+    begun = _ask(path, "POST", "/drain")
+    progress = _watch(begun, "asked to reconnect", lambda: _ask(path, "GET", "/drain"), _drains)
     click.echo(json.dumps(progress))
     if not progress["draining"]:
         raise click.ClickException("the node takes users in again: somebody has undrained it, or it was started anew")
@@ -139,16 +136,29 @@ def _start(path: Path, order: dict[str, Any]) -> dict[str, Any] | None:
         return None
 
 
-def _watch(path: Path, progress: dict[str, Any], label: str) -> dict[str, Any]:
-    """Show the progress of the rebalance that is running to its end; return the last one."""
+def _watch(
+    progress: dict[str, Any],
+    label: str,
+    ask: Callable[[], dict[str, Any]],
+    goes_on: Callable[[dict[str, Any]], bool],
+) -> dict[str, Any]:
+    """Show how many sessions have been asked, as long as it goes on; return the last progress."""
     to_move: int = progress["to_move"]
     with click.progressbar(length=to_move, label=label, file=sys.stderr) as bar:
-        while progress["running"]:
+        while goes_on(progress):
             time.sleep(POLL_SECONDS)
-            progress = _progress(path)
+            progress = ask()
             bar.length = progress["to_move"]
             bar.update(progress["asked"] - bar.pos)
     return progress
+
+
+def _runs(rebalance: dict[str, Any]) -> bool:
+    return bool(rebalance["running"])
+
+
+def _drains(drain: dict[str, Any]) -> bool:
+    return drain["draining"] and not drain["drained"]
 
 
 def _progress(path: Path) -> dict[str, Any]:

@@ -111,14 +111,10 @@ class SocketIOGate:
             session = self._sessions.get(sid)
             if session is not None:
                 session.note(environ)
-            transport = _transport_label(query.get("transport", ["polling"])[0])
             if self._drain.active and sid not in self._engine.sockets:
-                if "sid" not in query and environ["REQUEST_METHOD"] == "GET":
-                    self._metrics.refused.labels(transport, "draining").inc()
-                return _text(
-                    start_response, "503 Service Unavailable", "this node is draining", [(DRAINING_HEADER, "1")]
-                )
+                return self._send_on(environ, start_response, query)
             if environ["REQUEST_METHOD"] == "GET":
+                transport = _transport_label(query.get("transport", ["polling"])[0])
                 if "sid" not in query:
                     return self._handshake(environ, start_response, transport, query.get("EIO", [""])[0])
                 if session is not None and transport == "polling" and "HTTP_UPGRADE" not in environ:
@@ -127,6 +123,14 @@ class SocketIOGate:
                     self._metrics.unknown_sessions.labels(transport).inc()
         answer: Iterable[bytes] = self._application(environ, start_response)
         return answer
+
+    def _send_on(
+        self, environ: "WSGIEnvironment", start_response: "StartResponse", query: dict[str, list[str]]
+    ) -> Iterable[bytes]:
+        if "sid" not in query and environ["REQUEST_METHOD"] == "GET":
+            transport = _transport_label(query.get("transport", ["polling"])[0])
+            self._metrics.refused.labels(transport, "draining").inc()
+        return _text(start_response, "503 Service Unavailable", "this node is draining", [(DRAINING_HEADER, "1")])
 
     def _poll(self, environ: "WSGIEnvironment", start_response: "StartResponse", session: Session) -> Iterable[bytes]:
         begun: list[tuple[str, list[tuple[str, str]]]] = []
