@@ -50,7 +50,8 @@ unit: .venv/.installed ## Unit tests, without root and without the lab
 
 molecule: .venv/.installed ## All scenarios on real hosts, with a browser
 	@$(call need,chromium:chromium)
-	molecule test --all
+	@mkdir -p .artifacts
+	molecule test --all 2>&1 | tee .artifacts/molecule.log || { $(call say,What failed:); grep -aE '$(FAILURE)' .artifacts/molecule.log; exit 1; }
 
 screenshot: .venv/.installed ## Take docs/demo.png of the running demo
 	@$(call need,chromium:chromium)
@@ -76,6 +77,8 @@ COMPILE := --quiet --universal --python-version 3.11 --generate-hashes --no-emit
 need = missing=; for pair in $(1); do command -v "$${pair%%:*}" >/dev/null || missing+=" $${pair\#\#*:}"; done; \
 	[ -z "$$missing" ] || $(call install,$$missing)
 install = { echo "Installing$(1)"; apt-get update -qq && apt-get install -qq --no-install-recommends $(1) >/dev/null; }
+# A pattern of what pytest, ansible and molecule print about a failure
+FAILURE := (^|m)(FAILED|ERROR)\b|fatal: |\(Verifier tests failed\)
 say = echo; echo "==> $(1)"
 comma := ,
 EDGE = http://$(shell .venv/bin/ansible-inventory --list | jq --raw-output "._meta.hostvars[.edge.hosts[0]].ansible_host")

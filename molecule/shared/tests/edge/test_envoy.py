@@ -9,7 +9,7 @@ from http.client import HTTPConnection
 from itertools import count
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import pytest
 import socketio
@@ -170,21 +170,16 @@ def unplaced(edge: Any) -> str:
     return next(user for user in map("user-{}".format, count()) if before < xxh64_intdigest(user.encode()) <= own)
 
 
+@pytest.mark.parametrize("transport", ["polling", "websocket"])
 @pytest.mark.parametrize("size", [1_000, 900_000])
-def test_who_meets_nobody_is_served_like_everybody(edge_url: Any, unplaced: str, size: int) -> None:
-    request = Request(f"{edge_url('sticky')}/healthz?client_id={unplaced}", data=b"4" * size)
-    with urlopen(request, timeout=5) as answer:
-        assert (answer.status, answer.headers["x-served-by"][:4]) == (200, "node")
-
-
-def test_a_websocket_of_who_meets_nobody_is_served(edge_url: Any, unplaced: str) -> None:
+def test_who_meets_nobody_is_served_like_everybody(edge_url: Any, unplaced: str, transport: str, size: int) -> None:
     async def talk() -> str:
         async with socketio.AsyncSimpleClient() as client:
             url = f"{edge_url('sticky')}?client_id={unplaced}"
-            await client.connect(url, transports=["websocket"], wait_timeout=10)
-            return await client.call("message", "hello", timeout=10)
+            await client.connect(url, transports=[transport], wait_timeout=10)
+            return await client.call("message", "4" * size, timeout=10)
 
-    assert asyncio.run(talk()).endswith(": hello")
+    assert asyncio.run(talk()).endswith(": " + "4" * size)
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
