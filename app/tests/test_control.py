@@ -204,7 +204,7 @@ def test_an_equal_ring_is_not_made_anew(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Ring, "load", counting_load)
     metrics = MoveMetrics(CollectorRegistry())
-    control = Control("node1-1", {}, metrics, Drain({}, metrics))
+    control = Control("node1-1", {}, metrics, Drain({}, set(), metrics))
 
     def start(ring: object) -> None:
         control.answer("POST", "/rebalance", json.dumps({"ring": ring}).encode())

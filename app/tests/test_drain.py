@@ -17,8 +17,10 @@ from prometheus_client import CollectorRegistry
 
 from stickyring.drain import Drain
 from stickyring.metrics import MoveMetrics
+from stickyring.serve import GRACEFUL_SECONDS
 
 APPLICATION = """
+import eventlet
 import socketio
 
 server = socketio.Server(async_mode="eventlet", always_connect=True)
@@ -28,7 +30,16 @@ def slow(sid, seconds):
     server.sleep(seconds)
     return "done"
 
-application = socketio.WSGIApp(server)
+released = eventlet.Event()
+
+def page(environ, start_response):
+    start_response("200 OK", [])
+    if environ["PATH_INFO"] == "/release":
+        released.send()
+        return [b"released"]
+    return (released.wait() or b"complete" for _ in range(1))
+
+application = socketio.WSGIApp(server, page)
 """
 HANDSHAKE = "/socket.io/?EIO=4&transport=polling"
 SESSIONS = 30
@@ -116,6 +127,20 @@ def test_what_is_under_way_ends_and_nobody_comes_in_meanwhile(node: Any) -> None
     assert serve.process.wait(DEADLINE) == 0
 
 
+def test_a_request_that_is_being_answered_ends(node: Any) -> None:
+    """However long the application takes, within the deadline; only then the process is stopped."""
+    serve = node(60)
+    connection = serve.connect(60)
+    connection.request("GET", "/page")
+    serve.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: serve.get("/readyz").status == 503, "it drains")
+    with pytest.raises(subprocess.TimeoutExpired):
+        serve.process.wait(GRACEFUL_SECONDS + 2)
+    assert serve.get("/release").read() == b"released"
+    assert connection.getresponse().read() == b"complete"
+    assert serve.process.wait(10) == 0
+
+
 @asynccontextmanager
 async def never_answered(serve: ServeProcess) -> AsyncIterator[None]:
     """A user who waits for an acknowledgement that comes long after the node has ended, and does not get it."""
@@ -154,7 +179,7 @@ def test_the_deadline_ends_it(node: Any) -> None:
             assert 1 < time.monotonic() - began < 6
 
     asyncio.run(play())
-    assert serve.logged("not drained after 1 s: 1 sessions are left")
+    assert serve.logged("not drained after 1 s: 1 sessions and 0 requests are left")
 
 
 def test_without_a_drain_nobody_is_asked(node: Any) -> None:
@@ -177,7 +202,7 @@ def test_drain_empties_a_node_that_goes_on_and_undrain_opens_it_again(node: Any,
         await users.connect(serve, ["websocket"], SESSIONS)
         output, _ = await asyncio.to_thread(command(serve, tmp_path, "drain").communicate, timeout=20)
         told = json.loads(output)
-        numbers = {"sessions": 0, "to_move": SESSIONS, "asked": SESSIONS, "left": SESSIONS}
+        numbers = {"sessions": 0, "requests": 0, "to_move": SESSIONS, "asked": SESSIONS, "left": SESSIONS}
         assert told == {"draining": True, "drained": True} | numbers
         assert await users.all_gone(5)
 
@@ -241,7 +266,7 @@ def left(sessions: dict[str, Any]) -> int:
 
 @pytest.fixture
 def drain(sessions: dict[str, Any]) -> Drain:
-    return Drain(sessions, MoveMetrics(CollectorRegistry()))
+    return Drain(sessions, set(), MoveMetrics(CollectorRegistry()))
 
 
 def test_a_drain_that_is_under_way_hurries_when_time_is_short(drain: Drain, sessions: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ one that refuses has `error`, a line of text.
     POST /undrain             200 as GET /drain: users are taken in again; 409 the node is about to stop
     GET  /drain               200 {"draining", "drained": whether everybody has left, and numbers of sessions:
                               "sessions" that are open, "to_move" found so far, "asked", and "left", those of them that
-                              are gone}
+                              are gone; "requests" that are being answered}
 """
 
 import json

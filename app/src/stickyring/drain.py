@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from stickyring.metrics import MoveMetrics
@@ -29,11 +29,13 @@ TICK_SECONDS = 0.05
 class Drain:
     """Whether this node is being emptied, and how far that is; `begin` and `cancel` may be called at any time.
 
-    `active` tells the gate and `/readyz` to take nobody in.
+    `active` tells the gate and `/readyz` to take nobody in. `requests` are those that the application is answering,
+    which are let end.
     """
 
-    def __init__(self, sessions: Mapping[str, Session], metrics: MoveMetrics) -> None:
+    def __init__(self, sessions: Mapping[str, Session], requests: Set[object], metrics: MoveMetrics) -> None:
         self._sessions = sessions
+        self._requests = requests
         self._metrics = metrics
         self._moves: list[Move] = []
         self._final = False
@@ -42,9 +44,10 @@ class Drain:
 
     @property
     def empty(self) -> bool:
-        """Whether nobody is here any more, and nobody will come."""
+        """Whether nobody is here any more, nothing is being answered, and nobody will come."""
         # The engine's session ends before the application's disconnect handlers have run: `left` is after them.
-        return self.active and not self._open() and all(move.asked == move.left for move in self._moves)
+        gone = not self._open() and all(move.asked == move.left for move in self._moves)
+        return self.active and gone and not self._requests
 
     def begin(self, seconds: float = math.inf, *, final: bool = False) -> None:
         """Take nobody in from now on, and ask everybody to leave within `seconds`; `final`: nothing can cancel it."""
@@ -76,7 +79,11 @@ class Drain:
         while not self.empty:
             if time.monotonic() > deadline:
                 log.warning(
-                    "not drained after %g s: %d sessions are left", seconds, self._open(), extra=self.progress()
+                    "not drained after %g s: %d sessions and %d requests are left",
+                    seconds,
+                    self._open(),
+                    len(self._requests),
+                    extra=self.progress(),
                 )
                 return
             time.sleep(TICK_SECONDS)
@@ -88,6 +95,7 @@ class Drain:
             "draining": self.active,
             "drained": self.empty,
             "sessions": self._open(),
+            "requests": len(self._requests),
             "to_move": sum(move.to_move for move in self._moves),
             "asked": sum(move.asked for move in self._moves),
             "left": sum(move.left for move in self._moves),

@@ -1,7 +1,7 @@
 """What a node adds to the application that it serves: health, readiness, metrics, a cap, and whose each session is."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
@@ -39,7 +39,8 @@ class Runtime:
         registry = node_registry(node_name)
         self.sessions: dict[str, Session] = {}
         self.move_metrics = MoveMetrics(registry)
-        self.drain = Drain(self.sessions, self.move_metrics)
+        self._requests: set[object] = set()
+        self.drain = Drain(self.sessions, self._requests, self.move_metrics)
         self._metrics: WSGIApplication = make_wsgi_app(registry)
         self._gate: SocketIOGate | None = None
         if isinstance(application, socketio.WSGIApp):
@@ -51,16 +52,50 @@ class Runtime:
         match environ["PATH_INFO"]:
             case "/healthz":
                 return _text(start_response, "200 OK", "ok")
-            case "/readyz" if self.drain.active:
-                return _text(start_response, "503 Service Unavailable", "draining")
-            case "/readyz" if self._gate is not None and self._gate.full:
-                return _text(start_response, "503 Service Unavailable", "full")
             case "/readyz":
-                return _text(start_response, "200 OK", "ready")
+                return self._readiness(start_response)
             case "/metrics":
                 return self._metrics(environ, start_response)
-            case _:
+            case _ if "HTTP_UPGRADE" in environ:
+                # Its session is what is waited for, and gunicorn knows the answer by what it is.
                 return self._application(environ, start_response)
+            case _:
+                return _Answer(self._application, environ, start_response, self._requests)
+
+    def _readiness(self, start_response: "StartResponse") -> Iterable[bytes]:
+        if self.drain.active:
+            return _text(start_response, "503 Service Unavailable", "draining")
+        if self._gate is not None and self._gate.full:
+            return _text(start_response, "503 Service Unavailable", "full")
+        return _text(start_response, "200 OK", "ready")
+
+
+class _Answer:
+    """An application's answer, which is in `under_way` until it is closed."""
+
+    def __init__(
+        self,
+        application: "WSGIApplication",
+        environ: "WSGIEnvironment",
+        start_response: "StartResponse",
+        under_way: set[object],
+    ) -> None:
+        self._under_way = under_way
+        under_way.add(self)
+        try:
+            self._body = application(environ, start_response)
+        except BaseException:
+            under_way.discard(self)
+            raise
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._body)
+
+    def close(self) -> None:
+        """Close the application's, as PEP 3333 asks."""
+        self._under_way.discard(self)
+        if close := getattr(self._body, "close", None):
+            close()
 
 
 class SocketIOGate:
