@@ -76,6 +76,19 @@ async def test_welcome_echo_and_acknowledgement(node: ServeProcess, transports: 
 
 
 @pytest.mark.asyncio
+async def test_a_message_with_an_id_is_echoed_once(node: ServeProcess) -> None:
+    heard: list[tuple[str, ...]] = []
+    client = socketio.AsyncClient(reconnection=False)
+    client.on("message", lambda *data: heard.append(data))
+    await client.connect(node.url, transports=["websocket"])
+    for data in [("hello", "0123456789abcdef-1")] * 2 + [("hello", "no id")] * 2:
+        assert await client.call("message", data, timeout=5) == "node#node1-1: hello"
+    await client.disconnect()
+    echo = "node#node1-1: hello"
+    assert heard == [("node#node1-1: welcome",), (echo, "0123456789abcdef-1"), (echo,), (echo,)]
+
+
+@pytest.mark.asyncio
 async def test_the_cap_refuses_a_websocket_before_it_is_one(node: ServeProcess) -> None:
     *clients, late = [socketio.AsyncClient(reconnection=False) for _ in range(CAP + 1)]
     for client in clients:

@@ -1,7 +1,9 @@
 """The echo service: the reference application that every part of a deployment is proven with.
 
 On connect a client gets the event `message` with `node#<node name>: welcome`. For every `message` that it sends, it
-gets `message` with `node#<node name>: <text>`, and the same string as the acknowledgement if it asked for one.
+gets `message` with `node#<node name>: <text>`, and the same string as the acknowledgement if it asked for one. A
+message with an id (`stickyring.delivery`) is answered once: the event has the id as its second argument, and whoever
+sends the message again gets the acknowledgement again.
 """
 
 import mimetypes
@@ -9,6 +11,8 @@ import os
 from pathlib import Path
 
 import socketio
+
+from stickyring.delivery import Received
 
 PAGES = Path(__file__).with_name("pages")
 CLIENT_SCRIPT = "socket.io.min.js"
@@ -41,13 +45,13 @@ def create_application(pages: str = str(PAGES)) -> socketio.WSGIApp:
     def welcome(sid: str, environ: dict[str, object]) -> None:
         server.emit("message", f"{prefix}welcome", to=sid)
 
-    def echo(sid: str, text: object = "", *more: object) -> str:
+    def echo(sid: str, text: object = "", *more: object, message_id: str | None = None) -> str:
         answer = f"{prefix}{text}"
-        server.emit("message", answer, to=sid)
+        server.emit("message", answer if message_id is None else (answer, message_id), to=sid)
         return answer
 
     server.on("connect", welcome)
-    server.on("message", echo)
+    server.on("message", Received(server).once(echo))
     return socketio.WSGIApp(server, static_files=_static_files(Path(pages)))
 
 

@@ -1,0 +1,434 @@
+"""Messages with an id: handled once, sent until acknowledged; in threads, and on a node that drains and dies."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import socketio
+from conftest import STICKYRING, ServeProcess, serving, wait_until
+
+from stickyring.delivery import Received, Sender
+
+APP = Path(__file__).parents[1]
+CLIENT = Path(__file__).with_name("sending_client.mjs")
+NAME = "0123456789abcdef"
+APPLICATION = """
+from pathlib import Path
+import socketio
+from stickyring.delivery import Received
+
+server = socketio.Server(async_mode="eventlet", always_connect=True)
+received = Received(server)
+handled, gate = Path("handled"), Path("gate")
+
+def note(text, message_id):
+    with handled.open("a") as lines:
+        lines.write(f"{message_id} {text}\\n")
+    return f"noted {text}"
+
+@server.event
+@received.once
+def at_once(sid, text, message_id=None):
+    return note(text, message_id)
+
+@server.event
+@received.once
+def in_a_while(sid, text, message_id=None):
+    answer = note(text, message_id)
+    server.sleep(0.05)
+    return answer
+
+@server.event
+@received.once
+def at_the_gate(sid, text, message_id=None):
+    answer = note(text, message_id)
+    while not gate.exists():
+        server.sleep(0.02)
+    return answer
+
+@server.event
+@received.once
+def at_second_try(sid, text, message_id=None):
+    answer = note(text, message_id)
+    if len(handled.read_text().splitlines()) < 2:
+        raise RuntimeError("the first try fails")
+    return answer
+
+application = socketio.WSGIApp(server)
+"""
+
+
+def message_id(counter: int, sender: str = NAME) -> str:
+    return f"{sender}-{counter}"
+
+
+class Handler:
+    """An event handler that tells how often it has run; `before` is called first each time."""
+
+    def __init__(self, senders: int = 10, before: Callable[[], object] = lambda: None) -> None:
+        self.calls: list[tuple[tuple[object, ...], str | None]] = []
+        self._before = before
+        server = socketio.Server()
+        self.not_acknowledged = server.not_handled
+        self.event = Received(server, senders).once(self._handle)
+
+    def _handle(self, sid: str, *data: object, message_id: str | None = None) -> str:
+        self.calls.append((data, message_id))
+        self._before()
+        return f"answer {len(self.calls)}"
+
+
+def test_a_repetition_gets_the_same_answer_and_the_next_message_its_own() -> None:
+    handler = Handler()
+    answers = [handler.event(sid, "hello", message_id(counter)) for sid, counter in [("a", 1), ("b", 1), ("b", 3)]]
+    assert answers == ["answer 1", "answer 1", "answer 2"]
+    assert handler.event("b", "hello", message_id(1, sender=NAME[::-1])) == "answer 3"
+    assert handler.calls[:2] == [(("hello",), message_id(1)), (("hello",), message_id(3))]
+
+
+def test_a_message_before_the_last_one_is_neither_handled_nor_acknowledged() -> None:
+    handler = Handler()
+    handler.event("a", "later", message_id(3))
+    assert handler.event("a", "earlier", message_id(2)) is handler.not_acknowledged
+    assert [data for data, _ in handler.calls] == [("later",)]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ("hello",),
+        (),
+        (message_id(1),),  # the only argument is what the user wrote
+        (message_id(1), "hello"),
+        ("hello", message_id(0)),
+        ("hello", "short-1"),
+        ("hello", f"{NAME}-01"),
+        ("hello", f"{NAME}-"),
+        ("hello", f"{NAME}-1\n"),
+        ("hello", {"id": message_id(1)}),
+    ],
+)
+def test_without_an_id_every_event_is_handled(data: tuple[object, ...]) -> None:
+    handler = Handler()
+    assert [handler.event("a", *data), handler.event("a", *data)] == ["answer 1", "answer 2"]
+    assert handler.calls == [(data, None)] * 2
+
+
+def test_what_failed_is_handled_again() -> None:
+    def fail_once() -> None:
+        if len(handler.calls) == 1:
+            raise RuntimeError("the first try fails")
+
+    handler = Handler(before=fail_once)
+    with pytest.raises(RuntimeError):
+        handler.event("a", "hello", message_id(1))
+    assert [handler.event("a", "hello", message_id(1)) for _ in range(2)] == ["answer 2"] * 2
+
+
+def test_the_senders_of_latest_are_remembered_and_no_more() -> None:
+    handler = Handler(senders=2)
+    first, second, third = (f"{NAME}{letter}" for letter in "abc")
+    for sender in (first, second, first, third):
+        handler.event("a", "hello", message_id(1, sender))
+    assert len(handler.calls) == 3
+    handler.event("a", "hello", message_id(1, first))
+    assert len(handler.calls) == 3
+    handler.event("a", "hello", message_id(1, second))
+    assert len(handler.calls) == 4
+
+
+def test_a_repetition_waits_for_the_first_handling_and_other_senders_do_not() -> None:
+    may_end = threading.Event()
+
+    def wait_for_the_first() -> None:
+        if handler.calls[-1][0] == ("slow",):
+            assert may_end.wait(10)
+
+    handler = Handler(before=wait_for_the_first)
+    answers: list[object] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(handler.event("a", "slow", message_id(1)))) for _ in range(5)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: handler.calls, "the first handling has begun")
+    assert handler.event("a", "quick", message_id(1, sender=NAME[::-1]))
+    assert not answers
+    assert all(thread.is_alive() for thread in threads)
+    may_end.set()
+    for thread in threads:
+        thread.join(10)
+    assert [data for data, _ in handler.calls] == [("slow",), ("quick",)]
+    assert len(answers) == 5
+    assert len(set(answers)) == 1
+
+
+class Node:
+    """A node with the application above, and its record of what was handled."""
+
+    def __init__(self, serve: ServeProcess, folder: Path) -> None:
+        self.serve = serve
+        self.folder = folder
+
+    @property
+    def handled(self) -> list[list[str]]:
+        """`[id, text]` of every handling that has begun."""
+        record = self.folder / "handled"
+        return [line.split(maxsplit=1) for line in record.read_text().splitlines()] if record.exists() else []
+
+    async def has_handled(self, number: int) -> None:
+        await asyncio.to_thread(wait_until, lambda: len(self.handled) >= number, f"{number} handlings have begun")
+
+    def open_gate(self) -> None:
+        (self.folder / "gate").touch()
+
+    def kill(self) -> None:
+        """Kill the process that serves; gunicorn's master starts another one on the same port."""
+        os.kill(self.serve.logged("serving ")[-1]["pid"], signal.SIGKILL)
+
+    def command(self, name: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([STICKYRING, name, "--control", self.folder / "control"], stdout=subprocess.PIPE)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    (tmp_path / "chat.py").write_text(APPLICATION)
+    with serving(tmp_path, "chat:application", "--control", "control") as serve:
+        yield Node(serve, tmp_path)
+
+
+@asynccontextmanager
+async def user(node: Node, transports: list[str] | None = None) -> AsyncIterator[socketio.AsyncClient]:
+    client = socketio.AsyncClient()
+    async with asyncio.timeout(60):
+        await client.connect(node.serve.url, transports=transports or ["websocket"], wait_timeout=10)
+        yield client
+        await client.shutdown()
+
+
+@pytest.mark.asyncio
+async def test_green_threads_wait_for_the_first_handling_too(node: Node) -> None:
+    async with user(node) as client:
+        repeated = [
+            asyncio.create_task(client.call("at_the_gate", ("hello", message_id(1)), timeout=10)) for _ in range(2)
+        ]
+        without_id = [asyncio.create_task(client.call("at_the_gate", "hello", timeout=10)) for _ in range(2)]
+        await node.has_handled(3)
+        await client.call("at_once", "this has overtaken all", timeout=10)
+        node.open_gate()
+        assert await asyncio.gather(*repeated, *without_id) == ["noted hello"] * 4
+    handled = sorted(node.handled)
+    assert handled == sorted(
+        [[message_id(1), "hello"], ["None", "hello"], ["None", "hello"], ["None", "this has overtaken all"]]
+    )
+
+
+@pytest.mark.asyncio
+async def test_a_failed_message_is_sent_again_after_the_timeout(node: Node) -> None:
+    async with user(node) as client:
+        sender = Sender(client, ack_timeout=0.5)
+        assert await sender.send("at_second_try", "hello") == "noted hello"
+        assert sender.repeated == 1
+    assert len(node.handled) == 2
+
+
+@pytest.mark.asyncio
+async def test_messages_sent_at_the_same_time_go_one_after_the_other(node: Node) -> None:
+    async with user(node) as client:
+        sender = Sender(client)
+        texts = [str(number) for number in range(50)]
+        answers = await asyncio.gather(*(sender.send("at_once", text) for text in texts))
+        assert answers == [f"noted {text}" for text in texts]
+        assert sender.repeated == 0
+    assert [text for _, text in node.handled] == texts
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_left_for_good_sends_nothing(node: Node) -> None:
+    async with user(node) as client:
+        sender = Sender(client)
+        waiting = asyncio.create_task(sender.send("at_the_gate", "hello"))
+        await node.has_handled(1)
+        await client.disconnect()
+        with pytest.raises(socketio.exceptions.DisconnectedError):
+            await waiting
+        node.open_gate()
+        await client.connect(node.serve.url)
+        assert await sender.send("at_once", "back") == "noted back"
+
+
+@pytest.mark.asyncio
+async def test_a_message_can_be_given_up(node: Node) -> None:
+    async with user(node) as client:
+        sender = Sender(client)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await sender.send("at_the_gate", "hello")
+        following = asyncio.create_task(sender.send("at_once", "next"))
+        await client.call("at_once", "somebody else's", timeout=10)
+        assert [text for _, text in node.handled] == ["hello", "somebody else's"], "it did not wait for its turn"
+        node.open_gate()
+        assert await following == "noted next"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("transports", [["websocket"], ["polling"]])
+async def test_a_drain_lets_the_acknowledgement_out_first(node: Node, transports: list[str]) -> None:
+    async with user(node, transports) as client:
+        sender = Sender(client)
+        waiting = asyncio.create_task(sender.send("at_the_gate", "hello"))
+        await node.has_handled(1)
+        draining = node.command("drain")
+        await asyncio.to_thread(wait_until, lambda: node.serve.get("/readyz").status == 503, "it drains")
+        node.open_gate()
+        assert await waiting == "noted hello"
+        assert await asyncio.to_thread(draining.wait, 10) == 0
+        assert sender.repeated == 0
+    assert len(node.handled) == 1
+
+
+@pytest.mark.asyncio
+async def test_who_is_cut_off_comes_back_for_the_answer(node: Node) -> None:
+    """The node waits four seconds for the acknowledgement; after that, the answer is there for the repetition."""
+    async with user(node) as client:
+        sender = Sender(client, ack_timeout=60)  # it does not wait for that
+        lost = asyncio.create_task(client.call("at_the_gate", "without id", timeout=30))
+        waiting = asyncio.create_task(sender.send("at_the_gate", "hello"))
+        await node.has_handled(2)
+        draining = node.command("drain")
+        await asyncio.to_thread(wait_until, lambda: not client.connected, "it is cut off")
+        draining.terminate()
+        draining.wait(10)
+        assert node.command("undrain").wait(10) == 0
+        await asyncio.to_thread(wait_until, lambda: sender.repeated, "it is back")
+        node.open_gate()
+        assert await waiting == "noted hello"
+        assert not lost.done()
+        lost.cancel()
+    assert sorted(text for _, text in node.handled) == ["hello", "without id"]
+
+
+@pytest.mark.asyncio
+async def test_a_process_that_dies_before_the_acknowledgement_has_it_handled_again(node: Node) -> None:
+    """What is promised is at least once: the second time has the same id."""
+    async with user(node) as client:
+        sender = Sender(client, ack_timeout=60)  # it does not wait for that
+        waiting = asyncio.create_task(sender.send("at_the_gate", "hello"))
+        await node.has_handled(1)
+        node.kill()
+        await node.has_handled(2)
+        node.open_gate()
+        assert await waiting == "noted hello"
+        assert sender.repeated == 1
+    first, second = node.handled
+    assert first == second
+
+
+@pytest.fixture(scope="module")
+def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose node_modules holds the client that package-lock.json pins."""
+    folder = tmp_path_factory.mktemp("javascript")
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(APP / name, folder)
+    subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=60)
+    return folder
+
+
+class Stream:
+    """One sender's numbered messages, each sent when the one before is acknowledged, until `ended`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.ended = False
+        self.answers: list[str] = []
+
+    def texts(self) -> Iterator[str]:
+        while not self.ended:
+            yield f"{self.name}-{len(self.answers) + 1}"
+
+    async def python(self, node: Node, transports: list[str]) -> None:
+        async with user(node, transports) as client:
+            sender = Sender(client)
+            for text in self.texts():
+                self.answers.append(await sender.send("in_a_while", text))
+
+    async def javascript(self, node: Node, package: Path) -> None:
+        process = await asyncio.create_subprocess_exec(
+            *("node", str(CLIENT), str(package), node.serve.url, "in_a_while"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for text in self.texts():
+            process.stdin.write(f"{text}\n".encode())
+            self.answers.append((await process.stdout.readline()).decode().strip())
+        process.stdin.close()
+        assert await process.wait() == 0
+
+
+class Streams:
+    """Streams that run side by side, one for each setting of transports in Python, and one in JavaScript."""
+
+    def __init__(self, node: Node, package: Path, *transports: list[str]) -> None:
+        self._node = node
+        python = {" ".join(setting): setting for setting in transports}
+        self._streams = [Stream(name) for name in (*python, "browser")]
+        self._running = asyncio.gather(
+            *(stream.python(node, setting) for stream, setting in zip(self._streams, python.values(), strict=False)),
+            self._streams[-1].javascript(node, package),
+        )
+
+    async def go_on(self) -> None:
+        """Return when each has 20 more acknowledgements."""
+        goals = [len(stream.answers) + 20 for stream in self._streams]
+
+        def reached() -> bool:
+            return all(len(stream.answers) >= goal for stream, goal in zip(self._streams, goals, strict=True))
+
+        await asyncio.to_thread(wait_until, reached, "20 more acknowledgements each")
+
+    async def end(self) -> int:
+        """Check that each message was acknowledged and handled, in order; return how many were handled again."""
+        for stream in self._streams:
+            stream.ended = True
+        await self._running
+        again = 0
+        for stream in self._streams:
+            counters = range(1, len(stream.answers) + 1)
+            assert stream.answers == [f"noted {stream.name}-{counter}" for counter in counters]
+            handled = [line for line in self._node.handled if line[1].rpartition("-")[0] == stream.name]
+            sender = handled[0][0].partition("-")[0]
+            once = [line for line, before in zip(handled, [None, *handled], strict=False) if line != before]
+            assert once == [[message_id(counter, sender), f"{stream.name}-{counter}"] for counter in counters]
+            again += len(handled) - len(once)
+        return again
+
+
+@pytest.mark.asyncio
+async def test_a_drain_loses_nothing_and_has_nothing_handled_again(node: Node, javascript: Path) -> None:
+    streams = Streams(node, javascript, ["websocket"])
+    await streams.go_on()
+    assert await asyncio.to_thread(node.command("drain").wait, 20) == 0
+    assert await asyncio.to_thread(node.command("undrain").wait, 10) == 0
+    await streams.go_on()
+    assert await streams.end() == 0
+
+
+@pytest.mark.asyncio
+async def test_killed_processes_lose_nothing_and_have_handled_again_what_was_under_way(
+    node: Node, javascript: Path
+) -> None:
+    streams = Streams(node, javascript, ["websocket"], ["polling"], ["polling", "websocket"])
+    await streams.go_on()
+    for _ in range(2):
+        node.kill()
+        await streams.go_on()
+    assert 0 < await streams.end() <= 2 * 4, "each kill can meet one message of each sender"
