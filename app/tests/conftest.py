@@ -74,13 +74,17 @@ class ServeProcess:
 
 
 @contextmanager
-def serving(directory: Path, *arguments: str, descriptors: int | None = None) -> Iterator[ServeProcess]:
+def serving(
+    directory: Path, *arguments: str, descriptors: int | None = None, **environment: str
+) -> Iterator[ServeProcess]:
     """Run `stickyring serve` in `directory`, where it also finds applications, from when it serves until the end."""
     limit = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
     command = [*limit, str(STICKYRING), "serve", "--listen", "127.0.0.1:0", "--node-name", "node1-1", *arguments]
     stderr = directory / "stderr"
     with stderr.open("wb") as output:
-        process = subprocess.Popen(command, stderr=output, cwd=directory, env={"PATH": os.environ["PATH"]})
+        process = subprocess.Popen(
+            command, stderr=output, cwd=directory, env={"PATH": os.environ["PATH"]} | environment
+        )
     node = ServeProcess(process, stderr)
     try:
         wait_until(lambda: node.logged("serving ") or process.poll() is not None, "the node serves")

@@ -414,7 +414,7 @@ class Streams:
 
 @pytest.mark.asyncio
 async def test_a_drain_loses_nothing_and_has_nothing_handled_again(node: Node, javascript: Path) -> None:
-    streams = Streams(node, javascript, ["websocket"])
+    streams = Streams(node, javascript, ["websocket"], ["polling"], ["polling", "websocket"])
     await streams.go_on()
     assert await asyncio.to_thread(node.command("drain").wait, 20) == 0
     assert await asyncio.to_thread(node.command("undrain").wait, 10) == 0

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,14 +15,21 @@ DESCRIPTORS = 64
 APPLICATION = """
 import time
 
+import eventlet.patcher
+
 def application(environ, start_response):
     start_response("200 OK", [])
     if environ["PATH_INFO"] == "/file":
         return environ["wsgi.file_wrapper"](open(__file__, "rb"))
     if environ["PATH_INFO"] == "/slow":
         time.sleep(0.5)
+    if environ["PATH_INFO"] == "/stuck":
+        eventlet.patcher.original("time").sleep(3)
     return [b"answer"]
 """
+
+
+STUCK_SECONDS = 3.0
 
 
 @pytest.fixture
@@ -103,3 +111,22 @@ def test_a_worker_whose_master_is_gone_ends(serve: Callable[..., ServeProcess], 
     os.kill(node.process.pid, signal.SIGKILL)
     node.process.wait()
     wait_until(lambda: not answers(node), "the worker ends")
+
+
+def test_systemd_is_told_when_it_serves_and_as_long_as_its_loop_turns(
+    serve: Callable[..., ServeProcess], application: str, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(2 * STUCK_SECONDS)
+        node = serve(application, NOTIFY_SOCKET=str(tmp_path / "notify"))
+        assert manager.recv(64) == b"READY=1"
+        assert manager.recv(64) == b"WATCHDOG=1"
+        manager.recv(64)
+        beat = time.monotonic()
+        assert manager.recv(64) == b"WATCHDOG=1"
+        assert 0.5 < time.monotonic() - beat < 1.5
+        beat = time.monotonic()
+        assert node.get("/stuck").status == 200
+        manager.recv(64)
+        assert time.monotonic() - beat >= STUCK_SECONDS

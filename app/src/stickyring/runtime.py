@@ -165,7 +165,7 @@ class SocketIOGate:
         if "sid" not in query and environ["REQUEST_METHOD"] == "GET":
             transport = _transport_label(query.get("transport", ["polling"])[0])
             self._metrics.refused.labels(transport, "draining").inc()
-        return _text(start_response, "503 Service Unavailable", "this node is draining", [(DRAINING_HEADER, "1")])
+        return _refuse(start_response, [(DRAINING_HEADER, "1")])
 
     def _poll(self, environ: "WSGIEnvironment", start_response: "StartResponse", session: Session) -> Iterable[bytes]:
         begun: list[tuple[str, list[tuple[str, str]]]] = []
@@ -190,8 +190,7 @@ class SocketIOGate:
         supported = protocol == ENGINE_IO_PROTOCOL
         if supported and self.full:
             self._metrics.refused.labels(transport, "capacity").inc()
-            headers = [("Retry-After", str(RETRY_AFTER_SECONDS))]
-            return _text(start_response, "503 Service Unavailable", "this node is full", headers)
+            return _refuse(start_response, [("Retry-After", str(RETRY_AFTER_SECONDS))])
 
         def count_refusal(
             status: str, headers: list[tuple[str, str]], *exc_info: "OptExcInfo"
@@ -253,11 +252,13 @@ def _transport_label(transport: str) -> str:
     return transport if transport in TRANSPORTS else "other"
 
 
-def _text(
-    start_response: "StartResponse", status: str, text: str, headers: Iterable[tuple[str, str]] = ()
-) -> Iterable[bytes]:
+def _refuse(start_response: "StartResponse", headers: list[tuple[str, str]]) -> Iterable[bytes]:
+    # Without a body: one that comes a moment after the head ends a client of python-socketio for good.
+    start_response("503 Service Unavailable", [("Content-Length", "0"), *headers])
+    return []
+
+
+def _text(start_response: "StartResponse", status: str, text: str) -> Iterable[bytes]:
     body = f"{text}\n".encode()
-    start_response(
-        status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body))), *headers]
-    )
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))])
     return [body]

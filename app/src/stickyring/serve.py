@@ -23,6 +23,7 @@ import gunicorn.util
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.errors import AppImportError, HaltServer
+from gunicorn.systemd import sd_notify
 from gunicorn.workers.base import Worker
 
 from stickyring import logs
@@ -214,6 +215,8 @@ class Node(BaseApplication):
         self._listener = listener.detach()
         self._refusal_reader, self._refusal_writer = os.pipe()
         os.set_blocking(self._refusal_reader, False)
+        # gunicorn's master would tell systemd that it is ready before its worker is.
+        self._notify_socket = os.environ.pop("NOTIFY_SOCKET", None)
         # By this the master tells its worker to drain, and hears when that is done.
         self._drain_here, self._drain_there = socket.socketpair()
         super().__init__()
@@ -319,6 +322,12 @@ class Node(BaseApplication):
             return ""
 
     def _tell_that_it_serves(self, worker: Worker) -> None:
+        if self._notify_socket is not None:
+            os.environ["NOTIFY_SOCKET"] = self._notify_socket
+            sd_notify("READY=1", log)
+            beat = worker.notify
+            # A worker that is stuck beats no more, whatever its master does.
+            worker.notify = lambda: (beat(), sd_notify("WATCHDOG=1", log))
         log.info(
             "serving %s on %s",
             self._settings.application,
