@@ -13,6 +13,7 @@ ROLES = sorted((PROJECT / "roles").iterdir())
 DEPLOYED = ("stickyring_node", "stickyring_edge")
 # Set by the playbooks, from the inventory.
 COMPOSED = {
+    "stickyring_node_prove",
     "stickyring_node_address",
     "stickyring_node_name",
     "stickyring_node_keep_surplus",

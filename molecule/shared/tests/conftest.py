@@ -90,6 +90,24 @@ def ansible(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., subpro
 
 
 @pytest.fixture(scope="session")
+def interrupt(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., None]:
+    """Runs a playbook and kills it, with all that it has started here, when it begins the task."""
+
+    def run(task: str, *arguments: str | Path) -> None:
+        play = start("ansible-playbook", *arguments)
+        told = [""]
+        for line in play.stdout or ():
+            told.append(line)
+            if line.startswith("TASK [") and f"{task}]" in line:
+                break
+        os.killpg(play.pid, signal.SIGKILL)
+        play.communicate()
+        assert f"{task}]" in told[-1], f"it has ended before {task}: {''.join(told)}"
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def hosts(inventory: Path, ansible: Callable[..., object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Host]:
     """Each host of the inventory by name, with the roles' defaults below what the inventory sets."""
     directory = tmp_path_factory.mktemp("inventory")

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import socketio
+from stickyring.delivery import Sender
 
 TRANSPORTS = (["websocket"], ["polling"], ["polling", "websocket"])
-SILENCE_SECONDS = 1.0
-ANSWER_SECONDS = 10
+ANSWER_SECONDS = 60
 POLL_SECONDS = 0.1
+ON_ITS_WAY_SECONDS = 0.2
 GOODBYE_SECONDS = 60
 
 
@@ -24,15 +25,19 @@ GOODBYE_SECONDS = 60
 class Connection:
     """One connection of a user: real client, default reconnection, one transport setting.
 
-    events: (time, "connect", "disconnect" or "failed") in their order; node: who welcomed it last; silent: events whose
-    acknowledgement never came.
+    pause: seconds between an acknowledgement and the next message; node: who welcomed it last; events: (time, "connect",
+    "disconnect" or "failed") in their order; answers: (sent at, acknowledged at) of its numbered messages; repeated:
+    when those were sent that had to be sent again; lost: those that were not acknowledged in ANSWER_SECONDS, or wrongly.
     """
 
     user: str
     transports: list[str]
+    pause: float = 1.0
     node: str = ""
     events: list[tuple[float, str]] = field(default_factory=list)
-    silent: list[float] = field(default_factory=list)
+    answers: list[tuple[float, float]] = field(default_factory=list)
+    repeated: list[float] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
     def note(self, event: str) -> None:
         self.events.append((time.monotonic(), event))
@@ -47,27 +52,38 @@ class Connection:
         client.on("connect", lambda: self.note("connect"))
         client.on("disconnect", lambda reason: self.left())
         client.on("connect_error", lambda data: self.note("failed"))
+        sender = Sender(client)
         await client.connect(f"{url}?client_id={self.user}", transports=self.transports, wait_timeout=20)
         while not ended.is_set():
-            if client.connected:
-                await self.talk(client)
+            await self.talk(sender)
             with suppress(TimeoutError):
-                await asyncio.wait_for(ended.wait(), SILENCE_SECONDS)
+                await asyncio.wait_for(ended.wait(), self.pause)
         # Also when it is about to reconnect, which disconnect() would let it do.
         await client.shutdown()
 
-    async def talk(self, client: socketio.AsyncClient) -> None:
-        began = time.monotonic()
+    async def talk(self, sender: Sender) -> None:
+        began, repeated = time.monotonic(), sender.repeated
+        text = f"message {len(self.answers)}"
         try:
-            await client.call("message", "still there?", timeout=ANSWER_SECONDS)
-        except (socketio.exceptions.TimeoutError, socketio.exceptions.BadNamespaceError):
-            self.silent.append(began)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                answer = await sender.send("message", text)
+        except TimeoutError:
+            answer = ""
+        if not answer.endswith(f": {text}"):
+            self.lost.append(text)
+        self.answers.append((began, time.monotonic()))
+        if sender.repeated > repeated:
+            self.repeated.append(began)
+
+    def silence(self, since: float) -> float:
+        """How long after that moment the next acknowledgement came; what was on its way then does not count."""
+        return min(answered for _, answered in self.answers if answered > since + ON_ITS_WAY_SECONDS) - since
 
     def left(self) -> None:
         self.node = ""
         self.note("disconnect")
 
-    def hear(self, text: str) -> None:
+    def hear(self, text: str, message_id: str | None = None) -> None:
         if text.endswith(": welcome"):
             self.node = text.removeprefix("node#").removesuffix(": welcome")
 
@@ -75,10 +91,10 @@ class Connection:
 class Residents:
     """Connections that live in a thread of their own; every transport setting has one of every user."""
 
-    def __init__(self, url: str, users: list[str]) -> None:
+    def __init__(self, url: str, users: list[str], pause: float = 1.0) -> None:
         self._url = url
         self.users = users
-        self.connections = [Connection(user, transports) for user in users for transports in TRANSPORTS]
+        self.connections = [Connection(user, transports, pause) for user in users for transports in TRANSPORTS]
         self._ended = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -113,6 +129,10 @@ class Residents:
         for connection in self.connections:
             found[connection.user].add(connection.node)
         return dict(found)
+
+    def settle(self, seconds: float) -> None:
+        """Waits until every user has all connections, on one node."""
+        self.wait(lambda: all(len(home) == 1 and "" not in home for home in self.homes().values()), seconds)
 
     def wait(self, condition: Callable[[], bool], seconds: float) -> float:
         """Waits until the condition holds; returns how long that took, or raises TimeoutError."""

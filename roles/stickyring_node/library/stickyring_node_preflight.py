@@ -38,6 +38,7 @@ options:
   environment: {description: "Names of the further environment variables", type: list, elements: str, required: true}
   release: {type: str, required: true}
   requirements_sha256: {description: "What the release is installed from", type: str, required: true}
+  releases_kept: {type: int, required: true}
   files: {description: "SHA-256 of the unit and of every environment, by path", type: dict, required: true}
 attributes:
   check_mode: {support: full}
@@ -56,6 +57,10 @@ differing:
 complete: {description: "Whether the wanted release is installed completely", type: bool, returned: success}
 application: {description: "What the installed unit serves, or empty", type: str, returned: success}
 current: {description: "Name of the release that is linked as current, or empty", type: str, returned: success}
+kept: {description: "Whether the wanted release has its unit and environments beside it", type: bool, returned: success}
+last_served: {description: "The current release, or the youngest that served if it never did", type: str, returned: success}
+previous: {description: "The release that served before the current one, or empty", type: str, returned: success}
+superfluous: {description: "Releases that are too many, or never served", type: list, elements: str, returned: success}
 known: {description: "Instances that are configured, enabled or running", type: list, elements: int, returned: success}
 enabled: {description: "Instances that start at boot", type: list, elements: int, returned: success}
 running: {description: "Instances that run", type: list, elements: int, returned: success}
@@ -82,6 +87,7 @@ OPTIONS = {
     "environment": {"type": "list", "elements": "str", "required": True},
     "release": {"type": "str", "required": True},
     "requirements_sha256": {"type": "str", "required": True},
+    "releases_kept": {"type": "int", "required": True},
     "files": {"type": "dict", "required": True},
 }
 # What no unit file, shell or folder gives a meaning of its own: the values stand in all three.
@@ -96,6 +102,8 @@ ACCOUNT = ("/nonexistent", "/usr/sbin/nologin")
 # Of the files that instances start from, as user and group; an environment is for nobody else to read.
 OWNER = (0, 0)
 MODES = {".service": 0o644, ".env": 0o600}
+KEPT = "served"
+"""Below a release, the folder with the unit and the environments that it last served with."""
 ROOT = Path("/")
 PROC = Path("/proc")
 TCP_LISTEN = "0A"
@@ -122,6 +130,8 @@ def mistakes(wanted: dict[str, Any]) -> Iterator[str]:
             f"stickyring_node_port {wanted['port']} leaves the range from 1024 to 65535"
             f" with {wanted['instances']} instances"
         )
+    if wanted["releases_kept"] < 2:
+        yield f"stickyring_node_releases_kept is {wanted['releases_kept']}: with less than 2 there is no way back"
     if not wanted["health_path"].startswith("/"):
         yield f"stickyring_node_health_path {wanted['health_path']!r} does not begin with /"
     if wanted["limit_nofile"] < wanted["max_connections"] + DESCRIPTORS_BESIDE_CONNECTIONS:
@@ -201,6 +211,13 @@ def as_wanted(path: Path, sha256: str) -> bool:
     return made == (*OWNER, MODES[path.suffix]) and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
+def served(releases: Path) -> dict[str, float]:
+    """Return ``{release: when it last became what serves}`` of the complete ones, in seconds, the youngest first."""
+    kept = [folder for folder in releases.glob(f"*/{KEPT}") if (folder.parent / ".complete").is_file()]
+    times = {folder.parent.name: folder.stat().st_mtime for folder in kept}
+    return dict(sorted(times.items(), key=lambda item: item[1], reverse=True))
+
+
 def account_problem(service: str) -> str | None:
     """Return whose login the role would rewrite if it made the service's account, or nothing."""
     try:
@@ -258,7 +275,8 @@ def main() -> None:
         refuse(module, problems)
 
     home, settings = ROOT / "opt" / service, ROOT / "etc" / service
-    stamp, current = home / "releases" / wanted["release"] / ".complete", home / "current"
+    releases, current = home / "releases", home / "current"
+    stamp = releases / wanted["release"] / ".complete"
     found = (port_problem(wanted["address"], wanted["port"] + i - 1, f"{service}@{i}.service") for i in instances)
     problems = sorted({problem for problem in found if problem})
     account = account_problem(service)
@@ -288,6 +306,13 @@ def main() -> None:
     release = linked.name if linked.parent == Path("releases") else ""
     differing = {path for path, sha256 in wanted["files"].items() if not as_wanted(ROOT / path.lstrip("/"), sha256)}
 
+    kept = releases / wanted["release"] / KEPT
+    have_served = served(releases)
+    # A release that has not served yet is younger than all that have.
+    before = [name for name, moment in have_served.items() if moment < have_served.get(release, float("inf"))]
+    staying = [name for name in have_served if name != wanted["release"]][: wanted["releases_kept"] - 1]
+    present = {path.name for path in releases.iterdir()} if releases.is_dir() else set()
+
     def up_to_date(instance: int) -> bool:
         files = [template, settings / f"{instance}.env"]
         written = differing.isdisjoint(f"/{path.relative_to(ROOT)}" for path in files)
@@ -302,6 +327,10 @@ def main() -> None:
         complete=stamp.is_file(),
         application=serves[1] if serves else "",
         current=release,
+        kept=all(as_wanted(kept / Path(path).name, sha256) for path, sha256 in wanted["files"].items()),
+        last_served=release if release in have_served else next(iter(have_served), ""),
+        previous=next(iter(before), ""),
+        superfluous=sorted(present - {wanted["release"], *staying}),
         known=sorted(configured | running | enabled),
         enabled=sorted(enabled),
         running=sorted(running),

@@ -52,6 +52,7 @@ GOOD: dict[str, Any] = {
     "environment": ["REDIS_URL", "_x1"],
     "release": "1.0+abc_D-1",
     "requirements_sha256": REQUIREMENTS,
+    "releases_kept": 3,
     "files": {path: hashlib.sha256(text.encode()).hexdigest() for path, text in FILES.items()},
 }
 
@@ -188,6 +189,7 @@ def test_good_variables_have_no_mistake(changed: dict[str, Any]) -> None:
         ({"instances": -1}, "stickyring_node_instances is -1: give 1 or more"),
         ({"port": 1023}, "stickyring_node_port 1023 leaves the range from 1024 to 65535 with 2 instances"),
         ({"port": 65535}, "stickyring_node_port 65535 leaves the range from 1024 to 65535 with 2 instances"),
+        ({"releases_kept": 1}, "stickyring_node_releases_kept is 1"),
         ({"health_path": "healthz"}, "stickyring_node_health_path 'healthz' does not begin with /"),
         ({"limit_nofile": 10099}, "stickyring_node_limit_nofile 10099 is too low: 10000 connections"),
         ({"environment": ["A-B"]}, "stickyring_node_environment: 'A-B' cannot name an environment variable"),
@@ -548,6 +550,43 @@ def test_account_and_folder_are_prepared_only_as_the_role_makes_them(
     assert not run(port=free_ports)["prepared"]
     host.accounts[SERVICE] = account(SERVICE, *preflight.ACCOUNT)
     assert run(port=free_ports)["prepared"] == prepared
+
+
+def test_what_has_served_is_told_by_its_age(host: Host, free_ports: int) -> None:
+    """Four that have served, of which one is current; one that never did, and one that is incomplete."""
+    installed(host, age=100)
+    for age, release in enumerate(("young", "current", "old", "oldest", "never", "incomplete"), 1):
+        folder = f"opt/{SERVICE}/releases/{release}"
+        if release != "incomplete":
+            host.write(f"{folder}/.complete", REQUIREMENTS)
+        host.write(f"{folder}/served/1.env")
+        host.age(host.root / folder / "served", age * 10)
+    (host.root / f"opt/{SERVICE}/releases/never/served/1.env").unlink()
+    (host.root / f"opt/{SERVICE}/releases/never/served").rmdir()
+    current = host.root / "opt" / SERVICE / "current"
+
+    def told(linked: str, **changed: object) -> tuple[str, str, list[str]]:
+        current.unlink()
+        current.symlink_to(f"releases/{linked}")
+        result = run(port=free_ports, **changed)
+        return result["last_served"], result["previous"], result["superfluous"]
+
+    assert told("current") == ("current", "old", ["incomplete", "never", "old", "oldest"])
+    assert told("current", releases_kept=2) == ("current", "old", ["current", "incomplete", "never", "old", "oldest"])
+    assert told("current", releases_kept=9) == ("current", "old", ["incomplete", "never"])
+    assert told("oldest")[:2] == ("oldest", "")
+    assert told("never") == ("young", "young", ["incomplete", "never", "old", "oldest"])
+
+
+def test_a_release_keeps_what_it_serves_with(host: Host, free_ports: int) -> None:
+    installed(host, age=100)
+    assert not run(port=free_ports)["kept"]
+    for path, text in FILES.items():
+        copy = host.write(f"opt/{SERVICE}/releases/{GOOD['release']}/served/{Path(path).name}", text)
+        copy.chmod(0o644 if path == UNIT else 0o600)
+    assert run(port=free_ports)["kept"]
+    copy.write_text("something else")
+    assert not run(port=free_ports)["kept"]
 
 
 def test_a_link_to_elsewhere_is_no_release(host: Host, free_ports: int) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,7 +58,7 @@ class Fleet:
 @pytest.fixture(scope="session")
 def residents(edge_url: Any) -> Iterator[Residents]:
     with Residents(edge_url("sticky"), USERS) as all_of_them:
-        all_of_them.wait(lambda: all(len(home) == 1 and "" not in home for home in all_of_them.homes().values()), 60)
+        all_of_them.settle(SETTLED_SECONDS)
         yield all_of_them
 
 
@@ -114,24 +112,6 @@ def run(fleet: Fleet, ansible: Any) -> Callable[..., str]:
 
 
 @pytest.fixture
-def interrupt(fleet: Fleet, start: Any) -> Callable[..., None]:
-    """Runs a playbook and kills it, with all that it has started here, when it begins the task."""
-
-    def run(task: str, playbook: str, *options: str) -> None:
-        play = start("ansible-playbook", "-i", fleet.folder, playbook, *options)
-        told = []
-        for line in play.stdout:
-            told.append(line)
-            if line.startswith("TASK [") and f"{task}]" in line:
-                break
-        os.killpg(play.pid, signal.SIGKILL)
-        play.communicate()
-        assert f"{task}]" in told[-1], f"{playbook} has ended before {task}: {''.join(told)}"
-
-    return run
-
-
-@pytest.fixture
 def watch(residents: Residents, machine: Any, edge: Any) -> Callable[[], Callable[..., None]]:
     """Begins to watch; what it returns is called with the plan when the playbook has ended, and judges."""
 
@@ -151,8 +131,9 @@ def watch(residents: Residents, machine: Any, edge: Any) -> Callable[[], Callabl
                 noticed = connection.count("disconnect", since)
                 assert noticed == (1 if connection.user in plan.moves else 0), connection
                 assert connection.count("failed", since) == 0, connection
+                assert not connection.lost, connection
                 if connection.user not in plan.moves:
-                    assert not [began for began in connection.silent if began >= since], connection
+                    assert not [began for began in connection.repeated if began >= since], connection
 
         return judge
 

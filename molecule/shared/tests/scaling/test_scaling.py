@@ -164,7 +164,7 @@ def test_a_run_that_is_killed_on_the_way_is_finished_by_the_next(
         "stickyring_edge : Write the bootstrap",
         "stickyring_node : Ask those who belong elsewhere to reconnect",
     ]:
-        interrupt(task, "site.yml")
+        interrupt(task, "-i", fleet.folder, "site.yml")
     members = plan().before.members
     assert {member.name: member.health for member in members} == {f"node{i}-1": "HEALTHY" for i in (1, 2, 3, 4)}
     run("site.yml")
@@ -177,7 +177,7 @@ def test_a_run_that_is_killed_on_the_way_is_finished_by_the_next(
         "stickyring_node : Ask those who belong elsewhere to reconnect",
         "stickyring_node : Remove unit, settings and releases",
     ]:
-        interrupt(task, "playbooks/remove_node.yml", "-e", "node=node4")
+        interrupt(task, "-i", fleet.folder, "playbooks/remove_node.yml", "-e", "node=node4")
     assert "Nothing of it is left on the host" in " ".join(run("playbooks/remove_node.yml", "-e", "node=node4").split())
     judge(expected)
     fleet.drop("node4")

@@ -1,0 +1,44 @@
+"""A fleet that is updated under users who talk throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from residents import Residents
+
+USERS = [f"user-{number}" for number in range(200)]
+SETTLED_SECONDS = 60
+
+
+@pytest.fixture(scope="session")
+def residents(edge_url: Any) -> Iterator[Residents]:
+    """600 clients: every user over each transport."""
+    with Residents(edge_url("sticky"), USERS) as all_of_them:
+        all_of_them.settle(SETTLED_SECONDS)
+        yield all_of_them
+
+
+@pytest.fixture
+def run(inventory: Path, ansible: Any) -> Callable[..., Any]:
+    """Runs a playbook on the fleet; returns its output in one line, if it ends as it should."""
+
+    def run(playbook: str, *options: str, fails: bool = False) -> str:
+        done = ansible("ansible-playbook", "-i", inventory, playbook, *options, check=False)
+        assert (done.returncode != 0) == fails, done.stdout + done.stderr
+        return " ".join(done.stdout.split())
+
+    return run
+
+
+@pytest.fixture
+def serving(machine: Any, nodes: Any) -> Callable[[], dict[str, tuple[str, str]]]:
+    """The release and the process of every node."""
+
+    def look() -> dict[str, tuple[str, str]]:
+        command = "basename $(readlink /opt/stickyring-node/current); systemctl show stickyring-node@1 -P MainPID"
+        return {node.name: tuple(machine(node.name).check_output(command).split()) for node in nodes}
+
+    return look
