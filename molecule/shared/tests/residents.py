@@ -25,9 +25,10 @@ GOODBYE_SECONDS = 60
 class Connection:
     """One connection of a user: real client, default reconnection, one transport setting.
 
-    pause: seconds between an acknowledgement and the next message; node: who welcomed it last; events: (time, "connect",
-    "disconnect" or "failed") in their order; answers: (sent at, acknowledged at) of its numbered messages; repeated:
-    when those were sent that had to be sent again; lost: those that were not acknowledged in ANSWER_SECONDS, or wrongly.
+    pause: seconds between an acknowledgement and the next message; node: who welcomed it last; events: (time,
+    "connect", "disconnect" or "failed") in their order; answers: (sent at, acknowledged at) of its numbered messages;
+    repeated: when those were sent that had to be sent again; lost: those that were not acknowledged in ANSWER_SECONDS,
+    or wrongly.
     """
 
     user: str
