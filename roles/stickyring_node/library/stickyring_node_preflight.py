@@ -59,7 +59,8 @@ application: {description: "What the installed unit serves, or empty", type: str
 current: {description: "Name of the release that is linked as current, or empty", type: str, returned: success}
 kept: {description: "Whether the wanted release has its unit and environments beside it", type: bool, returned: success}
 last_served: {description: "The current release, or the youngest that served if it never did", type: str, returned: success}
-previous: {description: "The release that served before the current one, or empty", type: str, returned: success}
+previous: {description: "The release that served before the youngest that did, or empty", type: str, returned: success}
+behind: {description: "Instances that were started before the current release was linked", type: list, elements: int}
 superfluous: {description: "Releases that are too many, or never served", type: list, elements: str, returned: success}
 known: {description: "Instances that are configured, enabled or running", type: list, elements: int, returned: success}
 enabled: {description: "Instances that start at boot", type: list, elements: int, returned: success}
@@ -308,8 +309,6 @@ def main() -> None:
 
     kept = releases / wanted["release"] / KEPT
     have_served = served(releases)
-    # A release that has not served yet is younger than all that have.
-    before = [name for name, moment in have_served.items() if moment < have_served.get(release, float("inf"))]
     staying = [name for name in have_served if name != wanted["release"]][: wanted["releases_kept"] - 1]
     present = {path.name for path in releases.iterdir()} if releases.is_dir() else set()
 
@@ -329,7 +328,8 @@ def main() -> None:
         current=release,
         kept=all(as_wanted(kept / Path(path).name, sha256) for path, sha256 in wanted["files"].items()),
         last_served=release if release in have_served else next(iter(have_served), ""),
-        previous=next(iter(before), ""),
+        previous="".join([*have_served][1:2]),
+        behind=sorted(i for i in running if started[i] <= changed_at(current)),
         superfluous=sorted(present - {wanted["release"], *staying}),
         known=sorted(configured | running | enabled),
         enabled=sorted(enabled),

@@ -571,11 +571,26 @@ def test_what_has_served_is_told_by_its_age(host: Host, free_ports: int) -> None
         result = run(port=free_ports, **changed)
         return result["last_served"], result["previous"], result["superfluous"]
 
-    assert told("current") == ("current", "old", ["incomplete", "never", "old", "oldest"])
-    assert told("current", releases_kept=2) == ("current", "old", ["current", "incomplete", "never", "old", "oldest"])
-    assert told("current", releases_kept=9) == ("current", "old", ["incomplete", "never"])
-    assert told("oldest")[:2] == ("oldest", "")
-    assert told("never") == ("young", "young", ["incomplete", "never", "old", "oldest"])
+    too_many = ["incomplete", "never", "old", "oldest"]
+    assert told("young") == ("young", "current", too_many)
+    # It was rolled back to, and rolling back goes no further.
+    assert told("current") == ("current", "current", too_many)
+    assert told("never") == ("young", "current", too_many)
+    assert told("current", releases_kept=2)[2] == ["current", *too_many]
+    assert told("current", releases_kept=9)[2] == ["incomplete", "never"]
+
+
+def test_a_release_that_alone_has_served_has_none_before(host: Host, free_ports: int) -> None:
+    installed(host, age=100)
+    host.write(f"opt/{SERVICE}/releases/{GOOD['release']}/served/1.env")
+    result = run(port=free_ports)
+    assert (result["last_served"], result["previous"]) == (GOOD["release"], "")
+
+
+def test_an_instance_that_runs_from_before_the_link_is_told(host: Host, free_ports: int) -> None:
+    installed(host, age=100)
+    host.shows({f"{SERVICE}@1.service": unit(started=50), f"{SERVICE}@2.service": unit(started=150)})
+    assert run(port=free_ports)["behind"] == [2]
 
 
 def test_a_release_keeps_what_it_serves_with(host: Host, free_ports: int) -> None:

@@ -16,7 +16,7 @@ UPDATE = "playbooks/rolling_update.yml"
 FAULTY = {
     "stickyring_node_requirements": "{{ stickyring_project }}/.artifacts/faulty/requirements.txt",
     "stickyring_node_wheelhouse": "{{ stickyring_project }}/.artifacts/faulty/wheelhouse.tar",
-    "stickyring_node_start_timeout": "15",
+    "stickyring_node_start_timeout": "8",
 }
 BACK_SECONDS = 20
 
@@ -27,23 +27,31 @@ def release(name: str, **variables: str) -> list[str]:
     return [word for key, value in given.items() for word in ("-e", f"{key}={value}")]
 
 
+def test_the_oldest_release_is_not_rolled_back(run: Any, serving: Any, nodes: Any) -> None:
+    before = serving()
+    told = run("playbooks/rollback.yml", fails=True)
+    assert f"{before['node1'][0]} is the oldest release that has served on node1" in told
+    assert serving() == before
+
+
 def test_nothing_is_lost_in_a_rolling_update(residents: Any, run: Any, serving: Any) -> None:
     first = {release for release, _ in serving().values()}
     since = time.monotonic()
-    told = run(UPDATE, *release("second"))
+    told = run(UPDATE, *release("second", stickyring_node_proving_time="2"))
     assert {release for release, _ in serving().values()} == {"second"} != first
     residents.settle(BACK_SECONDS)
     disconnects = [one.count("disconnect", since) for one in residents]
     account = r"(\d+) sessions were .* asked for a reconnection (\d+) times; derived are (\d+), 2 a session"
     sessions, asked, derived = map(int, re.search(account, told).groups())
-    print(f"disconnects a user: {sum(disconnects) / len(disconnects)} seen, {asked / sessions} told, {derived / sessions} derived")
+    print(
+        f"disconnects a user: {sum(disconnects) / len(disconnects)} seen, {asked / sessions} told, {derived / sessions} derived"
+    )
     assert sessions == len(disconnects)
     assert derived == 2 * sessions
     assert max(disconnects) == 2
     assert asked == pytest.approx(sum(disconnects), rel=0.05), "what is told is not what users have seen"
     assert not [one for one in residents if one.lost]
     assert max(one.count("failed", since) for one in residents) <= 1
-    assert "changed=1" not in run(UPDATE, *release("second")), "it is done again"
 
 
 @pytest.mark.parametrize(
@@ -61,10 +69,9 @@ def test_a_bad_release_stops_at_the_first_node(
     told = run(UPDATE, *release(fault, **FAULTY, stickyring_node_application=f"faulty:{fault}()"), fails=True)
     after = serving()
     first = nodes[0].name
-    assert told.count("FAILED! =>") + told.count("[ERROR]: Task failed") <= 2, told
-    assert f"of release {fault} did not become healthy" in told
-    assert "Rolled back to release second, which serves again." in told
-    assert said in told
+    (message,) = set(re.findall(rf"fatal: \[{first}\]: FAILED! => (.*did not become healthy.*?) PLAY RECAP", told))
+    for words in (f"of release {fault}", "Rolled back to release second, which serves again.", said):
+        assert words in message
     assert {name: release for name, (release, _) in after.items()} == dict.fromkeys(after, "second")
     assert [name for name in after if after[name] != before[name]] == [first]
     run("playbooks/rebalance.yml")
@@ -75,49 +82,34 @@ def test_a_bad_release_stops_at_the_first_node(
     run("playbooks/verify.yml")
 
 
-def test_rollback_of_a_node_and_of_the_fleet(residents: Any, run: Any, serving: Any) -> None:
-    before, since = serving(), time.monotonic()
-    told = run("playbooks/rollback.yml", "--limit", "node2")
-    after = serving()
-    assert [name for name in after if after[name] != before[name]] == ["node2"]
-    first = after["node2"][0]
-    assert f"node2 went back from release second to {first}" in told
-    assert "node2 is the oldest" not in told
-
-    refused = run("playbooks/rollback.yml", fails=True)
-    assert f"{first} is the oldest release on node2 that has served" in refused
-    assert serving() == after, "something was rolled back before the refusal"
-
-    run("playbooks/rollback.yml", "--limit", "node1,node3,edge")
-    assert {release for release, _ in serving().values()} == {first}
-    run("playbooks/rebalance.yml")
+def test_what_was_killed_is_finished_by_the_next_run(
+    residents: Any, run: Any, serving: Any, machine: Any, nodes: Any, inventory: Path, interrupt: Any
+) -> None:
+    options = [*release("third", stickyring_node_releases_kept="2", stickyring_node_proving_time="2"), "-e", "share=2"]
+    for task in ("Link the release as current", "Keep with the release what it serves with"):
+        interrupt(f"stickyring_node : {task}", "-i", inventory, UPDATE, *options)
+    run(UPDATE, *options)
+    assert {release for release, _ in serving().values()} == {"third"}
+    for node in nodes:
+        assert machine(node.name).check_output("ls /opt/stickyring-node/releases").split() == ["second", "third"]
     residents.settle(BACK_SECONDS)
     assert not [one for one in residents if one.lost]
-    assert max(one.count("failed", since) for one in residents) <= 1
 
 
-def test_old_releases_go(run: Any, serving: Any, machine: Any, nodes: Any) -> None:
-    for name in ("third", "fourth"):
-        run(UPDATE, *release(name, stickyring_node_releases_kept="2", share="100%"))
-    assert {release for release, _ in serving().values()} == {"fourth"}
-    for node in nodes:
-        assert machine(node.name).check_output("ls /opt/stickyring-node/releases").split() == ["fourth", "third"]
-
-
-@pytest.mark.parametrize(
-    ("wanted", "playbook", "task"),
-    [
-        ("fifth", UPDATE, "stickyring_node : Link the release as current"),
-        ("sixth", UPDATE, "stickyring_node : Keep with the release what it serves with"),
-        ("sixth", "playbooks/rollback.yml", "stickyring_node : Put back unit, environments and link of the release"),
-        ("sixth", "playbooks/rollback.yml", "stickyring_node : Start the instances anew"),
-    ],
-)
-def test_what_was_killed_is_finished_by_the_next_run(
-    residents: Any, run: Any, serving: Any, inventory: Path, interrupt: Any, wanted: str, playbook: str, task: str
+def test_rollback_of_a_node_and_of_the_fleet(
+    residents: Any, run: Any, serving: Any, inventory: Path, interrupt: Any
 ) -> None:
-    interrupt(task, "-i", inventory, playbook, *release(wanted))
-    run(UPDATE, *release(wanted))
-    assert {release for release, _ in serving().values()} == {wanted}
+    options = ["-e", "stickyring_node_proving_time=2"]
+    before = serving()
+    told = run("playbooks/rollback.yml", "--limit", "node2", *options)
+    assert "node2 serves release second again" in told
+    after = serving()
+    assert [name for name in after if after[name] != before[name]] == ["node2"]
+
+    for task in ("Put back unit, environments and link of the release", "Start the instances anew"):
+        interrupt(f"stickyring_node : {task}", "-i", inventory, "playbooks/rollback.yml", *options)
+    run("playbooks/rollback.yml", *options)
+    assert {release for release, _ in serving().values()} == {"second"}
+    assert serving()["node2"] == after["node2"], "it was rolled back already"
     residents.settle(BACK_SECONDS)
     assert not [one for one in residents if one.lost]
