@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import socketio
@@ -17,7 +18,6 @@ from stickyring.delivery import Sender
 TRANSPORTS = (["websocket"], ["polling"], ["polling", "websocket"])
 ANSWER_SECONDS = 60
 POLL_SECONDS = 0.1
-ON_ITS_WAY_SECONDS = 0.2
 GOODBYE_SECONDS = 60
 
 
@@ -77,8 +77,9 @@ class Connection:
             self.repeated.append(began)
 
     def silence(self, since: float) -> float:
-        """How long after that moment the next acknowledgement came; what was on its way then does not count."""
-        return min(answered for _, answered in self.answers if answered > since + ON_ITS_WAY_SECONDS) - since
+        """The longest time since then from an acknowledgement to the next, which has the pause in it."""
+        times = [answered for _, answered in self.answers if answered > since]
+        return max(later - earlier for earlier, later in pairwise(times))
 
     def left(self) -> None:
         self.node = ""
