@@ -116,7 +116,7 @@ def test_what_is_under_way_ends_and_nobody_comes_in_meanwhile(node: Any) -> None
         wait_until(lambda: serve.get("/readyz").status == 503, "it says that it drains")
         for path in (HANDSHAKE, f"{HANDSHAKE}&sid=unknown", "/socket.io/?EIO=4&transport=websocket&sid=unknown"):
             refusal = serve.get(path)
-            assert (refusal.status, refusal.headers["x-stickyring-draining"]) == (503, "1")
+            assert (refusal.status, refusal.headers["x-stickyring-elsewhere"]) == (503, "1")
         assert serve.get("/healthz").status == 200
         assert serve.metric("stickyring_draining") == 1
         assert serve.metric('stickyring_handshakes_refused_total{reason="draining",transport="polling"}') == 1

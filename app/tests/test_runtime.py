@@ -113,6 +113,20 @@ def test_a_session_of_another_node_is_refused_and_counted(runtime: Runtime) -> N
     assert sample(runtime, 'stickyring_unknown_sessions_total{transport="polling"}') == 1
 
 
+@pytest.mark.parametrize("transport", ["polling", "websocket"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_session_of_another_node_is_sent_on_if_its_user_has_a_key(
+    runtime: Runtime, method: str, transport: str
+) -> None:
+    answer = Answer(runtime, "/socket.io/", method, key="alice", EIO="4", transport=transport, sid="elsewhere")
+    assert (answer.status, answer.text, answer.headers["x-stickyring-elsewhere"]) == (503, "", "1")
+    assert sample(runtime, f'stickyring_unknown_sessions_total{{transport="{transport}"}}') == 1
+    here = sid_of(handshake(runtime, key="alice"))
+    assert (
+        Answer(runtime, "/socket.io/", "POST", "2", key="alice", EIO="4", transport="polling", sid=here).status == 200
+    )
+
+
 @pytest.mark.parametrize("protocol", ["3", "2", ""])
 def test_an_older_protocol_gets_a_400_that_says_so(runtime: Runtime, protocol: str) -> None:
     for _ in range(CAP + 1):

@@ -1,9 +1,8 @@
 """Empties this node, before it stops or for maintenance: nobody new is taken in, and whoever is here is sent elsewhere.
 
 What a user is promised is what `stickyring.rebalance` promises one who moves. New handshakes, and requests of sessions
-that are no longer here, get 503 with the header `x-stickyring-draining`, on which the edge tries the next node of the
-ring at once: where it would send the user if this node were gone. So a client's first attempt to come back succeeds,
-whether or not the edge's health checks have noticed by then that `/readyz` says 503.
+that are not here, are sent on (`stickyring.runtime.SocketIOGate`): where the edge would send the user if this node were
+gone. So a client's first attempt to come back succeeds, long before the edge's health checks miss this node.
 """
 
 import logging
@@ -20,7 +19,6 @@ from stickyring.sessions import Session
 
 log = logging.getLogger(__name__)
 
-DRAINING_HEADER = "x-stickyring-draining"
 ASKING_SHARE = 0.5
 """Of the time that is given, the part in which all are asked; the rest is for what is still under way."""
 TICK_SECONDS = 0.05

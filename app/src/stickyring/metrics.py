@@ -89,8 +89,8 @@ class EngineMetrics:
         )
         self.unknown_sessions = Counter(
             "stickyring_unknown_sessions",
-            "Requests for a session that this node does not know: the edge sent a user to the wrong node, or its ring "
-            "has changed under a polling client.",
+            "Requests for a session that this node does not know, by a user with a key sent on to the next: the edge's "
+            "ring has changed under a polling client, or the session has ended; without a key: the wrong node.",
             ["transport"],
             registry=registry,
         )

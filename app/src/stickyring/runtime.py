@@ -8,9 +8,9 @@ from urllib.parse import parse_qs
 import socketio
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from stickyring.drain import DRAINING_HEADER, Drain
+from stickyring.drain import Drain
 from stickyring.metrics import TRANSPORTS, Engine, EngineMetrics, MoveMetrics, Packet, node_registry
-from stickyring.sessions import Session
+from stickyring.sessions import Session, key_of
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 ENGINE_IO_PROTOCOL = "4"
 RETRY_AFTER_SECONDS = 5
+ELSEWHERE_HEADER = "x-stickyring-elsewhere"
+"""On an answer with it, the edge tries the next node of the ring at once."""
 MOVED = b'"This session has moved: connect again"'
 
 
@@ -106,8 +108,12 @@ class SocketIOGate:
     A session is in `sessions` from its connect event to its disconnect event.
 
     A handshake is a GET without `sid`. Above `max_connections` sessions, one of protocol 4 gets 503 with Retry-After
-    before the engine sees it. Older protocols are left to the engine, which answers 400 and says so. While the node is
-    drained, handshakes and requests of sessions that it does not have get 503 with the header that sends them on.
+    before the engine sees it. Older protocols are left to the engine, which answers 400 and says so.
+
+    While the node is drained, handshakes are sent on: they get 503 with ELSEWHERE_HEADER. So is, at any time, a request
+    of a session that is not here, if its user has a key: after a node has gone, come or come back, the session of a
+    client that polls is on the next node of the ring until a rebalance ends it, and lives on there. Without a key there
+    is no such order, and the engine answers 400.
 
     A poll that ends because its session was moved is answered with 410: the one answer after which every client, of
     JavaScript and of Python, takes the connection for lost and makes a new one.
@@ -146,7 +152,11 @@ class SocketIOGate:
             session = self._sessions.get(sid)
             if session is not None:
                 session.note(environ)
-            if self._drain.active and sid not in self._engine.sockets:
+            stranger = "sid" in query and sid not in self._engine.sockets
+            if stranger:
+                transport = _transport_label(query.get("transport", ["polling"])[0])
+                self._metrics.unknown_sessions.labels(transport).inc()
+            if (stranger and key_of(environ) is not None) or (self._drain.active and sid not in self._engine.sockets):
                 return self._send_on(environ, start_response, query)
             if environ["REQUEST_METHOD"] == "GET":
                 transport = _transport_label(query.get("transport", ["polling"])[0])
@@ -154,8 +164,6 @@ class SocketIOGate:
                     return self._handshake(environ, start_response, transport, query.get("EIO", [""])[0])
                 if session is not None and transport == "polling" and "HTTP_UPGRADE" not in environ:
                     return self._poll(environ, start_response, session)
-                if sid not in self._engine.sockets:
-                    self._metrics.unknown_sessions.labels(transport).inc()
         answer: Iterable[bytes] = self._application(environ, start_response)
         return answer
 
@@ -165,7 +173,7 @@ class SocketIOGate:
         if "sid" not in query and environ["REQUEST_METHOD"] == "GET":
             transport = _transport_label(query.get("transport", ["polling"])[0])
             self._metrics.refused.labels(transport, "draining").inc()
-        return _refuse(start_response, [(DRAINING_HEADER, "1")])
+        return _refuse(start_response, [(ELSEWHERE_HEADER, "1")])
 
     def _poll(self, environ: "WSGIEnvironment", start_response: "StartResponse", session: Session) -> Iterable[bytes]:
         begun: list[tuple[str, list[tuple[str, str]]]] = []

@@ -60,7 +60,7 @@ current: {description: "Name of the release that is linked as current, or empty"
 kept: {description: "Whether the wanted release has its unit and environments beside it", type: bool, returned: success}
 last_served: {description: "The current release, or the youngest that served", type: str, returned: success}
 previous: {description: "The release that served before the youngest that did, or empty", type: str, returned: success}
-behind: {description: "Instances that were started before the current release was linked", type: list, elements: int, returned: success}
+behind: {description: "Instances that were started before the link", type: list, elements: int, returned: success}
 superfluous: {description: "Releases that are too many, or never served", type: list, elements: str, returned: success}
 known: {description: "Instances that are configured, enabled or running", type: list, elements: int, returned: success}
 enabled: {description: "Instances that start at boot", type: list, elements: int, returned: success}

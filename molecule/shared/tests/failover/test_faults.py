@@ -1,4 +1,4 @@
-"""What each fault costs its users, in seconds from their last echo before it to the next, and that nobody else notices."""
+"""What each fault costs its users, in seconds from the last echo before it to the next; nobody else notices."""
 
 from __future__ import annotations
 
