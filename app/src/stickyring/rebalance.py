@@ -8,8 +8,8 @@ It begins when every edge has the new ring: users go where the edge sends them. 
 - The acknowledgement of every event that reached the application is written before the end, if it is given within four
   seconds, and so is everything else that waits for a WebSocket. An event that wanted an acknowledgement and got none
   did not reach the application, unless the handler takes longer than that: who sends it again has it handled once.
-- The same over polling: a request that reaches the new node before is sent on to the old one, the next on the ring. Only
-  a node that is on no ring any more is out of reach for those who poll, and they connect again because of that.
+- The same over polling: a request that reaches the new node before is sent on to the old one, the next on the ring.
+  Only a node that is on no ring any more is out of reach for those who poll: they connect again because of that.
 
 Not promised: that events without acknowledgement arrive which cross the end on their way, as with any lost connection.
 """
