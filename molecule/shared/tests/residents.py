@@ -26,9 +26,9 @@ class Connection:
     """One connection of a user: real client, default reconnection, one transport setting.
 
     pause: seconds between an acknowledgement and the next message; node: who welcomed it last; events: (time,
-    "connect", "disconnect" or "failed") in their order; answers: (sent at, acknowledged at) of its numbered messages;
-    repeated: when those were sent that had to be sent again; lost: those that were not acknowledged in ANSWER_SECONDS,
-    or wrongly.
+    "connect", "disconnect" or "failed") in their order; welcomes: (time, node); answers: (sent at, acknowledged at) of
+    its numbered messages; repeated: when those were sent that had to be sent again; lost: those that were not
+    acknowledged in ANSWER_SECONDS, or wrongly.
     """
 
     user: str
@@ -36,6 +36,7 @@ class Connection:
     pause: float = 1.0
     node: str = ""
     events: list[tuple[float, str]] = field(default_factory=list)
+    welcomes: list[tuple[float, str]] = field(default_factory=list)
     answers: list[tuple[float, float]] = field(default_factory=list)
     repeated: list[float] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
@@ -88,15 +89,18 @@ class Connection:
     def hear(self, text: str, message_id: str | None = None) -> None:
         if text.endswith(": welcome"):
             self.node = text.removeprefix("node#").removesuffix(": welcome")
+            self.welcomes.append((time.monotonic(), self.node))
 
 
 class Residents:
-    """Connections that live in a thread of their own; every transport setting has one of every user."""
+    """Connections that live in a thread of their own; each of the transport settings has one of every user."""
 
-    def __init__(self, url: str, users: list[str], pause: float = 1.0) -> None:
+    def __init__(
+        self, url: str, users: list[str], pause: float = 1.0, transports: tuple[list[str], ...] = TRANSPORTS
+    ) -> None:
         self._url = url
         self.users = users
-        self.connections = [Connection(user, transports, pause) for user in users for transports in TRANSPORTS]
+        self.connections = [Connection(user, one, pause) for user in users for one in transports]
         self._ended = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)

@@ -1,0 +1,38 @@
+"""What a stop costs the users of a node, and that it takes nobody in meanwhile."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+UNIT = "stickyring-node@1.service"
+CLIENTS = 300
+TOLD_SECONDS = 10
+HEALTH_CHECK_SECONDS = 2
+BACK_SECONDS = 20
+
+
+def test_everybody_is_told_and_nothing_is_lost(residents: Any, machine: Any, run: Any, hosts: Any) -> None:
+    """Two of three nodes, one after the other: the second has the users of the first as well."""
+    for name in ("node3", "node2"):
+        here = [one for one in residents if one.node == f"{name}-1"]
+        others = [one for one in residents if one.node != f"{name}-1"]
+        since = time.monotonic()
+        machine(name).check_output(f"systemctl stop {UNIT}")
+        assert time.monotonic() - since < hosts[name].variables["stickyring_node_drain_timeout"]
+        residents.settle(BACK_SECONDS)
+        for one in here:
+            (told,) = (moment - since for moment, what in one.events if what == "disconnect" and moment >= since)
+            assert told <= TOLD_SECONDS, one
+            assert one.count("failed", since) <= 1, one
+        assert not any(one.count("disconnect", since) for one in others)
+        taken_in = [moment - since for one in residents for moment, node in one.welcomes if node == f"{name}-1"]
+        assert max(taken_in) <= HEALTH_CHECK_SECONDS
+        assert not [one for one in residents if one.lost]
+    assert len(here) >= CLIENTS
+
+    for name in ("node3", "node2"):
+        machine(name).check_output(f"systemctl start {UNIT}")
+    run("playbooks/verify.yml")
+    run("playbooks/rebalance.yml")
+    residents.settle(BACK_SECONDS)
