@@ -61,7 +61,9 @@ def start() -> Callable[..., subprocess.Popen[str]]:
     """Starts one of the environment's ansible programs at the project's root, in a process group of its own."""
 
     def start(program: str, *arguments: str | Path) -> subprocess.Popen[str]:
-        environment = os.environ | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+        # Molecule asks for colours, whose codes stand between the words at each line's end.
+        plain = {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}
+        environment = os.environ | plain | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg")}
         command = [PROGRAMS / program, *arguments]
         pipe = subprocess.PIPE
         return subprocess.Popen(
