@@ -7,7 +7,7 @@ MAKEFLAGS += --no-print-directory
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON_OUTSIDE_APP := playbooks roles molecule docs
 
-.PHONY: help demo proof down test lint unit molecule lock screenshot
+.PHONY: help demo proof down test lint unit molecule chaos lock screenshot
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,11 @@ molecule: .venv/.installed ## All scenarios on real hosts, with a browser
 	@mkdir -p .artifacts
 	molecule test --all 2>&1 | tee .artifacts/molecule.log || { $(call say,What failed:); grep -aE '$(FAILURE)' .artifacts/molecule.log; exit 1; }
 
+chaos: .venv/.installed ## Play operations and faults on the lab in random order, under traffic (SEED=1 OPERATIONS=60)
+	ansible-playbook molecule/shared/create.yml
+	ansible-playbook site.yml
+	molecule/chaos.py --seed $(SEED) --operations $(OPERATIONS)
+
 screenshot: .venv/.installed ## Take docs/demo.png of the running demo
 	@$(call need,chromium:chromium)
 	docs/screenshot.py "$(EDGE):9002"
@@ -60,6 +65,9 @@ screenshot: .venv/.installed ## Take docs/demo.png of the running demo
 lock: .venv/.installed ## Resolve requirements.in and app/pyproject.toml into the lock files anew
 	uv pip compile $(COMPILE) app/pyproject.toml --output-file app/requirements.lock
 	uv pip compile $(COMPILE) requirements.in app/pyproject.toml --extra probe --extra plan --output-file requirements.lock
+
+SEED = 1
+OPERATIONS = 60
 
 COMPILE := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
 

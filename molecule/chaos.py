@@ -1,0 +1,260 @@
+#!/usr/bin/env python3
+"""Plays operations and faults on the running lab, in an order that a seed decides; checks after each what must hold."""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import testinfra
+import testinfra.host
+from stickyring.ring import Ring
+
+PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT / "molecule" / "shared" / "tests"))
+from residents import Residents  # noqa: E402 - of the suites
+
+EDGE, EDGE_ADDRESS, NODES = "edge1", "198.51.100.10", ("node1", "node2", "node3")
+URL = f"http://{EDGE_ADDRESS}:9002"
+USERS = [f"user-{number}" for number in range(60)]
+EDGE_UNIT, NODE_UNIT = "stickyring-edge.service", "stickyring-node@1.service"
+SETTLED_SECONDS = 60
+EXAMPLES = """
+examples:
+  make chaos                                            seed 1, 60 operations
+  make chaos SEED=2 OPERATIONS=10
+  molecule/chaos.py --seed 1 --operations 5 --only stop --only kill
+"""
+
+
+class Broken(Exception):
+    """Something does not hold that must."""
+
+
+class Lab:
+    """The hosts of inventory/lab, and the users who are connected to them."""
+
+    def __init__(self, residents: Residents, chance: random.Random) -> None:
+        self.residents = residents
+        self.chance = chance
+        self._updates = 0
+
+    def host(self, name: str) -> testinfra.host.Host:
+        """A host by name, as root."""
+        return testinfra.get_host(f"ansible://{name}?sudo=true", ansible_inventory=str(PROJECT / "inventory" / "lab"))
+
+    def do(self, name: str, command: str) -> str:
+        """Runs a command on a host, which has to succeed; returns its output."""
+        output: str = self.host(name).check_output(command)
+        return output
+
+    def play(self, *arguments: str) -> subprocess.Popen[str]:
+        """Starts a playbook, in a process group of its own."""
+        return subprocess.Popen(
+            [Path(sys.executable).with_name("ansible-playbook"), *arguments],
+            cwd=PROJECT,
+            env=os.environ | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str) -> None:
+        """Runs a playbook to its end."""
+        with self.play(*arguments) as play:
+            output, _ = play.communicate()
+        if play.returncode:
+            raise Broken(f"{' '.join(arguments)} has failed:\n{output[-3000:]}")
+
+    def options_of_an_update(self) -> list[str]:
+        """A release that no node has."""
+        self._updates += 1
+        return ["-e", f"stickyring_node_release=chaos-{self._updates}", "-e", "stickyring_node_proving_time=2"]
+
+    def leave(self, node: str) -> None:
+        """Waits until nobody is on the node any more."""
+        self.residents.wait(lambda: all(one.node != f"{node}-1" for one in self.residents), SETTLED_SECONDS)
+
+
+def stop(lab: Lab, node: str) -> None:
+    """systemctl stop, and start"""
+    since = lab.do(node, "date +%s")
+    lab.do(node, f"systemctl stop {NODE_UNIT}")
+    told = lab.do(node, f"journalctl --unit={NODE_UNIT} --output=cat --no-pager --since=@{since}")
+    drained = re.search(r'"message": "drained".*', told)
+    if drained is None or json.loads("{" + drained[0])["sessions"]:
+        raise Broken(f"{node} has stopped without sending everybody on")
+    lab.do(node, f"systemctl start {NODE_UNIT}")
+
+
+def kill(lab: Lab, node: str) -> None:
+    """SIGKILL to all processes"""
+    lab.do(node, f"systemctl kill --signal=KILL --kill-whom=all {NODE_UNIT}")
+
+
+def kill_worker(lab: Lab, node: str) -> None:
+    """SIGKILL to the worker"""
+    lab.do(node, f"pkill -KILL --parent $(systemctl show --property=MainPID --value {NODE_UNIT})")
+
+
+def hang(lab: Lab, node: str) -> None:
+    """SIGSTOP to all processes"""
+    lab.do(node, f"systemctl kill --signal=STOP --kill-whom=all {NODE_UNIT}")
+    lab.leave(node)
+
+
+def cut(lab: Lab, node: str) -> None:
+    """nothing goes back from the node to the edge, until its users are elsewhere"""
+    route = f"blackhole {EDGE_ADDRESS}/32"
+    lab.do(node, f"ip route add {route}")
+    try:
+        lab.leave(node)
+    finally:
+        lab.do(node, f"ip route del {route}")
+
+
+def drain(lab: Lab, node: str) -> None:
+    """stickyring drain, and undrain"""
+    for command in ("drain", "undrain"):
+        lab.do(
+            node, f"/opt/stickyring-node/current/bin/stickyring {command} --control /run/stickyring-node/1/control.sock"
+        )
+
+
+def restart_edge(lab: Lab, node: str) -> None:
+    """systemctl restart of the edge"""
+    lab.do(EDGE, f"systemctl restart {EDGE_UNIT}")
+
+
+def update(lab: Lab, node: str) -> None:
+    """rolling_update.yml to another release"""
+    lab.run("playbooks/rolling_update.yml", *lab.options_of_an_update())
+
+
+def update_killed(lab: Lab, node: str) -> None:
+    """rolling_update.yml to another release, killed at a random task and run again"""
+    options = lab.options_of_an_update()
+    play = lab.play("playbooks/rolling_update.yml", *options)
+    left = lab.chance.randint(10, 60)
+    for line in play.stdout or ():
+        left -= line.startswith("TASK [")
+        if not left:
+            break
+    os.killpg(play.pid, signal.SIGKILL)
+    play.communicate()
+    lab.run("playbooks/rolling_update.yml", *options)
+
+
+def remove(lab: Lab, node: str) -> None:
+    """remove_node.yml, and site.yml, which brings it back"""
+    lab.run("playbooks/remove_node.yml", "-e", f"node={node}")
+    lab.run("site.yml")
+
+
+OPERATIONS: dict[str, tuple[Callable[[Lab, str], None], int]] = {
+    "stop": (stop, 4),
+    "kill": (kill, 4),
+    "kill-worker": (kill_worker, 4),
+    "hang": (hang, 2),
+    "cut": (cut, 2),
+    "drain": (drain, 4),
+    "restart-edge": (restart_edge, 2),
+    "update": (update, 1),
+    "update-killed": (update_killed, 1),
+    "remove": (remove, 1),
+}
+"""What can happen, and how often beside the others."""
+EVERYWHERE = {"restart-edge", "update", "update-killed", "remove"}
+"""Those that others may notice than the users of the node that they are about."""
+
+
+class Before(NamedTuple):
+    """How it was before an operation on a node: when, Envoy's process, and the users on that node."""
+
+    moment: float
+    envoy: str
+    users: set[str]
+
+
+def look(lab: Lab, node: str) -> Before:
+    """What to compare with afterwards."""
+    envoy = lab.do(EDGE, f"systemctl show {EDGE_UNIT} --property=MainPID --value")
+    return Before(time.monotonic(), envoy, {one.user for one in lab.residents if one.node == f"{node}-1"})
+
+
+def check(lab: Lab, name: str, node: str, before: Before) -> None:
+    """Raises Broken where something does not hold."""
+    lab.run("playbooks/verify.yml")
+    lab.run("playbooks/rebalance.yml")
+    with tempfile.TemporaryDirectory() as folder:
+        lab.run("playbooks/plan.yml", "-e", f"directory={folder}")
+        plan = json.loads(Path(folder, EDGE, "plan.json").read_text())
+        ring = Ring.load(json.loads(Path(folder, EDGE, "before.json").read_text()))
+    if plan["changes"]:
+        raise Broken(f"the ring is not the inventory's: {plan['changes']}")
+    home = {user: {ring.owner(user)} for user in USERS}
+    try:
+        lab.residents.wait(lambda: lab.residents.homes() == home, SETTLED_SECONDS)
+    except TimeoutError as error:
+        raise Broken(f"users are not where the ring has them: {error}") from None
+    if lost := [one for one in lab.residents if one.lost]:
+        raise Broken(f"messages were lost: {lost[0]}")
+    if name != "restart-edge" and look(lab, node).envoy != before.envoy:
+        raise Broken("Envoy was restarted")
+    others = [one for one in lab.residents if one.user not in before.users and one.count("disconnect", before.moment)]
+    if name not in EVERYWHERE and others:
+        raise Broken(f"who was not on {node} has noticed: {others[0]}")
+
+
+def main() -> None:
+    """Plays, and exits with 1 and the sequence when something is broken."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=1, help="decides the sequence (default 1)")
+    parser.add_argument("--operations", type=int, default=60, help="how many (default 60)")
+    parser.add_argument("--only", action="append", choices=OPERATIONS, help="only this one; may be given several times")
+    given = parser.parse_args()
+    if given.operations < 1:
+        parser.error("--operations: give 1 or more")
+
+    chance = random.Random(given.seed)
+    names = given.only or [*OPERATIONS]
+    weights = [OPERATIONS[name][1] for name in names]
+    played: list[str] = []
+    began = time.monotonic()
+    with Residents(URL, USERS) as residents:
+        lab = Lab(residents, chance)
+        try:
+            residents.settle(SETTLED_SECONDS)
+            while len(played) < given.operations:
+                (name,), node = chance.choices(names, weights), chance.choice(NODES)
+                played.append(f"{name} {node}")
+                before = look(lab, node)
+                print(f"{len(played):3} {played[-1]:22}", end="", flush=True)
+                OPERATIONS[name][0](lab, node)
+                check(lab, name, node, before)
+                print(f"held, {time.monotonic() - before.moment:.0f} s", flush=True)
+        except (Broken, TimeoutError) as error:
+            print("BROKEN")
+            sys.exit(f"seed {given.seed}: {error}\nafter: {', '.join(played)}")
+    answers = sum(len(one.answers) for one in residents)
+    repeated = sum(len(one.repeated) for one in residents)
+    print(
+        f"seed {given.seed}: {len(played)} operations in {time.monotonic() - began:.0f} s; {answers} messages of "
+        f"{len(residents.connections)} clients, {repeated} sent again, none lost"
+    )
+
+
+if __name__ == "__main__":
+    main()
