@@ -23,7 +23,6 @@ import gunicorn.util
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.errors import AppImportError, HaltServer
-from gunicorn.systemd import sd_notify
 from gunicorn.workers.base import Worker
 
 from stickyring import logs
@@ -215,8 +214,11 @@ class Node(BaseApplication):
         self._listener = listener.detach()
         self._refusal_reader, self._refusal_writer = os.pipe()
         os.set_blocking(self._refusal_reader, False)
-        # gunicorn's master would tell systemd that it is ready before its worker is.
-        self._notify_socket = os.environ.pop("NOTIFY_SOCKET", None)
+        # Taken away from gunicorn, whose master would say that it is ready before its worker is.
+        self._manager_address = re.sub("^@", "\0", os.environ.pop("NOTIFY_SOCKET", ""))
+        # Opened now: a worker that has no descriptor left has to be able to say that it lives.
+        self._manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._manager.setblocking(False)
         # By this the master tells its worker to drain, and hears when that is done.
         self._drain_here, self._drain_there = socket.socketpair()
         super().__init__()
@@ -322,18 +324,29 @@ class Node(BaseApplication):
             return ""
 
     def _tell_that_it_serves(self, worker: Worker) -> None:
-        if self._notify_socket is not None:
-            os.environ["NOTIFY_SOCKET"] = self._notify_socket
-            sd_notify("READY=1", log)
+        if self._manager_address:
+            self._tell_manager(b"READY=1")
             beat = worker.notify
+
             # A worker that is stuck beats no more, whatever its master does.
-            worker.notify = lambda: (beat(), sd_notify("WATCHDOG=1", log))
+            def beat_aloud() -> None:
+                beat()
+                self._tell_manager(b"WATCHDOG=1")
+
+            worker.notify = beat_aloud
         log.info(
             "serving %s on %s",
             self._settings.application,
             self._address,
             extra={"address": self._address, "worker_class": self._settings.worker_class},
         )
+
+    def _tell_manager(self, state: bytes) -> None:
+        """Tell systemd, as sd_notify(3) has it; one that is busy hears the next beat."""
+        try:
+            self._manager.sendto(state, self._manager_address)
+        except OSError:
+            log.debug("systemd does not take %r", state, exc_info=True)
 
 
 class _Master(Arbiter):
