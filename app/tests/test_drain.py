@@ -20,6 +20,8 @@ from stickyring.metrics import MoveMetrics
 from stickyring.serve import GRACEFUL_SECONDS
 
 APPLICATION = """
+import os
+
 import eventlet
 import socketio
 
@@ -30,14 +32,11 @@ def slow(sid, seconds):
     server.sleep(seconds)
     return "done"
 
-released = eventlet.Event()
-
 def page(environ, start_response):
     start_response("200 OK", [])
-    if environ["PATH_INFO"] == "/release":
-        released.send()
-        return [b"released"]
-    return (released.wait() or b"complete" for _ in range(1))
+    while not os.path.exists("release"):
+        eventlet.sleep(0.05)
+    return [b"complete"]
 
 application = socketio.WSGIApp(server, page)
 """
@@ -127,7 +126,7 @@ def test_what_is_under_way_ends_and_nobody_comes_in_meanwhile(node: Any) -> None
     assert serve.process.wait(DEADLINE) == 0
 
 
-def test_a_request_that_is_being_answered_ends(node: Any) -> None:
+def test_a_request_that_is_being_answered_ends(node: Any, tmp_path: Path) -> None:
     """However long the application takes, within the deadline; only then the process is stopped."""
     serve = node(60)
     connection = serve.connect(60)
@@ -136,7 +135,9 @@ def test_a_request_that_is_being_answered_ends(node: Any) -> None:
     wait_until(lambda: serve.get("/readyz").status == 503, "it drains")
     with pytest.raises(subprocess.TimeoutExpired):
         serve.process.wait(GRACEFUL_SECONDS + 2)
-    assert serve.get("/release").read() == b"released"
+    refusal = serve.get("/page")
+    assert (refusal.status, refusal.headers["x-stickyring-elsewhere"]) == (503, "1")
+    (tmp_path / "release").touch()
     assert connection.getresponse().read() == b"complete"
     assert serve.process.wait(10) == 0
 

@@ -29,8 +29,10 @@ class Runtime:
     """A WSGI application around the one that is deployed.
 
     It answers `/healthz` (200: the process lives), `/readyz` (200: takes new users; 503: full, or draining) and
-    `/metrics` (Prometheus exposition) itself; every other request reaches the application as it came. A
-    `socketio.WSGIApp` stands behind a `SocketIOGate`. One that another WSGI application hides inside itself is not
+    `/metrics` (Prometheus exposition) itself; every other request reaches the application as it came. While the node is
+    drained, the edge is asked to try the next one instead.
+
+    A `socketio.WSGIApp` stands behind a `SocketIOGate`. One that another WSGI application hides inside itself is not
     seen, and served as any other.
 
     `sessions` holds the open sessions by their Engine.IO id; there are none without a gate. `move_metrics`
@@ -58,6 +60,8 @@ class Runtime:
                 return self._readiness(start_response)
             case "/metrics":
                 return self._metrics(environ, start_response)
+            case path if self.drain.active and not (self._gate and path.startswith(self._gate.path)):
+                return _refuse(start_response, [(ELSEWHERE_HEADER, "1")])
             case _ if "HTTP_UPGRADE" in environ:
                 # Its session is what is waited for, and gunicorn knows the answer by what it is.
                 return self._application(environ, start_response)
@@ -128,6 +132,7 @@ class SocketIOGate:
         drain: Drain,
     ) -> None:
         self._application = application
+        self.path: str = application.engineio_path
         self._sessions = sessions
         self._drain = drain
         self._max_connections = max_connections
@@ -146,7 +151,7 @@ class SocketIOGate:
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Serve one request."""
-        if environ["PATH_INFO"].startswith(self._application.engineio_path):
+        if environ["PATH_INFO"].startswith(self.path):
             query = parse_qs(environ.get("QUERY_STRING", ""))
             sid = query.get("sid", [""])[0]
             session = self._sessions.get(sid)

@@ -39,6 +39,7 @@ KEEPALIVE_SECONDS = 75
 """Longer than the edge keeps an idle connection: when only the edge closes one, no request meets it closing."""
 GRACEFUL_SECONDS = 3
 """Requests end in milliseconds; a poll or a WebSocket does not end by itself, and waiting longer helps neither."""
+HUNG_SECONDS = 30
 LISTENING, DRAINED = b"l", b"d"
 TICK_SECONDS = 0.1
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
@@ -232,6 +233,9 @@ class Node(BaseApplication):
             "worker_connections": 1_000_000,  # no cap: at its limit connections hang, those of health checks too
             "keepalive": KEEPALIVE_SECONDS,
             "graceful_timeout": GRACEFUL_SECONDS,
+            # For a worker that hangs. systemd's watchdog waits as long as the unit says; and with 0 here every class
+            # beats twice a second.
+            "timeout": 0 if self._manager_address else HUNG_SECONDS,
             "preload_app": False,  # the worker class patches the standard library before the application is imported
             "control_socket_disable": True,
             "backlog": BACKLOG,

@@ -59,8 +59,8 @@ application: {description: "What the installed unit serves, or empty", type: str
 current: {description: "Name of the release that is linked as current, or empty", type: str, returned: success}
 kept: {description: "Whether the wanted release has its unit and environments beside it", type: bool, returned: success}
 last_served: {description: "The current release, or the youngest that served", type: str, returned: success}
-previous: {description: "The release that served before the youngest that did, or empty", type: str, returned: success}
-behind: {description: "Instances that were started before the link", type: list, elements: int, returned: success}
+previous: {description: "What served before the youngest that did or is linked", type: str, returned: success}
+behind: {description: "Wanted instances not started since the link", type: list, elements: int, returned: success}
 superfluous: {description: "Releases that are too many, or never served", type: list, elements: str, returned: success}
 known: {description: "Instances that are configured, enabled or running", type: list, elements: int, returned: success}
 enabled: {description: "Instances that start at boot", type: list, elements: int, returned: success}
@@ -328,8 +328,8 @@ def main() -> None:
         current=release,
         kept=all(as_wanted(kept / Path(path).name, sha256) for path, sha256 in wanted["files"].items()),
         last_served=release if release in have_served else next(iter(have_served), ""),
-        previous="".join([*have_served][1:2]),
-        behind=sorted(i for i in running if started[i] <= changed_at(current)),
+        previous="".join([*have_served][release in have_served :][:1]),
+        behind=sorted(i for i in instances if i not in running or started[i] <= changed_at(current)),
         superfluous=sorted(present - {wanted["release"], *staying}),
         known=sorted(configured | running | enabled),
         enabled=sorted(enabled),

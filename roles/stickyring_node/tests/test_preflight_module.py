@@ -575,7 +575,7 @@ def test_what_has_served_is_told_by_its_age(host: Host, free_ports: int) -> None
     assert told("young") == ("young", "current", too_many)
     # It was rolled back to, and rolling back goes no further.
     assert told("current") == ("current", "current", too_many)
-    assert told("never") == ("young", "current", too_many)
+    assert told("never") == ("young", "young", too_many)
     assert told("current", releases_kept=2)[2] == ["current", *too_many]
     assert told("current", releases_kept=9)[2] == ["incomplete", "never"]
 
@@ -591,6 +591,8 @@ def test_an_instance_that_runs_from_before_the_link_is_told(host: Host, free_por
     installed(host, age=100)
     host.shows({f"{SERVICE}@1.service": unit(started=50), f"{SERVICE}@2.service": unit(started=150)})
     assert run(port=free_ports)["behind"] == [2]
+    host.shows({f"{SERVICE}@2.service": unit(started=50), f"{SERVICE}@1.service": unit(active=False)})
+    assert run(port=free_ports)["behind"] == [1]
 
 
 def test_a_release_keeps_what_it_serves_with(host: Host, free_ports: int) -> None:
