@@ -49,7 +49,7 @@ class Connection:
 
     async def live(self, url: str, ended: asyncio.Event) -> None:
         """Connects, and talks until the end."""
-        client = socketio.AsyncClient(reconnection_delay_max=2)
+        client = socketio.AsyncClient()
         client.on("message", self.hear)
         client.on("connect", lambda: self.note("connect"))
         client.on("disconnect", lambda reason: self.left())
