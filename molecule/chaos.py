@@ -192,8 +192,8 @@ def look(lab: Lab, node: str) -> Before:
     return Before(time.monotonic(), envoy, {one.user for one in lab.residents if one.node == f"{node}-1"})
 
 
-def check(lab: Lab, name: str, node: str, before: Before) -> None:
-    """Raises Broken where something does not hold."""
+def rest(lab: Lab) -> None:
+    """Brings everybody home; raises Broken where ring, users or messages are not as they must be then."""
     lab.run("playbooks/verify.yml")
     lab.run("playbooks/rebalance.yml")
     with tempfile.TemporaryDirectory() as folder:
@@ -209,6 +209,11 @@ def check(lab: Lab, name: str, node: str, before: Before) -> None:
         raise Broken(f"users are not where the ring has them: {error}") from None
     if lost := [one for one in lab.residents if one.lost]:
         raise Broken(f"messages were lost: {lost[0]}")
+
+
+def check(lab: Lab, name: str, node: str, before: Before) -> None:
+    """Raises Broken where something does not hold."""
+    rest(lab)
     if name != "restart-edge" and look(lab, node).envoy != before.envoy:
         raise Broken("Envoy was restarted")
     others = [one for one in lab.residents if one.user not in before.users and one.count("disconnect", before.moment)]
@@ -237,6 +242,7 @@ def main() -> None:
         lab = Lab(residents, chance)
         try:
             residents.settle(SETTLED_SECONDS)
+            rest(lab)
             while len(played) < given.operations:
                 (name,), node = chance.choices(names, weights), chance.choice(NODES)
                 played.append(f"{name} {node}")
