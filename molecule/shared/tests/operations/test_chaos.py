@@ -1,0 +1,40 @@
+"""The chaos run plays what it is told to, and finds a fault that was planted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHAOS = Path(__file__).parents[3] / "chaos.py"
+
+
+def chaos(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, CHAOS, *options], capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_it_plays_its_operations_and_all_holds(run: Any) -> None:
+    done = chaos("--seed", "3", "--operations", "3", "--only", "stop", "--only", "kill-worker", "--only", "drain")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 operations" in done.stdout
+    assert done.stdout.count("held") == 3
+
+
+@pytest.fixture
+def without_drain(run: Any) -> Iterator[None]:
+    options = ("-e", "stickyring_node_proving_time=1")
+    run("site.yml", "-e", "stickyring_node_drain_timeout=0", *options)
+    yield
+    run("site.yml", *options)
+
+
+@pytest.mark.usefixtures("without_drain")
+def test_it_finds_nodes_that_do_not_drain() -> None:
+    done = chaos("--operations", "1", "--only", "stop")
+    assert done.returncode == 1
+    assert "has stopped without sending everybody on" in done.stderr
+    assert "after: stop node" in done.stderr
