@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+APP = Path(__file__).parents[1]
 STICKYRING = Path(sys.executable).with_name("stickyring")
 DEADLINE_SECONDS = 15.0
 
@@ -103,3 +105,13 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., ServeProcess]]:
     """A function that starts `serving` in the test's own folder; the node ends with the test."""
     with ExitStack() as stack:
         yield lambda *arguments, **options: stack.enter_context(serving(tmp_path, *arguments, **options))
+
+
+@pytest.fixture(scope="session")
+def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose node_modules holds the client that package-lock.json pins."""
+    folder = tmp_path_factory.mktemp("javascript")
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(APP / name, folder)
+    subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=60)
+    return folder

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -16,7 +15,6 @@ from conftest import STICKYRING, ServeProcess, serving, wait_until
 
 from stickyring.delivery import Received, Sender
 
-APP = Path(__file__).parents[1]
 CLIENT = Path(__file__).with_name("sending_client.mjs")
 NAME = "0123456789abcdef"
 APPLICATION = """
@@ -329,16 +327,6 @@ async def test_a_process_that_dies_before_the_acknowledgement_has_it_handled_aga
         assert sender.repeated == 1
     first, second = node.handled
     assert first == second
-
-
-@pytest.fixture(scope="module")
-def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose node_modules holds the client that package-lock.json pins."""
-    folder = tmp_path_factory.mktemp("javascript")
-    for name in ("package.json", "package-lock.json"):
-        shutil.copy(APP / name, folder)
-    subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=60)
-    return folder
 
 
 class Stream:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import shutil
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -17,7 +16,6 @@ from edge import Edge
 
 from stickyring.ring import Ring
 
-APP = Path(__file__).parents[1]
 CLIENT = Path(__file__).with_name("reconnecting_client.mjs")
 TRANSPORTS = (["polling"], ["websocket"], ["polling", "websocket"])
 
@@ -112,16 +110,6 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
     with node("node1-1") as first, node("node2-1") as second:
         yield Fleet({"node1-1": first, "node2-1": second}, folder)
-
-
-@pytest.fixture(scope="module")
-def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose node_modules holds the client that package-lock.json pins."""
-    folder = tmp_path_factory.mktemp("javascript")
-    for name in ("package.json", "package-lock.json"):
-        shutil.copy(APP / name, folder)
-    subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=60)
-    return folder
 
 
 class User:
