@@ -18,6 +18,7 @@ from stickyring.control import Control, Refusal
 from stickyring.drain import Drain
 from stickyring.metrics import MoveMetrics
 from stickyring.ring import Ring
+from stickyring.takeover import Incumbent
 
 RING = {
     "cluster": "nodes",
@@ -184,10 +185,10 @@ def test_a_node_that_is_started_anew_meanwhile_is_told_of(
         if method == "GET":
             return {"running": False}
         if waiting:
-            raise operate._Refused(409, "a rebalance is running")
+            raise operate.Refused(409, "a rebalance is running")
         return {"running": True, "to_move": 5, "asked": 0}
 
-    monkeypatch.setattr(operate, "_ask", answer)
+    monkeypatch.setattr(operate, "ask", answer)
     result = invoke("rebalance", "--control", tmp_path / "control", "--ring", ring)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.splitlines()[-1].startswith("Error: the node was started anew")
@@ -204,7 +205,8 @@ def test_an_equal_ring_is_not_made_anew(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Ring, "load", counting_load)
     metrics = MoveMetrics(CollectorRegistry())
-    control = Control("node1-1", {}, metrics, Drain({}, set(), metrics))
+    drain = Drain({}, set(), metrics)
+    control = Control("node1-1", {}, metrics, drain, Incumbent(None, drain))
 
     def start(ring: object) -> None:
         control.answer("POST", "/rebalance", json.dumps({"ring": ring}).encode())

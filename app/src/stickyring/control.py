@@ -16,6 +16,10 @@ one that refuses has `error`, a line of text.
     GET  /drain               200 {"draining", "drained": whether everybody has left, and numbers of sessions:
                               "sessions" that are open, "to_move" found so far, "asked", and "left", those of them that
                               are gone; "requests" that are being answered}
+    GET  /listener            200 {"process": id of the node's master}, and as ancillary data beside it (SCM_RIGHTS) the
+                              descriptor of its listening socket; 409 the node could not be replaced now
+    POST /retire              202 {}: the node has left its listening socket to whoever asked, drains and ends; 409 it
+                              cannot, and goes on. Both are for `stickyring.takeover`
 """
 
 import json
@@ -35,6 +39,7 @@ from stickyring.metrics import MoveMetrics
 from stickyring.rebalance import Rebalance, default_rate
 from stickyring.ring import Ring, RingError
 from stickyring.sessions import Session
+from stickyring.takeover import CannotRetireError, Incumbent
 
 log = logging.getLogger(__name__)
 
@@ -56,39 +61,56 @@ class Refusal(Exception):
 class Control:
     """What a node is asked and told over its control socket; answers are given as they are sent, in JSON's types."""
 
-    def __init__(self, node_name: str, sessions: Mapping[str, Session], metrics: MoveMetrics, drain: Drain) -> None:
+    def __init__(
+        self,
+        node_name: str,
+        sessions: Mapping[str, Session],
+        metrics: MoveMetrics,
+        drain: Drain,
+        incumbent: Incumbent,
+    ) -> None:
         self._node_name = node_name
         self._drain = drain
         self._sessions = sessions
         self._metrics = metrics
+        self._incumbent = incumbent
         self._rebalance: Rebalance | None = None
         self._known_ring: tuple[str, Ring] | None = None
 
     def answer(self, method: str, target: str, body: bytes) -> tuple[HTTPStatus, dict[str, Any]]:
-        """Do what a request asks.
+        """Do what a request asks; `listener` in an answer is a descriptor, and sent as such.
 
         Raises:
             Refusal: it asks for nothing that there is, or for nothing that can be done now.
+            CannotRetireError: as `Incumbent` has it.
         """
         parts = urlsplit(target)
+        status = HTTPStatus.OK
         match method, parts.path:
             case "GET", "/sessions":
                 wanted = parse_qs(parts.query, errors="surrogateescape").get("key", [None])[0]
-                return HTTPStatus.OK, self._list_sessions(wanted)
+                answer = self._list_sessions(wanted)
             case "POST", "/rebalance":
-                return HTTPStatus.ACCEPTED, self._start_rebalance(body)
+                status, answer = HTTPStatus.ACCEPTED, self._start_rebalance(body)
             case "GET", "/rebalance":
-                return HTTPStatus.OK, {"running": False} if self._rebalance is None else self._rebalance.progress()
+                answer = {"running": False} if self._rebalance is None else self._rebalance.progress()
             case "POST", "/drain":
                 self._drain.begin()
-                return HTTPStatus.ACCEPTED, self._drain.progress()
+                status, answer = HTTPStatus.ACCEPTED, self._drain.progress()
             case "POST", "/undrain":
                 if not self._drain.cancel():
                     raise Refusal(HTTPStatus.CONFLICT, "the node is about to stop")
-                return HTTPStatus.OK, self._drain.progress()
+                answer = self._drain.progress()
             case "GET", "/drain":
-                return HTTPStatus.OK, self._drain.progress()
-        raise Refusal(HTTPStatus.NOT_FOUND, f"nothing answers {method} {parts.path} here")
+                answer = self._drain.progress()
+            case "GET", "/listener":
+                answer = self._incumbent.hand_over()
+            case "POST", "/retire":
+                self._incumbent.retire()
+                status, answer = HTTPStatus.ACCEPTED, {}
+            case _:
+                raise Refusal(HTTPStatus.NOT_FOUND, f"nothing answers {method} {parts.path} here")
+        return status, answer
 
     def _list_sessions(self, wanted: str | None) -> dict[str, Any]:
         found = [
@@ -179,15 +201,21 @@ class _Request(BaseHTTPRequestHandler):
             status, answer = self.server.control.answer(self.command, self.path, self._body())
         except Refusal as refusal:
             status, answer = refusal.status, {"error": str(refusal)}
+        except CannotRetireError as cause:
+            status, answer = HTTPStatus.CONFLICT, {"error": str(cause)}
         except Exception as error:
             log.exception("%s %s failed on the control socket", self.command, self.path.partition("?")[0])
             status, answer = HTTPStatus.INTERNAL_SERVER_ERROR, {"error": f"the node failed: {type(error).__name__}"}
+        descriptors = [answer.pop("listener")] if "listener" in answer else []
         body = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if descriptors:
+            socket.send_fds(self.connection, [body], descriptors)
+        else:
+            self.wfile.write(body)
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "0")

@@ -41,6 +41,11 @@ class Drain:
         metrics.draining.set_function(lambda: self.active)
 
     @property
+    def final(self) -> bool:
+        """Whether the node is about to stop."""
+        return self._final
+
+    @property
     def empty(self) -> bool:
         """Whether nobody is here any more, nothing is being answered, and nobody will come."""
         # The engine's session ends before the application's disconnect handlers have run: `left` is after them.

@@ -44,7 +44,7 @@ def sessions(*, key: str | None, path: Path) -> None:
       stickyring sessions --control /run/stickyring-node/1/control.sock --key alice
     """
     target = "/sessions" if key is None else f"/sessions?{urlencode({'key': key}, errors='surrogateescape')}"
-    click.echo(json.dumps(_ask(path, "GET", target)))
+    click.echo(json.dumps(ask(path, "GET", target)))
 
 
 @click.command()
@@ -104,8 +104,8 @@ def drain(*, path: Path) -> None:
     Examples:
       stickyring drain --control /run/stickyring-node/1/control.sock
     """
-    begun = _ask(path, "POST", "/drain")
-    progress = _watch(begun, "asked to reconnect", lambda: _ask(path, "GET", "/drain"), _drains)
+    begun = ask(path, "POST", "/drain")
+    progress = _watch(begun, "asked to reconnect", lambda: ask(path, "GET", "/drain"), _drains)
     click.echo(json.dumps(progress))
     if not progress["draining"]:
         raise click.ClickException("the node takes users in again: somebody has undrained it, or it was started anew")
@@ -123,14 +123,14 @@ def undrain(*, path: Path) -> None:
     Examples:
       stickyring undrain --control /run/stickyring-node/1/control.sock
     """
-    click.echo(json.dumps(_ask(path, "POST", "/undrain")))
+    click.echo(json.dumps(ask(path, "POST", "/undrain")))
 
 
 def _start(path: Path, order: dict[str, Any]) -> dict[str, Any] | None:
     """Begin a rebalance; return its progress, None while another one is running."""
     try:
-        return _ask(path, "POST", "/rebalance", order)
-    except _Refused as refused:
+        return ask(path, "POST", "/rebalance", order)
+    except Refused as refused:
         if refused.status != HTTPStatus.CONFLICT:
             raise
         return None
@@ -162,7 +162,7 @@ def _drains(drain: dict[str, Any]) -> bool:
 
 
 def _progress(path: Path) -> dict[str, Any]:
-    progress = _ask(path, "GET", "/rebalance")
+    progress = ask(path, "GET", "/rebalance")
     if "to_move" not in progress:
         raise click.ClickException(
             "the node was started anew, which ended the rebalance that was running: run it again"
@@ -170,7 +170,7 @@ def _progress(path: Path) -> dict[str, Any]:
     return progress
 
 
-class _Refused(click.ClickException):
+class Refused(click.ClickException):
     """The node's refusal of a request, with the `status` of its answer."""
 
     def __init__(self, status: int, text: str) -> None:
@@ -191,11 +191,11 @@ class _UnixConnection(HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def _ask(path: Path, method: str, target: str, body: object = None) -> dict[str, Any]:
+def ask(path: Path, method: str, target: str, body: object = None) -> dict[str, Any]:
     """Return the node's answer.
 
     Raises:
-        _Refused: the node refuses.
+        Refused: the node refuses.
         click.ClickException: there is none.
     """
     connection = _UnixConnection(path)
@@ -212,5 +212,5 @@ def _ask(path: Path, method: str, target: str, body: object = None) -> dict[str,
     finally:
         connection.close()
     if response.status >= HTTPStatus.BAD_REQUEST:
-        raise _Refused(response.status, answer["error"])
+        raise Refused(response.status, answer["error"])
     return answer

@@ -1,6 +1,5 @@
 """`stickyring serve`: one node process, which is gunicorn's master with one worker around the deployed application."""
 
-import errno
 import importlib
 import logging
 import os
@@ -16,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import gunicorn.util
@@ -26,6 +25,8 @@ from gunicorn.errors import AppImportError, HaltServer
 from gunicorn.workers.base import Worker
 
 from stickyring import logs
+from stickyring.control_socket import ControlSocket
+from stickyring.takeover import Incumbent, Successor
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -148,6 +149,11 @@ def default_node_name() -> str:
     help="Unix socket for `stickyring sessions`, `rebalance`, `drain` and `undrain`; none without it.",
 )
 @click.option(
+    "--replace",
+    is_flag=True,
+    help="Take the place of the process that serves --control, on its listening socket.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(logs.LEVELS),
     default="info",
@@ -165,6 +171,7 @@ def serve(
     max_connections: int,
     drain_timeout: float,
     control_path: Path | None,
+    replace: bool,
     log_level: str,
 ) -> None:
     """Serve APPLICATION as one node of a sticky Socket.IO deployment.
@@ -176,11 +183,17 @@ def serve(
     SIGTERM drains the node first: it takes nobody in, asks everybody to reconnect elsewhere, and ends when they have
     left. A second signal, or SIGINT or SIGQUIT, ends it at once.
 
+    With --replace, a new process of whatever release and settings loads the application while the one that serves the
+    control socket goes on; then it takes over the listening socket, and the other one drains and ends. Nobody is
+    refused, and each user reconnects once. The command ends when the new process serves; if it cannot, with the cause,
+    and nothing has changed. It keeps the address.
+
     \b
     Examples:
       stickyring serve
       stickyring serve --listen 0.0.0.0:8001 --node-name node1-1
       stickyring serve --control /run/stickyring-node/1/control.sock
+      stickyring serve --control /run/stickyring-node/1/control.sock --replace
       stickyring serve chat.server:application --max-connections 20000
       STICKYRING_LISTEN='[::1]:8001' stickyring serve 'chat.server:create(debug=False)'
     """
@@ -192,9 +205,17 @@ def serve(
     os.environ["STICKYRING_NODE_NAME"] = node_name
     # As gunicorn does: an application beside the working directory can be imported.
     sys.path.insert(0, str(Path.cwd()))
-    found_class, listener = _worker_class(worker_class), _listen(address)
-    control_listener = None if control_path is None else _listen_for_control(control_path)
-    Node(settings, found_class, listener, control_listener).run()
+    found_class = _worker_class(worker_class)
+    if replace:
+        if control_path is None:
+            raise click.UsageError("--replace needs --control: the control socket of the process to replace")
+        successor = Successor(control_path, lambda listener: _check_address(listener, address))
+        successor.fork()
+        Node(settings, found_class, successor.listener, successor.control, successor).run()
+    else:
+        listener = _listen(address)
+        control = None if control_path is None else ControlSocket(control_path)
+        Node(settings, found_class, listener, control).run()
 
 
 class Node(BaseApplication):
@@ -205,12 +226,14 @@ class Node(BaseApplication):
         settings: Settings,
         worker_class: type[Worker],
         listener: socket.socket,
-        control_listener: socket.socket | None,
+        control: ControlSocket | None,
+        successor: Successor | None = None,
     ) -> None:
+        self.successor = successor
         self._settings = settings
-        self._control_listener = control_listener
+        self._control = control
         self._worker_class = worker_class
-        self._address = _address_text(listener)
+        self._address = _address_text(listener.getsockname()[:2])
         # gunicorn takes the descriptor over.
         self._listener = listener.detach()
         self._refusal_reader, self._refusal_writer = os.pipe()
@@ -242,8 +265,8 @@ class Node(BaseApplication):
             "logger_class": logs.GunicornLogger,
             "loglevel": self._settings.log_level,
             "errorlog": None,  # no handler of gunicorn's own
-            "pre_fork": lambda arbiter, worker: self._heard(0),  # what the worker before has told is no longer true
-            "post_worker_init": self._tell_that_it_serves,
+            "pre_fork": self._begin_with,
+            "post_worker_init": self._begin_to_serve,
         }.items():
             self.cfg.set(name, value)
 
@@ -261,12 +284,14 @@ class Node(BaseApplication):
             # The worker, a fork of this process, leaves through here as well.
             if os.getpid() == master:
                 if refusal := self._refusal():
+                    if self.successor is not None:
+                        self.successor.fail(refusal)
                     raise click.ClickException(refusal) from None
                 log.info("stopped")
             raise
         finally:
-            if self._settings.control is not None and os.getpid() == master:
-                self._settings.control.unlink(missing_ok=True)
+            if self._control is not None and os.getpid() == master:
+                self._control.remove()
 
     def load(self) -> "WSGIApplication":
         """Import the application, in the worker; one that cannot be had ends the master."""
@@ -282,9 +307,10 @@ class Node(BaseApplication):
             self._refuse(f"cannot load {self._settings.application}: {_describe(error)}")
         name = self._settings.node_name
         runtime = Runtime(application, node_name=name, max_connections=self._settings.max_connections)
-        if self._control_listener is not None:
-            control = Control(name, runtime.sessions, runtime.move_metrics, runtime.drain)
-            server = ControlServer(self._control_listener, control)
+        self._incumbent = Incumbent(self._worker, runtime.drain)
+        if self._control is not None:
+            control = Control(name, runtime.sessions, runtime.move_metrics, runtime.drain, self._incumbent)
+            server = ControlServer(self._control.listener, control)
             threading.Thread(target=server.run, daemon=True).start()
         threading.Thread(target=self._drain_when_told, args=(runtime.drain,), daemon=True).start()
         return runtime
@@ -327,15 +353,27 @@ class Node(BaseApplication):
         except BlockingIOError:
             return ""
 
-    def _tell_that_it_serves(self, worker: Worker) -> None:
-        if self._manager_address:
+    def _begin_with(self, master: Arbiter, worker: Worker) -> None:
+        self._worker = worker
+        self._heard(0)  # what the worker before has told is no longer true
+
+    def _begin_to_serve(self, worker: Worker) -> None:
+        if self.successor is None or self.successor.done:
             self._tell_manager(b"READY=1")
+        else:
+            try:
+                self.successor.take_over(self._tell_manager)
+            except click.ClickException as error:
+                self._refuse(error.message)
+        if self._manager_address:
             beat = worker.notify
 
-            # A worker that is stuck beats no more, whatever its master does.
+            # A worker that is stuck beats no more, whatever its master does; and one that was replaced must not hide
+            # that its successor is stuck.
             def beat_aloud() -> None:
                 beat()
-                self._tell_manager(b"WATCHDOG=1")
+                if not self._incumbent.retired:
+                    self._tell_manager(b"WATCHDOG=1")
 
             worker.notify = beat_aloud
         log.info(
@@ -346,7 +384,9 @@ class Node(BaseApplication):
         )
 
     def _tell_manager(self, state: bytes) -> None:
-        """Tell systemd, as sd_notify(3) has it; one that is busy hears the next beat."""
+        """Tell systemd, if that runs this process, as sd_notify(3) has it; one that is busy hears the next beat."""
+        if not self._manager_address:
+            return
         try:
             self._manager.sendto(state, self._manager_address)
         except OSError:
@@ -355,6 +395,15 @@ class Node(BaseApplication):
 
 class _Master(Arbiter):
     """gunicorn's master, which lets its worker drain before it stops it gracefully."""
+
+    def manage_workers(self) -> None:
+        """Keep a worker; but a successor that cannot take over any more ends."""
+        if (successor := self.app.successor) is not None and not successor.done:
+            if successor.failed:
+                raise HaltServer("nobody waits for the new process any more", 1)
+            if self.worker_age and not self.WORKERS:
+                raise HaltServer("the new process's worker has ended before it served", 1)
+        super().manage_workers()
 
     def stop(self, graceful: bool = True) -> None:
         """Stop the worker; at once, if a signal comes while it drains."""
@@ -389,49 +438,48 @@ def _worker_class(path: str) -> type[Worker]:
 
 def _listen(address: tuple[str, int]) -> socket.socket:
     """Bind and listen here, where a failure is one line: gunicorn would try five times and log each."""
-    host, port = address
+    family, kind, protocol, where = _resolve(address)
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
         # Only a listening socket keeps a second process from taking the same address.
         listener.listen(BACKLOG)
-    except (OSError, UnicodeError) as error:  # the latter from a host name that no resolver can take
-        shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        raise click.ClickException(f"cannot listen on {shown}: {getattr(error, 'strerror', None) or error}") from None
-    return listener
-
-
-def _listen_for_control(path: Path) -> socket.socket:
-    """Listen on a Unix socket that only this user may use, in place of one that nobody serves any more."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        if path.is_socket() and not _is_served(path):
-            path.unlink()
-        listener.bind(str(path))
-        listener.listen()
     except OSError as error:
-        served = "another process serves it" if path.is_socket() else "there is something else"
-        cause = served if error.errno == errno.EADDRINUSE else error.strerror or error
-        raise click.ClickException(f"cannot make the control socket {path}: {cause}") from None
-    finally:
-        os.umask(before)
+        raise _cannot_listen(address, error) from None
     return listener
 
 
-def _is_served(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
-        # One that is too busy to take the call must not hold this up.
-        caller.setblocking(False)
-        return caller.connect_ex(str(path)) != errno.ECONNREFUSED
+def _check_address(listener: socket.socket, address: tuple[str, int]) -> None:
+    """Refuse to take over the listening socket of another address than the one that is asked for."""
+    host, port, *_ = _resolve(address)[3]
+    serving_host, serving_port, *_ = listener.getsockname()
+    if host != serving_host or port not in {0, serving_port}:
+        raise click.ClickException(
+            f"the node listens on {_address_text((serving_host, serving_port))} and not on {_address_text(address)}: "
+            "an address cannot be taken over, restart the node"
+        )
 
 
-def _address_text(listener: socket.socket) -> str:
-    host, port, *_ = listener.getsockname()
+def _resolve(address: tuple[str, int]) -> tuple[socket.AddressFamily, socket.SocketKind, int, tuple[Any, ...]]:
+    """Return family, kind, protocol and address of the first socket address that the name has."""
+    host, port = address
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:  # the latter from a host name that no resolver can take
+        raise _cannot_listen(address, error) from None
+    family, kind, protocol, _, where = found[0]
+    return family, kind, protocol, where
+
+
+def _cannot_listen(address: tuple[str, int], error: Exception) -> click.ClickException:
+    return click.ClickException(
+        f"cannot listen on {_address_text(address)}: {getattr(error, 'strerror', None) or error}"
+    )
+
+
+def _address_text(address: tuple[str, int]) -> str:
+    host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

@@ -12,17 +12,22 @@ import os
 import signal
 import socket
 from types import FrameType
+from typing import Any
 
 import eventlet
 import eventlet.hubs
 import eventlet.wsgi
 from eventlet.greenio import GreenSocket
+from gunicorn.http.message import Request
 from gunicorn.workers.base_async import AsyncWorker
 
 HEARTBEAT_SECONDS = 1.0
 ACCEPT_PAUSE_SECONDS = 0.2
 CLOSING_SECONDS = 5.0
 """How long a client may take to close a WebSocket that the server has closed."""
+FIRST_REQUEST_SECONDS = 1.0
+"""How long the first request of a connection that was accepted may take to arrive, when the worker retires."""
+TICK_SECONDS = 0.02
 OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 """What accept(2) answers while the connection stays in the backlog, waiting for the process to have room again."""
 
@@ -34,6 +39,16 @@ class EventletWorker(AsyncWorker):
     backlog), `keepalive` (seconds that a connection may wait for its next request, and for that request's head) and
     `graceful_timeout` (seconds between SIGTERM and the master's SIGKILL).
     """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self._retired = False
+        self._acceptors: list[Any] = []
+        self._listeners: list[GreenSocket] = []
+        # Connections that have not asked anything yet, and those between two requests.
+        self._unheard: set[GreenSocket] = set()
+        self._idle: set[GreenSocket] = set()
+        self._requests: set[Request] = set()
 
     def init_process(self) -> None:
         """Make the standard library cooperative before the application is imported; the master stays as it is."""
@@ -47,20 +62,46 @@ class EventletWorker(AsyncWorker):
     def run(self) -> None:
         """Accept and serve until SIGTERM or until the master is gone, then let running requests end."""
         connections = eventlet.GreenPool(self.worker_connections)
-        listeners = [GreenSocket(listener.sock) for listener in self.sockets]
-        acceptors = [eventlet.spawn(self._accept, listener, connections) for listener in listeners]
+        self._listeners = [GreenSocket(listener.sock) for listener in self.sockets]
+        self._acceptors = [eventlet.spawn(self._accept, listener, connections) for listener in self._listeners]
 
         while self.alive and self.ppid == os.getppid():
             self.notify()
             self._wait_for_signal(HEARTBEAT_SECONDS)
 
-        for acceptor in acceptors:
-            acceptor.kill()
-        for listener in listeners:
-            listener.close()
+        self._stop_accepting()
         # The master kills at graceful_timeout; ending before it means ending by ourselves.
         with eventlet.Timeout(max(self.cfg.graceful_timeout - HEARTBEAT_SECONDS, 0), False):
             connections.waitall()
+
+    def retire(self) -> None:
+        """Leave the listening socket to another process, use up the connections, and have the master drain and end.
+
+        What is accepted is answered; no connection carries another request, so that an edge that keeps connections
+        sends nothing here any more.
+        """
+        self._retired = True
+        self._stop_accepting()
+        for request in self._requests:
+            request.force_close()
+        for client in self._idle:
+            # A request that is there already can still be read.
+            _stop_reading(client.fd)
+        eventlet.spawn(self._end_when_all_are_heard)
+
+    def _end_when_all_are_heard(self) -> None:
+        # Whoever has been accepted and is about to ask did not come to a node that drains.
+        with eventlet.Timeout(FIRST_REQUEST_SECONDS, False):
+            eventlet.sleep(TICK_SECONDS)
+            while self._unheard:
+                eventlet.sleep(TICK_SECONDS)
+        os.kill(self.ppid, signal.SIGTERM)
+
+    def _stop_accepting(self) -> None:
+        for acceptor in self._acceptors:
+            acceptor.kill()
+        for listener in self._listeners:
+            listener.close()
 
     def _wait_for_signal(self, seconds: float) -> None:
         """Return at the next signal, at the latest after `seconds`: every signal writes a byte into the base's pipe."""
@@ -97,22 +138,35 @@ class EventletWorker(AsyncWorker):
         connection, hub = client.fd, eventlet.hubs.get_hub()
         deadlines = []
 
-        def stop_reading() -> None:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RD)
-
         def stop_writing() -> None:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)
-            deadlines.append(hub.schedule_call_global(CLOSING_SECONDS, stop_reading))
+            deadlines.append(hub.schedule_call_global(CLOSING_SECONDS, _stop_reading, connection))
 
         client.close = stop_writing
+        self._unheard.add(client)
         try:
             super().handle(listener, client, address)
         finally:
+            self._unheard.discard(client)
+            self._idle.discard(client)
             connection.close()
             for deadline in deadlines:
                 deadline.cancel()
+
+    def handle_request(self, listener_name: object, request: Request, client: GreenSocket, address: object) -> bool:
+        """Serve one request, and know meanwhile and afterwards what the connection is doing."""
+        self._unheard.discard(client)
+        self._idle.discard(client)
+        if self._retired:
+            request.force_close()
+        self._requests.add(request)
+        try:
+            answered = super().handle_request(listener_name, request, client, address)
+        finally:
+            self._requests.discard(request)
+        self._idle.add(client)
+        return bool(answered)
 
     def timeout_ctx(self) -> eventlet.Timeout:
         """Bound the wait for a request; gunicorn closes the connection when it ends without one."""
@@ -131,3 +185,8 @@ class EventletWorker(AsyncWorker):
     def handle_usr1(self, sig: signal.Signals, frame: FrameType | None) -> None:
         """Reopen log files; in a green thread, as that takes locks, which the hub must not wait for."""
         eventlet.spawn(super().handle_usr1, sig, frame)
+
+
+def _stop_reading(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RD)

@@ -1,0 +1,203 @@
+"""One node process takes the place of another on the same listening socket: `stickyring serve --replace`.
+
+The one that comes, the successor, asks the control socket of the one that serves, the incumbent, for its listening
+socket, loads its application, and only then has the incumbent retire: accept nothing more, and drain. Connections that
+arrive in between wait in the backlog of the socket, which both have. So no edge sees anything, and each user is
+disconnected once, when the drain asks him to reconnect. A successor that does not get that far leaves everything as it
+was.
+"""
+
+import json
+import logging
+import mmap
+import os
+import socket
+import sys
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+from gunicorn.workers.base import Worker
+
+from stickyring.control_socket import ControlSocket
+from stickyring.operate import ANSWER_SECONDS, ask
+
+if TYPE_CHECKING:
+    from stickyring.drain import Drain
+
+log = logging.getLogger(__name__)
+
+WAITING, COMMITTED, DONE = range(3)
+TAKEN = b"\0taken"
+
+
+class CannotRetireError(Exception):
+    """The process that serves cannot be replaced, or not now; the text says why."""
+
+
+class Incumbent:
+    """The process that serves, as its worker stands for it.
+
+    Its worker class may have `retire()`, which accepts nothing more from its return on, and later has the master end as
+    by SIGTERM. Without it, the node can be restarted only.
+    """
+
+    def __init__(self, worker: Worker, drain: "Drain") -> None:
+        self._worker = worker
+        self._drain = drain
+        self.retired = False
+
+    def hand_over(self) -> dict[str, Any]:
+        """Return the answer to `GET /listener`; its `listener` is the descriptor of the listening socket.
+
+        Raises:
+            CannotRetireError: it could not retire for the one who asks.
+        """
+        self._check()
+        return {"process": self._worker.ppid, "listener": self._worker.sockets[0].fileno()}
+
+    def retire(self) -> None:
+        """Leave the listening socket to the successor, and end.
+
+        Raises:
+            CannotRetireError: it cannot, and goes on.
+        """
+        self._check()
+        self.retired = True
+        self._worker.retire()
+        log.info("replaced: accepting nothing more")
+
+    def _check(self) -> None:
+        if not hasattr(self._worker, "retire"):
+            name = type(self._worker).__name__
+            raise CannotRetireError(f"its worker class {name} cannot be replaced while it serves, restart it")
+        if not self._worker.booted:
+            raise CannotRetireError("it does not serve yet")
+        if self.retired or self._drain.final or not self._worker.alive:
+            raise CannotRetireError("the node is about to stop")
+
+
+class Successor:
+    """The process that is to serve, from when it asks for the listening socket until it has taken the place.
+
+    Made in the process that the command began; `fork` goes on in another one, whose worker calls `take_over`. `check`
+    may raise click.ClickException, if the listening socket is not the one that is wanted.
+
+    Raises:
+        click.ClickException: there is nobody at the control socket `path`, or he cannot be replaced.
+    """
+
+    def __init__(self, path: Path, check: Callable[[socket.socket], None]) -> None:
+        # First, because only one at a time can have it: whoever answers is replaced by nobody else meanwhile.
+        self.control = ControlSocket(path, beside=True)
+        try:
+            self.listener, self._incumbent = _ask_for_listener(path)
+            check(self.listener)
+        except click.ClickException:
+            self.control.remove()
+            raise
+        # How far it is, for master and worker.
+        self._stage = mmap.mmap(-1, 1)
+        self._here, self._there = socket.socketpair()
+
+    def fork(self) -> None:
+        """Return in a process that has this one for neither parent nor session; in this one, wait for its outcome.
+
+        Raises:
+            click.ClickException: in this one, the other has not taken over; the text is the cause.
+            SystemExit: in this one, it has.
+        """
+        # By way of a third one: systemd supervises its own children only, and orphans are.
+        between = os.fork()
+        if not between:
+            os.setsid()
+            if os.fork():
+                os._exit(0)
+            self._here.close()
+            return
+        os.waitpid(between, 0)
+        for unused in (self._there, self.listener, self.control.listener):
+            unused.close()
+        try:
+            outcome = self._here.recv(4096)
+        except ConnectionError:
+            outcome = b""
+        if outcome == TAKEN:
+            log.info("the new process serves, the one before it is about to end")
+            sys.exit()
+        self.control.remove()
+        raise click.ClickException(outcome.decode(errors="replace") or "the new process ended before it served")
+
+    @property
+    def failed(self) -> bool:
+        """Whether nobody waits for it any more who could say that it has taken over. Asked by the master."""
+        # In this order: once this is true, a worker that commits itself later knows it too.
+        return self._is_abandoned() and self._stage[0] == WAITING
+
+    @property
+    def done(self) -> bool:
+        """Whether it has taken over."""
+        return self._stage[0] == DONE
+
+    def fail(self, cause: str) -> NoReturn:
+        """End this master; the process that waits says why."""
+        self._there.send(cause.encode()[:4096])
+        sys.exit(1)
+
+    def take_over(self, tell_manager: Callable[[bytes], None]) -> None:
+        """Have the incumbent retire, and take its place: nothing it accepts comes in between. Called by the worker.
+
+        `tell_manager` tells systemd something, as sd_notify(3) has it.
+
+        Raises:
+            click.ClickException: this must not or cannot be; the incumbent serves on.
+        """
+        self._stage[0] = COMMITTED
+        if self._is_abandoned() or not self.control.waits:
+            raise click.ClickException("nobody waits for the new process any more")
+        # Before the end of the incumbent, which would be the end of the service.
+        tell_manager(b"MAINPID=%d\nREADY=1" % os.getppid())
+        try:
+            ask(self.control.path, "POST", "/retire")
+        except click.ClickException:
+            tell_manager(b"MAINPID=%d" % self._incumbent)
+            raise
+        self._stage[0] = DONE
+        try:
+            self.control.move_in()
+            self._there.send(TAKEN)
+        except OSError:  # there is no way back, and users matter more
+            log.exception("what follows from taking over has failed")
+
+    def _is_abandoned(self) -> bool:
+        try:
+            return not self._there.recv(1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+
+
+def _ask_for_listener(path: Path) -> tuple[socket.socket, int]:
+    """Return the listening socket of the node with that control socket, and its master's process id."""
+    answer, descriptors = b"", []
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(ANSWER_SECONDS)
+            connection.connect(str(path))
+            connection.sendall(b"GET /listener HTTP/1.0\r\n\r\n")
+            while True:
+                part, passed, _, _ = socket.recv_fds(connection, 65536, 1)
+                descriptors += passed
+                if not part:
+                    break
+                answer += part
+        head, _, body = answer.partition(b"\r\n\r\n")
+        status, told = int(head.split()[1]), json.loads(body)
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise click.ClickException(f"nothing serves {path}: there is nothing to replace") from None
+    except (OSError, ValueError, IndexError) as error:
+        raise click.ClickException(f"no answer on the control socket {path}: {error}") from None
+    if status != HTTPStatus.OK:
+        raise click.ClickException(f"the node cannot be replaced: {told['error']}")
+    return socket.socket(fileno=descriptors[0]), told["process"]
