@@ -45,8 +45,8 @@ lint: .venv/.installed ## Judge style, types, playbooks and roles without runnin
 	ansible-lint
 
 unit: .venv/.installed ## Unit tests, without root and without the lab
-	cd app && pytest
-	pytest playbooks roles molecule/tests
+	cd app && pytest $(SIDE_BY_SIDE)
+	pytest $(SIDE_BY_SIDE) playbooks roles molecule/tests
 
 molecule: .venv/.installed ## All scenarios on real hosts, with a browser
 	@$(call need,chromium:chromium)
@@ -66,6 +66,7 @@ lock: .venv/.installed ## Resolve requirements.in and app/pyproject.toml into th
 	uv pip compile $(COMPILE) app/pyproject.toml --output-file app/requirements.lock
 	uv pip compile $(COMPILE) requirements.in app/pyproject.toml --extra probe --extra plan --output-file requirements.lock
 
+SIDE_BY_SIDE := --numprocesses 2 --dist worksteal
 SEED = 1
 OPERATIONS = 60
 
