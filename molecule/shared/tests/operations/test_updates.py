@@ -34,19 +34,28 @@ def test_the_oldest_release_is_not_rolled_back(run: Any, serving: Any, nodes: An
     assert serving() == before
 
 
-def test_nothing_is_lost_in_a_rolling_update(residents: Any, run: Any, serving: Any) -> None:
-    first = {release for release, _ in serving().values()}
+@pytest.mark.parametrize(
+    ("name", "mode", "fewest"),
+    [("second", [], 2), ("third", ["-e", "stickyring_node_surge=true"], 1)],
+    ids=["", "surge"],
+)
+def test_nothing_is_lost_in_a_rolling_update(
+    residents: Any, run: Any, serving: Any, name: str, mode: list[str], fewest: int
+) -> None:
+    before = serving()
     since = time.monotonic()
-    told = run(UPDATE, *release("second", stickyring_node_proving_time="2"))
-    assert {release for release, _ in serving().values()} == {"second"} != first
+    told = run(UPDATE, *release(name, stickyring_node_proving_time="2"), *mode)
+    after = serving()
+    assert {release for release, _ in after.values()} == {name} != {release for release, _ in before.values()}
+    assert {process for _, process in after.values()}.isdisjoint(process for _, process in before.values())
     residents.settle(BACK_SECONDS)
     disconnects = [one.count("disconnect", since) for one in residents]
-    account = r"(\d+) sessions were .* asked for a reconnection (\d+) times; derived are (\d+), 2 a session"
-    sessions, asked, derived = map(int, re.search(account, told).groups())
+    account = r"(\d+) sessions were .* asked for a reconnection (\d+) times; derived are (\d+), (\d) a session"
+    sessions, asked, derived, each = map(int, re.search(account, told).groups())
     print(f"disconnects of {sessions} users: {sum(disconnects)} seen, {asked} told, {derived} derived")
     assert sessions == len(disconnects)
-    assert derived == 2 * sessions
-    assert max(disconnects) == 2
+    assert (derived, each) == (fewest * sessions, fewest)
+    assert max(disconnects) == fewest
     assert asked == pytest.approx(sum(disconnects), rel=0.05), "what is told is not what users have seen"
     assert not [one for one in residents if one.lost]
     assert max(one.count("failed", since) for one in residents) <= 1
@@ -68,28 +77,40 @@ def test_a_bad_release_stops_at_the_first_node(
     after = serving()
     first = nodes[0].name
     (message,) = set(re.findall(rf"fatal: \[{first}\]: FAILED! => (.*did not become healthy.*?) PLAY RECAP", told))
-    for words in (f"of release {fault}", "Rolled back to release second, which serves again.", said):
+    for words in (f"of release {fault}", "Rolled back to release third, which serves.", said):
         assert words in message
-    assert {name: release for name, (release, _) in after.items()} == dict.fromkeys(after, "second")
+    assert {name: release for name, (release, _) in after.items()} == dict.fromkeys(after, "third")
     assert [name for name in after if after[name] != before[name]] == [first]
     run("playbooks/rebalance.yml")
     residents.settle(BACK_SECONDS)
     assert not [one for one in residents if one.lost]
     untouched = [one for one in residents if one.count("disconnect", since) == 0]
     assert len(untouched) > len(residents.users), "who was not on the first node has noticed"
+
+
+def test_a_release_that_does_not_start_beside_the_one_that_serves_disturbs_nobody(
+    residents: Any, run: Any, serving: Any
+) -> None:
+    before, since = serving(), time.monotonic()
+    faulty = release("crashes_at_start", **FAULTY, stickyring_node_application="faulty:crashes_at_start()")
+    told = run(UPDATE, *faulty, "-e", "stickyring_node_surge=true", fails=True)
+    for words in ("of release crashes_at_start", "Rolled back to release third", "this release cannot start"):
+        assert words in told
+    assert serving() == before
+    assert not [one for one in residents if one.count("disconnect", since) or one.lost]
     run("playbooks/verify.yml")
 
 
 def test_what_was_killed_is_finished_by_the_next_run(
     residents: Any, run: Any, serving: Any, machine: Any, nodes: Any, inventory: Path, interrupt: Any
 ) -> None:
-    options = [*release("third", stickyring_node_releases_kept="2", stickyring_node_proving_time="2"), "-e", "share=2"]
+    options = [*release("fourth", stickyring_node_releases_kept="2", stickyring_node_proving_time="2"), "-e", "share=2"]
     for task in ("Link the release as current", "Keep with the release what it serves with"):
         interrupt(f"stickyring_node : {task}", "-i", inventory, UPDATE, *options)
     run(UPDATE, *options)
-    assert {release for release, _ in serving().values()} == {"third"}
+    assert {release for release, _ in serving().values()} == {"fourth"}
     for node in nodes:
-        assert machine(node.name).check_output("ls /opt/stickyring-node/releases").split() == ["second", "third"]
+        assert machine(node.name).check_output("ls /opt/stickyring-node/releases").split() == ["fourth", "third"]
     residents.settle(BACK_SECONDS)
     assert not [one for one in residents if one.lost]
 
@@ -100,14 +121,14 @@ def test_rollback_of_a_node_and_of_the_fleet(
     options = ["-e", "stickyring_node_proving_time=2"]
     before = serving()
     told = run("playbooks/rollback.yml", "--limit", "node2", *options)
-    assert "node2 serves release second again" in told
+    assert "node2 serves release third again" in told
     after = serving()
     assert [name for name in after if after[name] != before[name]] == ["node2"]
 
     for task in ("Put back unit, environments and link of the release", "Start the instances anew"):
         interrupt(f"stickyring_node : {task}", "-i", inventory, "playbooks/rollback.yml", *options)
     run("playbooks/rollback.yml", *options)
-    assert {release for release, _ in serving().values()} == {"second"}
+    assert {release for release, _ in serving().values()} == {"third"}
     assert serving()["node2"] == after["node2"], "it was rolled back already"
     residents.settle(BACK_SECONDS)
     assert not [one for one in residents if one.lost]
