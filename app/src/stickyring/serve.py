@@ -359,7 +359,7 @@ class Node(BaseApplication):
 
     def _begin_to_serve(self, worker: Worker) -> None:
         if self.successor is None or self.successor.done:
-            self._tell_manager(b"READY=1")
+            self._mention(b"READY=1")
         else:
             try:
                 self.successor.take_over(self._tell_manager)
@@ -373,7 +373,7 @@ class Node(BaseApplication):
             def beat_aloud() -> None:
                 beat()
                 if not self._incumbent.retired:
-                    self._tell_manager(b"WATCHDOG=1")
+                    self._mention(b"WATCHDOG=1")
 
             worker.notify = beat_aloud
         log.info(
@@ -383,14 +383,21 @@ class Node(BaseApplication):
             extra={"address": self._address, "worker_class": self._settings.worker_class},
         )
 
-    def _tell_manager(self, state: bytes) -> None:
-        """Tell systemd, if that runs this process, as sd_notify(3) has it; one that is busy hears the next beat."""
-        if not self._manager_address:
-            return
+    def _mention(self, state: bytes) -> None:
+        """Tell systemd; one that is busy hears the next beat."""
         try:
-            self._manager.sendto(state, self._manager_address)
+            self._tell_manager(state)
         except OSError:
             log.debug("systemd does not take %r", state, exc_info=True)
+
+    def _tell_manager(self, state: bytes) -> None:
+        """Tell systemd, if that runs this process, as sd_notify(3) has it.
+
+        Raises:
+            OSError: systemd is busy, for example.
+        """
+        if self._manager_address:
+            self._manager.sendto(state, self._manager_address)
 
 
 class _Master(Arbiter):

@@ -149,7 +149,7 @@ class Successor:
     def take_over(self, tell_manager: Callable[[bytes], None]) -> None:
         """Have the incumbent retire, and take its place: nothing it accepts comes in between. Called by the worker.
 
-        `tell_manager` tells systemd something, as sd_notify(3) has it.
+        `tell_manager` tells systemd something, as sd_notify(3) has it, or raises OSError.
 
         Raises:
             click.ClickException: this must not or cannot be; the incumbent serves on.
@@ -158,7 +158,10 @@ class Successor:
         if self._is_abandoned() or not self.control.waits:
             raise click.ClickException("nobody waits for the new process any more")
         # Before the end of the incumbent, which would be the end of the service.
-        tell_manager(b"MAINPID=%d\nREADY=1" % os.getppid())
+        try:
+            tell_manager(b"MAINPID=%d\nREADY=1" % os.getppid())
+        except OSError as error:
+            raise click.ClickException(f"systemd does not hear of the new process: {error.strerror}") from None
         try:
             ask(self.control.path, "POST", "/retire")
         except click.ClickException:
