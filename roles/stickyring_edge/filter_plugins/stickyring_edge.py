@@ -7,7 +7,12 @@ import ipaddress
 import json
 import re
 from collections import Counter
+from datetime import UTC, datetime
+from pathlib import PurePath
 from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 Data = dict[str, Any]
 
@@ -81,11 +86,56 @@ def _place_problems(listeners: list[Data], admin_port: int) -> list[str]:
     return problems + [f"port {port} on {address} has two listeners." for address, port in _repeated(places)]
 
 
-def stickyring_edge_problems(settings: Data, sha256: str | None = None) -> list[str]:
+def stickyring_edge_pem_paths(listeners: list[Data]) -> list[str]:
+    """Paths on the controller of the certificates and keys of all listeners, each once."""
+    paths = [item["tls"][kind] for item in listeners if item.get("tls") for kind in ("certificate", "key")]
+    return list(dict.fromkeys(paths))
+
+
+def _tls_problems(item: Data, pems: dict[str, str]) -> list[str]:
+    """What is wrong with the certificate and the key of a listener; ``pems`` has the texts of those that are files."""
+    tls = item["tls"]
+    where = f"listener {item['name']}"
+    problems = []
+    for kind in ("certificate", "key"):
+        if not PurePath(tls[kind]).is_absolute():
+            problems.append(f"{where}: tls.{kind} {tls[kind]} is no absolute path on the controller.")
+        elif tls[kind] not in pems:
+            problems.append(f"{where}: tls.{kind} {tls[kind]} is no file on the controller.")
+    if problems:
+        return problems
+    try:
+        certificate = x509.load_pem_x509_certificates(pems[tls["certificate"]].encode())[0]
+    except ValueError:
+        return [f"{where}: tls.certificate {tls['certificate']} has no certificate in PEM."]
+    if certificate.not_valid_after_utc < datetime.now(UTC):
+        problems.append(
+            f"{where}: tls.certificate {tls['certificate']} expired on {certificate.not_valid_after_utc:%F}."
+        )
+    try:
+        key = load_pem_private_key(pems[tls["key"]].encode(), password=None)
+    except TypeError:
+        return [*problems, f"{where}: tls.key {tls['key']} is encrypted; Envoy asks for no password."]
+    except ValueError:
+        return [*problems, f"{where}: tls.key {tls['key']} is no private key in PEM."]
+    public = (
+        one.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        for one in (certificate.public_key(), key.public_key())
+    )
+    if len(set(public)) > 1:
+        problems.append(
+            f"{where}: tls.key {tls['key']} does not fit the first certificate of {tls['certificate']}, which has to be"
+            " the server's own."
+        )
+    return problems
+
+
+def stickyring_edge_problems(settings: Data, pems: dict[str, str], sha256: str | None = None) -> list[str]:
     """What is wrong with the edge's variables, one sentence each; empty when nothing is.
 
-    ``settings`` has the judged variables by their names, typed as the role's argument_specs say. ``sha256`` is judged
-    if it is known: a binary that the same run is to build has none yet.
+    ``settings`` has the judged variables by their names, typed as the role's argument_specs say. ``pems`` has the texts
+    of those of stickyring_edge_pem_paths that are files. ``sha256`` is judged if it is known: a binary that the same
+    run is to build has none yet.
     """
     listeners: list[Data] = settings["stickyring_edge_listeners"]
     clusters: list[Data] = settings["stickyring_edge_clusters"]
@@ -109,6 +159,7 @@ def stickyring_edge_problems(settings: Data, sha256: str | None = None) -> list[
         for item in listeners
         if item["cluster"] not in known
     ]
+    problems += [problem for item in listeners if item.get("tls") for problem in _tls_problems(item, pems)]
     for cluster in clusters:
         endpoints = cluster["endpoints"]
         where = f"cluster {cluster['name']}"
@@ -175,15 +226,54 @@ def _listener(item: Data, common: Data) -> Data:
             "config_source": _config_source(common["directory"], f"routes/{item['name']}.yaml"),
         },
     }
+    chain: Data = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+    if item.get("tls"):
+        chain |= _tls(item, common)
     return {
         "@type": TYPE + "envoy.config.listener.v3.Listener",
         "name": item["name"],
         "address": {"socket_address": {"address": item.get("address", "0.0.0.0"), "port_value": item["port"]}},
         **common["listener"],
-        "filter_chains": [
-            {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+        "filter_chains": [chain],
+    }
+
+
+def _certificate_path(item: Data) -> str:
+    return f"certificates/{item['name']}.yaml"
+
+
+def _tls(item: Data, common: Data) -> Data:
+    """What ends TLS in a filter chain; the certificate is in a file of its own, so that another changes no listener."""
+    context = {
+        **common["tls_context"],
+        "tls_certificate_sds_secret_configs": [
+            {"name": item["name"], "sds_config": _config_source(common["directory"], _certificate_path(item))}
         ],
     }
+    return {
+        **common["tls_filter_chain"],
+        "transport_socket": {
+            "name": "envoy.transport_sockets.tls",
+            "typed_config": {
+                "@type": TYPE + "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+                "common_tls_context": context,
+            },
+        },
+    }
+
+
+def _certificate(item: Data, pems: dict[str, str]) -> Data:
+    """The secret of a listener without its key, which stickyring_edge_private_keys has."""
+    return {
+        "@type": TYPE + "envoy.extensions.transport_sockets.tls.v3.Secret",
+        "name": item["name"],
+        "tls_certificate": {"certificate_chain": {"inline_string": pems[item["tls"]["certificate"]]}},
+    }
+
+
+def stickyring_edge_private_keys(listeners: list[Data], pems: dict[str, str]) -> dict[str, str]:
+    """The text of the private key that belongs into each file of stickyring_edge_files that needs one."""
+    return {_certificate_path(item): pems[item["tls"]["key"]] for item in listeners if item.get("tls")}
 
 
 def _key_for_the_log(policies: list[Data]) -> Data:
@@ -329,15 +419,18 @@ def _endpoints(cluster: Data, common: Data) -> Data:
     }
 
 
-def stickyring_edge_files(listeners: list[Data], clusters: list[Data], common: Data) -> dict[str, list[Data]]:
-    """Path of each filesystem xDS file, below its directory, to the resources in it.
+def stickyring_edge_files(
+    listeners: list[Data], clusters: list[Data], common: Data, pems: dict[str, str]
+) -> dict[str, list[Data]]:
+    """Path of each filesystem xDS file, below its directory, to the resources in it; no private key is among them.
 
-    Envoy takes one route configuration and one endpoint list from a file, hence one file a listener and a cluster.
-    ``common`` is what the role's vars/main.yml composes.
+    Envoy takes one route configuration, one endpoint list and one secret from a file, hence one file a listener and a
+    cluster. ``common`` is what the role's vars/main.yml composes, ``pems`` has the texts of stickyring_edge_pem_paths.
     """
     files: dict[str, list[Data]] = {"clusters.yaml": [_cluster(item, common) for item in clusters]}
     files |= {_endpoints_path(item, common): [_endpoints(item, common)] for item in clusters}
     files |= {f"routes/{item['name']}.yaml": [_routes(item, common)] for item in listeners}
+    files |= {_certificate_path(item): [_certificate(item, pems)] for item in listeners if item.get("tls")}
     files["listeners.yaml"] = [_listener(item, common) for item in listeners]
     return files
 
@@ -399,6 +492,8 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         """Name to function, as Ansible asks for them."""
         return {
+            "stickyring_edge_pem_paths": stickyring_edge_pem_paths,
+            "stickyring_edge_private_keys": stickyring_edge_private_keys,
             "stickyring_edge_problems": stickyring_edge_problems,
             "stickyring_edge_files": stickyring_edge_files,
             "stickyring_edge_served_ring": stickyring_edge_served_ring,

@@ -31,11 +31,12 @@ short_description: Write Envoy's filesystem xDS files and prove that Envoy runs 
 description:
   - Writes every file of O(files) by renaming it into place, which is the only change Envoy's file subscription notices,
     and only those whose content differs. Each file is stamped with a C(version_info) that is a hash of its resources.
-  - The order never names what is not there yet (endpoints of new clusters, clusters, endpoints, routes, listeners), and
+  - The order never names what is not there yet (what is new, clusters, endpoints, routes, certificates, listeners), and
     what is no longer wanted goes last.
   - When Envoy's admin interface answers, each step is awaited there. A rejected or unfinished step puts the previous
     files back and fails with Envoy's own words. Without an answer the files are only written, unless O(unit) runs.
   - With nothing to change the module just proves the state and reports no change.
+  - Where websockets are open that a change would end, nothing is written unless O(may_end_websockets).
 options:
   state:
     description:
@@ -52,9 +53,15 @@ options:
   files:
     description:
       - Path below O(directory), ending in C(.yaml), to the list of resources in Envoy's JSON notation with C(@type).
-      - One resource type a file; a file of routes or endpoints holds exactly one resource, since Envoy takes no more.
+      - One resource type a file; a file of routes or endpoints, or of a secret, holds exactly one resource, since Envoy
+        takes no more.
     type: dict
     required: true
+  private_keys:
+    description:
+      - Private keys in PEM, by the path of the secret in O(files) that they belong to. Neither logged nor shown.
+    type: dict
+    default: {}
   header:
     description: Comment block that opens every file.
     type: str
@@ -64,6 +71,9 @@ options:
     type: str
   group:
     description: Group of the files and directories.
+    type: str
+  secrets_group:
+    description: Group that may read the files with private keys, whose mode is 0640; O(group) when left out.
     type: str
   admin_port:
     description:
@@ -89,10 +99,33 @@ options:
       - Files are not written below an Envoy that runs and does not answer, because nobody would judge them.
     type: str
   start_files:
-    description: Files and links that Envoy reads only at its start, besides the file of its O(unit).
+    description:
+      - What Envoy is started from, and is started anew for by whoever runs this module when it differs.
     type: list
-    elements: path
+    elements: dict
     default: []
+    suboptions:
+      name:
+        description: What it is, for messages.
+        type: str
+        required: true
+      path:
+        description: Path of the file or link.
+        type: path
+        required: true
+      content:
+        description: Text that the file is going to have, with O(owner), O(group) and mode 0644.
+        type: str
+      link:
+        description: Target that the link is going to have.
+        type: str
+  may_end_websockets:
+    description:
+      - Whether to go on where websockets are open that end with it, because a listener that they came through changes
+        or goes, or because Envoy is to be started anew for O(start_files), be it for what an earlier run left undone.
+      - In check mode a warning tells of them instead.
+    type: bool
+    default: false
 author:
   - The stickyring authors
 attributes:
@@ -108,7 +141,10 @@ EXAMPLES = r"""
       clusters.yaml: "{{ clusters }}"
       listeners.yaml: "{{ listeners }}"
       routes/sticky.yaml: ["{{ route_configuration }}"]
+      certificates/sticky.yaml: ["{{ secret_without_its_key }}"]
       endpoints/nodes.yaml: ["{{ cluster_load_assignment }}"]
+    private_keys:
+      certificates/sticky.yaml: "{{ lookup('file', '/srv/tls/key.pem') }}"
 
 - name: Prove that Envoy runs on them and finds every endpoint healthy
   stickyring_edge_xds:
@@ -143,16 +179,21 @@ up_to_date:
   description: Whether O(unit) runs and was started after the last change of its file and of O(start_files).
   returned: success
   type: bool
+ends:
+  description: What ends how many open websockets, as C(the binary changes; 214 open websockets end); empty when none.
+  returned: success with V(present)
+  type: str
 """
 
 CLUSTER = "envoy.config.cluster.v3.Cluster"
 ENDPOINTS = "envoy.config.endpoint.v3.ClusterLoadAssignment"
 ROUTES = "envoy.config.route.v3.RouteConfiguration"
+SECRET = "envoy.extensions.transport_sockets.tls.v3.Secret"
 LISTENER = "envoy.config.listener.v3.Listener"
 # Nothing may be named before it is there, so Envoy is given them in this order.
-TYPES = (CLUSTER, ENDPOINTS, ROUTES, LISTENER)
+TYPES = (CLUSTER, ENDPOINTS, ROUTES, SECRET, LISTENER)
 # Envoy takes exactly one of these from a file.
-SINGLE_TYPES = (ENDPOINTS, ROUTES)
+SINGLE_TYPES = (ENDPOINTS, ROUTES, SECRET)
 
 # Words that some YAML parsers take for something else than text.
 RESERVED_KEYS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
@@ -163,6 +204,7 @@ PROC = Path("/proc")
 TCP_LISTEN = "0A"
 LOOPBACK = "0100007F"
 REASON_LENGTH = 500
+HOW_TO_GO_ON = "To end them all the same, run this again with `-e stickyring_edge_may_end_websockets=true`."
 
 Resource = dict[str, Any]
 Stats = dict[str, Any]
@@ -175,6 +217,10 @@ class InvalidFiles(Exception):
 
 class NotApplied(Exception):
     """Envoy refused a step or did not finish it in time; the message is Envoy's reason."""
+
+
+class EndsWebsockets(Exception):
+    """The change would end open websockets and nobody has allowed that; the message tells which."""
 
 
 class NotProven(Exception):
@@ -206,6 +252,29 @@ def to_yaml(value: object, indent: int = 0) -> str:
 def version_of(resources: list[Resource]) -> str:
     """The version_info of a file with these resources: 16 hexadecimal digits, whatever the order of keys."""
     return hashlib.sha256(json.dumps(resources, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def with_key(resources: list[Resource], private_key: str | None) -> list[Resource]:
+    """The secret with its private key; what has none stays as it is."""
+    if private_key is None:
+        return resources
+    [secret] = resources
+    certificate = {**secret["tls_certificate"], "private_key": {"inline_string": private_key}}
+    return [{**secret, "tls_certificate": certificate}]
+
+
+def is_secret(text: str) -> bool:
+    """Whether the text of a file is not for everybody."""
+    return SECRET in text or "PRIVATE KEY" in text
+
+
+def resource_texts(text: str) -> dict[str, str]:
+    """Each resource's name to its text, of a file that this module has written; empty of other files."""
+    texts = {}
+    for part in re.split(r"^  - ", text, flags=re.MULTILINE)[1:]:
+        if found := re.search(r"^(?: {4})?name: (.+)$", part, re.MULTILINE):
+            texts[json.loads(found[1])] = part
+    return texts
 
 
 class XdsFile:
@@ -252,13 +321,16 @@ class XdsFile:
         return f"{header.rstrip()}\n{body}" if header else body
 
     def subscriptions(self, stats: Stats) -> list[str]:
-        """Statistics prefixes of Envoy's subscriptions to this file; none for routes that no listener uses yet."""
+        """Statistics prefixes of Envoy's subscriptions to this file; none for what no listener uses yet."""
         if self.type == CLUSTER:
             return ["cluster_manager.cds"]
         if self.type == LISTENER:
             return ["listener_manager.lds"]
         if self.type == ENDPOINTS:
             return [f"cluster.{self.names()[0]}"]
+        if self.type == SECRET:
+            prefix = f"sds.{self.names()[0]}"
+            return [prefix] if f"{prefix}.version_text" in stats else []
         ending = f".rds.{self.names()[0]}.version_text"
         return [name.removesuffix(".version_text") for name in stats if name.endswith(ending)]
 
@@ -269,6 +341,10 @@ class XdsFile:
             for prefix in self.subscriptions(stats)
             for counter in ("update_rejected", "update_failure")
         )
+
+    def refused(self, stats: Stats) -> bool:
+        """Whether Envoy has refused this file and is not at it."""
+        return bool(self.refusals(stats) and self.version_problems(stats))
 
     def version_problems(self, stats: Stats) -> list[str]:
         """A line when Envoy is not at this version."""
@@ -404,6 +480,13 @@ class Admin:
         stats = self.get(f"/stats?format=json&filter={pattern}")["stats"]
         return {item["name"]: item["value"] for item in stats if "name" in item}
 
+    def websockets(self) -> dict[str, int]:
+        """Listener to the number of open websockets that came through it, those that are about to end included."""
+        pattern = r"^http\.(.+)\.downstream_cx_upgrades_active$"
+        stats = self.get(f"/stats?format=json&filter={urllib.parse.quote(pattern)}")["stats"]
+        found = {item["name"]: item["value"] for item in stats if "name" in item}
+        return {match[1]: count for name, count in found.items() if (match := re.search(pattern, name)) and count}
+
     def dump(self) -> Dump:
         """The configuration that Envoy runs on, by the last part of each section's type."""
         return {part["@type"].rpartition(".")[2]: part for part in self.get("/config_dump?include_eds")["configs"]}
@@ -422,7 +505,7 @@ class Unit:
 
     def __init__(self, module: AnsibleModule) -> None:
         self.name: str | None = module.params["unit"]
-        self.start_files: list[str] = module.params["start_files"]
+        self.start_files: list[str] = [file["path"] for file in module.params["start_files"]]
         self.module = module
         self.shown: dict[str, str] = {}
         self.look()
@@ -569,17 +652,83 @@ class Edge:
         port that was taken, is mended by that.
         """
         return [
-            file
-            for file in self.files
-            if self.read(file.path) != file.text(self.header)
-            or (file.refusals(self.before) and file.version_problems(self.before))
+            file for file in self.files if self.read(file.path) != file.text(self.header) or file.refused(self.before)
         ]
 
-    def own(self, path: Path, mode: str) -> bool:
+    def ends(self) -> str:
+        """What ends which open websockets, in one line; empty when none end."""
+        if not self.running:
+            return ""
+        restart = self.restart_reasons()
+        listeners = self.changing_listeners()
+        if not restart and not listeners:
+            return ""
+        websockets = self.admin.websockets()
+        changing = [name for name in listeners if name in websockets]
+        count = sum(websockets.values()) if restart else sum(websockets[name] for name in changing)
+        if not count:
+            return ""
+        reasons = [*restart, *(f"listener {name} {listeners[name]}" for name in changing)]
+        return f"{', '.join(reasons)}: {count} open websocket{' ends' if count == 1 else 's end'}"
+
+    def restart_reasons(self) -> list[str]:
+        """Why Envoy is going to be started anew."""
+        start_files = self.module.params["start_files"]
+        reasons = [f"the {file['name']} changes" for file in start_files if self.start_file_differs(file)]
+        if not reasons and self.unit.active() and not self.unit.up_to_date():
+            reasons = ["Envoy's process is older than what it is started from"]
+        return reasons
+
+    def start_file_differs(self, file: dict[str, str | None]) -> bool:
+        """Whether a file or link that Envoy is started from is not as it is going to be."""
+        path = Path(str(file["path"]))
+        try:
+            if file["link"] is not None:
+                return str(path.readlink()) != file["link"]
+            return path.read_text(encoding="utf-8") != file["content"] or self.would_own(path, "0644")
+        except OSError:
+            return True
+
+    def changing_listeners(self) -> dict[str, str]:
+        """Listeners that Envoy may have and that do not stay as they are, and what happens to them."""
+        [file] = [file for file in self.files if file.type == LISTENER] or [None]
+        if file is None:
+            return {}
+        before, after = resource_texts(self.read(file.path) or ""), resource_texts(file.text(self.header))
+        changing = {
+            name: "changes" if name in after else "is removed"
+            for name in {**before, **after}
+            if before.get(name) != after.get(name)
+        }
+        if file.refused(self.before):
+            changing |= dict.fromkeys(self.refused_listeners(), "changes")
+        return changing
+
+    def refused_listeners(self) -> list[str]:
+        """Listeners that Envoy has in another version than the one that it refused."""
+        found = self.admin.dump().get("ListenersConfigDump", {}).get("dynamic_listeners", [])
+        return [item["name"] for item in found if "error_state" in item and "active_state" in item]
+
+    def own(self, path: Path, mode: str, group: str | None = None) -> bool:
         """Gives owner, group and mode, except in check mode; True when that changed something."""
         arguments = {**self.module.params, "mode": mode, "attributes": None}
+        arguments["group"] = group or arguments["group"]
         wanted = self.module.load_file_common_arguments(arguments, path=str(path))
         return bool(self.module.set_fs_attributes_if_different(wanted, changed=False))
+
+    def own_file(self, path: Path, text: str) -> bool:
+        """The same for a file with this text: private keys are for Envoy and nobody else."""
+        if is_secret(text):
+            return self.own(path, "0640", self.module.params["secrets_group"])
+        return self.own(path, "0644")
+
+    def would_own(self, path: Path, mode: str) -> bool:
+        """Whether the path has another owner, group or mode."""
+        checking, self.module.check_mode = self.module.check_mode, True
+        try:
+            return self.own(path, mode)
+        finally:
+            self.module.check_mode = checking
 
     def make_directories(self) -> None:
         """Makes the directory and those of the files below it."""
@@ -595,7 +744,7 @@ class Edge:
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
                 stream.write(text)
-            self.own(temporary, "0644")
+            self.own_file(temporary, text)
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -717,9 +866,13 @@ class Edge:
             self.wait("Waiting until Envoy finds every endpoint healthy", self.health_problems)
 
     def difference(self, texts: dict[str, str]) -> list[dict[str, str]]:
-        """Files and their texts as Ansible shows them under --diff."""
+        """Files and their texts as Ansible shows them under --diff, of those with private keys only the version."""
+
+        def shown(text: str) -> str:
+            return "".join(re.findall(r"^version_info: .*\n", text, re.MULTILINE)) if is_secret(text) else text
+
         return [
-            {"before_header": path, "after_header": path, "before": self.read(path) or "", "after": text}
+            {"before_header": path, "after_header": path, "before": shown(self.read(path) or ""), "after": shown(text)}
             for path, text in texts.items()
         ]
 
@@ -734,7 +887,7 @@ class Edge:
             *(
                 f"{file.path} (owner or mode)"
                 for file in self.files
-                if file.path not in texts and self.own(self.directory / file.path, "0644")
+                if file.path not in texts and self.own_file(self.directory / file.path, file.text(self.header))
             ),
         ]
         if not names:
@@ -793,7 +946,8 @@ class Edge:
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Does what the parameters ask; the module's result."""
-    files = [XdsFile(path, resources) for path, resources in module.params["files"].items()]
+    keys = module.params["private_keys"]
+    files = [XdsFile(path, with_key(resources, keys.get(path))) for path, resources in module.params["files"].items()]
     edge = Edge(module, files)
     result = {
         "changed": False,
@@ -821,14 +975,20 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         "removed": strangers,
         "left": edge.leaving() if texts and edge.running else [],
         "diff": edge.difference(texts),
+        "ends": edge.ends(),
     }
+    if result["ends"] and not module.params["may_end_websockets"]:
+        told = f"{result['ends']}. {HOW_TO_GO_ON}"
+        if not module.check_mode:
+            raise EndsWebsockets(f"Nothing was changed, because open websockets would end: {told}")
+        module.warn(f"Open websockets would end, so this is going to be refused: {told}")
     if module.check_mode:
         return result
 
     if texts and module.params["healthy_timeout"]:
         edge.expect_healthy_newcomers()
     edge.apply(changed, strangers)
-    owned = [edge.own(edge.directory / file.path, "0644") for file in files]
+    owned = [edge.own_file(edge.directory / file.path, file.text(edge.header)) for file in files]
     return result | {"changed": any([result["changed"], *owned]), "proven": edge.running}
 
 
@@ -839,20 +999,35 @@ def main() -> None:
             "state": {"type": "str", "choices": ["present", "proven"], "default": "present"},
             "directory": {"type": "path", "required": True},
             "files": {"type": "dict", "required": True},
+            "private_keys": {"type": "dict", "default": {}, "no_log": True},
             "header": {"type": "str", "default": ""},
             "owner": {"type": "str"},
             "group": {"type": "str"},
+            "secrets_group": {"type": "str", "no_log": False},
             "admin_port": {"type": "int", "default": 9901},
             "timeout": {"type": "int", "default": 30},
             "healthy_timeout": {"type": "int", "default": 0},
             "unit": {"type": "str"},
-            "start_files": {"type": "list", "elements": "path", "default": []},
+            "start_files": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "name": {"type": "str", "required": True},
+                    "path": {"type": "path", "required": True},
+                    "content": {"type": "str"},
+                    "link": {"type": "str"},
+                },
+                "required_one_of": [("content", "link")],
+                "mutually_exclusive": [("content", "link")],
+            },
+            "may_end_websockets": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
     try:
         result = run(module)
-    except (InvalidFiles, NotApplied, NotProven, OSError) as error:
+    except (EndsWebsockets, InvalidFiles, NotApplied, NotProven, OSError) as error:
         module.fail_json(msg=str(error))
     module.exit_json(**result)
 

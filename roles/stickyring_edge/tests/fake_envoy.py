@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import threading
+from contextlib import redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import yaml
+from ansible.module_utils.testing import patch_module_args
 
 ROLE = Path(__file__).parents[1]
 
@@ -25,11 +29,22 @@ def load(path: str) -> ModuleType:
     return module
 
 
+def run_module(module: ModuleType, directory: Path, files: Any, port: int, **parameters: object) -> dict[str, Any]:
+    """The result of the module that writes files, as Ansible would read it."""
+    arguments = {"directory": str(directory), "files": files, "admin_port": port, "timeout": 1, **parameters}
+    output = io.StringIO()
+    with patch_module_args(arguments), redirect_stdout(output), pytest.raises(SystemExit):
+        module.main()
+    result: dict[str, Any] = json.loads(output.getvalue())
+    return result
+
+
 class FakeEnvoy:
     """Reads the files as Envoy does and answers as its admin interface does.
 
     A file that was moved into place is loaded at the next request; one with a key `refuse` is refused with that text.
-    `history` has the names in each clusters file that was loaded, `loads` the order of the files.
+    `refused` names listeners that it has, and would not take as the file now has them. `history` has the names in each
+    clusters file that was loaded, `loads` the order of the files.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -42,6 +57,7 @@ class FakeEnvoy:
         self.loads: list[str] = []
         self.ignores_changes = False
         self.unhealthy: set[int] = set()
+        self.refused: set[str] = set()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -79,6 +95,7 @@ class FakeEnvoy:
             "Cluster": "cluster_manager.cds",
             "Listener": "listener_manager.lds",
             "ClusterLoadAssignment": f"cluster.{resources[0].get('cluster_name')}",
+            "Secret": f"sds.{resources[0].get('name')}",
             "RouteConfiguration": f"http.x.rds.{resources[0].get('name')}",
         }[kind]
         self.loads.append(str(path.relative_to(self.directory)))
@@ -105,6 +122,7 @@ class FakeEnvoy:
         if path.startswith("/config_dump"):
             listeners = [
                 {"name": item["name"], "active_state": {"listener": item}}
+                | ({"error_state": {"details": "refused"}} if item["name"] in self.refused else {})
                 for item in self.loaded.get("listener_manager.lds", [])
             ]
             listeners += [{"name": "refused", "error_state": {"details": error}} for error in self.errors]

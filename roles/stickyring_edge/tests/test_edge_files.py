@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from certificates import Certificate, make_certificate
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from fake_envoy import ROLE, load
 
 edge = load("filter_plugins/stickyring_edge.py")
@@ -23,6 +31,8 @@ COMMON: dict[str, Any] = {
     "largest_body": 1000,
     "ring_points_per_weight": 100,
     "listener": {},
+    "tls_context": {"alpn_protocols": ["h2"]},
+    "tls_filter_chain": {"transport_socket_connect_timeout": "5s"},
     "http_connection_manager": {"use_remote_address": True},
     "route_configuration": {},
     "route": {"timeout": "60s"},
@@ -39,10 +49,12 @@ LISTENERS = [
     {"name": "single", "port": 9001, "cluster": "first", "address": "127.0.0.1"},
     {"name": "unkeyed", "port": 9003, "cluster": "nodes", "hash_policies": []},
 ]
+TLS = {"certificate": "/tls/chain.pem", "key": "/tls/key.pem"}
+PEMS = {"/tls/chain.pem": "CHAIN", "/tls/key.pem": "KEY"}
 
 
 def compose(listeners: list[dict[str, Any]] = LISTENERS, clusters: list[dict[str, Any]] = CLUSTERS) -> dict[str, Any]:
-    files: dict[str, Any] = edge.stickyring_edge_files(listeners, clusters, COMMON)
+    files: dict[str, Any] = edge.stickyring_edge_files(listeners, clusters, COMMON, PEMS)
     return files
 
 
@@ -51,10 +63,14 @@ def endpoint_files(files: dict[str, Any]) -> set[str]:
 
 
 def test_every_path_that_a_file_names_is_one_of_the_files() -> None:
-    files = compose()
+    files = compose([*LISTENERS, {"name": "safe", "port": 9443, "cluster": "nodes", "tls": TLS}])
     named = [cluster["eds_cluster_config"]["eds_config"] for cluster in files["clusters.yaml"]]
     for listener in files["listeners.yaml"]:
-        named.append(listener["filter_chains"][0]["filters"][0]["typed_config"]["rds"]["config_source"])
+        chain = listener["filter_chains"][0]
+        named.append(chain["filters"][0]["typed_config"]["rds"]["config_source"])
+        if "transport_socket" in chain:
+            context = chain["transport_socket"]["typed_config"]["common_tls_context"]
+            named += [one["sds_config"] for one in context["tls_certificate_sds_secret_configs"]]
     paths = {source["path_config_source"]["path"] for source in named}
     assert paths == {f"/etc/x/{path}" for path in files if "/" in path}
 
@@ -80,7 +96,7 @@ def test_other_members_stand_in_another_file_and_the_points_of_an_endpoint_stay(
 
 def test_other_points_stand_in_another_file() -> None:
     paths = [
-        endpoint_files(edge.stickyring_edge_files(LISTENERS, CLUSTERS, COMMON | {"ring_points_per_weight": points}))
+        endpoint_files(edge.stickyring_edge_files(LISTENERS, CLUSTERS, COMMON | {"ring_points_per_weight": points}, {}))
         for points in (100, 200)
     ]
     assert paths[0].isdisjoint(paths[1])
@@ -217,6 +233,23 @@ def test_without_a_policy_nothing_is_hashed_or_logged_as_a_key() -> None:
     assert "hash_policy" not in routes["virtual_hosts"][0]["routes"][-1]["route"]
 
 
+def test_a_certificate_is_in_a_file_of_its_own_and_its_key_is_not_in_it() -> None:
+    listeners = [*LISTENERS[:2], LISTENERS[2] | {"tls": TLS}]
+    before, after = compose(), compose(listeners)
+    assert {path for path in after if after[path] != before.get(path)} == {
+        "listeners.yaml",
+        "certificates/unkeyed.yaml",
+    }
+    [secret] = after["certificates/unkeyed.yaml"]
+    assert secret["tls_certificate"] == {"certificate_chain": {"inline_string": "CHAIN"}}
+    assert edge.stickyring_edge_private_keys(listeners, PEMS) == {"certificates/unkeyed.yaml": "KEY"}
+    assert edge.stickyring_edge_private_keys(LISTENERS, PEMS) == {}
+    # Another certificate leaves the listener as it is, and with it the websockets.
+    renewed = edge.stickyring_edge_files(listeners, CLUSTERS, COMMON, PEMS | {"/tls/chain.pem": "NEW"})
+    assert [path for path in after if after[path] != renewed[path]] == ["certificates/unkeyed.yaml"]
+    assert edge.stickyring_edge_pem_paths(listeners) == list(PEMS)
+
+
 def test_private_paths_are_answered_before_any_node() -> None:
     [private, public] = compose()["routes/sticky.yaml"][0]["virtual_hosts"][0]["routes"]
     assert private == {"match": {"path": "/metrics"}, "direct_response": {"status": 404}}
@@ -233,13 +266,14 @@ def judge(
     listeners: list[dict[str, Any]] = LISTENERS,
     clusters: list[dict[str, Any]] = CLUSTERS,
     sha256: str | None = None,
+    pems: dict[str, str] | None = None,
     **others: object,
 ) -> str:
     """What is said of these variables; all others have their defaults."""
     settings = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
     settings |= {"stickyring_edge_listeners": listeners, "stickyring_edge_clusters": clusters}
     settings |= {f"stickyring_edge_{name}": value for name, value in others.items()}
-    return " ".join(edge.stickyring_edge_problems(settings, sha256))
+    return " ".join(edge.stickyring_edge_problems(settings, pems or {}, sha256))
 
 
 def test_good_variables_have_no_problem() -> None:
@@ -313,6 +347,48 @@ def test_spellings_of_one_address_are_one_place() -> None:
     assert "cluster nodes: 2001:db8::1:1 is there twice" in judge([LISTENERS[0]], clusters)
     endpoints[1]["address"] = "2001:db8::2"
     assert judge([LISTENERS[0]], clusters) == ""
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return make_certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return make_certificate(tmp_path_factory.mktemp("other"))
+
+
+def judge_tls(chain: str | None, key: str | None, paths: dict[str, str] = TLS) -> str:
+    texts = {"/tls/chain.pem": chain, "/tls/key.pem": key}
+    pems = {path: text for path, text in texts.items() if text is not None}
+    return judge([LISTENERS[0] | {"tls": paths}], pems=pems)
+
+
+def test_a_certificate_with_its_key_is_good(certificate: Certificate, other: Certificate) -> None:
+    assert judge_tls(certificate.chain, certificate.key) == ""
+    assert judge_tls(certificate.chain + other.chain, certificate.key) == ""
+
+
+def test_each_fault_of_a_certificate_is_said(certificate: Certificate, other: Certificate, tmp_path: Path) -> None:
+    chain, key = certificate.chain, certificate.key
+    expired = make_certificate(tmp_path, days=0)
+    encrypted = load_pem_private_key(key.encode(), None).private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")
+    )
+    where = "listener sticky: tls"
+    said = {
+        f"{where}.certificate /tls/chain.pem is no file on the controller.": judge_tls(None, key),
+        f"{where}.key /tls/key.pem is no file on the controller.": judge_tls(chain, None),
+        f"{where}.key key.pem is no absolute path on the controller.": judge_tls(chain, key, TLS | {"key": "key.pem"}),
+        f"{where}.certificate /tls/chain.pem has no certificate in PEM.": judge_tls(key, key),
+        f"{where}.key /tls/key.pem is no private key in PEM.": judge_tls(chain, chain),
+        f"{where}.key /tls/key.pem is encrypted; Envoy asks for no password.": judge_tls(chain, encrypted.decode()),
+        f"{where}.key /tls/key.pem does not fit the first certificate of /tls/chain.pem, which has to be the server's"
+        " own.": judge_tls(other.chain + chain, key),
+    }
+    assert list(said) == list(said.values())
+    assert f"{where}.certificate /tls/chain.pem expired on 20" in judge_tls(expired.chain, expired.key)
 
 
 def test_no_listener_is_a_fault() -> None:

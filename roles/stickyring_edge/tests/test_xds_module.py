@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import time
-from contextlib import redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from ansible.module_utils.testing import patch_module_args
-from fake_envoy import FakeEnvoy, load
+from fake_envoy import FakeEnvoy, load, run_module
 
 xds = load("library/stickyring_edge_xds.py")
 
@@ -55,12 +52,7 @@ def files(open_port: int) -> Files:
 
 def run(directory: Path, files: Files, port: int, **parameters: object) -> dict[str, Any]:
     """The module's result, as Ansible would read it."""
-    arguments = {"directory": str(directory), "files": files, "admin_port": port, "timeout": 1, **parameters}
-    output = io.StringIO()
-    with patch_module_args(arguments), redirect_stdout(output), pytest.raises(SystemExit):
-        xds.main()
-    result: dict[str, Any] = json.loads(output.getvalue())
-    return result
+    return run_module(xds, directory, files, port, **parameters)
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -459,7 +451,13 @@ def test_a_process_is_up_to_date_until_what_it_starts_from_is_touched(
     link.symlink_to(release)
 
     def up_to_date() -> bool:
-        result = run(directory, files, envoy.port, unit="edge.service", start_files=[str(link)])
+        result = run(
+            directory,
+            files,
+            envoy.port,
+            unit="edge.service",
+            start_files=[{"name": "binary", "path": str(link), "link": str(release)}],
+        )
         answer: bool = result["up_to_date"]
         return answer
 
@@ -481,3 +479,88 @@ def test_a_process_is_up_to_date_until_what_it_starts_from_is_touched(
     assert up_to_date()
     os.utime(systemd.unit, (later, later))
     assert not up_to_date()
+
+
+def test_a_restart_that_an_earlier_run_left_undone_ends_websockets_too(
+    directory: Path, files: Files, envoy: FakeEnvoy, systemd: Systemd
+) -> None:
+    systemd.start()
+    run(directory, files, envoy.port, unit="edge.service")
+    later = time.time() + 60
+    os.utime(systemd.unit, (later, later))
+    # Nobody is there, so nobody is dropped.
+    assert not run(directory, files, envoy.port, unit="edge.service")["up_to_date"]
+    envoy.stats |= {f"http.{name}.downstream_cx_upgrades_active": count for name, count in (("sticky", 3), ("x", 4))}
+    message = run(directory, files, envoy.port, unit="edge.service")["msg"]
+    assert "Envoy's process is older than what it is started from: 7 open websockets end." in message
+    assert run(directory, files, envoy.port, unit="edge.service", may_end_websockets=True)["proven"]
+    # A proof restarts nothing.
+    assert run(directory, files, envoy.port, unit="edge.service", state="proven")["proven"]
+    os.utime(systemd.unit, (0, 0))
+    assert run(directory, files, envoy.port, unit="edge.service")["ends"] == ""
+
+
+def test_a_refused_listener_that_is_tried_again_may_end_websockets(
+    directory: Path, files: Files, envoy: FakeEnvoy
+) -> None:
+    """Envoy still has the listener as it was before the refusal."""
+    run(directory, files, envoy.port)
+    envoy.stats |= {"listener_manager.lds.update_rejected": 1, "http.sticky.downstream_cx_upgrades_active": 1}
+    envoy.stats["listener_manager.lds.version_text"] = "older"
+    assert run(directory, files, envoy.port, _ansible_check_mode=True)["ends"] == ""
+    envoy.refused = {"sticky"}
+    message = run(directory, files, envoy.port)["msg"]
+    assert "listener sticky changes: 1 open websocket ends." in message
+
+
+def test_a_file_that_the_module_has_not_written_is_taken_for_another_one(
+    directory: Path, files: Files, envoy: FakeEnvoy
+) -> None:
+    run(directory, files, envoy.port)
+    envoy.stats["http.sticky.downstream_cx_upgrades_active"] = 1
+    path = directory / "listeners.yaml"
+    path.write_text(path.read_text().replace("  - ", "- "))
+    assert "listener sticky changes" in run(directory, files, envoy.port)["msg"]
+
+
+@pytest.fixture
+def with_certificate(files: Files) -> Files:
+    secret = {"@type": TYPE + xds.SECRET, "name": "sticky", "tls_certificate": {"certificate_chain": {}}}
+    return files | {"certificates/sticky.yaml": [secret]}
+
+
+KEY = "-----BEGIN PRIVATE KEY-----\nAbCd\n-----END PRIVATE KEY-----\n"
+
+
+def test_a_key_is_for_the_group_and_for_nobody_elses_eyes(
+    directory: Path, with_certificate: Files, envoy: FakeEnvoy
+) -> None:
+    keys = {"certificates/sticky.yaml": KEY}
+    result = run(directory, with_certificate, envoy.port, private_keys=keys, _ansible_diff=True)
+    path = directory / "certificates" / "sticky.yaml"
+    assert result["proven"]
+    assert envoy.loads.index("certificates/sticky.yaml") < envoy.loads.index("listeners.yaml")
+    assert yaml.safe_load(path.read_text())["resources"][0]["tls_certificate"]["private_key"] == {"inline_string": KEY}
+    assert path.stat().st_mode & 0o777 == 0o640
+    other = {"certificates/sticky.yaml": KEY.replace("AbCd", "EfGh")}
+    changed = run(directory, with_certificate, envoy.port, private_keys=other, _ansible_diff=True)
+    assert changed["written"] == ["certificates/sticky.yaml"]
+    told = run(directory, with_certificate, envoy.port, private_keys=keys, state="proven", _ansible_diff=True)
+    assert "left alone: certificates/sticky.yaml." in told["msg"]
+    assert not any(secret in json.dumps([result, changed, told]) for secret in ("AbCd", "EfGh"))
+    # Whoever can read more than he should is shut out again, and a proof tells.
+    path.chmod(0o644)
+    assert (
+        "certificates/sticky.yaml (owner or mode)"
+        in (run(directory, with_certificate, envoy.port, private_keys=other, state="proven")["msg"])
+    )
+    assert run(directory, with_certificate, envoy.port, private_keys=other)["changed"]
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_certificate_is_proven_by_its_version(directory: Path, with_certificate: Files, envoy: FakeEnvoy) -> None:
+    keys = {"certificates/sticky.yaml": KEY}
+    run(directory, with_certificate, envoy.port, private_keys=keys)
+    envoy.stats["sds.sticky.version_text"] = "older"
+    message = run(directory, with_certificate, envoy.port, private_keys=keys, state="proven")["msg"]
+    assert "certificates/sticky.yaml: Envoy is at version older" in message

@@ -1,0 +1,46 @@
+"""Certificates for tests, made anew each time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate with its key, as texts in PEM and as files with them."""
+
+    chain: str
+    key: str
+    serial: int
+    chain_path: Path
+    key_path: Path
+
+    @staticmethod
+    def serial_of(der: bytes | None) -> int:
+        assert der
+        return x509.load_der_x509_certificate(der).serial_number
+
+
+def make_certificate(folder: Path, days: int = 30) -> Certificate:
+    """One that names localhost and is valid for so many days from yesterday."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    begin = datetime.now(UTC) - timedelta(days=1)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(min(begin, begin + timedelta(days=days - 1)))
+        .not_valid_after(begin + timedelta(days=days))
+        .sign(key, hashes.SHA256())
+    )
+    chain = certificate.public_bytes(Encoding.PEM).decode()
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    (folder / "chain.pem").write_text(chain)
+    (folder / "key.pem").write_text(private)
+    return Certificate(chain, private, certificate.serial_number, folder / "chain.pem", folder / "key.pem")

