@@ -77,9 +77,14 @@ class Lab:
             raise Broken(f"{' '.join(arguments)} has failed:\n{output[-3000:]}")
 
     def options_of_an_update(self) -> list[str]:
-        """A release that no node has."""
+        """A release that no node has, in one of the two modes."""
         self._updates += 1
-        return ["-e", f"stickyring_node_release=chaos-{self._updates}", "-e", "stickyring_node_proving_time=2"]
+        variables = {
+            "stickyring_node_release": f"chaos-{self._updates}",
+            "stickyring_node_surge": self.chance.choice(("true", "false")),
+            "stickyring_node_proving_time": "2",
+        }
+        return [word for name, value in variables.items() for word in ("-e", f"{name}={value}")]
 
     def leave(self, node: str) -> None:
         """Waits until nobody is on the node any more."""
@@ -194,10 +199,9 @@ def look(lab: Lab, node: str) -> Before:
 
 def rest(lab: Lab) -> None:
     """Brings everybody home; raises Broken where ring, users or messages are not as they must be then."""
-    lab.run("playbooks/verify.yml")
-    lab.run("playbooks/rebalance.yml")
     with tempfile.TemporaryDirectory() as folder:
-        lab.run("playbooks/plan.yml", "-e", f"directory={folder}")
+        playbooks = [f"playbooks/{name}.yml" for name in ("verify", "rebalance", "plan")]
+        lab.run(*playbooks, "-e", f"directory={folder}")
         plan = json.loads(Path(folder, EDGE, "plan.json").read_text())
         ring = Ring.load(json.loads(Path(folder, EDGE, "before.json").read_text()))
     if plan["changes"]:
