@@ -1,6 +1,7 @@
 """The control socket of a real node, and the commands that use it."""
 
 import json
+import mmap
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -206,7 +207,7 @@ def test_an_equal_ring_is_not_made_anew(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Ring, "load", counting_load)
     metrics = MoveMetrics(CollectorRegistry())
     drain = Drain({}, set(), metrics)
-    control = Control("node1-1", {}, metrics, drain, Incumbent(None, drain))
+    control = Control("node1-1", {}, metrics, drain, Incumbent(None, drain, mmap.mmap(-1, 1)))
 
     def start(ring: object) -> None:
         control.answer("POST", "/rebalance", json.dumps({"ring": ring}).encode())

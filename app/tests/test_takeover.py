@@ -223,6 +223,10 @@ def test_no_connection_leads_to_the_one_that_was_replaced(node: Start, tmp_path:
         manager.settimeout(1.5)
         with pytest.raises(TimeoutError):
             manager.recv(64)
+        # Should the successor end first, nobody is left waiting.
+        end_what_serves(tmp_path)
+        with pytest.raises(ConnectionRefusedError):
+            where(serve)
         (tmp_path / "release").touch()
         assert answer(slow) == (200, "close", str(serve.process.pid))
     assert serve.process.wait(DEADLINE_SECONDS) == 0

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import mmap
 import os
 import re
 import resource
@@ -245,6 +246,7 @@ class Node(BaseApplication):
         self._manager.setblocking(False)
         # By this the master tells its worker to drain, and hears when that is done.
         self._drain_here, self._drain_there = socket.socketpair()
+        self._retired = mmap.mmap(-1, 1)
         super().__init__()
 
     def load_config(self) -> None:
@@ -307,9 +309,9 @@ class Node(BaseApplication):
             self._refuse(f"cannot load {self._settings.application}: {_describe(error)}")
         name = self._settings.node_name
         runtime = Runtime(application, node_name=name, max_connections=self._settings.max_connections)
-        self._incumbent = Incumbent(self._worker, runtime.drain)
+        incumbent = Incumbent(self._worker, runtime.drain, self._retired)
         if self._control is not None:
-            control = Control(name, runtime.sessions, runtime.move_metrics, runtime.drain, self._incumbent)
+            control = Control(name, runtime.sessions, runtime.move_metrics, runtime.drain, incumbent)
             server = ControlServer(self._control.listener, control)
             threading.Thread(target=server.run, daemon=True).start()
         threading.Thread(target=self._drain_when_told, args=(runtime.drain,), daemon=True).start()
@@ -337,6 +339,11 @@ class Node(BaseApplication):
             if DRAINED in self._heard(TICK_SECONDS):
                 return
 
+    @property
+    def retired(self) -> bool:
+        """Whether another process has taken the place of this one, as master and worker know."""
+        return bool(self._retired[0])
+
     def _heard(self, seconds: float) -> bytes:
         """What the worker has told, within that time."""
         return self._drain_here.recv(64) if select.select([self._drain_here], [], [], seconds)[0] else b""
@@ -344,7 +351,8 @@ class Node(BaseApplication):
     def _refuse(self, cause: str) -> NoReturn:
         """Hand the cause to the master, end it, and end this worker."""
         os.write(self._refusal_writer, cause.encode()[:4096])
-        os.kill(os.getppid(), signal.SIGTERM)
+        if os.getppid() == self._worker.ppid:  # and not whoever has inherited this one
+            os.kill(self._worker.ppid, signal.SIGTERM)
         sys.exit()
 
     def _refusal(self) -> str:
@@ -362,7 +370,7 @@ class Node(BaseApplication):
             self._mention(b"READY=1")
         else:
             try:
-                self.successor.take_over(self._tell_manager)
+                self.successor.take_over(worker.ppid, self._tell_manager)
             except click.ClickException as error:
                 self._refuse(error.message)
         if self._manager_address:
@@ -372,7 +380,7 @@ class Node(BaseApplication):
             # that its successor is stuck.
             def beat_aloud() -> None:
                 beat()
-                if not self._incumbent.retired:
+                if not self.retired:
                     self._mention(b"WATCHDOG=1")
 
             worker.notify = beat_aloud
@@ -404,7 +412,9 @@ class _Master(Arbiter):
     """gunicorn's master, which lets its worker drain before it stops it gracefully."""
 
     def manage_workers(self) -> None:
-        """Keep a worker; but a successor that cannot take over any more ends."""
+        """Keep a worker; but a successor that cannot take over any more ends, and so does who has been replaced."""
+        if self.app.retired and not self.WORKERS:
+            raise HaltServer("the worker has ended after it was replaced", 0)
         if (successor := self.app.successor) is not None and not successor.done:
             if successor.failed:
                 raise HaltServer("nobody waits for the new process any more", 1)
@@ -414,6 +424,10 @@ class _Master(Arbiter):
 
     def stop(self, graceful: bool = True) -> None:
         """Stop the worker; at once, if a signal comes while it drains."""
+        if self.app.retired:
+            # Held on to, it would keep connections waiting should the one that accepts end first.
+            while self.LISTENERS:
+                self.LISTENERS.pop().close()
         if graceful:
             self.app.drain(self._is_served)
             graceful = not self._told_again

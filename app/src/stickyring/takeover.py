@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -41,13 +42,14 @@ class Incumbent:
     """The process that serves, as its worker stands for it.
 
     Its worker class may have `retire()`, which accepts nothing more from its return on, and later has the master end as
-    by SIGTERM. Without it, the node can be restarted only.
+    by SIGTERM. Without it, the node can be restarted only. `retired` is a
+    byte that its master sees too: 1 from then on.
     """
 
-    def __init__(self, worker: Worker, drain: "Drain") -> None:
+    def __init__(self, worker: Worker, drain: "Drain", retired: mmap.mmap) -> None:
         self._worker = worker
         self._drain = drain
-        self.retired = False
+        self._retired = retired
 
     def hand_over(self) -> dict[str, Any]:
         """Return the answer to `GET /listener`; its `listener` is the descriptor of the listening socket.
@@ -65,7 +67,7 @@ class Incumbent:
             CannotRetireError: it cannot, and goes on.
         """
         self._check()
-        self.retired = True
+        self._retired[0] = 1
         self._worker.retire()
         log.info("replaced: accepting nothing more")
 
@@ -75,7 +77,7 @@ class Incumbent:
             raise CannotRetireError(f"its worker class {name} cannot be replaced while it serves, restart it")
         if not self._worker.booted:
             raise CannotRetireError("it does not serve yet")
-        if self.retired or self._drain.final or not self._worker.alive:
+        if self._retired[0] or self._drain.final or not self._worker.alive:
             raise CannotRetireError("the node is about to stop")
 
 
@@ -143,29 +145,32 @@ class Successor:
 
     def fail(self, cause: str) -> NoReturn:
         """End this master; the process that waits says why."""
-        self._there.send(cause.encode()[:4096])
+        with suppress(OSError):  # nobody waits for it
+            self._there.send(cause.encode()[:4096])
         sys.exit(1)
 
-    def take_over(self, tell_manager: Callable[[bytes], None]) -> None:
-        """Have the incumbent retire, and take its place: nothing it accepts comes in between. Called by the worker.
+    def take_over(self, master: int, tell_manager: Callable[[bytes], None]) -> None:
+        """Have the incumbent retire, and take its place; called by the worker, before it accepts anything.
 
-        `tell_manager` tells systemd something, as sd_notify(3) has it, or raises OSError.
+        `master` is the process id of its master. `tell_manager` tells systemd something, as sd_notify(3) has it, or
+        raises OSError.
 
         Raises:
             click.ClickException: this must not or cannot be; the incumbent serves on.
         """
         self._stage[0] = COMMITTED
-        if self._is_abandoned() or not self.control.waits:
+        if self._is_abandoned() or not self.control.waits or os.getppid() != master:
             raise click.ClickException("nobody waits for the new process any more")
         # Before the end of the incumbent, which would be the end of the service.
         try:
-            tell_manager(b"MAINPID=%d\nREADY=1" % os.getppid())
+            tell_manager(b"MAINPID=%d\nREADY=1" % master)
         except OSError as error:
             raise click.ClickException(f"systemd does not hear of the new process: {error.strerror}") from None
         try:
             ask(self.control.path, "POST", "/retire")
         except click.ClickException:
-            tell_manager(b"MAINPID=%d" % self._incumbent)
+            with suppress(OSError):
+                tell_manager(b"MAINPID=%d" % self._incumbent)
             raise
         self._stage[0] = DONE
         try:
