@@ -30,8 +30,9 @@ class Host:
 
     def url(self, listener_name: str) -> str:
         """The address of a listener of this edge."""
-        port = next(one["port"] for one in self.variables["stickyring_edge_listeners"] if one["name"] == listener_name)
-        return f"http://{self.variables['stickyring_address']}:{port}"
+        listener = next(one for one in self.variables["stickyring_edge_listeners"] if one["name"] == listener_name)
+        scheme = "https" if "tls" in listener else "http"
+        return f"{scheme}://{self.variables['stickyring_address']}:{listener['port']}"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -980,7 +980,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     if result["ends"] and not module.params["may_end_websockets"]:
         told = f"{result['ends']}. {HOW_TO_GO_ON}"
         if not module.check_mode:
-            raise EndsWebsockets(f"Nothing was changed, because open websockets would end: {told}")
+            raise EndsWebsockets(f"Open websockets would end, so nothing that serves was changed: {told}")
         module.warn(f"Open websockets would end, so this is going to be refused: {told}")
     if module.check_mode:
         return result

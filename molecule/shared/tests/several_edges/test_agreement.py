@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 from urllib.request import urlopen
 
-import pytest
 from residents import Residents
 
 USERS = [f"user-{number}" for number in range(200)]
-CONNECTED = USERS[:12]
-WITHOUT_NODE2 = json.dumps({"stickyring_nodes_leaving": ["node2"]})
 SETTLED_SECONDS = 60
+WITHOUT_NODE2 = json.dumps({"stickyring_nodes_leaving": ["node2"]})
 
 
 def homes(edge: Any) -> dict[str, str]:
@@ -35,37 +31,19 @@ def test_edges_choose_the_same_node_for_the_same_user(edges: Any) -> None:
     assert len(set(chosen.values())) > 1
 
 
-@pytest.fixture
-def residents(edges: Any) -> Iterator[list[Residents]]:
-    """The same users, connected to every edge."""
-    with ExitStack() as stack:
-        connected = [stack.enter_context(Residents(edge.url("sticky"), CONNECTED)) for edge in edges]
-        settle(connected, homes(edges[0]))
-        yield connected
-
-
 def settle(residents: list[Residents], wanted: dict[str, str]) -> None:
     """Waits until all connections of all users are where they should be."""
-    home = {user: {wanted[user]} for user in CONNECTED}
     for connected in residents:
-        connected.wait(lambda one=connected: one.homes() == home, SETTLED_SECONDS)
-
-
-@pytest.fixture
-def edge_play(ansible: Any, inventory: Any) -> Iterator[Any]:
-    """Runs playbooks/edge.yml; at the end the edges are as the inventory says again."""
-
-    def run(*options: str) -> None:
-        ansible("ansible-playbook", "-i", inventory, "playbooks/edge.yml", *options)
-
-    yield run
-    run()
+        home = {user: {wanted[user]} for user in connected.users}
+        connected.wait(lambda one=connected, home=home: one.homes() == home, SETTLED_SECONDS)
 
 
 def test_nobody_is_asked_to_move_before_every_edge_has_the_ring(
     edges: Any, residents: Any, edge_play: Any, ansible: Any, inventory: Any
 ) -> None:
     before = homes(edges[0])
+    settle(residents, before)
+    users = residents[0].users
     since = time.monotonic()
 
     def disconnects() -> set[tuple[str, int]]:
@@ -79,13 +57,13 @@ def test_nobody_is_asked_to_move_before_every_edge_has_the_ring(
     refused = ansible("ansible-playbook", "-i", inventory, "playbooks/rebalance.yml", check=False)
     assert refused.returncode != 0
     assert "The edges do not serve the same ring" in " ".join(refused.stdout.split())
-    moved = {user for user in CONNECTED if before[user] != after[user]}
+    moved = {user for user in users if before[user] != after[user]}
     assert moved
     asked = ansible("stickyring", "whereis", next(iter(moved)), "--inventory", inventory, check=False)
     assert (asked.returncode, "the edges disagree" in asked.stdout) == (1, True)
-    assert disconnects() == {(user, 0) for user in CONNECTED}
+    assert disconnects() == {(user, 0) for user in users}
 
     edge_play("-e", WITHOUT_NODE2)
     ansible("ansible-playbook", "-i", inventory, "playbooks/rebalance.yml")
     settle(residents, after)
-    assert disconnects() == {(user, 1 if user in moved else 0) for user in CONNECTED}
+    assert disconnects() == {(user, 1 if user in moved else 0) for user in users}
