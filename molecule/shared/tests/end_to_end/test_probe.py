@@ -17,7 +17,7 @@ EVENNESS_LIMIT = 1.15
 def probe(programs: Path, tmp_path: Path, edge: Any) -> Callable[..., tuple[int, dict[str, Any]]]:
     """Runs the probe, which trusts the edge's own certificates; returns its exit status and its figures."""
     certificates = [one["tls"]["certificate"] for one in edge.variables["stickyring_edge_listeners"] if "tls" in one]
-    environment = os.environ | {"SSL_CERT_FILE": file for file in certificates[:1]}
+    environment = os.environ | ({"SSL_CERT_FILE": certificates[0]} if certificates else {})
 
     def run(url: str, *options: str) -> tuple[int, dict[str, Any]]:
         file = tmp_path / "figures.json"
