@@ -180,7 +180,7 @@ up_to_date:
   returned: success
   type: bool
 ends:
-  description: What ends how many open websockets, as C(the binary changes; 214 open websockets end); empty when none.
+  description: What ends how many open websockets, as C(the binary changes: 214 open websockets end); empty when none.
   returned: success with V(present)
   type: str
 """

@@ -68,7 +68,7 @@ def test_nobody_is_dropped_without_being_told(
     said = plan(*options)
     for edge, connected in zip(edges, residents, strict=True):
         assert f"{edge.name}: {reason}: {websockets(connected)} open websockets end" in said
-    assert "open websocket" not in plan(), "the control: nothing changes"
+    assert "open websockets end" not in plan(), "the control: nothing changes"
 
     refused = edge_play(*options, check=False)
     said = in_one_line(refused.stdout + refused.stderr)
