@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ServeProcess, serving, wait_until
 
+from stickyring.serve import GRACEFUL_SECONDS
+from stickyring.worker import HEARTBEAT_SECONDS
+
 DESCRIPTORS = 64
 
 APPLICATION = """
@@ -30,7 +33,7 @@ def application(environ, start_response):
 """
 
 
-STUCK_SECONDS = 3.0
+SLOW_SECONDS, STUCK_SECONDS = 0.5, 3.0
 
 
 @pytest.fixture
@@ -122,6 +125,22 @@ def test_sigterm_lets_a_running_request_end(serve: Callable[..., ServeProcess], 
     assert node.stop() == 0
     assert slow.getresponse().read() == b"answer"
     assert not answers(node)
+
+
+def test_sigterm_does_not_wait_for_connections_that_ask_nothing(
+    serve: Callable[..., ServeProcess], application: str
+) -> None:
+    node = serve(application)
+    silent, kept, slow = (node.connect() for _ in range(3))
+    silent.connect()
+    kept.request("GET", "/")
+    assert kept.getresponse().read() == b"answer"
+    slow.request("GET", "/slow")
+    assert answers(node)
+    began = time.monotonic()
+    assert node.stop() == 0
+    assert time.monotonic() - began < SLOW_SECONDS + GRACEFUL_SECONDS - HEARTBEAT_SECONDS
+    assert slow.getresponse().read() == b"answer"
 
 
 def test_a_worker_whose_master_is_gone_ends(serve: Callable[..., ServeProcess], application: str) -> None:

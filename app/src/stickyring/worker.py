@@ -70,6 +70,7 @@ class EventletWorker(AsyncWorker):
             self._wait_for_signal(HEARTBEAT_SECONDS)
 
         self._stop_accepting()
+        self._use_up(self._idle | self._unheard)
         # The master kills at graceful_timeout; ending before it means ending by ourselves.
         with eventlet.Timeout(max(self.cfg.graceful_timeout - HEARTBEAT_SECONDS, 0), False):
             connections.waitall()
@@ -82,12 +83,16 @@ class EventletWorker(AsyncWorker):
         """
         self._retired = True
         self._stop_accepting()
+        self._use_up(self._idle)
+        eventlet.spawn(self._end_when_all_are_heard)
+
+    def _use_up(self, waiting: set[GreenSocket]) -> None:
+        """Have requests that are being answered be their connections' last, and close the connections given."""
         for request in self._requests:
             request.force_close()
-        for client in self._idle:
+        for client in waiting:
             # A request that is there already can still be read.
             _stop_reading(client.fd)
-        eventlet.spawn(self._end_when_all_are_heard)
 
     def _end_when_all_are_heard(self) -> None:
         # Whoever has been accepted and is about to ask did not come to a node that drains.
