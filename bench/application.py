@@ -1,0 +1,39 @@
+"""The echo of `stickyring.echo`, as plain python-socketio: for the stock way, and for workers that it does not name.
+
+It sends `node#bench: welcome` on connect, and for each `message` the same event with `node#bench: <text>`, which is
+also the acknowledgement.
+"""
+
+from typing import Any
+
+import socketio
+
+NAME = "bench"
+
+
+def stock() -> socketio.WSGIApp:
+    """Return the echo with python-socketio's defaults; it takes the asynchronous mode from what is installed."""
+    return _application()
+
+
+def tuned(async_mode: str) -> socketio.WSGIApp:
+    """Return the echo with the options of `stickyring.echo`, in another asynchronous mode."""
+    return _application(
+        async_mode=async_mode, async_handlers=False, always_connect=True, cors_allowed_origins=None
+    )
+
+
+def _application(**options: Any) -> socketio.WSGIApp:
+    server = socketio.Server(**options)
+
+    def welcome(sid: str, environ: dict[str, object]) -> None:
+        server.emit("message", f"node#{NAME}: welcome", to=sid)
+
+    def echo(sid: str, text: str) -> str:
+        answer = f"node#{NAME}: {text}"
+        server.emit("message", answer, to=sid)
+        return answer
+
+    server.on("connect", welcome)
+    server.on("message", echo)
+    return socketio.WSGIApp(server)
