@@ -37,7 +37,7 @@ class Connection:
     node: str = ""
     events: list[tuple[float, str]] = field(default_factory=list)
     welcomes: list[tuple[float, str]] = field(default_factory=list)
-    answers: list[tuple[float, float]] = field(default_factory=list)
+    answers: list[tuple[float, float]] = field(default_factory=list, repr=False)
     repeated: list[float] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
 
