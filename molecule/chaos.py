@@ -211,8 +211,8 @@ def rest(lab: Lab) -> None:
         lab.residents.wait(lambda: lab.residents.homes() == home, SETTLED_SECONDS)
     except TimeoutError as error:
         raise Broken(f"users are not where the ring has them: {error}") from None
-    # A connection can look alive: one that polls, and whose last message met a node that had just gone, is noticed by the
-    # Python client when its poll ends.
+    # A connection can look alive: of one that polls, and whose last message met a node that had just gone, the Python
+    # client notices the end only when its poll ends.
     moment = time.monotonic()
     lab.residents.wait(lambda: all(one.answers[-1][0] > moment for one in lab.residents), SETTLED_SECONDS)
     if lost := [one for one in lab.residents if one.lost]:
