@@ -77,7 +77,8 @@ def test_it_takes_the_place_of_the_echo_service(inventory: Any, ansible: Any, ed
     assert settings.keys() == told.keys()
     assert settings["stickyring_probe_options"] == ["--no-echo"]
 
-    ansible("ansible-playbook", "-i", inventory, "site.yml", "-e", json.dumps(settings))
+    options = ["-e", json.dumps(settings), "-e", "stickyring_node_proving_time=0"]
+    ansible("ansible-playbook", "-i", inventory, "site.yml", *options)
 
     assert asyncio.run(sign(edge_url("sticky"), "grace")) == (1, "grace")
     with urlopen(edge_url("sticky") + "/?client_id=grace", timeout=5) as page:
