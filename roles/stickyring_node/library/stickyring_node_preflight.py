@@ -57,6 +57,7 @@ differing:
 complete: {description: "Whether the wanted release is installed completely", type: bool, returned: success}
 application: {description: "What the installed unit serves, or empty", type: str, returned: success}
 current: {description: "Name of the release that is linked as current, or empty", type: str, returned: success}
+linked_at: {description: "When the current release was linked, in seconds, or 0", type: float, returned: success}
 kept: {description: "Whether the wanted release has its unit and environments beside it", type: bool, returned: success}
 last_served: {description: "The current release, or the youngest that served", type: str, returned: success}
 previous: {description: "What served before the youngest that did or is linked", type: str, returned: success}
@@ -326,6 +327,7 @@ def main() -> None:
         complete=stamp.is_file(),
         application=serves[1] if serves else "",
         current=release,
+        linked_at=current.lstat().st_mtime if current.is_symlink() else 0,
         kept=all(as_wanted(kept / Path(path).name, sha256) for path, sha256 in wanted["files"].items()),
         last_served=release if release in have_served else next(iter(have_served), ""),
         previous="".join([*have_served][release in have_served :][:1]),

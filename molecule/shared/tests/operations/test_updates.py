@@ -37,7 +37,7 @@ def test_the_oldest_release_is_not_rolled_back(run: Any, serving: Any, nodes: An
 @pytest.mark.parametrize(
     ("name", "mode", "fewest"),
     [("second", [], 2), ("third", ["-e", "stickyring_node_surge=true"], 1)],
-    ids=["", "surge"],
+    ids=["restart", "surge"],
 )
 def test_nothing_is_lost_in_a_rolling_update(
     residents: Any, run: Any, serving: Any, name: str, mode: list[str], fewest: int
@@ -59,6 +59,9 @@ def test_nothing_is_lost_in_a_rolling_update(
     assert asked == pytest.approx(sum(disconnects), rel=0.05), "what is told is not what users have seen"
     assert not [one for one in residents if one.lost]
     assert max(one.count("failed", since) for one in residents) <= 1
+
+    run(UPDATE, *release(name), *mode)
+    assert serving() == after, "what was updated is updated again"
 
 
 @pytest.mark.parametrize(
@@ -97,8 +100,9 @@ def test_a_release_that_does_not_start_beside_the_one_that_serves_disturbs_nobod
     for words in ("of release crashes_at_start", "Rolled back to release third", "this release cannot start"):
         assert words in told
     assert serving() == before
+    run(UPDATE, *release("third"))
+    assert serving() == before, "what was left alone is restarted by the next run"
     assert not [one for one in residents if one.count("disconnect", since) or one.lost]
-    run("playbooks/verify.yml")
 
 
 def test_what_was_killed_is_finished_by_the_next_run(
