@@ -7,7 +7,7 @@ MAKEFLAGS += --no-print-directory
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON_OUTSIDE_APP := playbooks roles molecule docs
 
-.PHONY: help demo proof down test lint unit molecule chaos lock screenshot
+.PHONY: help demo proof down test lint unit molecule chaos bench lock screenshot
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,10 @@ chaos: .venv/.installed ## Play operations and faults on the lab in random order
 	ansible-playbook site.yml
 	molecule/chaos.py --seed $(SEED) --operations $(OPERATIONS)
 
+bench: .venv/.installed ## Measure this stack beside what one would take instead (PROFILE=quick: 5 minutes; full: 40)
+	@$(call need,node:nodejs npm:npm)
+	python -m bench --profile $(PROFILE)
+
 screenshot: .venv/.installed ## Take docs/demo.png of the running demo
 	@$(call need,chromium:chromium)
 	docs/screenshot.py "$(EDGE):9002"
@@ -69,6 +73,7 @@ lock: .venv/.installed ## Resolve requirements.in and app/pyproject.toml into th
 SIDE_BY_SIDE := --numprocesses 2 --dist worksteal
 SEED = 1
 OPERATIONS = 60
+PROFILE = quick
 
 COMPILE := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
 

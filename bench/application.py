@@ -4,8 +4,6 @@ It sends `node#bench: welcome` on connect, and for each `message` the same event
 also the acknowledgement.
 """
 
-from typing import Any
-
 import socketio
 
 NAME = "bench"
@@ -18,12 +16,10 @@ def stock() -> socketio.WSGIApp:
 
 def tuned(async_mode: str) -> socketio.WSGIApp:
     """Return the echo with the options of `stickyring.echo`, in another asynchronous mode."""
-    return _application(
-        async_mode=async_mode, async_handlers=False, always_connect=True, cors_allowed_origins=None
-    )
+    return _application(async_mode=async_mode, async_handlers=False, always_connect=True, cors_allowed_origins=None)
 
 
-def _application(**options: Any) -> socketio.WSGIApp:
+def _application(**options: str | bool | None) -> socketio.WSGIApp:
     server = socketio.Server(**options)
 
     def welcome(sid: str, environ: dict[str, object]) -> None:

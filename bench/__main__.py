@@ -1,0 +1,73 @@
+"""The command `python -m bench`: measure this stack beside what one would take instead."""
+
+import resource
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+from bench import nodes, report
+from bench.contenders import PrepareError
+from bench.load import LoadError
+from bench.rounds import CoresError, Rounds
+
+ROOT = Path(__file__).parents[1]
+PARTS = {"nodes": (nodes.measure, nodes.PROFILES)}
+
+EPILOG = """\b
+Examples:
+  make bench                                  all parts, at most 5 minutes
+  make bench PROFILE=full                     at most 40 minutes
+  python -m bench nodes --output /tmp/mine    one part, written elsewhere
+
+\b
+Exit status: 0 measured; 1 not measured, with the cause in one line; 2 bad usage; 130 interrupted.
+"""
+
+
+@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("parts", type=click.Choice(list(PARTS)), nargs=-1)
+@click.option(
+    "--profile",
+    type=click.Choice(list(nodes.PROFILES)),
+    default="quick",
+    show_default=True,
+    help="quick takes at most 5 minutes, full at most 40.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=ROOT / "docs/benchmarks",
+    show_default="docs/benchmarks",
+    help="The folder that is written to.",
+)
+def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
+    """Measure PARTS, or all of them, on loopback, and write PART.json, PART.md, PART.png and PART.svg.
+
+    Contenders take turns in every round; of each figure the median is told, with the least and the greatest round. A
+    contender that does not answer, or answers something else, ends the run, and nothing is written.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    try:
+        for name in parts or PARTS:
+            measure, profiles = PARTS[name]
+            rounds = Rounds(ROOT / ".artifacts/bench", profiles[profile].limit)
+            part = measure(rounds, profiles[profile])
+            context = report.context(command, profile, (rounds.load_core, rounds.server_core))
+            for path in report.write(part, output, context):
+                rounds.say(f"written: {path}")
+    except (LoadError, PrepareError, CoresError) as error:
+        raise click.ClickException(str(error)) from None
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench")

@@ -1,0 +1,224 @@
+"""What is compared: each contender is a command that serves the same echo on a loopback port."""
+
+import contextlib
+import hashlib
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.load import LoadError, Target
+
+HERE = Path(__file__).parent
+NAME = "bench"
+OURS, GEVENT, STOCK, NODEJS, STUB = "ours", "ours-gevent", "stock", "nodejs", "stub"
+READY_SECONDS = 20.0
+LOOK_SECONDS = 0.005
+READY = b"GET /socket.io/?EIO=4&transport=polling HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+
+
+class PrepareError(Exception):
+    """A contender cannot be installed; the text is one line."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A server under measurement: `command` is given the port to listen on."""
+
+    key: str
+    title: str
+    command: Callable[[int], list[str]]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def shown(self) -> str:
+        """Return the command as one would type it in the root of the tree."""
+        variables = [f"{name}={value}" for name, value in self.environment.items()]
+        return shlex.join([*variables, *self.command(8001)]).replace(f"{HERE.parent}/", "")
+
+
+def contenders(folder: Path) -> list[Contender]:
+    """Return all of them; what they need is installed in `folder` when it is not there yet."""
+    stock = _install(folder, STOCK, _virtual_environment, HERE / "requirements-stock.txt")
+    gevent = _install(folder, GEVENT, _packages, HERE / "requirements-gevent.txt")
+    nodejs = _install(folder, NODEJS, _node_modules, HERE / "socketio-node/package-lock.json")
+    return [
+        Contender(OURS, "stickyring, eventlet", _serve),
+        Contender(
+            GEVENT,
+            "stickyring, gevent",
+            # stickyring.echo names eventlet, so the same echo comes from here.
+            lambda port: [
+                *_serve(port),
+                "--worker-class=gunicorn.workers.ggevent.GeventWorker",
+                "application:tuned('gevent')",
+            ],
+            {"PYTHONPATH": str(gevent)},
+        ),
+        Contender(
+            STOCK,
+            "stock: gunicorn 25.3, eventlet",
+            # Its default of 1000 connections would hang the thousandth.
+            lambda port: [
+                str(stock / "bin/gunicorn"),
+                *("--worker-class", "eventlet", "-w", "1", "--worker-connections", "10000"),
+                *("--bind", f"127.0.0.1:{port}", "application:stock()"),
+            ],
+        ),
+        Contender(
+            NODEJS,
+            "Node.js socket.io",
+            lambda port: ["node", str(nodejs / "server.js"), str(port), NAME],
+            {"NODE_ENV": "production"},
+        ),
+    ]
+
+
+def stub() -> Contender:
+    """Return the stub, which shows what the load itself can do."""
+    return Contender(STUB, "stub", lambda port: [sys.executable, str(HERE / "stub.py"), str(port)])
+
+
+def _serve(port: int) -> list[str]:
+    command = str(Path(sys.executable).with_name("stickyring"))
+    return [command, "serve", "--listen", f"127.0.0.1:{port}", "--node-name", NAME]
+
+
+def _install(folder: Path, key: str, install: Callable[[Path, Path], None], locked: Path) -> Path:
+    """Install what `locked` pins, in a folder that its content names; move it there when it is whole."""
+    digest = hashlib.sha256(locked.read_bytes() + sys.version.encode()).hexdigest()[:12]
+    place = folder / f"{key}-{digest}"
+    if not (place / ".installed").exists():
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        try:
+            install(place, locked)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", "") or str(error)
+            raise PrepareError(f"cannot install {key}: {said.strip().splitlines()[-1]}") from None
+        (place / ".installed").touch()
+    return place
+
+
+def _run(*command: str | Path, cwd: Path | None = None) -> None:
+    subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True)
+
+
+def _virtual_environment(place: Path, locked: Path) -> None:
+    _run(sys.executable, "-m", "venv", place)
+    _run(place / "bin/pip", "install", "--require-hashes", "--requirement", locked)
+
+
+def _packages(place: Path, locked: Path) -> None:
+    _run(
+        *(sys.executable, "-m", "pip", "install", "--no-deps", "--target", place),
+        *("--require-hashes", "--requirement", locked),
+    )
+
+
+def _node_modules(place: Path, locked: Path) -> None:
+    for name in ("package.json", "package-lock.json", "server.js"):
+        shutil.copy(locked.with_name(name), place)
+    _run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", cwd=place)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running contender: all processes of its session."""
+
+    target: Target
+    ready_seconds: float
+    processes: tuple[int, ...]
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds of all its processes so far, by their CPU-time clocks (clock_getcpuclockid(3)), in nanoseconds'
+        resolution: what /proc/PID/stat has in hundredths of a second.
+        """
+        try:
+            return sum(time.clock_gettime(~process << 3 | 2) for process in self.processes)
+        except OSError:
+            raise LoadError(f"{self.target.title} has lost a process") from None
+
+    def memory(self) -> int:
+        """Memory of all its processes in bytes; what they share counts once (Pss in /proc/PID/smaps_rollup)."""
+        total = 0
+        for process in self.processes:
+            for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1]) * 1024
+        return total
+
+
+@contextlib.contextmanager
+def running(contender: Contender, core: int, log: Path) -> Iterator[Server]:
+    """Run a contender on one core, from when it answers until the end of the block.
+
+    Raises:
+        LoadError: it does not start.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    mine = os.sched_getaffinity(0)
+    process = None
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        begun = time.perf_counter()
+        os.sched_setaffinity(0, {core})
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                contender.command(port),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=HERE,
+                env={**environment, **contender.environment},
+                start_new_session=True,
+            )
+        os.sched_setaffinity(0, mine)
+        while not _answers(port):
+            if process.poll() is not None or time.perf_counter() > begun + READY_SECONDS:
+                said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
+                raise LoadError(f"{contender.title} does not start, and says: {said[-1][:300]}")
+            time.sleep(LOOK_SECONDS)
+        seconds = time.perf_counter() - begun
+        yield Server(Target(contender.title, port, NAME), seconds, _session(process.pid))
+    except OSError as error:
+        if process is None:
+            raise LoadError(f"{contender.title} does not start: {error}") from None
+        raise
+    finally:
+        os.sched_setaffinity(0, mine)
+        if process is not None:
+            # The leader first: a master makes a new worker for one that is gone.
+            process.kill()
+            process.wait()
+            for member in _session(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member, signal.SIGKILL)
+
+
+def _answers(port: int) -> bool:
+    """Whether a handshake is accepted."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=READY_SECONDS) as connection:
+            connection.sendall(READY)
+            return connection.recv(12) == b"HTTP/1.1 200"
+    except OSError:
+        return False
+
+
+def _session(leader: int) -> tuple[int, ...]:
+    """The processes of a session (proc_pid_stat(5), field 6)."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(entry.read_text().rpartition(")")[2].split()[3]) == leader:
+                found.append(int(entry.parent.name))
+    return tuple(found)

@@ -1,0 +1,191 @@
+"""The part "nodes": our service beside what one would take instead, all doing the same echo."""
+
+import contextlib
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bench.contenders import OURS, STOCK, STUB, Contender, Server, contenders, running, stub
+from bench.load import (
+    Loop,
+    Sample,
+    Session,
+    Wire,
+    check,
+    close_sessions,
+    echo,
+    handshakes,
+    open_sessions,
+    pace,
+    polling_first,
+    polling_only,
+    websocket_first,
+)
+from bench.report import Figure, Part
+from bench.rounds import Rounds
+
+PACED_CROWD, PACED_RATE = 100, 1000.0
+MOST_DESCRIPTORS = 18_000
+"""Connections that the load holds at the same time; 20 000 is what the smallest hosts allow a process."""
+
+MANNERS: dict[str, tuple[str, Callable[[Wire], Session], int]] = {
+    "websocket": ("WebSocket first", websocket_first, 50),
+    "polling": ("long polling, no upgrade", polling_only, 50),
+    # More of them at a time, because socket.io holds each upgrade up for as long as 100 ms.
+    "upgrade": ("long polling first, then WebSocket", polling_first, 100),
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How long each thing is measured; `limit` is for the whole run, in seconds.
+
+    Connections are idle for one ping interval of Engine.IO (25 s) and a little, so that each of them is pinged once.
+    """
+
+    rounds: int
+    idle_rounds: int
+    seconds: float
+    idle_connections: int
+    limit: float
+    crowds: tuple[int, ...] = (1, 100, 1000)
+    idle_seconds: float = 26.0
+    warm_up_seconds: float = 0.4
+
+
+PROFILES = {
+    "quick": Profile(rounds=3, idle_rounds=2, seconds=1.0, idle_connections=1000, limit=300),
+    "full": Profile(rounds=7, idle_rounds=3, seconds=4.0, idle_connections=5000, limit=2400),
+}
+
+
+def figures(profile: Profile) -> list[Figure]:
+    """Everything that is measured, in the order of the table."""
+    found = [Figure("ready", "time to ready", "ms", False)]
+    for crowd in profile.crowds:
+        of = f"{crowd} connection" + "s" * (crowd > 1)
+        found += [
+            Figure(f"echoes@{crowd}", f"echoes per second, {of}", "1/s", True),
+            Figure(f"echoes-per-cpu@{crowd}", f"echoes per CPU second, {of}", "1/s", True),
+            Figure(f"busy@{crowd}", f"share of its core that the server used, {of}", "%", None),
+            Figure(f"trip-p50@{crowd}", f"round trip under full load, median, {of}", "ms", False),
+            Figure(f"trip-p99@{crowd}", f"round trip under full load, 99th percentile, {of}", "ms", False),
+        ]
+    paced = f"at {PACED_RATE:g} echoes per second on {PACED_CROWD} connections"
+    found += [
+        Figure("paced-p50", f"round trip {paced}, median", "ms", False),
+        Figure("paced-p99", f"round trip {paced}, 99th percentile", "ms", False),
+    ]
+    for key, (manner, _, _) in MANNERS.items():
+        found += [
+            Figure(f"handshakes@{key}", f"sessions per second, {manner}", "1/s", True),
+            Figure(f"handshakes-per-cpu@{key}", f"sessions per CPU second, {manner}", "1/s", True),
+        ]
+    return [
+        *found,
+        Figure("idle-memory", f"memory per connection, {profile.idle_connections} idle", "KiB", False),
+        Figure("idle-cpu", f"CPU of {profile.idle_connections} idle connections", "% of a core", False),
+        Figure("memory", "memory without a connection", "MiB", False),
+    ]
+
+
+def measure(rounds: Rounds, profile: Profile) -> Part:
+    """Measure every contender in every round; what a round starts with rotates."""
+    rounds.say("installing what is missing")
+    return compare(rounds, profile, contenders(rounds.folder))
+
+
+def compare(rounds: Rounds, profile: Profile, compared: Sequence[Contender]) -> Part:
+    """Measure these contenders and the stub."""
+    everyone = [*compared, stub()]
+    part = Part(
+        "nodes",
+        "Nodes",
+        figures(profile),
+        {contender.key: contender.title for contender in everyone},
+        {contender.key: contender.shown() for contender in everyone},
+        STOCK if any(contender.key == STOCK for contender in compared) else OURS,
+        STUB,
+    )
+    for number in rounds.go(profile.rounds):
+        for contender in rounds.rotated(everyone, number):
+            with running(contender, rounds.server_core, rounds.log(contender.key)) as server:
+                found = _traffic(server, profile)
+            rounds.say(
+                f"{contender.title}: "
+                + ", ".join(f"{found[f'echoes@{crowd}']:.0f} echoes/s on {crowd}" for crowd in profile.crowds)
+            )
+            part.add(contender.key, found)
+        if number < profile.idle_rounds:
+            together = max(1, MOST_DESCRIPTORS // profile.idle_connections)
+            order = rounds.rotated(list(compared), number)
+            for at in range(0, len(order), together):
+                _hold(rounds, part, order[at : at + together], profile)
+    return part
+
+
+def _traffic(server: Server, profile: Profile) -> dict[str, float]:
+    """One server's echoes, round trips and handshakes."""
+    seconds = profile.seconds
+    loop, target, wires = Loop(), server.target, list[Wire]()
+    check(loop, target)
+    found = {"ready": server.ready_seconds * 1000}
+    # What is compiled while it runs, as JavaScript is, has to be compiled.
+    open_sessions(loop, target, wires, min(PACED_CROWD, max(profile.crowds)))
+    echo(loop, target, wires, profile.warm_up_seconds, server.cpu_seconds)
+    close_sessions(loop, wires)
+    for crowd in profile.crowds:
+        open_sessions(loop, target, wires, crowd)
+        sample = echo(loop, target, wires, seconds, server.cpu_seconds)
+        found |= {
+            f"echoes@{crowd}": sample.count / sample.seconds,
+            f"echoes-per-cpu@{crowd}": sample.count / sample.cpu,
+            f"busy@{crowd}": 100 * sample.cpu / sample.seconds,
+        } | trips(sample, "trip", f"@{crowd}")
+    found |= trips(
+        pace(loop, target, wires[:PACED_CROWD], server.cpu_seconds, seconds=seconds, rate=PACED_RATE),
+        "paced",
+    )
+    close_sessions(loop, wires)
+    for key, (_, manner, together) in MANNERS.items():
+        handshakes(loop, target, manner, server.cpu_seconds, together=together, seconds=profile.warm_up_seconds)
+        sample = handshakes(loop, target, manner, server.cpu_seconds, together=together, seconds=seconds)
+        found |= {
+            f"handshakes@{key}": sample.count / sample.seconds,
+            f"handshakes-per-cpu@{key}": sample.count / sample.cpu,
+        }
+    loop.close()
+    return found
+
+
+def trips(sample: Sample, name: str, suffix: str = "") -> dict[str, float]:
+    """Median and 99th percentile of the round trips, in milliseconds."""
+    percentiles = statistics.quantiles(sample.trips, n=100, method="inclusive")
+    return {f"{name}-p50{suffix}": percentiles[49] * 1000, f"{name}-p99{suffix}": percentiles[98] * 1000}
+
+
+def _hold(rounds: Rounds, part: Part, held: Sequence[Contender], profile: Profile) -> None:
+    """Hold idle connections of several servers at the same time, which costs none of them anything."""
+    number, seconds = profile.idle_connections, profile.idle_seconds
+    with contextlib.ExitStack() as stack:
+        loop = stack.enter_context(contextlib.closing(Loop()))
+        before, crowds = [], []
+        for contender in held:
+            server = stack.enter_context(running(contender, rounds.server_core, rounds.log(contender.key)))
+            check(loop, server.target)
+            before.append((server, server.memory()))
+            crowds.append(list[Wire]())
+            open_sessions(loop, server.target, crowds[-1], number)
+        rounds.say(f"{number} idle connections each: {', '.join(contender.title for contender in held)}")
+        cpu = [server.cpu_seconds() for server, _ in before]
+        loop.run(seconds)
+        cpu = [server.cpu_seconds() - begun for (server, _), begun in zip(before, cpu, strict=True)]
+        for contender, (server, memory), used in zip(held, before, cpu, strict=True):
+            part.add(
+                contender.key,
+                {
+                    "idle-memory": (server.memory() - memory) / number / 1024,
+                    "idle-cpu": 100 * used / seconds,
+                    "memory": memory / 2**20,
+                },
+            )

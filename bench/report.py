@@ -1,0 +1,275 @@
+"""What a part of the benchmark found, as JSON, as a Markdown table, and as plots."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Picture
+
+INK, FAINT = "#22272e", "#8b949e"
+COLORS = ("#2f6f9f", "#7fb0d0", "#c3ccd6", "#946c00", "#b5483a", "#5b7f4f")
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "stickyring",
+}
+ENOUGH = 2.0
+"""How many times as fast as the fastest contender the stub has to be: then the load holds nobody back."""
+PACKAGES = ("stickyring", "gunicorn", "eventlet", "python-socketio", "python-engineio")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Something measured; `more_is_better` is None for what only tells how it was measured."""
+
+    key: str
+    title: str
+    unit: str
+    more_is_better: bool | None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of a figure's rounds, and the least and the greatest of them."""
+
+    median: float
+    least: float
+    greatest: float
+    rounds: list[float]
+
+    @classmethod
+    def of(cls, rounds: list[float]) -> "Spread":
+        """Sum up the rounds, of which there is at least one."""
+        return cls(statistics.median(rounds), min(rounds), max(rounds), rounds)
+
+    def __str__(self) -> str:
+        """Return `median (least to greatest)`."""
+        return f"{number(self.median)} ({number(self.least)} to {number(self.greatest)})"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it."""
+        return {"median": self.median, "min": self.least, "max": self.greatest, "rounds": self.rounds}
+
+
+@dataclass
+class Part:
+    """One part of the benchmark: its figures, and of each contender what every round found.
+
+    `base` is whom the ratios are to, `stub` is whom the load is bounded by; it is no contender.
+    """
+
+    key: str
+    title: str
+    figures: list[Figure]
+    titles: dict[str, str]
+    commands: dict[str, str]
+    base: str
+    stub: str
+    found: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def add(self, contender: str, found: dict[str, float]) -> None:
+        """Add what a round found of a contender."""
+        for figure, value in found.items():
+            self.found.setdefault(figure, {}).setdefault(contender, []).append(value)
+
+    @property
+    def contenders(self) -> list[str]:
+        """The keys of those that are compared."""
+        return [key for key in self.titles if key != self.stub]
+
+    def spread(self, figure: str, contender: str) -> Spread | None:
+        """Return what was found, if anything was."""
+        rounds = self.found.get(figure, {}).get(contender)
+        return Spread.of(rounds) if rounds else None
+
+    def ratio(self, figure: str, contender: str, base: str) -> Spread | None:
+        """Return the ratio to another one, of each round's two figures, which were measured one after the other."""
+        rounds = self.found.get(figure, {})
+        pairs = list(zip(rounds.get(contender, []), rounds.get(base, []), strict=False))
+        return Spread.of([one / other for one, other in pairs]) if pairs and all(pair[1] for pair in pairs) else None
+
+    def bounds(self) -> dict[str, tuple[str, Spread]]:
+        """For each rate that the stub has too: the fastest contender, and how many times as fast the stub is."""
+        bounds = {}
+        for figure in self.figures:
+            if not figure.key.startswith(("echoes@", "handshakes@")) or not self.spread(figure.key, self.stub):
+                continue
+            found = self.found[figure.key]
+            fastest = max(self.contenders, key=lambda key: statistics.median(found[key]))
+            if spread := self.ratio(figure.key, self.stub, fastest):
+                bounds[figure.key] = (fastest, spread)
+        return bounds
+
+
+def number(value: float) -> str:
+    """Return a number with three digits that mean something."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}".replace(",", "\N{NO-BREAK SPACE}")
+    return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
+
+
+def write(part: Part, folder: Path, context: dict[str, Any]) -> list[Path]:
+    """Write PART.json, .md, .png and .svg: all of them aside first, then moved into place. Return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{part.key}-", dir=folder))
+    try:
+        (aside / f"{part.key}.json").write_text(json.dumps(as_json(part, context), indent=1) + "\n")
+        (aside / f"{part.key}.md").write_text(as_markdown(part, context))
+        with mpl.rc_context(STYLE):
+            picture = draw(part)
+            picture.savefig(aside / f"{part.key}.png", dpi=130)
+            picture.savefig(aside / f"{part.key}.svg", metadata={"Date": None})
+        return [written.replace(folder / written.name) for written in sorted(aside.iterdir())]
+    finally:
+        shutil.rmtree(aside)
+
+
+def context(command: str, profile: str, cores: tuple[int, int]) -> dict[str, Any]:
+    """Return what the figures depend on: command, date, machine and versions."""
+    return {
+        "command": command,
+        "profile": profile,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "load_core": cores[0],
+            "server_core": cores[1],
+            "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20,
+            "kernel": platform.release(),
+            "load_average_at_the_end": os.getloadavg()[0],
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "node": subprocess.run(["node", "--version"], check=True, capture_output=True, text=True).stdout.strip(),
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
+        },
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def as_json(part: Part, context: dict[str, Any]) -> dict[str, Any]:
+    """Return everything: of each figure every contender's rounds, and its ratio to the base."""
+    figures = {}
+    for figure in part.figures:
+        spreads = {key: spread for key in part.titles if (spread := part.spread(figure.key, key))}
+        ratios = {key: ratio for key in part.contenders if (ratio := part.ratio(figure.key, key, part.base))}
+        figures[figure.key] = {
+            "title": figure.title,
+            "unit": figure.unit,
+            "more_is_better": figure.more_is_better,
+            "found": {key: spread.as_json() for key, spread in spreads.items()},
+            f"ratio_to_{part.base}": {key: ratio.as_json() for key, ratio in ratios.items()},
+        }
+    bounds = {
+        figure: {"fastest": fastest, "stub_times_as_fast": spread.as_json(), "enough": spread.median >= ENOUGH}
+        for figure, (fastest, spread) in part.bounds().items()
+    }
+    contenders = {key: {"title": title, "command": part.commands[key]} for key, title in part.titles.items()}
+    return {**context, "contenders": contenders, "figures": figures, "load": bounds}
+
+
+def as_markdown(part: Part, context: dict[str, Any]) -> str:
+    """Return the table: medians, the least and the greatest round, and the ratio to the base."""
+    machine = context["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in context["versions"].items())
+    lines = [
+        f"# {part.title}, side by side",
+        "",
+        f"`{context['command']}` wrote this on {context['date']}, on {machine['cores']} cores of "
+        f"{machine['processor']}, Linux {machine['kernel']}: {versions}. The servers had one core, the load another.",
+        "",
+        "Medians, in parentheses the least and the greatest round; the last number is the ratio to "
+        f"“{part.titles[part.base]}”, the median of the rounds.",
+        "",
+        f"![The figures as bars]({part.key}.svg)",
+        "",
+        "| figure | " + " | ".join(part.titles[key] for key in part.contenders) + " |",
+        "|---|" + "---|" * len(part.contenders),
+    ]
+    lines += [
+        f"| {figure.title} ({figure.unit}) | " + " | ".join(_cell(part, figure, key) for key in part.contenders) + " |"
+        for figure in part.figures
+    ]
+    lines += [
+        "",
+        "## The load",
+        "",
+        f"The stub is the cheapest server that answers the load. Where it is at least {ENOUGH:g} times as fast as the "
+        "fastest contender, the load has held nobody back; elsewhere the share of its core that a server used tells.",
+        "",
+        "| figure | stub | fastest contender | the stub is times as fast |",
+        "|---|---|---|---|",
+    ]
+    titles = {figure.key: figure.title for figure in part.figures}
+    for figure, (fastest, spread) in part.bounds().items():
+        verdict = "" if spread.median >= ENOUGH else ", less than it should be"
+        cells = (titles[figure], str(part.spread(figure, part.stub)), part.titles[fastest], f"{spread}{verdict}")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## The commands", ""]
+    lines += [f"- {part.titles[key]}: `{command}`" for key, command in part.commands.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(part: Part, figure: Figure, contender: str) -> str:
+    spread = part.spread(figure.key, contender)
+    if spread is None:
+        return "not measured"
+    ratio = part.ratio(figure.key, contender, part.base)
+    shown = "" if ratio is None or figure.more_is_better is None else f"; {number(ratio.median)} times"
+    return f"{spread}{shown}"
+
+
+def draw(part: Part) -> Picture:
+    """Draw a small chart of bars for each figure that is better or worse."""
+    shown = [figure for figure in part.figures if figure.more_is_better is not None and figure.key in part.found]
+    columns = 3
+    rows = -(-len(shown) // columns)
+    height = 0.7 + 0.24 * len(part.contenders)
+    picture = Picture(figsize=(13, max(1, rows) * height + 0.5), layout="constrained")
+    grid = picture.subplots(max(1, rows), columns, squeeze=False)
+    for at, axes in enumerate(grid.flat):
+        if at < len(shown):
+            _bars(axes, part, shown[at], named=at % columns == 0)
+        else:
+            axes.set_axis_off()
+    picture.suptitle(f"{part.title}: medians, and the least and the greatest round", x=0.01, ha="left", fontsize=12)
+    return picture
+
+
+def _bars(axes: Axes, part: Part, figure: Figure, *, named: bool) -> None:
+    for row, contender in enumerate(part.contenders):
+        if spread := part.spread(figure.key, contender):
+            errors = [[spread.median - spread.least], [spread.greatest - spread.median]]
+            axes.barh(row, spread.median, color=COLORS[row % len(COLORS)], xerr=errors, ecolor=INK, capsize=2)
+    axes.set_yticks(range(len(part.contenders)), [part.titles[key] for key in part.contenders] if named else [])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(left=0)
+    better = "more is better" if figure.more_is_better else "less is better"
+    axes.set_title(f"{figure.title}\n{figure.unit}; {better}", loc="left", fontsize=8)

@@ -1,0 +1,57 @@
+"""What every part of the benchmark runs in: rounds within a limit of time, cores, logs and progress."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+class CoresError(Exception):
+    """There is no core for the load beside the one for the servers; the text is one line."""
+
+
+class Rounds:
+    """Rounds of one run: `folder` keeps what is installed, and the servers' logs; `limit` is in seconds.
+
+    The process itself, which makes the load, is pinned to the first core that it may use, servers to the last.
+    """
+
+    def __init__(self, folder: Path, limit: float) -> None:
+        self.folder = folder
+        self._begun = time.monotonic()
+        self._limit = limit
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) < 2:
+            raise CoresError("two cores are needed: one for the load and one for the servers")
+        self.load_core, self.server_core = cores[0], cores[-1]
+        os.sched_setaffinity(0, {self.load_core})
+
+    def go(self, number: int) -> Iterator[int]:
+        """Count rounds, and stop before one that would go beyond the limit."""
+        longest = 0.0
+        for index in range(number):
+            begun = time.monotonic()
+            if begun + longest > self._begun + self._limit:
+                self.say(f"the time is up after {index} of {number} rounds")
+                return
+            self.say(f"round {index + 1} of {number}")
+            yield index
+            longest = max(longest, time.monotonic() - begun)
+
+    @staticmethod
+    def rotated(items: Sequence[Item], number: int) -> list[Item]:
+        """Return the items in the order of a round: each of them begins in turn."""
+        at = number % len(items)
+        return [*items[at:], *items[:at]]
+
+    def log(self, name: str) -> Path:
+        """Return where a server's output goes."""
+        return self.folder / "logs" / f"{name}.log"
+
+    def say(self, text: str) -> None:
+        """Tell how far the run is."""
+        print(f"{time.monotonic() - self._begun:6.0f} s  {text}", file=sys.stderr, flush=True)
