@@ -9,12 +9,14 @@ from pathlib import Path
 import click
 
 from bench import nodes, report
-from bench.contenders import PrepareError
+from bench.contenders import PrepareError, end_all
 from bench.load import LoadError
 from bench.rounds import CoresError, Rounds
 
 ROOT = Path(__file__).parents[1]
 PARTS = {"nodes": (nodes.measure, nodes.PROFILES)}
+LIMITS = {"quick": 300.0, "full": 2400.0}
+"""Seconds that a whole run may take."""
 
 EPILOG = """\b
 Examples:
@@ -28,10 +30,10 @@ Exit status: 0 measured; 1 not measured, with the cause in one line; 2 bad usage
 
 
 @click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("parts", type=click.Choice(list(PARTS)), nargs=-1)
+@click.argument("parts", type=click.Choice(list(PARTS)), nargs=-1, metavar="[PARTS]...")
 @click.option(
     "--profile",
-    type=click.Choice(list(nodes.PROFILES)),
+    type=click.Choice(list(LIMITS)),
     default="quick",
     show_default=True,
     help="quick takes at most 5 minutes, full at most 40.",
@@ -44,7 +46,7 @@ Exit status: 0 measured; 1 not measured, with the cause in one line; 2 bad usage
     help="The folder that is written to.",
 )
 def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
-    """Measure PARTS, or all of them, on loopback, and write PART.json, PART.md, PART.png and PART.svg.
+    """Measure PARTS (nodes), or all of them, on loopback, and write PART.json, PART.md, PART.png and PART.svg.
 
     Contenders take turns in every round; of each figure the median is told, with the least and the greatest round. A
     contender that does not answer, or answers something else, ends the run, and nothing is written.
@@ -55,9 +57,9 @@ def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
     try:
+        rounds = Rounds(ROOT / ".artifacts/bench", LIMITS[profile])
         for name in parts or PARTS:
             measure, profiles = PARTS[name]
-            rounds = Rounds(ROOT / ".artifacts/bench", profiles[profile].limit)
             part = measure(rounds, profiles[profile])
             context = report.context(command, profile, (rounds.load_core, rounds.server_core))
             for path in report.write(part, output, context):
@@ -67,6 +69,8 @@ def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)
+    finally:
+        end_all()
 
 
 if __name__ == "__main__":

@@ -196,12 +196,25 @@ def running(contender: Contender, core: int, log: Path) -> Iterator[Server]:
     finally:
         os.sched_setaffinity(0, mine)
         if process is not None:
-            # The leader first: a master makes a new worker for one that is gone.
             process.kill()
             process.wait()
-            for member in _session(process.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(member, signal.SIGKILL)
+            _end_session(process.pid)
+
+
+def end_all() -> None:
+    """End what a run has left, such as a server that it was starting when it was interrupted."""
+    own = os.getpid()
+    for child in map(int, Path(f"/proc/{own}/task/{own}/children").read_text().split()):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        _end_session(child)
+
+
+def _end_session(leader: int) -> None:
+    """End the processes of a session whose leader has ended: before it, a master would make new workers."""
+    for member in _session(leader):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
 
 
 def _answers(port: int) -> bool:

@@ -30,15 +30,15 @@ class Rounds:
         self.load_core, self.server_core = cores[0], cores[-1]
         os.sched_setaffinity(0, {self.load_core})
 
-    def go(self, number: int) -> Iterator[int]:
-        """Count rounds, and stop before one that would go beyond the limit."""
+    def go(self, number: int, what: str) -> Iterator[int]:
+        """Count rounds, and stop before one that would go beyond the limit; the first one is always made."""
         longest = 0.0
         for index in range(number):
             begun = time.monotonic()
-            if begun + longest > self._begun + self._limit:
-                self.say(f"the time is up after {index} of {number} rounds")
+            if index and begun + longest > self._begun + self._limit:
+                self.say(f"{what}: the time is up after {index} of {number} rounds")
                 return
-            self.say(f"round {index + 1} of {number}")
+            self.say(f"{what}: round {index + 1} of {number}")
             yield index
             longest = max(longest, time.monotonic() - begun)
 

@@ -6,18 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bench import report
 from bench.report import Figure, Part, Spread
+from bench.rounds import Rounds
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 20.0
 FILES = ["nodes.json", "nodes.md", "nodes.png", "nodes.svg"]
 TINY = (
-    "nodes.Profile(rounds=2, idle_rounds=1, seconds=0.05, idle_connections=10, limit=60, crowds=(1, 10), "
+    "nodes.Profile(rounds=1, idle_rounds=1, seconds=0.05, idle_connections=10, crowds=(1, 10), "
     "idle_seconds=0.2, warm_up_seconds=0.02)"
 )
 STUB = "lambda port: [sys.executable, '-c', f'from bench import stub; {}; stub.serve({{port}})']"
@@ -46,6 +48,14 @@ def part() -> Part:
         part.add("stock", {"echoes@1": stock, "trip": 1.0})
         part.add("stub", {"echoes@1": stub})
     return part
+
+
+@pytest.fixture
+def every_core() -> Iterator[None]:
+    """Give the process of the tests its cores back."""
+    before = os.sched_getaffinity(0)
+    yield
+    os.sched_setaffinity(0, before)
 
 
 def driver(*contenders: str) -> list[str]:
@@ -88,6 +98,20 @@ def test_a_ratio_is_of_the_figures_of_one_round(part: Part) -> None:
     assert part.ratio("nothing", "ours", "stock") is None
 
 
+@pytest.mark.parametrize(("limit", "made"), [(60, [0, 1, 2]), (0, [0])])
+def test_rounds_end_before_the_limit(tmp_path: Path, every_core: None, limit: float, made: list[int]) -> None:
+    assert list(Rounds(tmp_path, limit).go(3, "echoes")) == made
+
+
+def test_rounds_begin_with_each_contender_in_turn() -> None:
+    assert [Rounds.rotated("abc", number) for number in range(4)] == [
+        list("abc"),
+        list("bca"),
+        list("cab"),
+        list("abc"),
+    ]
+
+
 def test_the_stub_bounds_the_load(part: Part) -> None:
     fastest, times = part.bounds()["echoes@1"]
     assert (fastest, times.rounds) == ("ours", [3.0, 9.0, 1.0])
@@ -122,12 +146,11 @@ def test_what_fails_while_writing_leaves_what_was_there(
 def test_a_run_measures_our_service_and_writes_everything(tmp_path: Path) -> None:
     done = run(tmp_path, OURS)
     assert done.returncode == 0, done.stderr
-    assert "round 2 of 2" in done.stderr
+    assert "echoes and handshakes: round 1 of 1" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     written = json.loads((tmp_path / "nodes.json").read_text())
     for key, figure in written["figures"].items():
-        rounds = 1 if key in ("idle-memory", "idle-cpu", "memory") else 2
-        assert len(figure["found"]["ours"]["rounds"]) == rounds, key
+        assert len(figure["found"]["ours"]["rounds"]) == 1, key
         assert figure["found"]["ours"]["min"] > 0 or key == "idle-cpu", key
     assert written["figures"]["echoes@10"]["found"]["stub"]["median"] > 0
     assert written["load"]["echoes@10"]["fastest"] == "ours"
