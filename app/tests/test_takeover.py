@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ from chat import application
 """
 HANDSHAKE = "/socket.io/?EIO=4&transport=polling"
 USERS = 8
-HANDSHAKE_PAUSE_SECONDS = 0.01
+PAUSE_SECONDS = 0.01
 
 Start = Callable[..., ServeProcess]
 
@@ -117,17 +117,17 @@ def where(node: ServeProcess) -> int:
     return int(node.get("/").read())
 
 
-class Handshakes:
-    """Handshakes one after another, each on a connection of its own, and what went wrong."""
+class Asking:
+    """Asks one time after another, by a function that returns the status of the answer, and keeps what went wrong."""
 
-    def __init__(self, node: ServeProcess) -> None:
+    def __init__(self, ask: Callable[[], int]) -> None:
         self.faults: list[object] = []
         self.number = 0
-        self._node = node
+        self._ask = ask
         self._goes_on = True
         self._thread = threading.Thread(target=self._run)
 
-    def __enter__(self) -> "Handshakes":
+    def __enter__(self) -> "Asking":
         self._thread.start()
         return self
 
@@ -138,14 +138,19 @@ class Handshakes:
     def _run(self) -> None:
         while self._goes_on:
             try:
-                status = self._node.get(HANDSHAKE).status
-            except OSError as error:
+                status = self._ask()
+            except (OSError, HTTPException) as error:
                 self.faults.append(error)
             else:
                 if status != HTTPStatus.OK:
                     self.faults.append(status)
             self.number += 1
-            time.sleep(HANDSHAKE_PAUSE_SECONDS)
+            time.sleep(PAUSE_SECONDS)
+
+
+def shake_hands(node: ServeProcess) -> Asking:
+    """Handshakes, each on a connection of its own."""
+    return Asking(lambda: node.get(HANDSHAKE).status)
 
 
 class User:
@@ -180,7 +185,7 @@ def test_each_user_is_disconnected_once_and_nobody_is_refused(node: Start, tmp_p
     async def play() -> None:
         users = [await User().connect(serve, transport) for transport in ["polling", "websocket"] * USERS]
         assert {await user.where() for user in users} == {serve.process.pid}
-        with Handshakes(serve) as handshakes:
+        with shake_hands(serve) as handshakes:
             await asyncio.to_thread(replace, tmp_path)
             successor = master(tmp_path)
             await all_came_back(users)
@@ -196,12 +201,38 @@ def test_each_user_is_disconnected_once_and_nobody_is_refused(node: Start, tmp_p
     assert where(serve) == master(tmp_path)
 
 
+def test_no_request_on_a_connection_that_is_kept_is_lost(node: Start, tmp_path: Path) -> None:
+    """As an edge keeps connections, and sends requests on them until it hears that they end."""
+    serve = node()
+    ended: list[str] = []
+
+    def keep_asking() -> Asking:
+        connection = serve.connect()  # anew, whenever an answer was its last
+
+        def ask_again() -> int:
+            status, kept, who = request(connection, "/")
+            if kept == "close":
+                ended.append(who)
+            return status
+
+        return Asking(ask_again)
+
+    with contextlib.ExitStack() as clients:
+        asking = [clients.enter_context(keep_asking()) for _ in range(USERS)]
+        replace(tmp_path)
+        wait_until(lambda: len(ended) == USERS, "each has heard that its connection ends")
+        assert serve.process.wait(DEADLINE_SECONDS) == 0
+    assert [client.faults for client in asking] == [[]] * USERS
+    assert ended == [str(serve.process.pid)] * USERS, "and no other connection ends"
+
+
 def test_no_connection_leads_to_the_one_that_was_replaced(node: Start, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         serve = node(NOTIFY_SOCKET=str(tmp_path / "notify"))
-        idle, slow, polling, unheard = (serve.connect() for _ in range(4))
-        assert request(idle, "/") == (200, "keep-alive", str(serve.process.pid))
+        idle, silent, slow, polling, unheard = (serve.connect() for _ in range(5))
+        for kept in (idle, silent):
+            assert request(kept, "/") == (200, "keep-alive", str(serve.process.pid))
         sid = json.loads(request(polling, HANDSHAKE)[2][1:])["sid"]
         polling.request("GET", f"{HANDSHAKE}&sid={sid}")
         slow.request("GET", "/slow")
@@ -210,10 +241,11 @@ def test_no_connection_leads_to_the_one_that_was_replaced(node: Start, tmp_path:
 
         replacing = start_replacing(tmp_path, "chat:application")
         wait_until(lambda: serve.logged("replaced: accepting nothing more"), "it retires")
-        # Who was accepted but has not asked yet is answered as ever.
-        assert request(unheard, "/") == (200, "close", str(serve.process.pid))
+        # Who was accepted but has not asked yet is answered as ever, and so is who asks again.
+        for connection in (unheard, idle):
+            assert request(connection, "/") == (200, "close", str(serve.process.pid))
         assert replacing.wait(DEADLINE_SECONDS) == 0
-        assert idle.sock.recv(1) == b""
+        assert silent.sock.recv(1) == b""
         assert answer(polling)[:2] == (410, "close")
         # Whether its successor lives, systemd shall hear from that one.
         manager.setblocking(False)
@@ -249,7 +281,7 @@ def test_what_cannot_start_disturbs_nobody(node: Start, tmp_path: Path) -> None:
 
     async def play() -> None:
         user = await User().connect(serve, "websocket")
-        with Handshakes(serve) as handshakes:
+        with shake_hands(serve) as handshakes:
             line = await asyncio.to_thread(refusal, tmp_path, "broken:application")
             assert line.startswith("Error: cannot load broken:application: ValueError: no database")
             await asyncio.to_thread(dies)

@@ -25,8 +25,8 @@ HEARTBEAT_SECONDS = 1.0
 ACCEPT_PAUSE_SECONDS = 0.2
 CLOSING_SECONDS = 5.0
 """How long a client may take to close a WebSocket that the server has closed."""
-FIRST_REQUEST_SECONDS = 1.0
-"""How long the first request of a connection that was accepted may take to arrive, when the worker retires."""
+LAST_REQUEST_SECONDS = 1.0
+"""How long connections may take to bring their first or next request, when the worker retires."""
 TICK_SECONDS = 0.02
 OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 """What accept(2) answers while the connection stays in the backlog, waiting for the process to have room again."""
@@ -78,12 +78,13 @@ class EventletWorker(AsyncWorker):
     def retire(self) -> None:
         """Leave the listening socket to another process, use up the connections, and have the master drain and end.
 
-        What is accepted is answered; no connection carries another request, so that an edge that keeps connections
-        sends nothing here any more.
+        What is accepted is answered, and each connection carries one more request at most, so that an edge that keeps
+        connections soon sends nothing here any more.
         """
         self._retired = True
         self._stop_accepting()
-        self._use_up(self._idle)
+        # Not the idle ones: a request that is on its way to one would meet it closed. After the next it is used up.
+        self._use_up(set())
         eventlet.spawn(self._end_when_all_are_heard)
 
     def _use_up(self, waiting: set[GreenSocket]) -> None:
@@ -96,10 +97,11 @@ class EventletWorker(AsyncWorker):
 
     def _end_when_all_are_heard(self) -> None:
         # Whoever has been accepted and is about to ask did not come to a node that drains.
-        with eventlet.Timeout(FIRST_REQUEST_SECONDS, False):
+        with eventlet.Timeout(LAST_REQUEST_SECONDS, False):
             eventlet.sleep(TICK_SECONDS)
-            while self._unheard:
+            while self._unheard or self._idle:
                 eventlet.sleep(TICK_SECONDS)
+        self._use_up(self._idle)
         os.kill(self.ppid, signal.SIGTERM)
 
     def _stop_accepting(self) -> None:
