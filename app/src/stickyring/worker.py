@@ -105,6 +105,7 @@ class EventletWorker(AsyncWorker):
         os.kill(self.ppid, signal.SIGTERM)
 
     def _stop_accepting(self) -> None:
+        # Killing lets others run: what was accepted has begun, and needs the listener no more, when that is closed.
         for acceptor in self._acceptors:
             acceptor.kill()
         for listener in self._listeners:
