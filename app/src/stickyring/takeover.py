@@ -42,8 +42,8 @@ class Incumbent:
     """The process that serves, as its worker stands for it.
 
     Its worker class may have `retire()`, which accepts nothing more from its return on, and later has the master end as
-    by SIGTERM. Without it, the node can be restarted only. `retired` is a
-    byte that its master sees too: 1 from then on.
+    by SIGTERM. Without it, the node can be restarted only. `retired` is a byte that its master sees too: 1 as soon as a
+    successor is given its place. `Drain.final` is true only later, and before every end: once the drain has begun.
     """
 
     def __init__(self, worker: Worker, drain: "Drain", retired: mmap.mmap) -> None:
