@@ -96,6 +96,8 @@ def _tls_problems(item: Data, pems: dict[str, str]) -> list[str]:
     """What is wrong with the certificate and the key of a listener; ``pems`` has the texts of those that are files."""
     tls = item["tls"]
     where = f"listener {item['name']}"
+    if not tls:
+        return [f"{where}: tls is empty: give certificate and key, or leave it out."]
     problems = []
     for kind in ("certificate", "key"):
         if not PurePath(tls[kind]).is_absolute():
@@ -159,7 +161,7 @@ def stickyring_edge_problems(settings: Data, pems: dict[str, str], sha256: str |
         for item in listeners
         if item["cluster"] not in known
     ]
-    problems += [problem for item in listeners if item.get("tls") for problem in _tls_problems(item, pems)]
+    problems += [problem for item in listeners if "tls" in item for problem in _tls_problems(item, pems)]
     for cluster in clusters:
         endpoints = cluster["endpoints"]
         where = f"cluster {cluster['name']}"

@@ -314,6 +314,8 @@ def test_each_fault_of_a_single_value_is_said(others: dict[str, Any], words: str
         ({"port": 1023}, {}, {}, "listener sticky: port 1023 is not from 1024 to 65535"),
         ({"port": 65536}, {}, {}, "listener sticky: port 65536 is not from 1024 to 65535"),
         ({"address": "edge.example"}, {}, {}, "listener sticky: 'edge.example' is no IP address"),
+        ({"tls": None}, {}, {}, "listener sticky: tls is empty: give certificate and key, or leave it out."),
+        ({"tls": {}}, {}, {}, "listener sticky: tls is empty"),
         ({"address": "0:0::0", "port": 9901}, {}, {}, "port 9901 on :: is that of stickyring_edge_admin_port"),
         ({}, {"endpoints": []}, {}, "cluster nodes: the endpoint list is empty"),
         ({}, {"endpoints": ENDPOINTS * 700}, {}, "are more than Envoy's 8388608"),
