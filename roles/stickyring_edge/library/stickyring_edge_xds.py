@@ -969,6 +969,9 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     changed = edge.changed_files()
     strangers = edge.strangers()
     texts = {file.path: file.text(edge.header) for file in changed} | dict.fromkeys(strangers, "")
+    # Before websockets are counted: it may take a minute, in which users come.
+    if texts and module.params["healthy_timeout"] and not module.check_mode:
+        edge.expect_healthy_newcomers()
     result |= {
         "changed": bool(texts),
         "written": [file.path for file in changed],
@@ -985,8 +988,6 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     if module.check_mode:
         return result
 
-    if texts and module.params["healthy_timeout"]:
-        edge.expect_healthy_newcomers()
     edge.apply(changed, strangers)
     owned = [edge.own_file(edge.directory / file.path, file.text(edge.header)) for file in files]
     return result | {"changed": any([result["changed"], *owned]), "proven": edge.running}

@@ -314,6 +314,25 @@ def test_who_is_not_healthy_does_not_join(directory: Path, files: Files, envoy: 
     assert "endpoints/nodes.yaml" in run(directory, files, envoy.port, healthy_timeout=1)["written"]
 
 
+def test_websockets_are_counted_once_newcomers_are_healthy(
+    directory: Path, files: Files, envoy: FakeEnvoy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes during the wait is counted."""
+    run(directory, files, envoy.port)
+    files["listeners.yaml"][0]["per_connection_buffer_limit_bytes"] = 1
+    asked = xds.Edge.expect_healthy_newcomers
+
+    def wait(edge: Any) -> None:
+        asked(edge)
+        envoy.stats["http.sticky.downstream_cx_upgrades_active"] = 5
+
+    monkeypatch.setattr(xds.Edge, "expect_healthy_newcomers", wait)
+    # In check mode nobody is waited for.
+    assert run(directory, files, envoy.port, healthy_timeout=1, _ansible_check_mode=True)["ends"] == ""
+    message = run(directory, files, envoy.port, healthy_timeout=1)["msg"]
+    assert "listener sticky changes: 5 open websockets end." in message
+
+
 def test_a_place_on_the_ring_that_is_no_node_is_nobody_to_wait_for(
     directory: Path, files: Files, envoy: FakeEnvoy, closed_port: int
 ) -> None:
