@@ -33,6 +33,8 @@ ARTIFACTS = PROJECT / "roles" / "stickyring_artifacts" / "files"
 START_SECONDS = 20
 # The last websocket of a listener that has changed ends after so long; the role leaves it at Envoy's 600.
 DRAIN_SECONDS = 1
+# The role's default is 10.
+HANDSHAKE_SECONDS = 2
 # What the role composes for these variables, its two files of the start as it would write them, and the other files.
 PLAY = """
 - hosts: localhost
@@ -197,6 +199,7 @@ def composed(folder: Path, certificate: Certificate, node: int) -> dict[str, Any
                 "__stickyring_edge_directory": str(folder),
                 "stickyring_edge_admin_port": admin,
                 "stickyring_edge_envoy_sha256": "0" * 64,
+                "stickyring_edge_request_headers_timeout": HANDSHAKE_SECONDS,
                 "stickyring_edge_listeners": listeners,
                 "stickyring_edge_clusters": [
                     {"name": "nodes", "endpoints": [{"name": "node", "address": "127.0.0.1", "port": node}]}
@@ -319,6 +322,21 @@ def test_tls_is_1_2_or_newer(edge: Edge) -> None:
     assert speak(ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
     with pytest.warns(DeprecationWarning), pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"):
         speak(ssl.TLSVersion.TLSv1_1)
+
+
+def test_who_begins_no_handshake_is_not_waited_for(edge: Edge) -> None:
+    """The control is a silent connection without TLS, which has the time of an idle one."""
+    with ExitStack() as stack:
+        silent, control = (
+            stack.enter_context(socket.create_connection(("127.0.0.1", edge.ports[name]), 4 * HANDSHAKE_SECONDS))
+            for name in ("safe", "plain")
+        )
+        begin = time.monotonic()
+        assert silent.recv(1) == b""
+        assert 0.5 * HANDSHAKE_SECONDS < time.monotonic() - begin < 3 * HANDSHAKE_SECONDS
+        control.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            control.recv(1)
 
 
 @pytest.mark.parametrize(("listener", "scheme"), [("safe", "https"), ("plain", "http")])
