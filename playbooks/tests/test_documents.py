@@ -1,5 +1,6 @@
 """What the README tells a reader to run is there, and the example inventory is a good one."""
 
+import json
 import os
 import re
 import shlex
@@ -49,3 +50,16 @@ def test_every_command_is_of_a_kind_that_is_tested() -> None:
 def test_the_example_inventory_passes_preflight() -> None:
     done = run(PROGRAMS / "ansible-playbook", "-i", "inventory/example", "playbooks/preflight.yml")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_plan_of_a_listener_without_its_certificate_is_refused() -> None:
+    """With the tag of what is always judged, so that no host is contacted."""
+    command = (PROGRAMS / "ansible-playbook", "-i", "inventory/example", "playbooks/plan.yml", "--tags", "always")
+    good = run(*command)
+    assert good.returncode == 0, good.stdout + good.stderr
+    nowhere = {"certificate": "/nowhere/chain.pem", "key": "/nowhere/key.pem"}
+    for tls, message in ((nowhere, "tls.certificate /nowhere/chain.pem is no file"), (None, "tls is empty")):
+        listener = {"name": "sticky", "port": 9002, "cluster": "nodes", "tls": tls}
+        refused = run(*command, "-e", json.dumps({"stickyring_edge_listeners": [listener]}))
+        assert refused.returncode != 0
+        assert f"edge1: listener sticky: {message}" in " ".join(refused.stdout.split())
