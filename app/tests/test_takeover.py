@@ -343,6 +343,19 @@ def test_one_at_a_time(node: Start, tmp_path: Path) -> None:
     assert where(serve) == master(tmp_path) != serve.process.pid
 
 
+def test_it_does_not_retire_for_one_who_has_hung_up(node: Start, tmp_path: Path) -> None:
+    """As a successor does whom the answer did not reach in time."""
+    serve = node()
+    with socket.socket(socket.AF_UNIX) as asker:
+        asker.connect(str(tmp_path / "control"))
+        asker.sendall(b"POST /retire HTTP/1.0\r\n\r\n")
+    assert where(serve) == master(tmp_path) == serve.process.pid
+    # The control: it does for one who waits, which a successor is.
+    replace(tmp_path)
+    assert len(serve.logged("replaced: accepting nothing more")) == 1
+    assert where(serve) == master(tmp_path) != serve.process.pid
+
+
 @pytest.mark.parametrize("loads", [False, True], ids=["that never loads", "that loads"])
 def test_without_the_command_that_waits_for_it_the_new_process_ends(node: Start, tmp_path: Path, loads: bool) -> None:
     """As systemd kills a reload that takes too long."""

@@ -19,7 +19,8 @@ one that refuses has `error`, a line of text.
     GET  /listener            200 {"process": id of the node's master}, and as ancillary data beside it (SCM_RIGHTS) the
                               descriptor of its listening socket; 409 the node could not be replaced now
     POST /retire              202 {}: the node has left its listening socket to whoever asked, drains and ends; 409 it
-                              cannot, and goes on. Both are for `stickyring.takeover`
+                              cannot, and goes on; it goes on, too, when whoever asked has hung up. Both are for
+                              `stickyring.takeover`
 """
 
 import json
@@ -194,7 +195,9 @@ class _Request(BaseHTTPRequestHandler):
         self._answer()
 
     def do_POST(self) -> None:
-        self._answer()
+        # There would be nobody to take the place of this node.
+        if self.path != "/retire" or self._is_awaited():
+            self._answer()
 
     def _answer(self) -> None:
         try:
@@ -216,6 +219,18 @@ class _Request(BaseHTTPRequestHandler):
             socket.send_fds(self.connection, [body], descriptors)
         else:
             self.wfile.write(body)
+
+    def _is_awaited(self) -> bool:
+        """Whether the other end is still there; nothing follows a request, so there is nothing to read if it is."""
+        self.connection.setblocking(False)
+        try:
+            return bool(self.connection.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            self.connection.settimeout(self.timeout)
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "0")

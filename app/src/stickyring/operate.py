@@ -181,8 +181,8 @@ class Refused(click.ClickException):
 class _UnixConnection(HTTPConnection):
     """HTTP over a Unix socket."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=ANSWER_SECONDS)
+    def __init__(self, path: Path, seconds: float) -> None:
+        super().__init__("localhost", timeout=seconds)
         self._path = path
 
     def connect(self) -> None:
@@ -191,14 +191,16 @@ class _UnixConnection(HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def ask(path: Path, method: str, target: str, body: object = None) -> dict[str, Any]:
-    """Return the node's answer.
+def ask(
+    path: Path, method: str, target: str, body: object = None, *, seconds: float = ANSWER_SECONDS
+) -> dict[str, Any]:
+    """Return the node's answer, which may take so many seconds.
 
     Raises:
         Refused: the node refuses.
         click.ClickException: there is none.
     """
-    connection = _UnixConnection(path)
+    connection = _UnixConnection(path, seconds)
     try:
         connection.request(method, target, None if body is None else json.dumps(body))
         response = connection.getresponse()

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 WAITING, COMMITTED, DONE = range(3)
 TAKEN = b"\0taken"
+RETIRE_SECONDS = 5
+"""How long the incumbent may take to answer: the successor's worker waits for it, and must not be taken for hung."""
 
 
 class CannotRetireError(Exception):
@@ -167,7 +169,7 @@ class Successor:
         except OSError as error:
             raise click.ClickException(f"systemd does not hear of the new process: {error.strerror}") from None
         try:
-            ask(self.control.path, "POST", "/retire")
+            ask(self.control.path, "POST", "/retire", seconds=RETIRE_SECONDS)
         except click.ClickException:
             with suppress(OSError):
                 tell_manager(b"MAINPID=%d" % self._incumbent)
