@@ -82,7 +82,9 @@ def end_what_serves(folder: Path) -> None:
 
 def master(folder: Path) -> int:
     """Return the process id of who answers at the control socket."""
-    return int(ask(folder / "control", "GET", "/listener")["process"])
+    answer = ask(folder / "control", "GET", "/listener")
+    os.close(answer["listener"])
+    return int(answer["process"])
 
 
 def start_replacing(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
@@ -383,7 +385,7 @@ def test_without_the_command_that_waits_for_it_the_new_process_ends(node: Start,
     ("arguments", "cause"),
     [
         ([], "--replace needs --control"),
-        (["--control", "absent"], "nothing serves absent: there is nothing to replace"),
+        (["--control", "absent"], "no control socket absent: does the node run, and with --control?"),
         (["--control", "control", "--listen", "127.0.0.1:1"], " and not on 127.0.0.1:1: an address cannot be taken"),
         (["--control", "control", "--listen", "127.0.0.2:0"], " and not on 127.0.0.2:0: an address cannot be taken"),
         (["--control", "control", "--worker-class", "stickyring.worker.Nothing"], "no worker class stickyring.worker."),
@@ -411,8 +413,25 @@ def test_a_worker_class_that_cannot_retire_is_one_line(tmp_path: Path) -> None:
     with serving(tmp_path, "chat:application", "--control", "control", "--worker-class", "gthread") as serve:
         line = refusal(tmp_path, "chat:application")
         cause = "its worker class ThreadWorker cannot be replaced while it serves, restart it"
-        assert line == f"Error: the node cannot be replaced: {cause}"
+        assert line == f"Error: the node refuses: {cause}"
         assert where(serve) == serve.process.pid
+
+
+class Faithless:
+    """A node that promises its listening socket, and sends none along."""
+
+    def answer(self, method: str, target: str, body: bytes) -> tuple[HTTPStatus, dict[str, Any]]:
+        return HTTPStatus.OK, {"process": 1}
+
+
+def test_an_answer_without_the_listening_socket_is_one_line(tmp_path: Path) -> None:
+    faithless: Any = Faithless()
+    with socket.socket(socket.AF_UNIX) as control:
+        control.bind(str(tmp_path / "control"))
+        control.listen()
+        threading.Thread(target=ControlServer(control, faithless).run, daemon=True).start()
+        line = refusal(tmp_path, "stickyring.echo:create_application()")
+    assert line == "Error: the node that serves control hands nothing over: no 'listener'"
 
 
 class FakeIncumbent:

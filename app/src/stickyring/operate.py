@@ -8,10 +8,13 @@ from collections.abc import Callable
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlencode
 
 import click
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 ANSWER_SECONDS = 30
 POLL_SECONDS = 0.2
@@ -184,17 +187,33 @@ class _UnixConnection(HTTPConnection):
     def __init__(self, path: Path, seconds: float) -> None:
         super().__init__("localhost", timeout=seconds)
         self._path = path
+        self.descriptors: list[int] = []
 
     def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock = _Socket(self.descriptors)
         self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))
+
+
+class _Socket(socket.socket):
+    """A Unix socket that adds to `descriptors` what is sent along with the bytes that are read (SCM_RIGHTS)."""
+
+    def __init__(self, descriptors: list[int]) -> None:
+        super().__init__(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._descriptors = descriptors
+
+    def recv_into(self, buffer: "WriteableBuffer", nbytes: int = 0, flags: int = 0) -> int:
+        room = memoryview(buffer)
+        read, passed, *_ = socket.recv_fds(self, nbytes or len(room), 1, flags)
+        self._descriptors += passed
+        room[: len(read)] = read
+        return len(read)
 
 
 def ask(
     path: Path, method: str, target: str, body: object = None, *, seconds: float = ANSWER_SECONDS
 ) -> dict[str, Any]:
-    """Return the node's answer, which may take so many seconds.
+    """Return the node's answer, which may take so many seconds; `listener` in it is a descriptor that came along.
 
     Raises:
         Refused: the node refuses.
@@ -215,4 +234,6 @@ def ask(
         connection.close()
     if response.status >= HTTPStatus.BAD_REQUEST:
         raise Refused(response.status, answer["error"])
+    if connection.descriptors:
+        (answer["listener"],) = connection.descriptors
     return answer

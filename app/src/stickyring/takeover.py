@@ -7,7 +7,6 @@ disconnected once, when the drain asks him to reconnect. A successor that does n
 was.
 """
 
-import json
 import logging
 import mmap
 import os
@@ -15,7 +14,6 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,7 +21,7 @@ import click
 from gunicorn.workers.base import Worker
 
 from stickyring.control_socket import ControlSocket
-from stickyring.operate import ANSWER_SECONDS, ask
+from stickyring.operate import ask
 
 if TYPE_CHECKING:
     from stickyring.drain import Drain
@@ -190,24 +188,8 @@ class Successor:
 
 def _ask_for_listener(path: Path) -> tuple[socket.socket, int]:
     """Return the listening socket of the node with that control socket, and its master's process id."""
-    answer, descriptors = b"", []
+    answer = ask(path, "GET", "/listener")
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(ANSWER_SECONDS)
-            connection.connect(str(path))
-            connection.sendall(b"GET /listener HTTP/1.0\r\n\r\n")
-            while True:
-                part, passed, _, _ = socket.recv_fds(connection, 65536, 1)
-                descriptors += passed
-                if not part:
-                    break
-                answer += part
-        head, _, body = answer.partition(b"\r\n\r\n")
-        status, told = int(head.split()[1]), json.loads(body)
-    except (FileNotFoundError, ConnectionRefusedError):
-        raise click.ClickException(f"nothing serves {path}: there is nothing to replace") from None
-    except (OSError, ValueError, IndexError) as error:
-        raise click.ClickException(f"no answer on the control socket {path}: {error}") from None
-    if status != HTTPStatus.OK:
-        raise click.ClickException(f"the node cannot be replaced: {told['error']}")
-    return socket.socket(fileno=descriptors[0]), told["process"]
+        return socket.socket(fileno=answer["listener"]), answer["process"]
+    except KeyError as missing:
+        raise click.ClickException(f"the node that serves {path} hands nothing over: no {missing}") from None
