@@ -453,8 +453,17 @@ class FakeIncumbent:
         return HTTPStatus.ACCEPTED, {}
 
 
-@pytest.mark.parametrize("refusing", [False, True])
-def test_systemd_hears_of_the_new_process_first(tmp_path: Path, refusing: bool) -> None:
+@pytest.mark.parametrize(
+    ("refusing", "watchdog", "told"),
+    [
+        (True, "", b""),
+        (False, "", b""),
+        (False, "2.5", b"\nWATCHDOG_USEC=2500000"),
+        (False, "0", b"\nWATCHDOG_USEC=0"),
+    ],
+)
+def test_systemd_hears_of_the_new_process_first(tmp_path: Path, refusing: bool, watchdog: str, told: bytes) -> None:
+    environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "STICKYRING_WATCHDOG": watchdog}
     (tmp_path / "chat.py").write_text(APPLICATION)
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
@@ -469,11 +478,11 @@ def test_systemd_hears_of_the_new_process_first(tmp_path: Path, refusing: bool) 
         incumbent: Any = FakeIncumbent(manager, listener, reason)
         threading.Thread(target=ControlServer(control, incumbent).run, daemon=True).start()
         if refusing:
-            line = refusal(tmp_path, "chat:application", NOTIFY_SOCKET=str(tmp_path / "notify"))
+            line = refusal(tmp_path, "chat:application", **environment)
             assert line == "Error: the node refuses: the node is about to stop"
             assert incumbent.heard.startswith(b"MAINPID=")
             assert manager.recv(64) == b"MAINPID=1"
         else:
-            replace(tmp_path, NOTIFY_SOCKET=str(tmp_path / "notify"))
-            assert incumbent.heard == b"MAINPID=%d\nREADY=1" % master(tmp_path)
+            replace(tmp_path, **environment)
+            assert incumbent.heard == b"MAINPID=%d\nREADY=1" % master(tmp_path) + told
             end_what_serves(tmp_path)

@@ -61,6 +61,7 @@ class Settings:
     max_connections: int
     drain_timeout: float
     control: Path | None
+    watchdog: float | None
     log_level: str
 
 
@@ -155,6 +156,13 @@ def default_node_name() -> str:
     help="Take the place of the process that serves --control, on its listening socket.",
 )
 @click.option(
+    "--watchdog",
+    type=click.FloatRange(min=0),
+    envvar="STICKYRING_WATCHDOG",
+    show_envvar=True,
+    help="With --replace, the unit's WatchdogSec in seconds, 0 for none: systemd itself heeds it only at a start.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(logs.LEVELS),
     default="info",
@@ -173,6 +181,7 @@ def serve(
     drain_timeout: float,
     control_path: Path | None,
     replace: bool,
+    watchdog: float | None,
     log_level: str,
 ) -> None:
     """Serve APPLICATION as one node of a sticky Socket.IO deployment.
@@ -199,7 +208,7 @@ def serve(
       STICKYRING_LISTEN='[::1]:8001' stickyring serve 'chat.server:create(debug=False)'
     """
     settings = Settings(
-        application, address, node_name, worker_class, max_connections, drain_timeout, control_path, log_level
+        application, address, node_name, worker_class, max_connections, drain_timeout, control_path, watchdog, log_level
     )
     logs.configure(log_level, node_name)
     # The application runs in the worker, a child of this process.
@@ -370,7 +379,7 @@ class Node(BaseApplication):
             self._mention(b"READY=1")
         else:
             try:
-                self.successor.take_over(worker.ppid, self._tell_manager)
+                self.successor.take_over(worker.ppid, self._settings.watchdog, self._tell_manager)
             except click.ClickException as error:
                 self._refuse(error.message)
         if self._manager_address:

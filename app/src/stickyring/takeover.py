@@ -149,11 +149,11 @@ class Successor:
             self._there.send(cause.encode()[:4096])
         sys.exit(1)
 
-    def take_over(self, master: int, tell_manager: Callable[[bytes], None]) -> None:
+    def take_over(self, master: int, watchdog: float | None, tell_manager: Callable[[bytes], None]) -> None:
         """Have the incumbent retire, and take its place; called by the worker, before it accepts anything.
 
-        `master` is the process id of its master. `tell_manager` tells systemd something, as sd_notify(3) has it, or
-        raises OSError.
+        `master` is the process id of its master, `watchdog` the seconds that systemd is to wait for a beat: 0 without
+        end, None as long as so far. `tell_manager` tells systemd something, as sd_notify(3) has it, or raises OSError.
 
         Raises:
             click.ClickException: this must not or cannot be; the incumbent serves on.
@@ -161,9 +161,13 @@ class Successor:
         self._stage[0] = COMMITTED
         if self._is_abandoned() or not self.control.waits or os.getppid() != master:
             raise click.ClickException("nobody waits for the new process any more")
+        state = b"MAINPID=%d\nREADY=1" % master
+        if watchdog is not None:
+            # Otherwise systemd goes on waiting as long as the unit said when the service was started.
+            state += b"\nWATCHDOG_USEC=%d" % round(watchdog * 1_000_000)
         # Before the end of the incumbent, which would be the end of the service.
         try:
-            tell_manager(b"MAINPID=%d\nREADY=1" % master)
+            tell_manager(state)
         except OSError as error:
             raise click.ClickException(f"systemd does not hear of the new process: {error.strerror}") from None
         try:
