@@ -77,6 +77,7 @@ def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.Mo
         "drain_timeout": 30,
         "control_path": None,
         "replace": False,
+        "watchdog": None,
         "log_level": "info",
     }
     monkeypatch.setenv("STICKYRING_LISTEN", "[::1]:9")
