@@ -74,8 +74,8 @@ def contenders(folder: Path) -> list[Contender]:
         Contender(
             NODEJS,
             "Node.js socket.io",
-            lambda port: ["node", str(nodejs / "server.js"), str(port), NAME],
-            {"NODE_ENV": "production"},
+            lambda port: ["node", str(HERE / "socketio-node/server.js"), str(port), NAME],
+            {"NODE_ENV": "production", "NODE_PATH": str(nodejs / "node_modules")},
         ),
     ]
 
@@ -123,7 +123,7 @@ def _packages(place: Path, locked: Path) -> None:
 
 
 def _node_modules(place: Path, locked: Path) -> None:
-    for name in ("package.json", "package-lock.json", "server.js"):
+    for name in ("package.json", "package-lock.json"):
         shutil.copy(locked.with_name(name), place)
     _run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", cwd=place)
 

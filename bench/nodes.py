@@ -60,30 +60,30 @@ PROFILES = {
 
 def figures(profile: Profile) -> list[Figure]:
     """Everything that is measured, in the order of the table."""
-    found = [Figure("ready", "time to ready", "ms", False)]
+    found = [Figure("ready", "time to ready", "ms", False, True)]
     for crowd in profile.crowds:
         of = f"{crowd} connection" + "s" * (crowd > 1)
         found += [
             Figure(f"echoes@{crowd}", f"echoes per second, {of}", "1/s", True),
-            Figure(f"echoes-per-cpu@{crowd}", f"echoes per CPU second, {of}", "1/s", True),
+            Figure(f"echoes-per-cpu@{crowd}", f"echoes per CPU second, {of}", "1/s", True, True),
             Figure(f"busy@{crowd}", f"share of its core that the server used, {of}", "%", None),
             Figure(f"trip-p50@{crowd}", f"round trip under full load, median, {of}", "ms", False),
             Figure(f"trip-p99@{crowd}", f"round trip under full load, 99th percentile, {of}", "ms", False),
         ]
     paced = f"at {PACED_RATE:g} echoes per second on {PACED_CROWD} connections"
     found += [
-        Figure("paced-p50", f"round trip {paced}, median", "ms", False),
-        Figure("paced-p99", f"round trip {paced}, 99th percentile", "ms", False),
+        Figure("paced-p50", f"round trip {paced}, median", "ms", False, True),
+        Figure("paced-p99", f"round trip {paced}, 99th percentile", "ms", False, True),
     ]
     for key, (manner, _, _) in MANNERS.items():
         found += [
             Figure(f"handshakes@{key}", f"sessions per second, {manner}", "1/s", True),
-            Figure(f"handshakes-per-cpu@{key}", f"sessions per CPU second, {manner}", "1/s", True),
+            Figure(f"handshakes-per-cpu@{key}", f"sessions per CPU second, {manner}", "1/s", True, True),
         ]
     return [
         *found,
-        Figure("idle-memory", f"memory per connection, {profile.idle_connections} idle", "KiB", False),
-        Figure("idle-cpu", f"CPU of {profile.idle_connections} idle connections", "% of a core", False),
+        Figure("idle-memory", f"memory per connection, {profile.idle_connections} idle", "KiB", False, True),
+        Figure("idle-cpu", f"CPU of {profile.idle_connections} idle connections", "% of a core", False, True),
         Figure("memory", "memory without a connection", "MiB", False),
     ]
 

@@ -9,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,21 @@ STYLE: dict[Any, Any] = {
 }
 ENOUGH = 2.0
 """How many times as fast as the fastest contender the stub has to be: then the load holds nobody back."""
+ALONE = 90.0
+"""Percent of its core that a server uses under full load when nothing else runs there."""
+TITLE_WIDTH = 60
 PACKAGES = ("stickyring", "gunicorn", "eventlet", "python-socketio", "python-engineio")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Something measured; `more_is_better` is None for what only tells how it was measured."""
+    """What is measured; `more_is_better` is None for what only tells how. The `drawn` ones are plotted."""
 
     key: str
     title: str
     unit: str
     more_is_better: bool | None
+    drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,11 @@ class Part:
         rounds = self.found.get(figure, {})
         pairs = list(zip(rounds.get(contender, []), rounds.get(base, []), strict=False))
         return Spread.of([one / other for one, other in pairs]) if pairs and all(pair[1] for pair in pairs) else None
+
+    def disturbed(self) -> list[str]:
+        """Return who did not get its core, although it had more to do than one message at a time."""
+        busy = [found for key, found in self.found.items() if key.startswith("busy@") and key != "busy@1"]
+        return [key for key in self.contenders if any(statistics.median(found[key]) < ALONE for found in busy)]
 
     def bounds(self) -> dict[str, tuple[str, Spread]]:
         """For each rate that the stub has too: the fastest contender, and how many times as fast the stub is."""
@@ -191,7 +201,7 @@ def as_json(part: Part, context: dict[str, Any]) -> dict[str, Any]:
         for figure, (fastest, spread) in part.bounds().items()
     }
     contenders = {key: {"title": title, "command": part.commands[key]} for key, title in part.titles.items()}
-    return {**context, "contenders": contenders, "figures": figures, "load": bounds}
+    return {**context, "contenders": contenders, "figures": figures, "load": bounds, "disturbed": part.disturbed()}
 
 
 def as_markdown(part: Part, context: dict[str, Any]) -> str:
@@ -207,6 +217,7 @@ def as_markdown(part: Part, context: dict[str, Any]) -> str:
         "Medians, in parentheses the least and the greatest round; the last number is the ratio to "
         f"“{part.titles[part.base]}”, the median of the rounds.",
         "",
+        *_warning(part),
         f"![The figures as bars]({part.key}.svg)",
         "",
         "| figure | " + " | ".join(part.titles[key] for key in part.contenders) + " |",
@@ -221,7 +232,8 @@ def as_markdown(part: Part, context: dict[str, Any]) -> str:
         "## The load",
         "",
         f"The stub is the cheapest server that answers the load. Where it is at least {ENOUGH:g} times as fast as the "
-        "fastest contender, the load has held nobody back; elsewhere the share of its core that a server used tells.",
+        "fastest contender, the load has held nobody back; elsewhere the share of its core that a server used tells. "
+        "With one connection, server and load wait for each other.",
         "",
         "| figure | stub | fastest contender | the stub is times as fast |",
         "|---|---|---|---|",
@@ -236,6 +248,16 @@ def as_markdown(part: Part, context: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _warning(part: Part) -> list[str]:
+    if not (names := [part.titles[key] for key in part.titles if key in part.disturbed()]):
+        return []
+    return [
+        f"**Something else used the servers' core** (under full load, {', '.join(names)} had less than {ALONE:g} % of "
+        "it): rates and round trips say little, figures per CPU second hold better.",
+        "",
+    ]
+
+
 def _cell(part: Part, figure: Figure, contender: str) -> str:
     spread = part.spread(figure.key, contender)
     if spread is None:
@@ -246,8 +268,8 @@ def _cell(part: Part, figure: Figure, contender: str) -> str:
 
 
 def draw(part: Part) -> Picture:
-    """Draw a small chart of bars for each figure that is better or worse."""
-    shown = [figure for figure in part.figures if figure.more_is_better is not None and figure.key in part.found]
+    """Draw a small chart of bars for each figure that is to be drawn."""
+    shown = [figure for figure in part.figures if figure.drawn and figure.key in part.found]
     columns = 3
     rows = -(-len(shown) // columns)
     height = 0.7 + 0.24 * len(part.contenders)
@@ -272,4 +294,5 @@ def _bars(axes: Axes, part: Part, figure: Figure, *, named: bool) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(left=0)
     better = "more is better" if figure.more_is_better else "less is better"
-    axes.set_title(f"{figure.title}\n{figure.unit}; {better}", loc="left", fontsize=8)
+    title = textwrap.fill(f"{figure.title} ({figure.unit}; {better})", TITLE_WIDTH)
+    axes.set_title(title, loc="left", fontsize=8)

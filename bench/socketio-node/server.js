@@ -1,9 +1,10 @@
 // The official server with its defaults, doing what stickyring.echo does.
+const { createServer } = require("http");
 const { Server } = require("socket.io");
 
 const [port, name] = process.argv.slice(2);
-const io = new Server();
-io.on("connection", (socket) => {
+const server = createServer();
+new Server(server).on("connection", (socket) => {
   socket.emit("message", `node#${name}: welcome`);
   socket.on("message", (text, acknowledge) => {
     const answer = `node#${name}: ${text}`;
@@ -11,5 +12,4 @@ io.on("connection", (socket) => {
     if (typeof acknowledge === "function") acknowledge(answer);
   });
 });
-require("http").createServer().on("request", () => {});
-io.listen(Number(port));
+server.listen(Number(port), "127.0.0.1");

@@ -37,7 +37,7 @@ def part() -> Part:
     part = Part(
         "nodes",
         "Nodes",
-        [Figure("echoes@1", "echoes", "1/s", True), Figure("trip", "round trip", "ms", False)],
+        [Figure("echoes@1", "echoes", "1/s", True, True), Figure("trip", "round trip", "ms", False)],
         {"ours": "Ours", "stock": "Stock", "stub": "Stub"},
         {"ours": "serve", "stock": "gunicorn", "stub": "stub.py"},
         "stock",
@@ -119,6 +119,15 @@ def test_the_stub_bounds_the_load(part: Part) -> None:
     part.found["echoes@1"]["stub"] = [500.0, 150.0, 700.0]
     assert not report.as_json(part, CONTEXT)["load"]["echoes@1"]["enough"]
     assert "less than it should be" in report.as_markdown(part, CONTEXT)
+
+
+def test_a_server_that_did_not_get_its_core_is_told(part: Part) -> None:
+    part.add("ours", {"busy@1": 30.0, "busy@100": 99.0})
+    part.add("stock", {"busy@1": 30.0, "busy@100": 99.0})
+    assert not part.disturbed()
+    part.found["busy@100"]["stock"] = [99.0, 60.0, 60.0]
+    assert part.disturbed() == ["stock"]
+    assert "**Something else used the servers' core** (under full load, Stock had" in report.as_markdown(part, CONTEXT)
 
 
 def test_the_table_tells_medians_spreads_and_ratios(part: Part) -> None:
