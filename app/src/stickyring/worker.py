@@ -70,7 +70,8 @@ class EventletWorker(AsyncWorker):
             self._wait_for_signal(HEARTBEAT_SECONDS)
 
         self._stop_accepting()
-        self._use_up(self._idle | self._unheard)
+        # Not the idle ones: an edge that keeps connections may just be sending on one.
+        self._use_up(set())
         # The master kills at graceful_timeout; ending before it means ending by ourselves.
         with eventlet.Timeout(max(self.cfg.graceful_timeout - HEARTBEAT_SECONDS, 0), False):
             connections.waitall()
