@@ -166,23 +166,22 @@ def _hold(rounds: Rounds, part: Part, held: Sequence[Contender], profile: Profil
     number, seconds = profile.idle_connections, profile.idle_seconds
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(Loop()))
-        before, crowds = [], []
-        for contender in held:
-            server = stack.enter_context(running(contender, rounds.server_core, rounds.log(contender.key)))
+        servers = [stack.enter_context(running(each, rounds.server_core, rounds.log(each.key))) for each in held]
+        for server in servers:
             check(loop, server.target)
-            before.append((server, server.memory()))
-            crowds.append(list[Wire]())
-            open_sessions(loop, server.target, crowds[-1], number)
+        # When all of them run: what they share is split among them.
+        memory = [server.memory() for server in servers]
+        for server in servers:
+            open_sessions(loop, server.target, [], number)
         rounds.say(f"{number} idle connections each: {', '.join(contender.title for contender in held)}")
-        cpu = [server.cpu_seconds() for server, _ in before]
+        cpu = [server.cpu_seconds() for server in servers]
         loop.run(seconds)
-        cpu = [server.cpu_seconds() - begun for (server, _), begun in zip(before, cpu, strict=True)]
-        for contender, (server, memory), used in zip(held, before, cpu, strict=True):
+        for contender, server, used, unused in zip(held, servers, cpu, memory, strict=True):
             part.add(
                 contender.key,
                 {
-                    "idle-memory": (server.memory() - memory) / number / 1024,
-                    "idle-cpu": 100 * used / seconds,
-                    "memory": memory / 2**20,
+                    "idle-memory": (server.memory() - unused) / number / 1024,
+                    "idle-cpu": 100 * (server.cpu_seconds() - used) / seconds,
+                    "memory": unused / 2**20,
                 },
             )
