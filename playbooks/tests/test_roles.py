@@ -68,3 +68,20 @@ def test_the_example_inventory_shows_every_variable_with_its_default(name: str) 
         key: value for key, value in defaults(role).items() if "{{" not in str(value) and key not in COMPOSED | EXAMPLES
     }
     assert {key: shown[key] for key in literal} == literal
+
+
+def facts(tasks: list[dict[str, Any]]) -> set[str]:
+    """The names that tasks set for whoever comes after them, those in blocks included."""
+    found = {name for task in tasks for name in task.get("ansible.builtin.set_fact", {})}
+    inner = [task for block in tasks for part in ("block", "rescue", "always") for task in block.get(part, [])]
+    return found | facts(inner) if inner else found
+
+
+def test_preflight_knows_what_roles_tell() -> None:
+    """Or a playbook that judges the inventory would refuse what the one before it in the same run has set."""
+    files = PROJECT.glob("roles/*/tasks/*.yml")
+    told = {
+        name for file in files for name in facts(yaml.safe_load(file.read_text())) if name.startswith("stickyring_")
+    }
+    known = yaml.safe_load((PROJECT / "playbooks" / "group_vars" / "all.yml").read_text())
+    assert told == set(known["__stickyring_told_by_roles"])
