@@ -71,7 +71,7 @@ class EventletWorker(AsyncWorker):
 
         self._stop_accepting()
         # Not the idle ones: an edge that keeps connections may just be sending on one.
-        self._use_up(set())
+        self._let_requests_be_the_last()
         # The master kills at graceful_timeout; ending before it means ending by ourselves.
         with eventlet.Timeout(max(self.cfg.graceful_timeout - HEARTBEAT_SECONDS, 0), False):
             connections.waitall()
@@ -85,16 +85,13 @@ class EventletWorker(AsyncWorker):
         self._retired = True
         self._stop_accepting()
         # Not the idle ones: a request that is on its way to one would meet it closed. After the next it is used up.
-        self._use_up(set())
+        self._let_requests_be_the_last()
         eventlet.spawn(self._end_when_all_are_heard)
 
-    def _use_up(self, waiting: set[GreenSocket]) -> None:
-        """Have requests that are being answered be their connections' last, and close the connections given."""
+    def _let_requests_be_the_last(self) -> None:
+        """Have those that are being answered be their connections' last."""
         for request in self._requests:
             request.force_close()
-        for client in waiting:
-            # A request that is there already can still be read.
-            _stop_reading(client.fd)
 
     def _end_when_all_are_heard(self) -> None:
         # Whoever has been accepted and is about to ask did not come to a node that drains.
@@ -102,7 +99,9 @@ class EventletWorker(AsyncWorker):
             eventlet.sleep(TICK_SECONDS)
             while self._unheard or self._idle:
                 eventlet.sleep(TICK_SECONDS)
-        self._use_up(self._idle)
+        for client in self._idle:
+            # A request that is there already can still be read.
+            _stop_reading(client.fd)
         os.kill(self.ppid, signal.SIGTERM)
 
     def _stop_accepting(self) -> None:
