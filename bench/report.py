@@ -17,22 +17,10 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
+from stickyring.plan import plot
 
-INK, FAINT = "#22272e", "#8b949e"
 COLORS = ("#2f6f9f", "#7fb0d0", "#c3ccd6", "#946c00", "#b5483a", "#5b7f4f")
-STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "stickyring",
-}
+STYLE = plot.STYLE | {"font.size": 9}
 ENOUGH = 2.0
 """How many times as fast as the fastest contender the stub has to be: then the load holds nobody back."""
 ALONE = 90.0
@@ -288,7 +276,7 @@ def _bars(axes: Axes, part: Part, figure: Figure, *, named: bool) -> None:
     for row, contender in enumerate(part.contenders):
         if spread := part.spread(figure.key, contender):
             errors = [[spread.median - spread.least], [spread.greatest - spread.median]]
-            axes.barh(row, spread.median, color=COLORS[row % len(COLORS)], xerr=errors, ecolor=INK, capsize=2)
+            axes.barh(row, spread.median, color=COLORS[row % len(COLORS)], xerr=errors, ecolor=plot.INK, capsize=2)
     axes.set_yticks(range(len(part.contenders)), [part.titles[key] for key in part.contenders] if named else [])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
