@@ -51,7 +51,7 @@ unit: .venv/.installed ## Unit tests, without root and without the lab
 molecule: .venv/.installed ## All scenarios on real hosts, with a browser
 	@$(call need,chromium:chromium)
 	@mkdir -p .artifacts
-	COLUMNS=200 molecule test --all 2>&1 | tee .artifacts/molecule.log || { $(call say,What failed:); grep -aE '$(FAILURE)' .artifacts/molecule.log; exit 1; }
+	COLUMNS=200 molecule test --all 2>&1 | tee .artifacts/molecule.log || { $(call say,What failed:); grep -aE -A 6 '$(FAILURE)' .artifacts/molecule.log; exit 1; }
 
 chaos: .venv/.installed ## Play operations and faults on the lab in random order, under traffic (SEED=1 OPERATIONS=60)
 	ansible-playbook molecule/shared/create.yml

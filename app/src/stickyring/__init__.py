@@ -1,5 +1,1 @@
 """Sticky Socket.IO on your own machines: the node runtime, its echo service and the probe that proves a deployment."""
-
-from importlib.metadata import version
-
-__version__ = version("stickyring")

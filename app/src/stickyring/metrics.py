@@ -5,13 +5,12 @@ disconnect, or a binary attachment. Pings and the handshake itself are not messa
 """
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info, PlatformCollector, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-
-from stickyring import __version__
 
 TRANSPORTS = ("polling", "websocket")
 
@@ -63,7 +62,7 @@ def node_registry(node_name: str) -> CollectorRegistry:
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     Info("stickyring_node", "The endpoint's name at the edge and the version of stickyring.", registry=registry).info(
-        {"node": node_name, "version": __version__}
+        {"node": node_name, "version": version("stickyring")}
     )
     return registry
 

@@ -131,9 +131,18 @@ def test_without_the_extra_it_says_what_to_install(missing: str, monkeypatch: py
     assert refused(LOCAL) == (1, f"Error: {missing} is not installed: pip install stickyring[probe]\n")
 
 
-def test_the_command_line_does_not_load_the_extra() -> None:
-    code = "import sys, stickyring.cli; sys.exit(bool({'aiohttp', 'rich'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=20).returncode == 0
+@pytest.mark.parametrize(
+    ("arguments", "unwanted"),
+    [("--help", "aiohttp rich matplotlib"), ("rebalance --help", "gunicorn asyncio importlib.metadata numpy")],
+)
+def test_the_command_line_does_not_load_what_it_does_not_need(arguments: str, unwanted: str) -> None:
+    code = (
+        f"import sys; from stickyring.cli import main; main({arguments.split()}, standalone_mode=False);"
+        f" sys.exit(', '.join(set({unwanted.split()}) & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=20, capture_output=True, text=True)
+    assert "Usage: " in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_made_ids_are_the_same_every_time() -> None:

@@ -76,7 +76,11 @@ up_to_date:
 
 PYTHON = "/usr/bin/python3"
 LOWEST_PYTHON = "3.11"
-PYTHON_TELLS = "import platform; print(platform.python_version(), flush=True); import venv, ensurepip"
+# Without importing them: this runs on every host in every run.
+PYTHON_TELLS = (
+    "import sys; from importlib.util import find_spec; print(*sys.version_info[:3], sep='.');"
+    " sys.exit(not all(map(find_spec, ['venv', 'ensurepip'])))"
+)
 OPTIONS = {
     "service": {"type": "str", "required": True},
     "application": {"type": "str", "required": True},

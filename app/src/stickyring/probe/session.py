@@ -11,13 +11,13 @@ import re
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 import aiohttp
 from aiohttp.abc import AbstractCookieJar
 from yarl import URL
 
-from stickyring import __version__
 from stickyring.probe.failures import TWO_NODES, Failure, cause, refusal
 from stickyring.probe.settings import Dialect, Manner
 from stickyring.probe.transports import Polling, Transport, WebSocket
@@ -26,6 +26,7 @@ from stickyring.probe.transports import Polling, Transport, WebSocket
 ERRORS = (Failure, TimeoutError, aiohttp.ClientError, OSError, ValueError)
 ECHO_EVERY = 5.0
 LONGEST_CLOSE = 5.0
+AGENT = f"stickyring-probe/{version('stickyring')}"
 
 # Socket.IO packet inside an Engine.IO message: type, namespace, acknowledgement id, JSON.
 SOCKETIO_PACKET = re.compile(r"4([0-6])(?:(/[^,]*),?)?(\d*)(.*)", re.DOTALL)
@@ -86,7 +87,7 @@ class Session:
         self._dialect = dialect
         self._label = f"{user.name} {manner} {connection}"
         self._user = user
-        headers = {"User-Agent": f"stickyring-probe/{__version__}"}
+        headers = {"User-Agent": AGENT}
         if dialect.key_header is not None:
             headers[dialect.key_header] = user.name
         self._http = aiohttp.ClientSession(
