@@ -15,6 +15,7 @@ from residents import Connection, Residents
 
 NODE = "stickyring-node@1.service"
 EDGE = "stickyring-edge.service"
+JOURNAL = "/run/log/journal"
 USERS = [f"user-{number}" for number in range(90)]
 PAUSE_SECONDS = 0.3
 SETTLED_SECONDS = 60
@@ -84,6 +85,38 @@ def cut(machine: Any, edge: Any) -> Iterator[Any]:
 def test_a_vanished_host(residents: Residents, cut: Any) -> None:
     with fault_on_node1(residents, "vanished host", 12):
         cut()
+
+
+@contextmanager
+def nobody_notices(residents: Residents, seconds: float) -> Iterator[None]:
+    """Whatever happens in the block, everybody goes on talking for so long after it, without a disconnect."""
+    since = time.monotonic() - 2 * PAUSE_SECONDS
+    yield
+    ended = time.monotonic() + seconds
+    residents.wait(lambda: all(one.answers[-1][0] > ended for one in residents), SETTLED_SECONDS)
+    for one in residents:
+        assert (one.count("disconnect", since), one.silence(since) < seconds) == (0, True), one
+
+
+@pytest.fixture
+def journal_disks(machine: Any, edge: Any) -> Iterator[list[Any]]:
+    """The edge and node1, each with its journal on a small disk of its own."""
+    hosts = [machine(edge.name), machine("node1")]
+    for host in hosts:
+        host.check_output(f"mount -t tmpfs -o size=16m journal {JOURNAL} && systemctl restart systemd-journald")
+    yield hosts
+    for host in hosts:
+        host.check_output(f"umount --lazy {JOURNAL} && systemctl restart systemd-journald")
+
+
+def test_a_full_disk(residents: Residents, journal_disks: list[Any]) -> None:
+    with nobody_notices(residents, 5):
+        for host in journal_disks:
+            filling = host.run(f"dd if=/dev/zero of={JOURNAL}/filling bs=4k")
+            assert "No space left on device" in filling.stderr
+    _, node1 = journal_disks
+    with fault_on_node1(residents, "node restarted on a full disk", 5):
+        node1.check_output(f"systemctl restart {NODE}")
 
 
 def test_a_restarted_edge(residents: Residents, machine: Any, edge: Any) -> None:
