@@ -3,11 +3,9 @@
 
 import argparse
 import json
-import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +19,8 @@ from stickyring.ring import Ring
 
 PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT / "molecule" / "shared" / "tests"))
-from residents import Residents  # noqa: E402 - of the suites
+import environment  # noqa: E402 - of the suites
+from residents import Residents  # noqa: E402
 
 EDGE, EDGE_ADDRESS, NODES = "edge1", "198.51.100.10", ("node1", "node2", "node3")
 URL = f"http://{EDGE_ADDRESS}:9002"
@@ -57,24 +56,11 @@ class Lab:
         output: str = self.host(name).check_output(command)
         return output
 
-    def play(self, *arguments: str) -> subprocess.Popen[str]:
-        """Starts a playbook, in a process group of its own."""
-        return subprocess.Popen(
-            [Path(sys.executable).with_name("ansible-playbook"), *arguments],
-            cwd=PROJECT,
-            env=os.environ | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def run(self, *arguments: str) -> None:
+    def play(self, *arguments: str) -> None:
         """Runs a playbook to its end."""
-        with self.play(*arguments) as play:
-            output, _ = play.communicate()
-        if play.returncode:
-            raise Broken(f"{' '.join(arguments)} has failed:\n{output[-3000:]}")
+        done = environment.run("ansible-playbook", *arguments, check=False)
+        if done.returncode:
+            raise Broken(f"{' '.join(arguments)} has failed:\n{done.stdout[-3000:]}{done.stderr}")
 
     def options_of_an_update(self) -> list[str]:
         """A release that no node has, in one of the two modes."""
@@ -143,27 +129,25 @@ def restart_edge(lab: Lab, node: str) -> None:
 
 def update(lab: Lab, node: str) -> None:
     """rolling_update.yml to another release"""
-    lab.run("playbooks/rolling_update.yml", *lab.options_of_an_update())
+    lab.play("playbooks/rolling_update.yml", *lab.options_of_an_update())
 
 
 def update_killed(lab: Lab, node: str) -> None:
     """rolling_update.yml to another release, killed at a random task and run again"""
     options = lab.options_of_an_update()
-    play = lab.play("playbooks/rolling_update.yml", *options)
     left = lab.chance.randint(10, 60)
-    for line in play.stdout or ():
-        left -= line.startswith("TASK [")
-        if not left:
-            break
-    os.killpg(play.pid, signal.SIGKILL)
-    play.communicate()
-    lab.run("playbooks/rolling_update.yml", *options)
+    with environment.started("ansible-playbook", "playbooks/rolling_update.yml", *options) as play:
+        for line in play.stdout or ():
+            left -= line.startswith("TASK [")
+            if not left:
+                break
+    lab.play("playbooks/rolling_update.yml", *options)
 
 
 def remove(lab: Lab, node: str) -> None:
     """remove_node.yml, and site.yml, which brings it back"""
-    lab.run("playbooks/remove_node.yml", "-e", f"node={node}")
-    lab.run("site.yml")
+    lab.play("playbooks/remove_node.yml", "-e", f"node={node}")
+    lab.play("site.yml")
 
 
 OPERATIONS: dict[str, tuple[Callable[[Lab, str], None], int]] = {
@@ -201,7 +185,7 @@ def rest(lab: Lab) -> None:
     """Brings everybody home; raises Broken where ring, users or messages are not as they must be then."""
     with tempfile.TemporaryDirectory() as folder:
         playbooks = [f"playbooks/{name}.yml" for name in ("verify", "rebalance", "plan")]
-        lab.run(*playbooks, "-e", f"directory={folder}")
+        lab.play(*playbooks, "-e", f"directory={folder}")
         plan = json.loads(Path(folder, EDGE, "plan.json").read_text())
         ring = Ring.load(json.loads(Path(folder, EDGE, "before.json").read_text()))
     if plan["changes"]:
@@ -241,6 +225,7 @@ def main() -> None:
     if given.operations < 1:
         parser.error("--operations: give 1 or more")
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     chance = random.Random(given.seed)
     names = given.only or [*OPERATIONS]
     weights = [OPERATIONS[name][1] for name in names]
@@ -262,6 +247,10 @@ def main() -> None:
         except (Broken, TimeoutError) as error:
             print("BROKEN")
             sys.exit(f"seed {given.seed}: {error}\nafter: {', '.join(played)}")
+        except KeyboardInterrupt:
+            sys.exit(
+                f"\nseed {given.seed}: interrupted after {len(played)} operations; site.yml brings the lab to rest"
+            )
     answers = sum(len(one.answers) for one in residents)
     repeated = sum(len(one.repeated) for one in residents)
     print(

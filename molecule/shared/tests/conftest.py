@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import environment
 import pytest
 import testinfra
 import testinfra.host
-
-PROJECT = Path(__file__).parents[3]
-PROGRAMS = Path(sys.executable).parent
 
 
 @dataclass(frozen=True)
@@ -54,60 +50,25 @@ def inventory(pytestconfig: pytest.Config) -> Path:
 @pytest.fixture(scope="session")
 def programs() -> Path:
     """The folder of the environment's commands."""
-    return PROGRAMS
+    return environment.PROGRAMS
 
 
 @pytest.fixture(scope="session")
-def start() -> Callable[..., subprocess.Popen[str]]:
-    """Starts one of the environment's ansible programs at the project's root, in a process group of its own."""
-
-    def start(program: str, *arguments: str | Path) -> subprocess.Popen[str]:
-        # Molecule asks for colours, whose codes stand between the words at each line's end.
-        plain = {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}
-        environment = os.environ | plain | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg")}
-        command = [PROGRAMS / program, *arguments]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command, cwd=PROJECT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-        )
-
-    return start
+def started() -> Callable[..., AbstractContextManager[subprocess.Popen[str]]]:
+    """Starts one of its ansible programs, for a block."""
+    return environment.started
 
 
 @pytest.fixture(scope="session")
-def ansible(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs such a program to its end: ansible("ansible-playbook", "site.yml")."""
-
-    def run(program: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        with start(program, *arguments) as process:
-            try:
-                output, errors = process.communicate(timeout=900)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
-        if check:
-            assert process.returncode == 0, output + errors
-        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
-
-    return run
+def ansible() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs one of them to its end."""
+    return environment.run
 
 
 @pytest.fixture(scope="session")
-def interrupt(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., None]:
-    """Runs a playbook and kills it, with all that it has started here, when it begins the task."""
-
-    def run(task: str, *arguments: str | Path) -> None:
-        play = start("ansible-playbook", *arguments)
-        told = [""]
-        for line in play.stdout or ():
-            told.append(line)
-            if line.startswith("TASK [") and f"{task}]" in line:
-                break
-        os.killpg(play.pid, signal.SIGKILL)
-        play.communicate()
-        assert f"{task}]" in told[-1], f"it has ended before {task}: {''.join(told)}"
-
-    return run
+def interrupt() -> Callable[..., None]:
+    """Kills a playbook when it begins a task."""
+    return environment.interrupt
 
 
 @pytest.fixture(scope="session")

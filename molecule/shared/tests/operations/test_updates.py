@@ -132,10 +132,13 @@ def test_rollback_of_a_node_and_of_the_fleet(
     after = serving()
     assert [name for name in after if after[name] != before[name]] == ["node2"]
 
+    since = time.monotonic()
+    options += ["-e", "stickyring_node_surge=true"]
     for task in ("Put back unit, environments and link of the release", "Start the instances anew"):
         interrupt(f"stickyring_node : {task}", "-i", inventory, "playbooks/rollback.yml", *options)
     run("playbooks/rollback.yml", *options)
     assert {release for release, _ in serving().values()} == {"third"}
     assert serving()["node2"] == after["node2"], "it was rolled back already"
     residents.settle(BACK_SECONDS)
+    assert max(one.count("disconnect", since) for one in residents) == 1
     assert not [one for one in residents if one.lost]

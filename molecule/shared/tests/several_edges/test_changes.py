@@ -111,12 +111,12 @@ def serving(edges: Any) -> Iterator[list[tuple[float, list[bool]]]]:
 
 @pytest.mark.usefixtures("edge_play")
 def test_edges_that_restart_do_so_one_after_the_other(
-    edges: Any, residents: Any, serving: Any, processes: Any, start: Any, inventory: Path
+    edges: Any, residents: Any, serving: Any, processes: Any, started: Any, inventory: Path
 ) -> None:
     before, since = processes(), time.monotonic()
     proven: dict[str, float] = {}
     task = ""
-    with start("ansible-playbook", "-i", inventory, "playbooks/edge.yml", *ANOTHER_BOOTSTRAP, *MAY_END) as play:
+    with started("ansible-playbook", "-i", inventory, "playbooks/edge.yml", *ANOTHER_BOOTSTRAP, *MAY_END) as play:
         for line in play.stdout:
             task = line if line.startswith("TASK [") else task
             if "Prove that Envoy serves" in task and (host := re.match(r"ok: \[(\w+)\]", line)):
