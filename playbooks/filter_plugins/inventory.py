@@ -70,7 +70,8 @@ def problems(
     found += _not_numbers(nodes, hostvars)
     if found:
         return found
-    return [*_repeated(hosts, nodes, hostvars), *_repeated_ports(nodes, edges, hostvars, defaults)]
+    both = [host for host in nodes if host in edges]
+    return [*_repeated(hosts, nodes, hostvars), *_shared_ports(both, hostvars, defaults)]
 
 
 def _unknown_variables(host: str, variables: Mapping[str, Any], known_variables: Iterable[str]) -> list[str]:
@@ -117,26 +118,26 @@ def _repeated(hosts: Sequence[str], nodes: Sequence[str], hostvars: Mapping[str,
     ]
 
 
-def _repeated_ports(
-    nodes: Sequence[str], edges: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
+def _shared_ports(
+    hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> list[str]:
-    uses: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for host in nodes:
-        for endpoint in endpoints([host], hostvars, defaults):
-            uses[host, endpoint["port"]].append(f"instance {endpoint['name']}")
-    for edge in edges:
-        setting = {
-            **defaults,
-            **{key: hostvars[edge][key] for key in hostvars[edge] if key.startswith("stickyring_edge_")},
-        }
-        for listener in setting["stickyring_edge_listeners"]:
-            uses[edge, int(listener["port"])].append(f"listener {listener['name']}")
-        uses[edge, int(setting["stickyring_edge_admin_port"])].append("stickyring_edge_admin_port")
-    return [
-        f"{host}: port {port} is used by {' and by '.join(users)}."
-        for (host, port), users in uses.items()
-        if len(users) > 1
-    ]
+    """The ports that a node and an edge on the same host would both take; the edge's role judges its own."""
+    found = []
+    for host in hosts:
+        admin_port, listeners = (
+            hostvars[host].get(name, defaults.get(name))
+            for name in ("stickyring_edge_admin_port", "stickyring_edge_listeners")
+        )
+        taken = {int(admin_port): "stickyring_edge_admin_port"}
+        for listener in listeners:
+            if "port" in listener:
+                taken[int(listener["port"])] = f"listener {listener.get('name')}"
+        found += [
+            f"{host}: port {endpoint['port']} is used by instance {endpoint['name']} and by {taken[endpoint['port']]}."
+            for endpoint in endpoints([host], hostvars, defaults)
+            if endpoint["port"] in taken
+        ]
+    return found
 
 
 class FilterModule:

@@ -66,28 +66,6 @@ def test_a_host_without_an_address_is_named() -> None:
     assert message.startswith("node3: stickyring_address is not set")
 
 
-@pytest.mark.parametrize(
-    ("edge", "message"),
-    [
-        (
-            {"stickyring_edge_admin_port": 9002},
-            "edge1: port 9002 is used by listener sticky and by stickyring_edge_admin_port.",
-        ),
-        (
-            {
-                "stickyring_edge_listeners": [
-                    {"name": "a", "port": 1, "cluster": "c"},
-                    {"name": "b", "port": 1, "cluster": "c"},
-                ]
-            },
-            "edge1: port 1 is used by listener a and by listener b.",
-        ),
-    ],
-)
-def test_a_port_twice_on_a_host_names_both_users(edge: dict[str, Any], message: str) -> None:
-    assert judge(edge1=edge) == [message]
-
-
 def test_a_port_is_free_to_be_used_again_on_another_host() -> None:
     assert judge(node1={"stickyring_node_port": 9002}) == []
 
@@ -97,6 +75,9 @@ def test_a_host_that_is_edge_and_node_has_one_set_of_ports() -> None:
     assert judge(groups) == []
     assert judge(groups, node1={"stickyring_node_port": 9001, "stickyring_node_instances": 2}) == [
         "node1: port 9002 is used by instance node1-2 and by listener sticky."
+    ]
+    assert judge(groups, node1={"stickyring_node_port": 9901}) == [
+        "node1: port 9901 is used by instance node1-1 and by stickyring_edge_admin_port."
     ]
 
 

@@ -87,7 +87,8 @@ def test_a_bad_release_stops_at_the_first_node(
         assert words in message
     assert {name: release for name, (release, _) in after.items()} == dict.fromkeys(after, "third")
     assert [name for name in after if after[name] != before[name]] == [first]
-    run("playbooks/rebalance.yml")
+    # Nobody can be sent to a node that the edge does not find healthy yet.
+    run("playbooks/verify.yml", "playbooks/rebalance.yml")
     residents.settle(BACK_SECONDS)
     assert not [one for one in residents if one.lost]
     untouched = [one for one in residents if one.count("disconnect", since) == 0]

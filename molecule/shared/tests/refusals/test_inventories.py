@@ -65,7 +65,7 @@ def test_the_good_inventory_passes(judge: Any) -> None:
         (HOSTS.replace("100.12}", "100.12, stickyring_node_name: node1}"), "node1 and node2 have the same name node1"),
         (
             HOSTS.replace("100.10}", "100.10, stickyring_edge_admin_port: 9002}"),
-            "edge1: port 9002 is used by listener sticky",
+            "listener sticky: port 9002 on 0.0.0.0 is that of stickyring_edge_admin_port",
         ),
         (HOSTS.replace("100.12}", "100.12, stickyring_node_prot: 1}"), "did you mean stickyring_node_port?"),
         (HOSTS.replace("100.12}", "100.12, stickyring_node_instances: none}"), "node2: stickyring_node_instances is"),
