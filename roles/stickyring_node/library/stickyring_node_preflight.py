@@ -47,7 +47,6 @@ author: stickyring
 
 RETURN = r"""
 has_venv: {description: "Whether python3 can make virtual environments", type: bool, returned: success}
-service: {description: "The service that was looked at", type: str, returned: success}
 prepared: {description: "Whether its account and folder of settings are as wanted", type: bool, returned: success}
 differing:
   description: Those of the files that are missing, or have another content, owner or mode than is wanted
@@ -325,7 +324,6 @@ def main() -> None:
 
     module.exit_json(
         has_venv=no_venv == 0,
-        service=service,
         prepared=prepared(service, settings),
         differing=sorted(differing),
         complete=stamp.is_file(),
