@@ -27,6 +27,9 @@ class FakeSocket:
         self.upgrading = self.closing = self.closed = False
         self._on_end = on_end
 
+    def check_ping_timeout(self) -> bool:
+        raise AssertionError("a session that moves is sent nothing")
+
     def close(self, wait: bool, abort: bool, reason: str) -> None:
         assert (wait, abort) == (False, True), "no CLOSE packet may be sent, and nobody waits for the client"
         self.closed = True

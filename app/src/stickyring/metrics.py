@@ -35,6 +35,9 @@ class EngineSession(Protocol):
     def queue(self) -> Queue:
         """The packets that wait."""
 
+    def check_ping_timeout(self) -> bool:
+        """Whether the client still answers pings; its end, if it does not."""
+
     def close(self, wait: bool, abort: bool, reason: str) -> None:
         """End the session: the disconnect event first, then what waits for the client, then a CLOSE unless `abort`."""
 
@@ -43,6 +46,9 @@ class Packet(Protocol):
     """What is used of `engineio.packet.Packet`."""
 
     data: object
+
+    def encode(self) -> str | bytes:
+        """As it stands in a message of a WebSocket."""
 
 
 class Engine(Protocol):
@@ -80,7 +86,7 @@ class EngineMetrics:
         Gauge("stickyring_connections_limit", "Connections above which new handshakes get 503.", registry=registry).set(
             max_connections
         )
-        self.accepted = Counter(
+        accepted = Counter(
             "stickyring_handshakes_accepted", "Engine.IO handshakes accepted.", ["transport"], registry=registry
         )
         self.refused = Counter(
@@ -94,11 +100,11 @@ class EngineMetrics:
             registry=registry,
         )
         messages = Counter("stickyring_messages", "Engine.IO messages.", ["transport", "direction"], registry=registry)
-        # Looked up once: these are incremented for every message. A metric that is there at 0 also makes rates right.
+        # Looked up once: these are incremented often. A metric that is there at 0 also makes rates right.
+        self.accepted = {transport: accepted.labels(transport) for transport in TRANSPORTS}
         self.received = {transport: messages.labels(transport, "received") for transport in TRANSPORTS}
         self.sent = {transport: messages.labels(transport, "sent") for transport in TRANSPORTS}
         for transport in TRANSPORTS:
-            self.accepted.labels(transport)
             self.refused.labels(transport, "capacity")
             self.refused.labels(transport, "draining")
             self.unknown_sessions.labels(transport)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qs
+from urllib.parse import unquote_plus
 
 import socketio
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from stickyring.drain import Drain
 from stickyring.metrics import TRANSPORTS, Engine, EngineMetrics, MoveMetrics, Packet, node_registry
 from stickyring.sessions import Session, key_of
+from stickyring.websocket import SOCKET_VARIABLE, WebSocket
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
@@ -109,7 +110,8 @@ class SocketIOGate:
 
     It works for any such application, through public names of python-engineio's server: `on()` and `handlers` (the
     events connect, message and disconnect), `send_packet()` (every message that goes out) and `sockets` (the sessions).
-    A session is in `sessions` from its connect event to its disconnect event.
+    A session is in `sessions` from its connect event to its disconnect event. WebSockets are those of
+    `stickyring.websocket`, and what the application sends goes to them at once where nothing waits before it.
 
     A handshake is a GET without `sid`. Above `max_connections` sessions, one of protocol 4 gets 503 with Retry-After
     before the engine sees it. Older protocols are left to the engine, which answers 400 and says so.
@@ -137,6 +139,8 @@ class SocketIOGate:
         self._drain = drain
         self._max_connections = max_connections
         self._engine: Engine = application.engineio_app.eio
+        # The only way to have python-engineio take another WebSocket.
+        self._engine._async = {**self._engine._async, "websocket": WebSocket}
         self._metrics = EngineMetrics(self._engine, max_connections, registry)
         self._watch()
 
@@ -151,51 +155,42 @@ class SocketIOGate:
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Serve one request."""
-        if environ["PATH_INFO"].startswith(self.path):
-            query = parse_qs(environ.get("QUERY_STRING", ""))
-            sid = query.get("sid", [""])[0]
-            session = self._sessions.get(sid)
-            if session is not None:
-                session.note(environ)
-            stranger = "sid" in query and sid not in self._engine.sockets
-            if stranger:
-                transport = _transport_label(query.get("transport", ["polling"])[0])
-                self._metrics.unknown_sessions.labels(transport).inc()
-            if (stranger and key_of(environ) is not None) or (self._drain.active and sid not in self._engine.sockets):
-                return self._send_on(environ, start_response, query)
-            if environ["REQUEST_METHOD"] == "GET":
-                transport = _transport_label(query.get("transport", ["polling"])[0])
-                if "sid" not in query:
-                    return self._handshake(environ, start_response, transport, query.get("EIO", [""])[0])
-                if session is not None and transport == "polling" and "HTTP_UPGRADE" not in environ:
-                    return self._poll(environ, start_response, session)
-        answer: Iterable[bytes] = self._application(environ, start_response)
-        return answer
+        if not environ["PATH_INFO"].startswith(self.path):
+            answer: Iterable[bytes] = self._application(environ, start_response)
+            return answer
+        # Where python-engineio does not look: it would make a class for each request, for eventlet's WebSocket.
+        environ[SOCKET_VARIABLE] = environ.pop("gunicorn.socket", None)
+        query = environ.get("QUERY_STRING", "")
+        sid = _parameter(query, "sid")
+        session = self._sessions.get(sid or "")
+        if session is not None:
+            session.note(environ)
+        stranger = sid is not None and sid not in self._engine.sockets
+        if stranger:
+            self._metrics.unknown_sessions.labels(_transport_label(query)).inc()
+        if (stranger and key_of(environ) is not None) or (self._drain.active and sid not in self._engine.sockets):
+            if sid is None and environ["REQUEST_METHOD"] == "GET":
+                self._metrics.refused.labels(_transport_label(query), "draining").inc()
+            return _refuse(start_response, [(ELSEWHERE_HEADER, "1")])
+        if sid is None and environ["REQUEST_METHOD"] == "GET":
+            return self._handshake(environ, start_response, _transport_label(query), _parameter(query, "EIO") or "")
+        status, headers, body = self._ask(environ)
+        if session is not None and session.moved and not body and _is_a_poll(environ):
+            status, body = "410 Gone", MOVED
+            headers.append(("Cache-Control", "no-store"))
+        return _answer(start_response, status, headers, body)
 
-    def _send_on(
-        self, environ: "WSGIEnvironment", start_response: "StartResponse", query: dict[str, list[str]]
-    ) -> Iterable[bytes]:
-        if "sid" not in query and environ["REQUEST_METHOD"] == "GET":
-            transport = _transport_label(query.get("transport", ["polling"])[0])
-            self._metrics.refused.labels(transport, "draining").inc()
-        return _refuse(start_response, [(ELSEWHERE_HEADER, "1")])
-
-    def _poll(self, environ: "WSGIEnvironment", start_response: "StartResponse", session: Session) -> Iterable[bytes]:
+    def _ask(self, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]], bytes]:
+        """Return status, headers and body of the application's answer; it does not return from a WebSocket."""
         begun: list[tuple[str, list[tuple[str, str]]]] = []
 
-        def hold_back(
-            status: str, headers: list[tuple[str, str]], *exc_info: "OptExcInfo"
-        ) -> Callable[[bytes], object]:
-            begun.append((status, headers))
+        def begin(status: str, headers: list[tuple[str, str]], *exc_info: "OptExcInfo") -> Callable[[bytes], object]:
+            begun.append((status, [*headers]))
             return lambda _: None
 
-        body = b"".join(self._application(environ, hold_back))
+        body = b"".join(self._application(environ, begin))
         ((status, headers),) = begun
-        if session.moved and not body:
-            status, body = "410 Gone", MOVED
-            headers = [*headers, ("Cache-Control", "no-store")]
-        start_response(status, headers)
-        return [body]
+        return status, headers, body
 
     def _handshake(
         self, environ: "WSGIEnvironment", start_response: "StartResponse", transport: str, protocol: str
@@ -204,19 +199,12 @@ class SocketIOGate:
         if supported and self.full:
             self._metrics.refused.labels(transport, "capacity").inc()
             return _refuse(start_response, [("Retry-After", str(RETRY_AFTER_SECONDS))])
-
-        def count_refusal(
-            status: str, headers: list[tuple[str, str]], *exc_info: "OptExcInfo"
-        ) -> Callable[[bytes], object]:
-            # An accepted handshake is counted at the engine's connect event: for a WebSocket, the application returns
-            # only when the connection has ended, and without having called this.
-            if not status.startswith("200"):
-                reason = "unauthorized" if status.startswith("401") else "bad_request"
-                self._metrics.refused.labels(transport, reason if supported else "protocol").inc()
-            return start_response(status, headers, *exc_info)
-
-        answer: Iterable[bytes] = self._application(environ, count_refusal)
-        return answer
+        # One that is accepted is counted at the engine's connect event.
+        status, headers, body = self._ask(environ)
+        if not status.startswith("200"):
+            reason = "unauthorized" if status.startswith("401") else "bad_request"
+            self._metrics.refused.labels(transport, reason if supported else "protocol").inc()
+        return _answer(start_response, status, headers, body)
 
     def _watch(self) -> None:
         """Put counting in front of what the Socket.IO server does at the engine's events."""
@@ -229,8 +217,8 @@ class SocketIOGate:
             if answer is None or answer is True:
                 sessions[sid] = session = Session(engine, engine.sockets[sid])
                 session.note(environ)
-                transport = parse_qs(environ.get("QUERY_STRING", "")).get("transport", ["polling"])[0]
-                metrics.accepted.labels(transport).inc()
+                transport = _transport_label(environ.get("QUERY_STRING", ""))
+                metrics.accepted[transport].inc()
                 log.debug("connected", extra={"sid": sid, "transport": transport})
             return answer
 
@@ -250,7 +238,8 @@ class SocketIOGate:
         def counting_send_packet(sid: str, packet: Packet) -> None:
             if (session := sessions.get(sid)) is not None:
                 metrics.sent[session.transport].inc()
-            send_packet(sid, packet)
+            if session is None or not session.send_at_once(packet):
+                send_packet(sid, packet)
             if session is not None:
                 session.sent(packet.data)
 
@@ -260,9 +249,32 @@ class SocketIOGate:
         engine.send_packet = counting_send_packet
 
 
-def _transport_label(transport: str) -> str:
-    """Keep a client from making up new values of a label."""
+def _parameter(query: str, name: str) -> str | None:
+    """Return the first value of a parameter; None if it is not there, or empty."""
+    # parse_qs takes longer than everything else here.
+    for parameter in query.split("&"):
+        found, _, value = parameter.partition("=")
+        if found == name and value:
+            return unquote_plus(value)
+    return None
+
+
+def _transport_label(query: str) -> str:
+    """Return the transport that is asked for, but keep a client from making up new values of a label."""
+    transport = _parameter(query, "transport") or "polling"
     return transport if transport in TRANSPORTS else "other"
+
+
+def _is_a_poll(environ: "WSGIEnvironment") -> bool:
+    return environ["REQUEST_METHOD"] == "GET" and _transport_label(environ.get("QUERY_STRING", "")) == "polling"
+
+
+def _answer(
+    start_response: "StartResponse", status: str, headers: list[tuple[str, str]], body: bytes
+) -> Iterable[bytes]:
+    # With its length: without, gunicorn sends a body in three pieces.
+    start_response(status, [*headers, ("Content-Length", str(len(body)))])
+    return [body]
 
 
 def _refuse(start_response: "StartResponse", headers: list[tuple[str, str]]) -> Iterable[bytes]:

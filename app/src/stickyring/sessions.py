@@ -6,9 +6,11 @@ A session is one of Engine.IO (protocol revision 4), which is one connection of 
 import re
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 from urllib.parse import unquote
 
-from stickyring.metrics import Engine, EngineSession
+from stickyring.metrics import Engine, EngineSession, Packet
+from stickyring.websocket import SOCKET_VARIABLE, frame
 
 # Request headers of the edge's, as the WSGI environ names them.
 KEY_VARIABLE = "HTTP_X_STICKYRING_KEY"
@@ -27,12 +29,20 @@ WANTS_ANSWER = re.compile(r"[25](?:\d+-)?(?:/[^,]*,)?\d+\[")
 ANSWERS = ("3", "6")
 
 
+class Connection(Protocol):
+    """What can send to its client without waiting, `stickyring.connection.Connection`."""
+
+    def send_at_once(self, data: bytes) -> bool:
+        """Send it, if nobody else is sending; return whether it is on its way."""
+
+
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class Session:
     """One open session and what is known of it.
 
     `key` is the user: the newest key that a request of this session carried, None if none did; `cluster` is likewise
-    the edge's cluster. `unanswered` counts the events whose acknowledgement the application still owes; while `taking`
+    the edge's cluster. `connection` is what its WebSocket goes over, where the worker has one that can send at once.
+    `unanswered` counts the events whose acknowledgement the application still owes; while `taking`
     is false, it gets no more that want one. `moved` says that the node ended the session to have it elsewhere.
     """
 
@@ -40,6 +50,7 @@ class Session:
     socket: EngineSession
     key: str | None = None
     cluster: str | None = None
+    connection: Connection | None = None
     began: float = field(default_factory=time.monotonic)
     unanswered: int = 0
     taking: bool = True
@@ -74,6 +85,18 @@ class Session:
         """Note what the edge says with a request of this session."""
         self.key = key_of(environ) or self.key
         self.cluster = _on_the_wire(environ, CLUSTER_VARIABLE) or self.cluster
+        if "HTTP_UPGRADE" in environ and hasattr(connection := environ[SOCKET_VARIABLE], "send_at_once"):
+            self.connection = connection
+
+    def send_at_once(self, packet: Packet) -> bool:
+        """Send a packet over the WebSocket, if nothing waits before it; return whether that was done.
+
+        It saves the engine's queue and the green thread that empties it.
+        """
+        socket = self.socket
+        if self.connection is None or not socket.upgraded or self.ended or not socket.queue.empty():
+            return False
+        return not socket.check_ping_timeout() or self.connection.send_at_once(frame(packet.encode()))
 
     def takes(self, data: object) -> bool:
         """Note a message from the client; return whether the application gets it."""

@@ -2,8 +2,8 @@
 
 gunicorn had such a worker until 25.3 and dropped it in 26. This one carries `socketio.WSGIApp` over polling, WebSocket
 and the upgrade between them (gunicorn hands the connection over as `gunicorn.socket` in the WSGI environ). It outlives
-running out of file descriptors: the accept loop pauses and goes on. And a WebSocket that the server ends is closed in
-order: the client can read all that was written, whatever it is sending.
+running out of file descriptors: new connections are refused until there are some again, in the way that has the edge
+try the next node.
 """
 
 import contextlib
@@ -21,15 +21,16 @@ from eventlet.greenio import GreenSocket
 from gunicorn.http.message import Request
 from gunicorn.workers.base_async import AsyncWorker
 
+from stickyring.connection import Connection
+
 HEARTBEAT_SECONDS = 1.0
 ACCEPT_PAUSE_SECONDS = 0.2
-CLOSING_SECONDS = 5.0
-"""How long a client may take to close a WebSocket that the server has closed."""
 LAST_REQUEST_SECONDS = 1.0
 """How long connections may take to bring their first or next request, when the worker retires."""
 TICK_SECONDS = 0.02
 OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 """What accept(2) answers while the connection stays in the backlog, waiting for the process to have room again."""
+READABLE_BYTES = 65536
 
 
 class EventletWorker(AsyncWorker):
@@ -46,9 +47,10 @@ class EventletWorker(AsyncWorker):
         self._acceptors: list[Any] = []
         self._listeners: list[GreenSocket] = []
         # Connections that have not asked anything yet, and those between two requests.
-        self._unheard: set[GreenSocket] = set()
-        self._idle: set[GreenSocket] = set()
+        self._unheard: set[Connection] = set()
+        self._idle: set[Connection] = set()
         self._requests: set[Request] = set()
+        self._spare: int | None = None
 
     def init_process(self) -> None:
         """Make the standard library cooperative before the application is imported; the master stays as it is."""
@@ -59,9 +61,18 @@ class EventletWorker(AsyncWorker):
         self.cfg.set("sendfile", False)
         super().init_process()
 
+    @property
+    def _refusal(self) -> bytes:
+        # Imported here: at the module's own import, the standard library is not patched yet.
+        from stickyring.runtime import ELSEWHERE_HEADER  # noqa: PLC0415
+
+        head = ("HTTP/1.1 503 Service Unavailable", f"{ELSEWHERE_HEADER}: 1", "Content-Length: 0", "Connection: close")
+        return "\r\n".join([*head, "", ""]).encode()
+
     def run(self) -> None:
         """Accept and serve until SIGTERM or until the master is gone, then let running requests end."""
         connections = eventlet.GreenPool(self.worker_connections)
+        self._spare = _spare_descriptor()
         self._listeners = [GreenSocket(listener.sock) for listener in self.sockets]
         self._acceptors = [eventlet.spawn(self._accept, listener, connections) for listener in self._listeners]
 
@@ -122,57 +133,70 @@ class EventletWorker(AsyncWorker):
         exhausted = False
         while True:
             try:
-                client, address = listener.accept()
+                client, address = listener.fd.accept()
+            except BlockingIOError:
+                eventlet.hubs.trampoline(listener, read=True)
+                continue
             except OSError as error:
                 # Anything else (ECONNABORTED, a network error of the peer's) concerns the one connection that is gone.
                 if error.errno in OUT_OF_RESOURCES:
                     if not exhausted:
-                        self.log.warning("accepting no connections for now: %s", error.strerror)
+                        self.log.warning("refusing connections for now: %s", error.strerror)
                     exhausted = True
-                    eventlet.sleep(ACCEPT_PAUSE_SECONDS)
+                    if not self._refuse(listener.fd):
+                        eventlet.sleep(ACCEPT_PAUSE_SECONDS)
                 continue
             if exhausted:
                 self.log.warning("accepting connections again")
                 exhausted = False
-            connections.spawn_n(self.handle, listener, client, address)
+            connections.spawn_n(self.handle, listener, Connection(client), address)
 
-    def handle(self, listener: GreenSocket, client: GreenSocket, address: object) -> None:
-        """Serve one connection, and close it only when this green thread is done with it.
+    def _refuse(self, listener: socket.socket) -> bool:
+        """Answer a connection from the backlog with 503, on the descriptor kept for it; return whether that was done.
 
-        The writer of a WebSocket closes it while this green thread reads. Done at once, that would reset the connection
-        if the client is sending, and what was written last may never arrive; and eventlet would leave the reader
-        waiting for its timeout.
+        Left waiting, it would hang: the edge took it for accepted, as its health checks come by a connection that they
+        have. Nothing in here lets others run, who would take the descriptor.
         """
-        connection, hub = client.fd, eventlet.hubs.get_hub()
-        deadlines = []
+        if self._spare is not None:
+            os.close(self._spare)
+        try:
+            client, _ = listener.accept()
+        except OSError:
+            return False
+        else:
+            with client:
+                client.setblocking(False)
+                # Closed with something unread, the connection would be reset, and the answer maybe lost.
+                with contextlib.suppress(OSError):
+                    client.recv(READABLE_BYTES)
+                with contextlib.suppress(OSError):
+                    client.send(self._refusal)
+            return True
+        finally:
+            self._spare = _spare_descriptor()
 
-        def stop_writing() -> None:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_WR)
-            deadlines.append(hub.schedule_call_global(CLOSING_SECONDS, _stop_reading, connection))
-
-        client.close = stop_writing
+    def handle(self, listener: GreenSocket, client: Connection, address: object) -> None:
+        """Serve one connection."""
         self._unheard.add(client)
         try:
             super().handle(listener, client, address)
         finally:
             self._unheard.discard(client)
             self._idle.discard(client)
-            connection.close()
-            for deadline in deadlines:
-                deadline.cancel()
 
-    def handle_request(self, listener_name: object, request: Request, client: GreenSocket, address: object) -> bool:
+    def handle_request(self, listener_name: object, request: Request, client: Connection, address: object) -> bool:
         """Serve one request, and know meanwhile and afterwards what the connection is doing."""
         self._unheard.discard(client)
         self._idle.discard(client)
         if self._retired:
             request.force_close()
         self._requests.add(request)
+        client.hold()
         try:
             answered = super().handle_request(listener_name, request, client, address)
         finally:
             self._requests.discard(request)
+            client.release()
         self._idle.add(client)
         return bool(answered)
 
@@ -193,6 +217,14 @@ class EventletWorker(AsyncWorker):
     def handle_usr1(self, sig: signal.Signals, frame: FrameType | None) -> None:
         """Reopen log files; in a green thread, as that takes locks, which the hub must not wait for."""
         eventlet.spawn(super().handle_usr1, sig, frame)
+
+
+def _spare_descriptor() -> int | None:
+    """A descriptor to have one to give away; None if there is none."""
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 def _stop_reading(connection: socket.socket) -> None:

@@ -1,0 +1,236 @@
+"""The server's side of a WebSocket (RFC 6455) for python-engineio, over a socket that gunicorn hands on.
+
+It is what python-engineio spends most of its time in: with eventlet's own, and with simple-websocket, half of an echo.
+It takes up no extension. Compression (RFC 7692) costs 90 KiB a connection, and deflating each small message; socket.io
+has it off as well.
+"""
+
+import base64
+import contextlib
+import hashlib
+import math
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable
+from socket import SHUT_WR
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+SOCKET_VARIABLE = "stickyring.socket"
+"""The client's connection, in the WSGI environ."""
+VERSION = "13"
+GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
+READ_BYTES = 8192
+CLOSING_SECONDS = 5.0
+"""How long a client may take to close a connection that the server has closed."""
+FINAL, RESERVED, OPCODE, MASKED, LENGTH = 0x80, 0x70, 0x0F, 0x80, 0x7F
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+CONTROL = 0x8
+LONGEST_OF_CONTROL = 125
+NORMAL, PROTOCOL_ERROR, NOT_UTF8, TOO_BIG = 1000, 1002, 1007, 1009  # section 7.4.1
+STATUSES = (range(1000, 1004), range(1007, 1015), range(3000, 5000))
+"""Those that a closing frame may have (section 7.4)."""
+
+
+class Server(Protocol):
+    """What is used of `engineio.Server`."""
+
+    max_http_buffer_size: float
+
+
+class _FailureError(Exception):
+    """The client breaks the protocol; `status` is what it is told in the closing frame."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def frame(message: str | bytes) -> bytes:
+    """Return a message to a client as one frame (section 5.2): text for str, binary for bytes."""
+    return _frame(TEXT, message.encode()) if isinstance(message, str) else _frame(BINARY, message)
+
+
+def _frame(opcode: int, payload: bytes) -> bytes:
+    size, first = len(payload), FINAL | opcode
+    if size < 126:
+        return bytes((first, size)) + payload
+    if size < 65536:
+        return struct.pack("!BBH", first, 126, size) + payload
+    return struct.pack("!BBQ", first, 127, size) + payload
+
+
+class WebSocket:
+    """One connection, and the WSGI application that it is opened by; python-engineio makes one for each upgrade.
+
+    `handler` is called with this object when the connection is open; it may call `wait`, and any green thread `send`
+    and `close`. A message is at most `server.max_http_buffer_size` bytes long.
+    """
+
+    def __init__(self, handler: Callable[["WebSocket"], object], server: Server) -> None:
+        self._handler = handler
+        self._longest = int(server.max_http_buffer_size)
+        self._buffer = b""
+        self._sending = threading.Lock()
+        self._closing = False
+        self._end = math.inf
+
+    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        """Open the connection, let the handler run, and close it."""
+        if environ.get("HTTP_SEC_WEBSOCKET_VERSION") != VERSION:
+            start_response("426 Upgrade Required", [("Sec-WebSocket-Version", VERSION), ("Content-Length", "0")])
+            return ()
+        if not (key := environ.get("HTTP_SEC_WEBSOCKET_KEY")):
+            start_response("400 Bad Request", [("Content-Length", "0")])
+            return ()
+        accept = base64.b64encode(hashlib.sha1(f"{key}{GUID}".encode(), usedforsecurity=False).digest()).decode()
+        self.socket = environ[SOCKET_VARIABLE]
+        self.socket.sendall(
+            "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Accept: {accept}\r\n\r\n".encode()
+        )
+        self._handler(self)
+        self.close()
+        # What gunicorn takes for the end of the connection, of which nothing more is to be read or written.
+        raise StopIteration
+
+    def wait(self) -> str | bytes | None:
+        """Return the client's next message, str for text and bytes for binary; None when the connection has ended.
+
+        Raises:
+            TimeoutError: nothing has come within the socket's timeout.
+        """
+        try:
+            return self._message()
+        except _FailureError as failure:
+            self._close(failure.status)
+            return None
+
+    def send(self, message: str | bytes) -> None:
+        """Send a message.
+
+        Raises:
+            OSError: the connection has ended.
+        """
+        self._send(frame(message))
+
+    def close(self) -> None:
+        """Say that nothing more comes, and give the client a while to say the same.
+
+        The connection stays open for that: closed while the client sends, it would be reset, and what was written last
+        may never arrive.
+        """
+        self._close()
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(SHUT_WR)
+        self._end = min(self._end, time.monotonic() + CLOSING_SECONDS)
+        self.socket.settimeout(CLOSING_SECONDS)
+
+    def _send(self, data: bytes) -> None:
+        with self._sending:
+            self.socket.sendall(data)
+
+    def _close(self, status: int | None = None) -> None:
+        if not self._closing:
+            self._closing = True
+            with contextlib.suppress(OSError):
+                self._send(_frame(CLOSE, b"" if status is None else struct.pack("!H", status)))
+
+    def _message(self) -> str | bytes | None:
+        parts: list[bytes] = []
+        kind = CONTINUATION
+        while (found := self._next()) is not None:
+            first, payload = found
+            opcode = first & OPCODE
+            if opcode & CONTROL:
+                if not self._go_on_after(opcode, payload):
+                    return None
+                continue
+            if (opcode == CONTINUATION) != bool(kind) or opcode > BINARY:
+                raise _FailureError(PROTOCOL_ERROR)
+            kind = kind or opcode
+            parts.append(payload)
+            if sum(map(len, parts)) > self._longest:
+                raise _FailureError(TOO_BIG)
+            if first & FINAL:
+                return _decoded(b"".join(parts)) if kind == TEXT else b"".join(parts)
+        return None
+
+    def _go_on_after(self, opcode: int, payload: bytes) -> bool:
+        """Answer a control frame; return whether more can come (section 5.5)."""
+        if opcode == CLOSE:
+            status = int.from_bytes(payload[:2], "big") if payload else NORMAL
+            if len(payload) == 1 or not any(status in allowed for allowed in STATUSES):
+                raise _FailureError(PROTOCOL_ERROR)
+            _decoded(payload[2:])
+            self._close(status)
+            return False
+        if opcode == PING:
+            with contextlib.suppress(OSError):
+                self._send(_frame(PONG, payload))
+        elif opcode != PONG:
+            raise _FailureError(PROTOCOL_ERROR)
+        return True
+
+    def _next(self) -> tuple[int, bytes] | None:
+        """Return the next frame's first byte and payload; None at the end of the connection."""
+        while len(self._buffer) < 2:
+            if not self._receive():
+                return None
+        first, size = self._buffer[0], self._buffer[1] & LENGTH
+        if first & RESERVED or not self._buffer[1] & MASKED:
+            raise _FailureError(PROTOCOL_ERROR)
+        if first & CONTROL and (size > LONGEST_OF_CONTROL or not first & FINAL):
+            raise _FailureError(PROTOCOL_ERROR)
+        begin = 2
+        if size > 125:
+            begin = 4 if size == 126 else 10
+            while len(self._buffer) < begin:
+                if not self._receive():
+                    return None
+            size = int.from_bytes(self._buffer[2:begin], "big")
+            if size > self._longest:
+                raise _FailureError(TOO_BIG)
+        end = begin + 4 + size
+        if len(self._buffer) < end and not self._receive_up_to(end):
+            return None
+        buffer = self._buffer
+        self._buffer = buffer[end:]
+        return first, _unmasked(buffer[begin + 4 : end], buffer[begin : begin + 4])
+
+    def _receive(self) -> bool:
+        """Take in what comes; return False at the end of the connection."""
+        received = self._read()
+        self._buffer += received
+        return bool(received)
+
+    def _receive_up_to(self, size: int) -> bool:
+        """Take in as much as that at least, which may be long."""
+        parts, missing = [self._buffer], size - len(self._buffer)
+        while missing > 0:
+            if not (received := self._read()):
+                return False
+            parts.append(received)
+            missing -= len(received)
+        self._buffer = b"".join(parts)
+        return True
+
+    def _read(self) -> bytes:
+        return b"" if time.monotonic() > self._end else self.socket.recv(READ_BYTES)
+
+
+def _unmasked(payload: bytes, key: bytes) -> bytes:
+    """Return a payload without the client's mask (section 5.3), all of it in one operation."""
+    size = len(payload)
+    mask = (key * (size // 4 + 1))[:size]
+    return (int.from_bytes(payload, "little") ^ int.from_bytes(mask, "little")).to_bytes(size, "little")
+
+
+def _decoded(payload: bytes) -> str:
+    try:
+        return payload.decode()
+    except UnicodeDecodeError:
+        raise _FailureError(NOT_UTF8) from None

@@ -1,0 +1,220 @@
+"""The WebSocket of a node on the wire, as RFC 6455 has it."""
+
+import json
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ServeProcess, serving
+
+TEXT, BINARY, CLOSE, PING, PONG = 0x81, 0x82, 0x88, 0x89, 0x8A
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # section 1.3, with the accept value to it
+ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+OFFER = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n"
+LONGEST = 1_000_000
+
+
+class Client:
+    """A connection that can send whatever bytes, right or wrong."""
+
+    def __init__(self, node: ServeProcess, version: str = "13", key: str = KEY) -> None:
+        host, _, port = node.address.partition(":")
+        self.connection = socket.create_connection((host, int(port)), timeout=10)
+        self.received = b""
+        self.connection.sendall(
+            f"GET /socket.io/?EIO=4&transport=websocket HTTP/1.1\r\nHost: {node.address}\r\nUpgrade: websocket\r\n"
+            f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: {version}\r\n"
+            f"{OFFER}\r\n".encode()
+        )
+        while b"\r\n\r\n" not in self.received:
+            self._receive()
+        head, _, self.received = self.received.partition(b"\r\n\r\n")
+        self.head = head.decode().splitlines()
+
+    def send(self, first: int, payload: bytes, mask: bytes = b"\x37\xfa\x21\x3d") -> None:
+        size = len(payload)
+        if size < 126:
+            length = bytes([0x80 | size])
+        else:
+            length = struct.pack("!BH", 0xFE, size) if size < 65536 else struct.pack("!BQ", 0xFF, size)
+        masked = payload if mask == bytes(4) else bytes(byte ^ mask[at % 4] for at, byte in enumerate(payload))
+        self.connection.sendall(bytes([first]) + length + mask + masked)
+
+    def frame(self) -> tuple[int, bytes]:
+        """The next frame, as its first byte and its payload."""
+        first, size = self._take(2)
+        if size > 125:
+            size = int.from_bytes(self._take(2 if size == 126 else 8), "big")
+        return first, self._take(size)
+
+    def ended(self) -> bool:
+        return not self.received and not self.connection.recv(1)
+
+    def _take(self, size: int) -> bytes:
+        while len(self.received) < size:
+            self._receive()
+        taken, self.received = self.received[:size], self.received[size:]
+        return taken
+
+    def _receive(self) -> None:
+        data = self.connection.recv(65536)
+        assert data, f"the connection has ended after {self.received!r}"
+        self.received += data
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
+    with serving(tmp_path_factory.mktemp("websocket")) as node:
+        yield node
+
+
+@pytest.fixture
+def connect(node: ServeProcess) -> Iterator[Callable[..., Client]]:
+    clients: list[Client] = []
+
+    def open_one(**options: str) -> Client:
+        clients.append(Client(node, **options))
+        return clients[-1]
+
+    yield open_one
+    for client in clients:
+        client.connection.close()
+
+
+@pytest.fixture
+def client(connect: Callable[..., Client]) -> Client:
+    """One that has joined the namespace and has been welcomed."""
+    client = connect()
+    assert client.frame()[1].startswith(b"0{")
+    client.send(TEXT, b"40")
+    assert {client.frame()[1][:2] for _ in range(2)} == {b"40", b"42"}
+    return client
+
+
+def message(text: str) -> bytes:
+    return f"42{json.dumps(['message', text])}".encode()
+
+
+def echo(text: str) -> tuple[int, bytes]:
+    return TEXT, f"42{json.dumps(['message', f'node#node1-1: {text}'], separators=(',', ':'))}".encode()
+
+
+def test_the_handshake_takes_up_no_compression(connect: Callable[..., Client]) -> None:
+    head = connect().head
+    assert head[0] == "HTTP/1.1 101 Switching Protocols"
+    assert f"Sec-WebSocket-Accept: {ACCEPT}" in head
+    assert not [line for line in head if line.lower().startswith("sec-websocket-extensions")]
+
+
+def test_another_version_is_told_which_one_there_is(connect: Callable[..., Client]) -> None:
+    head = connect(version="8").head
+    assert head[0] == "HTTP/1.1 426 Upgrade Required"
+    assert "Sec-WebSocket-Version: 13" in head
+    assert connect(key="").head[0] == "HTTP/1.1 400 Bad Request"
+
+
+@pytest.mark.parametrize("size", [0, 1, 60, 100, 200, 70_000, LONGEST - 50])
+def test_messages_of_all_sizes_come_back(client: Client, size: int) -> None:
+    client.send(TEXT, message("x" * size))
+    assert client.frame() == echo("x" * size)
+
+
+def test_a_message_in_pieces_with_a_ping_between_them(client: Client) -> None:
+    whole = message("in pieces: ✓")
+    client.send(0x01, whole[:20])
+    client.send(PING, b"are you there")
+    client.send(0x00, whole[20:21])
+    client.send(0x80, whole[21:])
+    assert client.frame() == (PONG, b"are you there")
+    assert client.frame()[1] == message("node#node1-1: in pieces: ✓").replace(b", ", b",")
+
+
+def test_bytes_that_come_one_by_one(client: Client) -> None:
+    client.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    payload = bytes(byte ^ 7 for byte in message("slow"))
+    for byte in bytes([TEXT, 0x80 | len(payload)]) + b"\x07\x07\x07\x07" + payload:
+        client.connection.sendall(bytes([byte]))
+    assert client.frame() == echo("slow")
+
+
+def test_answers_stay_whole_and_in_order_when_the_client_does_not_read(client: Client) -> None:
+    """More than the connection's buffers hold: the node waits in the middle of a frame, and goes on with it."""
+    texts = [f"{number} " + "x" * 100_000 for number in range(200)]
+    for text in texts:
+        client.send(TEXT, message(text), mask=bytes(4))
+    assert [client.frame() for _ in texts] == [echo(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        pytest.param(b"\x81\x01x", 1002, id="no mask"),
+        pytest.param(b"\xc1\x81\0\0\0\0x", 1002, id="compressed though that was not taken up"),
+        pytest.param(b"\x83\x81\0\0\0\0x", 1002, id="a reserved opcode"),
+        pytest.param(b"\x8b\x80\0\0\0\0", 1002, id="a reserved control opcode"),
+        pytest.param(b"\x09\x80\0\0\0\0", 1002, id="a ping in pieces"),
+        pytest.param(b"\x89\xfe\x00\x7e\0\0\0\0" + 126 * b"x", 1002, id="a long ping"),
+        pytest.param(b"\x80\x81\0\0\0\0x", 1002, id="a continuation of nothing"),
+        pytest.param(b"\x01\x81\0\0\0\0x\x81\x81\0\0\0\0x", 1002, id="a message within a message"),
+        pytest.param(b"\x88\x81\0\0\0\0\x03", 1002, id="half a status"),
+        pytest.param(b"\x88\x82\0\0\0\0\x03\xed", 1002, id="a status that may not be sent"),
+        pytest.param(b"\x88\x83\0\0\0\0\x03\xe8\xff", 1007, id="a reason that is no UTF-8"),
+        pytest.param(b"\x81\x81\0\0\0\0\xff", 1007, id="a text that is no UTF-8"),
+        pytest.param(b"\x81\xff" + struct.pack("!Q", LONGEST + 1) + b"\0\0\0\0", 1009, id="too long"),
+        pytest.param(
+            (b"\x01\xff" + struct.pack("!Q", 600_000) + 4 * b"\0" + 600_000 * b"x")
+            + (b"\x80\xff" + struct.pack("!Q", 600_000) + 4 * b"\0" + 600_000 * b"x"),
+            1009,
+            id="too long in pieces",
+        ),
+    ],
+)
+def test_who_breaks_the_protocol_is_told_how(client: Client, sent: bytes, status: int) -> None:
+    client.connection.sendall(sent)
+    assert client.frame() == (CLOSE, struct.pack("!H", status))
+    assert client.ended()
+
+
+def test_a_close_is_answered_with_its_status(client: Client) -> None:
+    client.send(CLOSE, struct.pack("!H", 3000) + b"bye")
+    assert client.frame() == (CLOSE, struct.pack("!H", 3000))
+    assert client.ended()
+
+
+def test_nobody_breaks_the_node(node: ServeProcess, connect: Callable[..., Client]) -> None:
+    client = connect()
+    client.connection.sendall(b"\x81\xfe\x00")  # and gone in the middle of a frame
+    client.connection.close()
+    assert node.get("/healthz").status == 200
+    assert not [
+        line for line in node.log() if line["level"] in {"WARNING", "ERROR"} and "too few" not in line["message"]
+    ]
+
+
+IMPATIENT = """
+import socketio
+
+application = socketio.WSGIApp(socketio.Server(async_mode="eventlet", ping_interval=0.4, ping_timeout=0.4))
+"""
+
+
+def test_who_answers_no_ping_is_let_go_and_who_does_is_not(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:
+    Path(tmp_path, "impatient.py").write_text(IMPATIENT)
+    node = serve("impatient:application")
+    silent, alive = Client(node), Client(node)
+    began = time.monotonic()
+    assert silent.frame()[1].startswith(b"0{")
+    assert silent.frame() == (TEXT, b"2")
+    assert alive.frame()[1].startswith(b"0{")
+    for _ in range(5):
+        assert alive.frame() == (TEXT, b"2")
+        alive.send(TEXT, b"3")
+    assert time.monotonic() - began > 2 * 0.8
+    assert silent.frame() == (CLOSE, b"")
+    assert silent.ended()
+    assert node.metric('stickyring_connections{transport="websocket"}') == 1
+    silent.connection.close()
+    alive.connection.close()
