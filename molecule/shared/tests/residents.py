@@ -16,9 +16,9 @@ import socketio
 from stickyring.delivery import Sender
 
 TRANSPORTS = (["websocket"], ["polling"], ["polling", "websocket"])
-ANSWER_SECONDS = 60
+ANSWER_SECONDS = 90
 POLL_SECONDS = 0.1
-GOODBYE_SECONDS = 60
+GOODBYE_SECONDS = 90
 
 
 @dataclass
@@ -92,6 +92,12 @@ class Connection:
             self.welcomes.append((time.monotonic(), self.node))
 
 
+def tell_of_errors(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # python-engineio leaves connections that have broken to the garbage collection, of which aiohttp tells at length.
+    if not context["message"].startswith("Unclosed "):
+        loop.default_exception_handler(context)
+
+
 class Residents:
     """Connections that live in a thread of their own; each of the transport settings has one of every user."""
 
@@ -103,6 +109,7 @@ class Residents:
         self.connections = [Connection(user, one, pause) for user in users for one in transports]
         self._ended = asyncio.Event()
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(tell_of_errors)
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._tasks: list[Any] = []
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from residents import Connection, Residents
 
 NODE = "stickyring-node@1.service"
 EDGE = "stickyring-edge.service"
+NODE_PORT = 8001
 JOURNAL = "/run/log/journal"
 USERS = [f"user-{number}" for number in range(90)]
 PAUSE_SECONDS = 0.3
 SETTLED_SECONDS = 60
+PING_SECONDS = 25 + 20  # Engine.IO's ping interval and ping timeout
 FIGURES = Path(__file__).parents[4] / ".artifacts" / "failover.json"
 
 
@@ -38,14 +42,18 @@ def have_not_noticed(connections: Iterable[Connection], since: float) -> None:
         assert not [began for began in one.repeated if began >= since], one
 
 
+def keep(fault: str, figures: dict[str, float]) -> None:
+    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    FIGURES.write_text(json.dumps(known | {fault: figures}, indent=1) + "\n")
+    print(fault, figures)
+
+
 def judge(fault: str, affected: list[Connection], others: list[Connection], since: float, bound: float) -> None:
     """Prints and keeps the figures of the affected, and compares their 99th percentile with the bound."""
     silences = sorted(one.silence(since) for one in affected)
     p99 = quantiles(silences, n=100, method="inclusive")[98]
     figures = {"users": len(silences), "median": round(median(silences), 2), "p99": round(p99, 2), "bound": bound}
-    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    FIGURES.write_text(json.dumps(known | {fault: figures}, indent=1) + "\n")
-    print(fault, figures)
+    keep(fault, figures)
     assert p99 <= bound, figures
     have_not_noticed(others, since)
 
@@ -121,6 +129,85 @@ def test_a_full_disk(residents: Residents, journal_disks: list[Any]) -> None:
     _, node1 = journal_disks
     with fault_on_node1(residents, "node restarted on a full disk", 5):
         node1.check_output(f"systemctl restart {NODE}")
+
+
+@pytest.fixture
+def exhausted(machine: Any, nodes: Any) -> Iterator[Callable[[], str]]:
+    """Lets node1's process have as many descriptors as it has, and takes those; returns what it then answers."""
+    node1 = machine("node1")
+    (address,) = [node.variables["stickyring_address"] for node in nodes if node.name == "node1"]
+    worker = f"$(pgrep --parent $(systemctl show {NODE} --property=MainPID --value))"
+    limit = node1.check_output(f"prlimit --pid {worker} --nofile --noheadings --output=SOFT,HARD").split()
+    with ExitStack() as held:
+
+        def exhaust() -> str:
+            highest = node1.check_output(f"ls /proc/{worker}/fd | sort --numeric-sort | tail --lines=1")
+            node1.check_output(f"prlimit --pid {worker} --nofile={int(highest) + 1}:{limit[1]}")
+            while True:
+                connection = held.enter_context(socket.create_connection((address, NODE_PORT), timeout=0.5))
+                with suppress(TimeoutError):
+                    return connection.recv(4096).decode()
+
+        yield exhaust
+    node1.check_output(f"prlimit --pid {worker} --nofile={limit[0]}:{limit[1]}")
+
+
+def test_exhausted_descriptors(residents: Residents, exhausted: Callable[[], str]) -> None:
+    """Who is connected stays so, and the edge passes on what the node refuses."""
+    on_websockets = [one for one in residents if one.transports == ["websocket"]]
+    since = time.monotonic() - 2 * PAUSE_SECONDS
+    with fault_on_node1(residents, "exhausted descriptors", 5):
+        assert exhausted().startswith("HTTP/1.1 503 Service Unavailable\r\nx-stickyring-elsewhere: 1\r\n")
+    have_not_noticed(on_websockets, since)
+
+
+@pytest.fixture
+def cut_clients(machine: Any, edge: Any) -> Callable[[], AbstractContextManager[None]]:
+    """Cuts the edge off from its clients, for a block: nothing that it sends by the listener's port arrives."""
+    host = machine(edge.name)
+    port = edge.url("sticky").rpartition(":")[2]
+
+    @contextmanager
+    def cut() -> Iterator[None]:
+        host.check_output(f"ip rule add ipproto tcp sport {port} blackhole")
+        try:
+            yield
+        finally:
+            host.check_output(f"ip rule del ipproto tcp sport {port} blackhole")
+
+    return cut
+
+
+@pytest.fixture
+def sessions(nodes: Any) -> Callable[[], int]:
+    """How many the nodes have, as their metrics tell."""
+
+    def count() -> int:
+        total = 0
+        for node in nodes:
+            with urlopen(f"http://{node.variables['stickyring_address']}:{NODE_PORT}/metrics", timeout=10) as answer:
+                lines = answer.read().decode().splitlines()
+            total += sum(int(float(line.split()[-1])) for line in lines if line.startswith("stickyring_connections{"))
+        return total
+
+    return count
+
+
+def test_a_cut_between_clients_and_edge(
+    residents: Residents, cut_clients: Callable[[], AbstractContextManager[None]], sessions: Callable[[], int]
+) -> None:
+    """They notice when they miss the server's ping; so does the server, which keeps nobody who is gone."""
+    since = time.monotonic()
+    with cut_clients():
+        noticed = residents.wait(lambda: all(one.count("disconnect", since) for one in residents), 2 * PING_SECONDS)
+    ended = time.monotonic()
+    residents.wait(lambda: all(one.answers[-1][0] > ended for one in residents), SETTLED_SECONDS)
+    residents.settle(SETTLED_SECONDS)
+    back = time.monotonic() - ended
+    keep("clients cut off", {"users": len(residents.connections), "noticed": round(noticed, 1), "back": round(back, 1)})
+    assert noticed <= PING_SECONDS + 2
+    assert back <= 15
+    residents.wait(lambda: sessions() == len(residents.connections), PING_SECONDS)
 
 
 def test_a_restarted_edge(residents: Residents, machine: Any, edge: Any) -> None:
