@@ -5,7 +5,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-PYTHON_OUTSIDE_APP := playbooks roles molecule docs
+PYTHON_OUTSIDE_APP := playbooks roles molecule docs bench
 
 .PHONY: help demo proof down test lint unit molecule chaos bench lock screenshot
 
@@ -41,12 +41,13 @@ lint: .venv/.installed ## Judge style, types, playbooks and roles without runnin
 	cd app && ruff check && ruff format --check && mypy
 	ruff check --config app/pyproject.toml $(PYTHON_OUTSIDE_APP)
 	ruff format --check --config app/pyproject.toml $(PYTHON_OUTSIDE_APP)
+	mypy --config-file app/pyproject.toml bench
 	yamllint --strict .
 	ansible-lint
 
 unit: .venv/.installed ## Unit tests, without root and without the lab
 	cd app && pytest $(SIDE_BY_SIDE)
-	pytest $(SIDE_BY_SIDE) playbooks roles molecule/tests
+	pytest $(SIDE_BY_SIDE) playbooks roles molecule/tests bench
 
 molecule: .venv/.installed ## All scenarios on real hosts, with a browser
 	@$(call need,chromium:chromium)

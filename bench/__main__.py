@@ -4,25 +4,35 @@ import resource
 import shlex
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
-from bench import nodes, report
+from bench import capacity, nodes, operations, report
 from bench.contenders import PrepareError, end_all
 from bench.load import LoadError
+from bench.operations import OperationError
+from bench.report import Part
 from bench.rounds import CoresError, Rounds
 
 ROOT = Path(__file__).parents[1]
-PARTS = {"nodes": (nodes.measure, nodes.PROFILES)}
+PARTS: dict[str, tuple[Callable[[Rounds, Any], Part], Mapping[str, Any]]] = {
+    "nodes": (nodes.measure, nodes.PROFILES),
+    "operations": (operations.measure, operations.PROFILES),
+}
+ON_LOOPBACK = ["nodes"]
+"""What runs unless parts are named: the operations make hosts on this machine, and fill the time of a run alone."""
 LIMITS = {"quick": 300.0, "full": 2400.0}
 """Seconds that a whole run may take."""
 
 EPILOG = """\b
 Examples:
-  make bench                                  all parts, at most 5 minutes
-  make bench PROFILE=full                     at most 40 minutes
-  python -m bench nodes --output /tmp/mine    one part, written elsewhere
+  make bench                                    all parts on loopback, at most 5 minutes
+  make bench PROFILE=full                       at most 40 minutes
+  python -m bench operations --profile full     Ansible on the lab's hosts, as root; at most 40 minutes
+  python -m bench nodes --output /tmp/mine      one part, written elsewhere
 
 \b
 Exit status: 0 measured; 1 not measured, with the cause in one line; 2 bad usage; 130 interrupted.
@@ -41,12 +51,15 @@ Exit status: 0 measured; 1 not measured, with the cause in one line; 2 bad usage
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
-    default=ROOT / "docs/benchmarks",
+    default=capacity.BENCHMARKS,
     show_default="docs/benchmarks",
     help="The folder that is written to.",
 )
 def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
-    """Measure PARTS (nodes), or all of them, on loopback, and write PART.json, PART.md, PART.png and PART.svg.
+    """Measure PARTS and write PART.json, PART.md, PART.png and PART.svg.
+
+    nodes, on loopback, is what is measured when none is named. operations is Ansible with 3 to 20 nodes (quick: 3 and
+    6) on the lab's hosts, which it makes and removes; it refuses to run while there is a lab.
 
     Contenders take turns in every round; of each figure the median is told, with the least and the greatest round. A
     contender that does not answer, or answers something else, ends the run, and nothing is written.
@@ -58,13 +71,16 @@ def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
     command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
     try:
         rounds = Rounds(ROOT / ".artifacts/bench", LIMITS[profile])
-        for name in parts or PARTS:
+        for name in parts or ON_LOOPBACK:
             measure, profiles = PARTS[name]
             part = measure(rounds, profiles[profile])
             context = report.context(command, profile, (rounds.load_core, rounds.server_core))
             for path in report.write(part, output, context):
                 rounds.say(f"written: {path}")
-    except (LoadError, PrepareError, CoresError) as error:
+        if output.resolve() == capacity.BENCHMARKS:
+            capacity.write()
+            rounds.say(f"in step with them: {capacity.DOCUMENT}")
+    except (LoadError, PrepareError, CoresError, OperationError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)

@@ -67,7 +67,9 @@ class Spread:
 class Part:
     """One part of the benchmark: its figures, and of each contender what every round found.
 
-    `base` is whom the ratios are to, `stub` is whom the load is bounded by; it is no contender.
+    `base` is whom the ratios are to, `stub` is whom the load is bounded by, if there is a load; it is no contender.
+    `setting` is a sentence on what ran where. `commands` are by contender, or by what else they are for. `sections` are
+    further lines of Markdown, `more` further items of the JSON.
     """
 
     key: str
@@ -76,7 +78,10 @@ class Part:
     titles: dict[str, str]
     commands: dict[str, str]
     base: str
-    stub: str
+    stub: str = ""
+    setting: str = "The servers had one core, the load another."
+    sections: list[str] = field(default_factory=list)
+    more: dict[str, Any] = field(default_factory=dict)
     found: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def add(self, contender: str, found: dict[str, float]) -> None:
@@ -158,10 +163,17 @@ def context(command: str, profile: str, cores: tuple[int, int]) -> dict[str, Any
         },
         "versions": {
             "python": platform.python_version(),
-            "node": subprocess.run(["node", "--version"], check=True, capture_output=True, text=True).stdout.strip(),
+            **_nodejs(),
             **{package: importlib.metadata.version(package) for package in PACKAGES},
         },
     }
+
+
+def _nodejs() -> dict[str, str]:
+    """Return the version of Node.js, which not every part needs."""
+    if not shutil.which("node"):
+        return {}
+    return {"node": subprocess.run(["node", "--version"], check=True, capture_output=True, text=True).stdout.strip()}
 
 
 def _processor() -> str:
@@ -188,8 +200,15 @@ def as_json(part: Part, context: dict[str, Any]) -> dict[str, Any]:
         figure: {"fastest": fastest, "stub_times_as_fast": spread.as_json(), "enough": spread.median >= ENOUGH}
         for figure, (fastest, spread) in part.bounds().items()
     }
-    contenders = {key: {"title": title, "command": part.commands[key]} for key, title in part.titles.items()}
-    return {**context, "contenders": contenders, "figures": figures, "load": bounds, "disturbed": part.disturbed()}
+    return {
+        **context,
+        "setting": part.setting,
+        "contenders": {key: {"title": title, "command": part.commands.get(key)} for key, title in part.titles.items()},
+        "figures": figures,
+        "load": bounds,
+        "disturbed": part.disturbed(),
+        **part.more,
+    }
 
 
 def as_markdown(part: Part, context: dict[str, Any]) -> str:
@@ -200,7 +219,7 @@ def as_markdown(part: Part, context: dict[str, Any]) -> str:
         f"# {part.title}, side by side",
         "",
         f"`{context['command']}` wrote this on {context['date']}, on {machine['cores']} cores of "
-        f"{machine['processor']}, Linux {machine['kernel']}: {versions}. The servers had one core, the load another.",
+        f"{machine['processor']}, Linux {machine['kernel']}: {versions}. {part.setting}",
         "",
         "Medians, in parentheses the least and the greatest round; the last number is the ratio to "
         f"“{part.titles[part.base]}”, the median of the rounds.",
@@ -215,7 +234,15 @@ def as_markdown(part: Part, context: dict[str, Any]) -> str:
         f"| {figure.title} ({figure.unit}) | " + " | ".join(_cell(part, figure, key) for key in part.contenders) + " |"
         for figure in part.figures
     ]
-    lines += [
+    lines += ["", *part.sections] if part.sections else []
+    lines += _load(part) if part.stub else []
+    lines += ["", "## The commands", ""]
+    lines += [f"- {part.titles.get(key, key)}: `{command}`" for key, command in part.commands.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _load(part: Part) -> list[str]:
+    lines = [
         "",
         "## The load",
         "",
@@ -231,9 +258,7 @@ def as_markdown(part: Part, context: dict[str, Any]) -> str:
         verdict = "" if spread.median >= ENOUGH else ", less than it should be"
         cells = (titles[figure], str(part.spread(figure, part.stub)), part.titles[fastest], f"{spread}{verdict}")
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## The commands", ""]
-    lines += [f"- {part.titles[key]}: `{command}`" for key, command in part.commands.items()]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _warning(part: Part) -> list[str]:

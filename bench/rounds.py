@@ -1,5 +1,6 @@
 """What every part of the benchmark runs in: rounds within a limit of time, cores, logs and progress."""
 
+import contextlib
 import os
 import sys
 import time
@@ -24,11 +25,24 @@ class Rounds:
         self.folder = folder
         self._begun = time.monotonic()
         self._limit = limit
-        cores = sorted(os.sched_getaffinity(0))
-        if len(cores) < 2:
+        self._cores = sorted(os.sched_getaffinity(0))
+        if len(self._cores) < 2:
             raise CoresError("two cores are needed: one for the load and one for the servers")
-        self.load_core, self.server_core = cores[0], cores[-1]
+        self.load_core, self.server_core = self._cores[0], self._cores[-1]
         os.sched_setaffinity(0, {self.load_core})
+
+    @contextlib.contextmanager
+    def every_core(self) -> Iterator[None]:
+        """Have all cores within the block, for what is neither load nor server."""
+        os.sched_setaffinity(0, self._cores)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, {self.load_core})
+
+    def left(self) -> float:
+        """Return the seconds until the limit."""
+        return self._begun + self._limit - time.monotonic()
 
     def go(self, number: int, what: str) -> Iterator[int]:
         """Count rounds, and stop before one that would go beyond the limit; the first one is always made."""

@@ -1,0 +1,197 @@
+"""How many users a host holds, from what the benchmark has written: the figures of docs/capacity.md.
+
+`python -m bench.capacity` writes them, and so does every run of the benchmark that writes to docs/benchmarks.
+A document whose figures are not those of docs/benchmarks fails the unit tests.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench.contenders import OURS
+from bench.report import number
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs/capacity.md"
+BENCHMARKS = ROOT / "docs/benchmarks"
+BEGIN, END = "<!-- figures: python -m bench.capacity -->", "<!-- end of the figures -->"
+
+MEMORY_SHARE, CPU_SHARE = 0.75, 0.7
+PORTS = 60999 - 32768 + 1
+"""Linux's net.ipv4.ip_local_port_range: connections that one edge can have to one instance."""
+CAP = "cap"
+"""The one limit that is a variable."""
+HOSTS = ((1, 1), (2, 2), (4, 4), (8, 8))
+"""Cores and GiB."""
+RATES = {"silent": 0.0, "a message a minute": 1 / 60, "a message every 10 s": 0.1, "a message a second": 1.0}
+"""Messages that a user sends in a second, each of which is answered."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What an instance costs, in KiB and CPU seconds; `idle` is per connection and second."""
+
+    instance_memory: float
+    memory: float
+    idle: float
+    message: float
+    websocket_first: float
+    polling_first: float
+
+    @classmethod
+    def of(cls, nodes: Mapping[str, Any]) -> "Costs":
+        """Take them from what the part "nodes" has written, the medians of our own contender."""
+        found = {key: figure["found"][OURS]["median"] for key, figure in nodes["figures"].items()}
+        return cls(
+            instance_memory=found["memory"] * 1024,
+            memory=found["idle-memory"],
+            idle=found["idle-cpu"] / 100 / _idle_connections(nodes),
+            message=1 / found["echoes-per-cpu@1000"],
+            websocket_first=1 / found["handshakes-per-cpu@websocket"],
+            polling_first=1 / found["handshakes-per-cpu@upgrade"],
+        )
+
+
+@dataclass(frozen=True)
+class Caps:
+    """What the roles let through by default."""
+
+    node_connections: int
+    node_descriptors: int
+    edge_connections: int
+    edge_descriptors: int
+    edge_heap_mib: int
+
+    @classmethod
+    def of_the_roles(cls) -> "Caps":
+        """Read the roles' defaults."""
+        node, edge = (
+            yaml.safe_load((ROOT / f"roles/stickyring_{role}/defaults/main.yml").read_text())
+            for role in ("node", "edge")
+        )
+        return cls(
+            node["stickyring_node_max_connections"],
+            node["stickyring_node_limit_nofile"],
+            edge["stickyring_edge_max_connections"],
+            edge["stickyring_edge_limit_nofile"],
+            edge["stickyring_edge_max_heap_mib"],
+        )
+
+
+def limits(costs: Costs, caps: Caps, cores: int, gib: float, rate: float) -> dict[str, int]:
+    """Return how many users each thing allows on a host with an instance a core.
+
+    `rate` is the messages that a user sends in a second.
+    """
+    memory = MEMORY_SHARE * gib * 2**20 - cores * costs.instance_memory
+    return {
+        "memory": max(0, int(memory / costs.memory)),
+        "CPU": int(CPU_SHARE * cores / (costs.idle + rate * costs.message)),
+        CAP: cores * caps.node_connections,
+        "descriptors": cores * caps.node_descriptors,
+        "ports": cores * PORTS,
+    }
+
+
+def first(allowed: Mapping[str, int]) -> tuple[int, str]:
+    """Return how many users there can be, and what allows no more."""
+    name = min(allowed, key=lambda each: allowed[each])
+    return allowed[name], name
+
+
+def seconds_back(users: int, cores: int, handshake: float) -> float:
+    """Return the seconds that a host needs at least for the handshakes of all its users, all cores on nothing else."""
+    return users * handshake / cores
+
+
+def updated(document: str, nodes: Mapping[str, Any], caps: Caps) -> str:
+    """Return the document with these figures between BEGIN and END."""
+    before, _, rest = document.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return "\n".join(
+        [before + BEGIN, "", *_hosts(Costs.of(nodes), caps), "", *_constants(nodes, caps), "", END + after]
+    )
+
+
+def write() -> None:
+    """Bring the document into step with docs/benchmarks and the roles."""
+    DOCUMENT.write_text(updated(DOCUMENT.read_text(), written("nodes"), Caps.of_the_roles()))
+
+
+def written(part: str) -> dict[str, Any]:
+    """Return what a part has written to docs/benchmarks."""
+    found: dict[str, Any] = json.loads((BENCHMARKS / f"{part}.json").read_text())
+    return found
+
+
+def _hosts(costs: Costs, caps: Caps) -> list[str]:
+    lines = [f"| users on a host of nodes | {' | '.join(RATES)} |", "|---|" + "---|" * len(RATES)]
+    for cores, gib in HOSTS:
+        cells = [_cell(limits(costs, caps, cores, gib, rate)) for rate in RATES.values()]
+        lines.append(f"| {cores} core{'s' * (cores > 1)}, {gib} GiB | {' | '.join(cells)} |")
+    users = caps.node_connections
+    websocket, polling = (seconds_back(users, 1, each) for each in (costs.websocket_first, costs.polling_first))
+    return [
+        *lines,
+        "",
+        f"The {number(users)} users of an instance at its cap are all back {number(websocket)} s after an outage if "
+        f"they begin with WebSocket, {number(polling)} s after it if with polling: its core does nothing else then.",
+    ]
+
+
+def _cell(allowed: Mapping[str, int]) -> str:
+    users, name = first(allowed)
+    if name != CAP:
+        return f"{_two_digits(users)}, {name}"
+    then, next_name = first({name: users for name, users in allowed.items() if name != CAP})
+    return f"{_two_digits(users)}, {CAP}; then {_two_digits(then)}, {next_name}"
+
+
+def _two_digits(users: int) -> str:
+    """Round down: more digits would claim what no model knows."""
+    unit = 10 ** max(0, len(str(users)) - 2)
+    return number(users // unit * unit) if users >= 1000 else str(users // unit * unit)
+
+
+def _constants(nodes: Mapping[str, Any], caps: Caps) -> list[str]:
+    costs = Costs.of(nodes)
+    measured = f"[nodes.json](benchmarks/nodes.json), `{nodes['command']}`"
+    crowd = _idle_connections(nodes)
+    node, edge = (f"[role](../roles/stickyring_{role}/defaults/main.yml)" for role in ("node", "edge"))
+    rows = [
+        ("`m`", f"memory of an idle connection on a node, at {crowd}", f"{number(costs.memory)} KiB", measured),
+        ("`M`", "memory of an instance without connections", f"{number(costs.instance_memory / 1024)} MiB", measured),
+        ("`i`", f"CPU of an idle connection in a second, at {crowd}", _micro(costs.idle), measured),
+        ("`e`", "CPU of a message and its answer, at 1000 connections", _micro(costs.message), measured),
+        ("`w`", "CPU of a session, WebSocket first", _micro(costs.websocket_first), measured),
+        ("`p`", "CPU of a session, polling first, then WebSocket", _micro(costs.polling_first), measured),
+        ("", "share of the memory that is used for this", f"{100 * MEMORY_SHARE:g} %", "chosen"),
+        ("", "share of each core that is used for this", f"{100 * CPU_SHARE:g} %", "chosen"),
+        ("", "`stickyring_node_max_connections`, of an instance", number(caps.node_connections), node),
+        ("", "`stickyring_node_limit_nofile`, of an instance, 1 a websocket", number(caps.node_descriptors), node),
+        ("", "ports of an edge towards an instance", number(PORTS), "`net.ipv4.ip_local_port_range` of Linux"),
+        ("", "`stickyring_edge_max_connections`", number(caps.edge_connections), edge),
+        ("", "`stickyring_edge_limit_nofile`, 2 a websocket", number(caps.edge_descriptors), edge),
+        ("", "`stickyring_edge_max_heap_mib`", f"{number(caps.edge_heap_mib)} MiB", edge),
+    ]
+    return ["| | constant | value | from |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _micro(seconds: float) -> str:
+    return f"{number(seconds * 1e6)} µs"
+
+
+def _idle_connections(nodes: Mapping[str, Any]) -> int:
+    """How many connections the figure is of, which its title says."""
+    found = re.search(r"\d+", nodes["figures"]["idle-cpu"]["title"])
+    assert found, "the title of idle-cpu names the number of connections"
+    return int(found[0])
+
+
+if __name__ == "__main__":
+    write()
