@@ -27,6 +27,9 @@ URL = f"http://{EDGE_ADDRESS}:9002"
 USERS = [f"user-{number}" for number in range(60)]
 EDGE_UNIT, NODE_UNIT = "stickyring-edge.service", "stickyring-node@1.service"
 SETTLED_SECONDS = 60
+KILLED_SHARE = 0.5
+TASKS = 100
+"""About as many as the longest playbook has here; one that has fewer than chance says is not killed."""
 EXAMPLES = """
 examples:
   make chaos                                            seed 1, 60 operations
@@ -45,6 +48,7 @@ class Lab:
     def __init__(self, residents: Residents, chance: random.Random) -> None:
         self.residents = residents
         self.chance = chance
+        self.killed = 0
         self._updates = 0
 
     def host(self, name: str) -> testinfra.host.Host:
@@ -57,20 +61,36 @@ class Lab:
         return output
 
     def play(self, *arguments: str) -> None:
-        """Runs a playbook to its end."""
+        """Runs a playbook to its end; every other time, one that was killed at a random task has gone before it."""
+        if self.chance.random() < KILLED_SHARE:
+            self.kill(self.chance.randint(1, TASKS), *arguments)
+        self.finish(*arguments)
+
+    def kill(self, tasks: int, *arguments: str) -> None:
+        """Runs a playbook, and kills it with all that it has started here at the beginning of that task."""
+        with environment.started("ansible-playbook", *arguments) as run:
+            for line in map(str.strip, run.stdout or ()):
+                tasks -= line.startswith("TASK [")
+                if not tasks:
+                    self.killed += 1
+                    print(f"({arguments[0]} killed at {line.removeprefix('TASK ').strip(' *')}) ", end="", flush=True)
+                    break
+
+    def finish(self, *arguments: str) -> None:
+        """Runs a playbook to its end, which has to be a good one."""
         done = environment.run("ansible-playbook", *arguments, check=False)
         if done.returncode:
             raise Broken(f"{' '.join(arguments)} has failed:\n{done.stdout[-3000:]}{done.stderr}")
 
-    def options_of_an_update(self) -> list[str]:
-        """A release that no node has, in one of the two modes."""
+    def release(self) -> list[str]:
+        """The option for a release that no node has."""
         self._updates += 1
-        variables = {
-            "stickyring_node_release": f"chaos-{self._updates}",
-            "stickyring_node_surge": self.chance.choice(("true", "false")),
-            "stickyring_node_proving_time": "2",
-        }
-        return [word for name, value in variables.items() for word in ("-e", f"{name}={value}")]
+        return ["-e", f"stickyring_node_release=chaos-{self._updates}"]
+
+    def mode(self) -> list[str]:
+        """The options of how nodes are restarted: in surge mode or not."""
+        surge = self.chance.choice(("true", "false"))
+        return ["-e", f"stickyring_node_surge={surge}", "-e", "stickyring_node_proving_time=2"]
 
     def leave(self, node: str) -> None:
         """Waits until nobody is on the node any more."""
@@ -129,19 +149,13 @@ def restart_edge(lab: Lab, node: str) -> None:
 
 def update(lab: Lab, node: str) -> None:
     """rolling_update.yml to another release"""
-    lab.play("playbooks/rolling_update.yml", *lab.options_of_an_update())
+    lab.play("playbooks/rolling_update.yml", *lab.release(), *lab.mode())
 
 
-def update_killed(lab: Lab, node: str) -> None:
-    """rolling_update.yml to another release, killed at a random task and run again"""
-    options = lab.options_of_an_update()
-    left = lab.chance.randint(10, 60)
-    with environment.started("ansible-playbook", "playbooks/rolling_update.yml", *options) as play:
-        for line in play.stdout or ():
-            left -= line.startswith("TASK [")
-            if not left:
-                break
-    lab.play("playbooks/rolling_update.yml", *options)
+def roll_back(lab: Lab, node: str) -> None:
+    """rolling_update.yml to another release, and rollback.yml"""
+    lab.finish("playbooks/rolling_update.yml", *lab.release(), *lab.mode())
+    lab.play("playbooks/rollback.yml", *lab.mode())
 
 
 def remove(lab: Lab, node: str) -> None:
@@ -159,11 +173,11 @@ OPERATIONS: dict[str, tuple[Callable[[Lab, str], None], int]] = {
     "drain": (drain, 4),
     "restart-edge": (restart_edge, 2),
     "update": (update, 1),
-    "update-killed": (update_killed, 1),
+    "roll-back": (roll_back, 1),
     "remove": (remove, 1),
 }
 """What can happen, and how often beside the others."""
-EVERYWHERE = {"restart-edge", "update", "update-killed", "remove"}
+EVERYWHERE = {"restart-edge", "update", "roll-back", "remove"}
 """Those that others may notice than the users of the node that they are about."""
 
 
@@ -185,7 +199,7 @@ def rest(lab: Lab) -> None:
     """Brings everybody home; raises Broken where ring, users or messages are not as they must be then."""
     with tempfile.TemporaryDirectory() as folder:
         playbooks = [f"playbooks/{name}.yml" for name in ("verify", "rebalance", "plan")]
-        lab.play(*playbooks, "-e", f"directory={folder}")
+        lab.finish(*playbooks, "-e", f"directory={folder}")
         plan = json.loads(Path(folder, EDGE, "plan.json").read_text())
         ring = Ring.load(json.loads(Path(folder, EDGE, "before.json").read_text()))
     if plan["changes"]:
@@ -254,8 +268,8 @@ def main() -> None:
     answers = sum(len(one.answers) for one in residents)
     repeated = sum(len(one.repeated) for one in residents)
     print(
-        f"seed {given.seed}: {len(played)} operations in {time.monotonic() - began:.0f} s; {answers} messages of "
-        f"{len(residents.connections)} clients, {repeated} sent again, none lost"
+        f"seed {given.seed}: {len(played)} operations in {time.monotonic() - began:.0f} s; {lab.killed} playbooks "
+        f"killed on the way; {answers} messages of {len(residents.connections)} clients, {repeated} sent again, none lost"
     )
 
 
