@@ -268,8 +268,9 @@ def main() -> None:
     answers = sum(len(one.answers) for one in residents)
     repeated = sum(len(one.repeated) for one in residents)
     print(
-        f"seed {given.seed}: {len(played)} operations in {time.monotonic() - began:.0f} s, {lab.killed} playbooks killed "
-        f"on the way; {answers} messages of {len(residents.connections)} clients, {repeated} sent again, none lost"
+        f"seed {given.seed}: {len(played)} operations in {time.monotonic() - began:.0f} s, {lab.killed} playbooks "
+        f"killed on the way; {answers} messages of {len(residents.connections)} clients, "
+        f"{repeated} sent again, none lost"
     )
 
 
