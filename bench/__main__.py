@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from bench import capacity, nodes, operations, report
+from bench import capacity, edges, nodes, operations, report
 from bench.contenders import PrepareError, end_all
 from bench.load import LoadError
 from bench.operations import OperationError
@@ -20,9 +20,10 @@ from bench.rounds import CoresError, Rounds
 ROOT = Path(__file__).parents[1]
 PARTS: dict[str, tuple[Callable[[Rounds, Any], Part], Mapping[str, Any]]] = {
     "nodes": (nodes.measure, nodes.PROFILES),
+    "edges": (edges.measure, edges.PROFILES),
     "operations": (operations.measure, operations.PROFILES),
 }
-ON_LOOPBACK = ["nodes"]
+ON_LOOPBACK = ["nodes", "edges"]
 """What runs unless parts are named: the operations make hosts on this machine, and fill the time of a run alone."""
 LIMITS = {"quick": 300.0, "full": 2400.0}
 """Seconds that a whole run may take."""
@@ -58,8 +59,8 @@ Exit status: 0 measured; 1 not measured, with the cause in one line; 2 bad usage
 def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
     """Measure PARTS and write PART.json, PART.md, PART.png and PART.svg.
 
-    nodes, on loopback, is what is measured when none is named. operations is Ansible with 3 to 20 nodes (quick: 3 and
-    6) on the lab's hosts, which it makes and removes; it refuses to run while there is a lab.
+    nodes and edges, on loopback, are what is measured when none is named. operations is Ansible with 3 to 20 nodes
+    (quick: 3 and 6) on the lab's hosts, which it makes and removes; it refuses to run while there is a lab.
 
     Contenders take turns in every round; of each figure the median is told, with the least and the greatest round. A
     contender that does not answer, or answers something else, ends the run, and nothing is written.

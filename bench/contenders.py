@@ -45,11 +45,11 @@ class Contender:
 
 def contenders(folder: Path) -> list[Contender]:
     """Return all of them; what they need is installed in `folder` when it is not there yet."""
-    stock = _install(folder, STOCK, _virtual_environment, HERE / "requirements-stock.txt")
-    gevent = _install(folder, GEVENT, _packages, HERE / "requirements-gevent.txt")
-    nodejs = _install(folder, NODEJS, _node_modules, HERE / "socketio-node/package-lock.json")
+    stock = install(folder, STOCK, _virtual_environment, HERE / "requirements-stock.txt")
+    gevent = install(folder, GEVENT, _packages, HERE / "requirements-gevent.txt")
+    nodejs = install(folder, NODEJS, _node_modules, HERE / "socketio-node/package-lock.json")
     return [
-        Contender(OURS, "stickyring, eventlet", _serve),
+        ours(),
         Contender(
             GEVENT,
             "stickyring, gevent",
@@ -80,9 +80,14 @@ def contenders(folder: Path) -> list[Contender]:
     ]
 
 
-def stub() -> Contender:
-    """Return the stub, which shows what the load itself can do."""
-    return Contender(STUB, "stub", lambda port: [sys.executable, str(HERE / "stub.py"), str(port)])
+def ours() -> Contender:
+    """Return our service with its defaults."""
+    return Contender(OURS, "stickyring, eventlet", _serve)
+
+
+def stub(place: str = "stub") -> Contender:
+    """Return the stub, which shows what the load itself can do; as a node behind an edge, it has a place."""
+    return Contender(STUB, "stub", lambda port: [sys.executable, str(HERE / "stub.py"), str(port), place])
 
 
 def _serve(port: int) -> list[str]:
@@ -90,15 +95,19 @@ def _serve(port: int) -> list[str]:
     return [command, "serve", "--listen", f"127.0.0.1:{port}", "--node-name", NAME]
 
 
-def _install(folder: Path, key: str, install: Callable[[Path, Path], None], locked: Path) -> Path:
-    """Install what `locked` pins, in a folder that its content names; move it there when it is whole."""
-    digest = hashlib.sha256(locked.read_bytes() + sys.version.encode()).hexdigest()[:12]
+def install(folder: Path, key: str, make: Callable[[Path, Path], None], pinned: Path) -> Path:
+    """Install what a file pins, in a folder that the file's content names; it counts when it is whole.
+
+    Raises:
+        PrepareError: it cannot be installed.
+    """
+    digest = hashlib.sha256(pinned.read_bytes() + sys.version.encode()).hexdigest()[:12]
     place = folder / f"{key}-{digest}"
     if not (place / ".installed").exists():
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         try:
-            install(place, locked)
+            make(place, pinned)
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", "") or str(error)
             raise PrepareError(f"cannot install {key}: {said.strip().splitlines()[-1]}") from None
@@ -106,17 +115,22 @@ def _install(folder: Path, key: str, install: Callable[[Path, Path], None], lock
     return place
 
 
-def _run(*command: str | Path, cwd: Path | None = None) -> None:
+def run(*command: str | Path, cwd: Path | None = None) -> None:
+    """Run a command that installs something.
+
+    Raises:
+        subprocess.CalledProcessError: it fails.
+    """
     subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True)
 
 
 def _virtual_environment(place: Path, locked: Path) -> None:
-    _run(sys.executable, "-m", "venv", place)
-    _run(place / "bin/pip", "install", "--require-hashes", "--requirement", locked)
+    run(sys.executable, "-m", "venv", place)
+    run(place / "bin/pip", "install", "--require-hashes", "--requirement", locked)
 
 
 def _packages(place: Path, locked: Path) -> None:
-    _run(
+    run(
         *(sys.executable, "-m", "pip", "install", "--no-deps", "--target", place),
         *("--require-hashes", "--requirement", locked),
     )
@@ -125,7 +139,7 @@ def _packages(place: Path, locked: Path) -> None:
 def _node_modules(place: Path, locked: Path) -> None:
     for name in ("package.json", "package-lock.json"):
         shutil.copy(locked.with_name(name), place)
-    _run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", cwd=place)
+    run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", cwd=place)
 
 
 @dataclass(frozen=True)

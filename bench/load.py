@@ -13,8 +13,8 @@ import select
 import socket
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
 
@@ -24,7 +24,7 @@ PATH = "/socket.io/?EIO=4&transport="
 SUBSCRIBE = (
     "GET {path} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     "Sec-WebSocket-Key: c3RpY2t5cmluZyBiZW5jaA==\r\nSec-WebSocket-Version: 13\r\n"
-    "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n\r\n"
+    "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n{cookie}\r\n"
 )
 """The compression that every browser offers, and the JavaScript client; a server takes it up or not (RFC 7692)."""
 OPENING = 50
@@ -36,6 +36,7 @@ READ_SIZE = 4096
 SMALL = 126
 TEXT, CLOSE = 0x81, 0x88
 COMPRESSED = 0x40
+SET_COOKIE = re.compile(rb"(?i)\r\nset-cookie: *([^;\r]*)")
 DEFLATE_TAIL = b"\x00\x00\xff\xff"  # RFC 7692, 7.2.2
 MASK = b"\x37\xfa\x21\x3d"
 
@@ -63,11 +64,18 @@ PONG = masked(b"3")
 
 @dataclass(frozen=True)
 class Target:
-    """A server to load: its port on loopback, and the node name that it puts before each echo."""
+    """A server to load: its port on loopback, and the node name that it puts before each echo.
+
+    Where `users` are, every session is the next one's, and says so in `query`; `cookie` is the header line with what a
+    server has set.
+    """
 
     title: str
     port: int
     name: str
+    users: Iterator[str] | None = None
+    query: str = ""
+    cookie: str = ""
 
     @property
     def messages(self) -> list[tuple[bytes, bytes]]:
@@ -75,20 +83,30 @@ class Target:
         texts = [f"message {number:02} of a user who says this much" for number in range(16)]
         return [(masked(_event(text).encode()), plain(_event(f"node#{self.name}: {text}").encode())) for text in texts]
 
+    def of_next_user(self) -> "Target":
+        """Return it as the next user asks for it."""
+        return self if self.users is None else replace(self, users=None, query=f"&client_id={next(self.users)}")
+
     def upgrade(self, sid: str = "") -> bytes:
         """Return the request for a WebSocket, of a new session or of an open one."""
-        path = f"{PATH}websocket" + (f"&sid={sid}" if sid else "")
-        return SUBSCRIBE.format(path=path, host=f"127.0.0.1:{self.port}").encode()
+        path, host = self._path("websocket", sid), f"127.0.0.1:{self.port}"
+        return SUBSCRIBE.format(path=path, host=host, cookie=self.cookie).encode()
 
     def get(self, sid: str = "") -> bytes:
         """Return the request of a handshake, or of a poll."""
-        path = f"{PATH}polling" + (f"&sid={sid}" if sid else "")
-        return f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\n\r\n".encode()
+        return f"GET {self._path('polling', sid)} HTTP/1.1\r\n{self._headers}\r\n".encode()
 
     def post(self, sid: str, packet: str) -> bytes:
         """Return the request that carries a packet."""
-        head = f"POST {PATH}polling&sid={sid} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\n"
+        head = f"POST {self._path('polling', sid)} HTTP/1.1\r\n{self._headers}"
         return f"{head}Content-Type: text/plain\r\nContent-Length: {len(packet.encode())}\r\n\r\n{packet}".encode()
+
+    def _path(self, transport: str, sid: str) -> str:
+        return f"{PATH}{transport}{self.query}" + (f"&sid={sid}" if sid else "")
+
+    @property
+    def _headers(self) -> str:
+        return f"Host: 127.0.0.1:{self.port}\r\n{self.cookie}"
 
 
 def _event(text: str, kind: str = "42") -> str:
@@ -109,7 +127,7 @@ class Loop:
         error = connection.connect_ex(("127.0.0.1", target.port))
         if error not in (0, errno.EINPROGRESS):
             raise LoadError(f"{target.title} takes no connections: {os.strerror(error)}")
-        wire = Wire(self, connection, target)
+        wire = Wire(self, connection, target.of_next_user())
         self.receivers[wire.fd] = wire.feed
         self._epoll.register(wire.fd, select.EPOLLIN)
         return wire
@@ -252,6 +270,8 @@ def _head(wire: Wire) -> Generator[None, None, bytes]:
             raise _lost(wire)
         yield
     head, _, wire.buffer = wire.buffer.partition(b"\r\n\r\n")
+    if cookie := SET_COOKIE.search(head):
+        wire.target = replace(wire.target, cookie=f"Cookie: {cookie[1].decode()}\r\n")
     return head
 
 

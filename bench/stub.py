@@ -1,7 +1,8 @@
 """The stub: the cheapest server that answers the load, which shows how much of it the load can make.
 
 It answers a message by the bytes that it comes in, and reads them only when it sees them for the first time. It relies
-on the load, which writes a request or a frame at once and waits for the answer.
+on the load, which writes a frame at once and waits for the answer. Called as `stub.py PORT [PLACE]`: the place, letters
+and digits, begins each session's id, so that one sees which of several stubs an edge has chosen.
 """
 
 import json
@@ -14,12 +15,14 @@ from base64 import b64encode
 from hashlib import sha1
 
 NAME = "bench"
-OPEN = '0{"sid":"%d","upgrades":["websocket"],"pingInterval":25000,"pingTimeout":20000,"maxPayload":1000000}'
+OPEN = '0{"sid":"%s","upgrades":["websocket"],"pingInterval":25000,"pingTimeout":20000,"maxPayload":1000000}'
 JOINED = ('40{"sid":"joined"}', f'42["message","node#{NAME}: welcome"]')
 CLOSE = b"\x88\x02\x03\xe8"
 UPGRADE = (
     "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {}\r\n\r\n"
 )
+UNKNOWN = b'HTTP/1.1 400 BAD REQUEST\r\nContent-Length: 17\r\n\r\n"Invalid session"'
+LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
 GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 
 
@@ -38,17 +41,20 @@ def http(body: str) -> bytes:
 class Stub:
     """Answers what has no answer in `known` yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: str) -> None:
         self.known: dict[bytes, bytes] = {}
-        self._sessions = 0
+        self._place = place
+        self._opened = 0
+        self._sessions: set[str] = set()
+        self._parts: dict[int, bytes] = {}
         self._pending: dict[str, list[str]] = {}
         self._polls: dict[str, int] = {}
         self._upgrades: dict[int, str] = {}
 
     def answer(self, fd: int, data: bytes) -> bytes:
         """Return what to write to the connection; no bytes if there is nothing to say yet."""
-        if data[:1] in (b"G", b"P"):
-            return self._request(fd, data.decode())
+        if data[:1] in (b"G", b"P") or fd in self._parts:
+            return self._when_whole(fd, self._parts.pop(fd, b"") + data)
         reply = b""
         while data:
             size = 6 + (data[1] & 0x7F)
@@ -56,11 +62,25 @@ class Stub:
             data = data[size:]
         return reply
 
-    def _request(self, fd: int, request: str) -> bytes:
+    def forget(self, fd: int) -> None:
+        """Forget a connection that has ended."""
+        self._parts.pop(fd, None)
+        self._upgrades.pop(fd, None)
+
+    def _when_whole(self, fd: int, data: bytes) -> bytes:
+        """Answer a request, which an edge may send in parts."""
+        head, end, body = data.partition(b"\r\n\r\n")
+        length = LENGTH.search(head)
+        if not end or (length and len(body) < int(length[1])):
+            self._parts[fd] = data
+            return b""
+        found = re.search(rb"&sid=(\w+)", head)
+        sid = found[1].decode() if found else ""
+        return self._request(fd, sid, data.decode()) if not sid or sid in self._sessions else UNKNOWN
+
+    def _request(self, fd: int, sid: str, request: str) -> bytes:
         head, _, body = request.partition("\r\n\r\n")
-        found = re.search(r"&sid=(\w+)", head)
-        sid = found[1] if found else ""
-        if key := re.search(r"Sec-WebSocket-Key: (\S+)", head):
+        if key := re.search(r"(?i)Sec-WebSocket-Key: (\S+)", head):
             accepted = UPGRADE.format(b64encode(sha1(f"{key[1]}{GUID}".encode()).digest()).decode()).encode()
             if sid:
                 self._upgrades[fd] = sid
@@ -69,6 +89,8 @@ class Stub:
         if head.startswith("POST"):
             if body == "40":
                 self._pending[sid] = list(JOINED)
+            elif body == "1":
+                self._sessions.discard(sid)
             return http("ok")
         if not sid:
             return http(self._open())
@@ -78,8 +100,10 @@ class Stub:
         return b""
 
     def _open(self) -> str:
-        self._sessions += 1
-        return OPEN % self._sessions
+        self._opened += 1
+        sid = f"{self._place}_{self._opened}"
+        self._sessions.add(sid)
+        return OPEN % sid
 
     def _frame(self, fd: int, data: bytes) -> bytes:
         if data[0] == 0x88:
@@ -101,13 +125,13 @@ class Stub:
         return b""
 
 
-def serve(port: int) -> None:
+def serve(port: int, place: str = "stub") -> None:
     """Serve for ever."""
     listener = socket.create_server(("127.0.0.1", port), backlog=1024)
     listener.setblocking(False)
     poll = select.epoll()
     poll.register(listener, select.EPOLLIN)
-    stub = Stub()
+    stub = Stub(place)
     known, read, write, accepting = stub.known, os.read, os.write, listener.fileno()
     while True:
         for fd, _ in poll.poll():
@@ -124,8 +148,9 @@ def serve(port: int) -> None:
             except ConnectionError:
                 data = b""
             if not data or reply == CLOSE:
+                stub.forget(fd)
                 os.close(fd)
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), *sys.argv[2:])

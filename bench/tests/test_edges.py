@@ -1,0 +1,126 @@
+"""Edges are measured at what they do: a proxy that keeps users together, and one that does not."""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from bench import edges, proxies
+from bench.edges import DIRECT, Client, Profile
+from bench.load import LoadError, Target
+from bench.proxies import Edge
+from bench.report import as_markdown
+from bench.rounds import Rounds
+
+TINY = Profile(1, 0.1, 20, (10,), (1,), (3,), 300, 20, real_nodes=False)
+PROXY = """
+import asyncio, itertools, re, sys, zlib
+port, hashes, *nodes = map(int, sys.argv[1:])
+turns = itertools.count()
+
+async def copy(reader, writer):
+    while data := await reader.read(65536):
+        writer.write(data)
+    writer.close()
+
+async def serve(reader, writer):
+    head = await reader.read(65536)
+    found = re.search(rb"client_id=([^& ]+)", head)
+    at = zlib.crc32(found[1]) if hashes and found else next(turns)
+    upstream = await asyncio.open_connection("127.0.0.1", nodes[at % len(nodes)])
+    upstream[1].write(head)
+    await asyncio.gather(copy(reader, upstream[1]), copy(upstream[0], writer), return_exceptions=True)
+
+async def main():
+    await (await asyncio.start_server(serve, "127.0.0.1", port, backlog=1024)).serve_forever()
+
+asyncio.run(main())
+"""
+CONTEXT = {
+    "command": "a command",
+    "date": "a date",
+    "machine": {"cores": 2, "processor": "a processor", "kernel": "a kernel"},
+    "versions": {},
+}
+
+
+def proxy(key: str, hashes: bool) -> Edge:
+    def command(place: Path, port: int, nodes: Sequence[int]) -> list[str]:
+        return [sys.executable, "-c", PROXY, str(port), str(int(hashes)), *map(str, nodes)]
+
+    return Edge(key, key, command)
+
+
+@pytest.fixture
+def rounds(tmp_path: Path) -> Iterator[Rounds]:
+    before = os.sched_getaffinity(0)
+    yield Rounds(tmp_path, 60)
+    os.sched_setaffinity(0, before)
+
+
+def test_what_keeps_users_together_is_told_from_what_does_not(rounds: Rounds) -> None:
+    part = edges.compare(rounds, TINY, [proxy(proxies.NGINX, True), proxy(proxies.UNHASHED, False)])
+    assert part.found["sticky"] == {proxies.NGINX: [100.0], proxies.UNHASHED: [0.0]}
+    # Of a hash modulo the number of nodes, three of four users have another node when a fourth comes.
+    ((moved,),) = part.found["moved@3"].values()
+    assert moved == pytest.approx(75, abs=10)
+    ((busiest,),) = part.found["busiest@3"].values()
+    assert 1 <= busiest < 1.3
+    (through, direct) = (part.found["trip-p50"][key][0] for key in (proxies.NGINX, DIRECT))
+    assert part.found["added-p50"][proxies.NGINX] == [pytest.approx(through - direct)]
+    for figure in ("echo-cpu@10", "paced-cpu", "echo-cpu-of-1", "session-cpu@upgrade", "idle-memory", "memory"):
+        ((found,),) = part.found[figure].values()
+        assert found > 0
+    assert set(part.found) == {figure.key for figure in part.figures}
+    assert "## The load" not in as_markdown(part, CONTEXT)
+
+
+def test_an_edge_without_nodes_is_no_measure() -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(502)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        with pytest.raises(LoadError, match="edge answers a handshake with 502"):
+            Client("user-1").place(Target("edge", server.server_port, "bench"))
+        server.shutdown()
+
+
+def test_every_session_is_the_next_users_and_keeps_its_cookie() -> None:
+    target = Target("edge", 8001, "bench", users=iter(["one", "two"]))
+    first, second = target.of_next_user(), target.of_next_user()
+    assert b"polling&client_id=one&sid=x HTTP/1.1" in first.get("x")
+    assert b"websocket&client_id=two HTTP/1.1" in second.upgrade()
+    assert first.of_next_user() is first
+    assert Target("node", 8001, "bench").get() == (
+        b"GET /socket.io/?EIO=4&transport=polling HTTP/1.1\r\nHost: 127.0.0.1:8001\r\n\r\n"
+    )
+
+
+def test_ours_is_what_the_role_composes(tmp_path: Path) -> None:
+    composed = proxies._composed(tmp_path, 3)
+    place = tmp_path / "edges" / proxies.OURS
+    command = proxies._ours(Path("envoy"), composed, place, 9000, [9001, 9002, 9003])
+    written = {path.relative_to(place / "xds").as_posix(): path.read_text() for path in place.glob("xds/**/*.yaml")}
+    assert {name.split("-")[0] for name in written} == {
+        "clusters.yaml",
+        "listeners.yaml",
+        "routes/sticky.yaml",
+        "endpoints/nodes",
+    }
+    endpoints = next(text for name, text in written.items() if name.startswith("endpoints/"))
+    for port in (9001, 9002, 9003):
+        assert f'"port_value": {port}' in endpoints
+    assert '"port_value": 9000' in written["listeners.yaml"]
+    assert str(place / "xds/listeners.yaml") in Path(command[2]).read_text()
+    unit = (proxies.ROOT / "roles/stickyring_edge/templates/stickyring-edge.service.j2").read_text()
+    (started,) = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
+    for option in [word for word in command if word.startswith("--")]:
+        assert option in started
