@@ -93,7 +93,7 @@ def test_it_outlives_running_out_of_descriptors(
 
     for connection in held:
         connection.close()
-    wait_until(lambda: answers(node), "the node answers again")
+    wait_until(lambda: answers(node) and node.logged("accepting connections again"), "the node answers again")
     assert len(node.logged("accepting connections again")) == 1
 
 

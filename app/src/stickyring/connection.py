@@ -1,7 +1,7 @@
-"""A client's connection on eventlet, made for a WebSocket: many small messages each way, and mostly waiting for one.
+"""A client's connection on eventlet, made for answers in one piece, and for a WebSocket: mostly waiting for a message.
 
 For each wait, eventlet's own socket tells epoll that it waits and that it no longer does, and sets and clears a timer.
-This one stays registered, and looks at the clock once a timeout.
+This one can stay registered, and looks at the clock once a timeout.
 """
 
 import contextlib
@@ -13,30 +13,39 @@ import eventlet
 import eventlet.hubs
 from eventlet.greenio import GreenSocket
 
+INTERIM = b"HTTP/1.1 1"
+"""How an answer begins that another one follows, or another protocol (RFC 9110, 15.2)."""
+
 
 class Connection(GreenSocket):
-    """An accepted connection, which one green thread reads.
-
-    `send_at_once` may be called by any green thread, also while another one is in `sendall`.
-    """
+    """An accepted connection, which one green thread reads."""
 
     def __init__(self, accepted: socket.socket) -> None:
         # accept(2) in the patched standard library has wrapped it already.
         super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
+        self._watching = False
         self._reader: Any = None
         self._listener: Any = None
         self._timer: Any = None
         self._deadline = 0.0
-        self._sending = False
-        self._rest: Any = None
         self._holding = False
         self._held = b""
         del self.close  # eventlet's, which forgets who waits
 
+    def watch(self) -> None:
+        """Stay registered from the next wait on, until the end: only `recv` and sending work from then on."""
+        self._watching = True
+
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
-        """Return at most `bufsize` bytes, waiting for the first of them; none when the client has ended."""
+        """Return at most `bufsize` bytes, waiting for the first of them; none when the client has ended.
+
+        Raises:
+            TimeoutError: nothing has come within the timeout.
+        """
         if self._held:
             self.release()
+        if not self._watching:
+            return super().recv(bufsize, flags)  # type: ignore[no-any-return]
         while True:
             self._wait_until_readable()
             try:
@@ -46,19 +55,15 @@ class Connection(GreenSocket):
             except (ConnectionResetError, BrokenPipeError):
                 return b""
 
-    def recv_into(self, buffer: bytearray | memoryview, nbytes: int = 0, flags: int = 0) -> int:
-        """Read into a buffer, as `recv` does."""
-        data = self.recv(nbytes or len(buffer), flags)
-        buffer[: len(data)] = data
-        return len(data)
-
     def _wait_until_readable(self) -> None:
+        if self._reader is not None:
+            raise RuntimeError("another green thread reads this connection")
         hub = eventlet.hubs.get_hub()
-        self._reader = eventlet.getcurrent()
-        if self._listener is None:
-            self._listener = hub.add(hub.READ, self.fd.fileno(), self._wake, self._reader.throw, self._mark_as_closed)
-        self._start_the_clock()
+        self._reader = reader = eventlet.getcurrent()
         try:
+            if self._listener is None:
+                self._listener = hub.add(hub.READ, self.fd.fileno(), self._wake, reader.throw, self._mark_as_closed)
+            self._start_the_clock()
             hub.switch()
         finally:
             self._reader = None
@@ -96,7 +101,7 @@ class Connection(GreenSocket):
         eventlet.hubs.get_hub().remove(listener)
 
     def settimeout(self, howlong: float | None) -> None:
-        """Bound each wait for bytes, one that has begun included, to so many seconds."""
+        """Bound each wait for bytes to so many seconds; of a connection that is watched, one that has begun too."""
         super().settimeout(howlong)
         self._stop_the_clock()
         if self._reader is not None:
@@ -104,6 +109,7 @@ class Connection(GreenSocket):
 
     def close(self) -> None:
         """Close it; whoever reads meets its end, and closes it again."""
+        self._holding, self._held = False, b""
         if self._reader is not None:
             with contextlib.suppress(OSError):
                 self.fd.shutdown(socket.SHUT_RDWR)
@@ -124,38 +130,19 @@ class Connection(GreenSocket):
             self.sendall(b"")
 
     def sendall(self, data: bytes, flags: int = 0) -> None:
-        """Send all of it, after what others are sending."""
+        """Send all of it, unless it is held."""
         if self._holding:
-            self._holding, self._held = False, data
-            return
+            self._holding = False
+            if not data.startswith(INTERIM):
+                self._held = data
+                return
         if self._held:
             data, self._held = self._held + data, b""
-        if self._rest is not None:
-            self._rest.wait()
-        self._sending = True
-        try:
-            super().sendall(data, flags)
-        finally:
-            self._sending = False
+        super().sendall(data, flags)
 
-    def send_at_once(self, data: bytes) -> bool:
-        """Send it without waiting, if nobody else is sending; return whether it is on its way, all of it."""
-        if self._sending or self._held or self._rest is not None:
-            return False
+    def send_now(self, data: bytes) -> int:
+        """Send as much of it as goes without waiting; return how many bytes that was."""
         try:
-            sent = self.fd.send(data)
+            return self.fd.send(data)  # type: ignore[no-any-return]
         except OSError:
-            return False
-        if sent < len(data):
-            self._rest = eventlet.spawn(self._send_rest, data[sent:])
-        return True
-
-    def _send_rest(self, data: bytes) -> None:
-        try:
-            super().sendall(data)
-        except OSError:
-            # What has begun cannot be left out: nothing can follow it.
-            with contextlib.suppress(OSError):
-                self.fd.shutdown(socket.SHUT_RDWR)
-        finally:
-            self._rest = None
+            return 0

@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from stickyring.drain import Drain
 from stickyring.metrics import TRANSPORTS, Engine, EngineMetrics, MoveMetrics, Packet, node_registry
-from stickyring.sessions import Session, key_of
-from stickyring.websocket import SOCKET_VARIABLE, WebSocket
+from stickyring.sessions import SESSION_VARIABLE, Session, SessionWebSocket, key_of
+from stickyring.websocket import SOCKET_VARIABLE, Server, WebSocket, refusal
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
@@ -140,7 +140,7 @@ class SocketIOGate:
         self._max_connections = max_connections
         self._engine: Engine = application.engineio_app.eio
         # The only way to have python-engineio take another WebSocket.
-        self._engine._async = {**self._engine._async, "websocket": WebSocket}
+        self._engine._async = {**self._engine._async, "websocket": _choose_websocket(self._engine._async["websocket"])}
         self._metrics = EngineMetrics(self._engine, max_connections, registry)
         self._watch()
 
@@ -156,14 +156,14 @@ class SocketIOGate:
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Serve one request."""
         if not environ["PATH_INFO"].startswith(self.path):
-            answer: Iterable[bytes] = self._application(environ, start_response)
-            return answer
+            return self._pass_on(environ, start_response)
         # Where python-engineio does not look: it would make a class for each request, for eventlet's WebSocket.
         environ[SOCKET_VARIABLE] = environ.pop("gunicorn.socket", None)
         query = environ.get("QUERY_STRING", "")
         sid = _parameter(query, "sid")
         session = self._sessions.get(sid or "")
         if session is not None:
+            environ[SESSION_VARIABLE] = session
             session.note(environ)
         stranger = sid is not None and sid not in self._engine.sockets
         if stranger:
@@ -172,6 +172,11 @@ class SocketIOGate:
             if sid is None and environ["REQUEST_METHOD"] == "GET":
                 self._metrics.refused.labels(_transport_label(query), "draining").inc()
             return _refuse(start_response, [(ELSEWHERE_HEADER, "1")])
+        if "HTTP_UPGRADE" in environ:
+            if environ[SOCKET_VARIABLE] is None:
+                return self._pass_on(environ, start_response)
+            if refused := refusal(environ):
+                return _answer(start_response, *refused, b"")
         if sid is None and environ["REQUEST_METHOD"] == "GET":
             return self._handshake(environ, start_response, _transport_label(query), _parameter(query, "EIO") or "")
         status, headers, body = self._ask(environ)
@@ -179,6 +184,10 @@ class SocketIOGate:
             status, body = "410 Gone", MOVED
             headers.append(("Cache-Control", "no-store"))
         return _answer(start_response, status, headers, body)
+
+    def _pass_on(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        answer: Iterable[bytes] = self._application(environ, start_response)
+        return answer
 
     def _ask(self, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]], bytes]:
         """Return status, headers and body of the application's answer; it does not return from a WebSocket."""
@@ -189,6 +198,9 @@ class SocketIOGate:
             return lambda _: None
 
         body = b"".join(self._application(environ, begin))
+        if not begun:
+            # What gunicorn takes for the end of a connection, of which nothing more is to be read or written.
+            raise StopIteration
         ((status, headers),) = begun
         return status, headers, body
 
@@ -215,10 +227,11 @@ class SocketIOGate:
         def on_connect(sid: str, environ: "WSGIEnvironment") -> object:
             answer = connect(sid, environ)
             if answer is None or answer is True:
-                sessions[sid] = session = Session(engine, engine.sockets[sid])
-                session.note(environ)
                 transport = _transport_label(environ.get("QUERY_STRING", ""))
                 metrics.accepted[transport].inc()
+                sessions[sid] = session = Session(engine, engine.sockets[sid])
+                environ[SESSION_VARIABLE] = session
+                session.note(environ)
                 log.debug("connected", extra={"sid": sid, "transport": transport})
             return answer
 
@@ -249,12 +262,26 @@ class SocketIOGate:
         engine.send_packet = counting_send_packet
 
 
+def _choose_websocket(other: Callable[..., "WSGIApplication"]) -> Callable[..., "WSGIApplication"]:
+    """Return what makes our WebSocket where gunicorn hands the connection over, and the other one elsewhere."""
+
+    def choose(handler: Callable[[WebSocket], object], server: Server) -> "WSGIApplication":
+        def open_websocket(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+            ours = environ[SOCKET_VARIABLE] is not None
+            return (SessionWebSocket(handler, server) if ours else other(handler, server))(environ, start_response)
+
+        return open_websocket
+
+    return choose
+
+
 def _parameter(query: str, name: str) -> str | None:
     """Return the first value of a parameter; None if it is not there, or empty."""
     # parse_qs takes longer than everything else here.
     for parameter in query.split("&"):
         found, _, value = parameter.partition("=")
-        if found == name and value:
+        # python-engineio decodes names too, and has to find the same one.
+        if value and (found == name or ("%" in found and unquote_plus(found) == name)):
             return unquote_plus(value)
     return None
 

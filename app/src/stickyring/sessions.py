@@ -5,12 +5,16 @@ A session is one of Engine.IO (protocol revision 4), which is one connection of 
 
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from stickyring.metrics import Engine, EngineSession, Packet
-from stickyring.websocket import SOCKET_VARIABLE, frame
+from stickyring.websocket import PROTOCOL_ERROR, WebSocket
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 # Request headers of the edge's, as the WSGI environ names them.
 KEY_VARIABLE = "HTTP_X_STICKYRING_KEY"
@@ -19,6 +23,8 @@ QUERY_VARIABLE = "HTTP_X_STICKYRING_QUERY"
 """`x-stickyring-query`: the query parameters that the edge looks for a key in, `name1,name2`, the first one first."""
 CLUSTER_VARIABLE = "HTTP_X_STICKYRING_CLUSTER"
 """`x-stickyring-cluster`: the edge's cluster by which the request came; each has a ring of its own."""
+SESSION_VARIABLE = "stickyring.session"
+"""The open session that a request is of, in the WSGI environ."""
 SETTLING_SECONDS = 1.0
 """A client that has just connected still joins namespaces; cut off in that, python-socketio's gives up for good."""
 REASON = "transport close"
@@ -29,28 +35,21 @@ WANTS_ANSWER = re.compile(r"[25](?:\d+-)?(?:/[^,]*,)?\d+\[")
 ANSWERS = ("3", "6")
 
 
-class Connection(Protocol):
-    """What can send to its client without waiting, `stickyring.connection.Connection`."""
-
-    def send_at_once(self, data: bytes) -> bool:
-        """Send it, if nobody else is sending; return whether it is on its way."""
-
-
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class Session:
     """One open session and what is known of it.
 
     `key` is the user: the newest key that a request of this session carried, None if none did; `cluster` is likewise
-    the edge's cluster. `connection` is what its WebSocket goes over, where the worker has one that can send at once.
-    `unanswered` counts the events whose acknowledgement the application still owes; while `taking`
-    is false, it gets no more that want one. `moved` says that the node ended the session to have it elsewhere.
+    the edge's cluster. `websocket` is what carries it, once something other than polls does. `unanswered` counts the
+    events whose acknowledgement the application still owes; while `taking` is false, it gets no more that want one.
+    `moved` says that the node ended the session to have it elsewhere.
     """
 
     engine: Engine
     socket: EngineSession
     key: str | None = None
     cluster: str | None = None
-    connection: Connection | None = None
+    websocket: WebSocket | None = None
     began: float = field(default_factory=time.monotonic)
     unanswered: int = 0
     taking: bool = True
@@ -85,18 +84,15 @@ class Session:
         """Note what the edge says with a request of this session."""
         self.key = key_of(environ) or self.key
         self.cluster = _on_the_wire(environ, CLUSTER_VARIABLE) or self.cluster
-        if "HTTP_UPGRADE" in environ and hasattr(connection := environ[SOCKET_VARIABLE], "send_at_once"):
-            self.connection = connection
 
     def send_at_once(self, packet: Packet) -> bool:
         """Send a packet over the WebSocket, if nothing waits before it; return whether that was done.
 
         It saves the engine's queue and the green thread that empties it.
         """
-        socket = self.socket
-        if self.connection is None or not socket.upgraded or self.ended or not socket.queue.empty():
+        if self.websocket is None or self.ended or not self.socket.queue.empty():
             return False
-        return not socket.check_ping_timeout() or self.connection.send_at_once(frame(packet.encode()))
+        return not self.socket.check_ping_timeout() or self.websocket.send_at_once(packet.encode())
 
     def takes(self, data: object) -> bool:
         """Note a message from the client; return whether the application gets it."""
@@ -126,6 +122,27 @@ class Session:
         self.socket.close(wait=False, abort=True, reason=REASON)
         # The engine keeps a polling session that has ended until its next round, and fails on a POST for it.
         self.engine.sockets.pop(self.socket.sid, None)
+
+
+class SessionWebSocket(WebSocket):
+    """The WebSocket of a session, which knows it from when it carries the session: an upgrade may fail before."""
+
+    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        """Open the connection, let the handler run, and close it."""
+        self._session: Session | None = environ.get(SESSION_VARIABLE)
+        return super().__call__(environ, start_response)
+
+    def wait(self) -> str | bytes | None:
+        """Return the client's next packet; None when the connection has ended, or something else came."""
+        session = self._session
+        if session is not None and session.websocket is None and session.socket.upgraded:
+            session.websocket = self
+        packet = super().wait()
+        if isinstance(packet, str) and not packet[:1].isdecimal():
+            # python-engineio would fail at it, and leave the session open.
+            self.fail(PROTOCOL_ERROR)
+            return None
+        return packet
 
 
 def key_of(environ: dict[str, object]) -> str | None:

@@ -13,7 +13,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable
-from socket import SHUT_WR
+from socket import SHUT_RDWR, SHUT_WR
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ class Server(Protocol):
 
     max_http_buffer_size: float
 
+    def start_background_task(self, target: Callable[..., object], *args: object) -> object:
+        """Run something beside this."""
+
 
 class _FailureError(Exception):
     """The client breaks the protocol; `status` is what it is told in the closing frame."""
@@ -63,51 +66,61 @@ def _frame(opcode: int, payload: bytes) -> bytes:
     return struct.pack("!BBQ", first, 127, size) + payload
 
 
+def refusal(environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]]] | None:
+    """Return status and headers for a handshake that cannot be answered with a WebSocket (section 4.2); else None."""
+    if environ.get("HTTP_SEC_WEBSOCKET_VERSION") != VERSION:
+        return "426 Upgrade Required", [("Sec-WebSocket-Version", VERSION)]
+    if not environ.get("HTTP_SEC_WEBSOCKET_KEY"):
+        return "400 Bad Request", []
+    return None
+
+
 class WebSocket:
     """One connection, and the WSGI application that it is opened by; python-engineio makes one for each upgrade.
 
-    `handler` is called with this object when the connection is open; it may call `wait`, and any green thread `send`
-    and `close`. A message is at most `server.max_http_buffer_size` bytes long.
+    `handler` is called with this object when the connection is open; it may call `wait`, and any green thread the
+    others. A message is at most `server.max_http_buffer_size` bytes long. What `refusal` refuses must not come here.
     """
 
     def __init__(self, handler: Callable[["WebSocket"], object], server: Server) -> None:
         self._handler = handler
+        self._server = server
         self._longest = int(server.max_http_buffer_size)
         self._buffer = b""
         self._sending = threading.Lock()
+        self._senders = 0  # including those that wait for the lock
         self._closing = False
         self._end = math.inf
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        """Open the connection, let the handler run, and close it."""
-        if environ.get("HTTP_SEC_WEBSOCKET_VERSION") != VERSION:
-            start_response("426 Upgrade Required", [("Sec-WebSocket-Version", VERSION), ("Content-Length", "0")])
-            return ()
-        if not (key := environ.get("HTTP_SEC_WEBSOCKET_KEY")):
-            start_response("400 Bad Request", [("Content-Length", "0")])
-            return ()
+        """Open the connection, let the handler run, and close it; what is returned says nothing.
+
+        Nothing more is to be read from the connection then, or written to it.
+        """
+        key = environ["HTTP_SEC_WEBSOCKET_KEY"]
         accept = base64.b64encode(hashlib.sha1(f"{key}{GUID}".encode(), usedforsecurity=False).digest()).decode()
         self.socket = environ[SOCKET_VARIABLE]
         self.socket.sendall(
             "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             f"Sec-WebSocket-Accept: {accept}\r\n\r\n".encode()
         )
-        self._handler(self)
-        self.close()
-        # What gunicorn takes for the end of the connection, of which nothing more is to be read or written.
-        raise StopIteration
+        if hasattr(self.socket, "watch"):
+            self.socket.watch()
+        try:
+            self._handler(self)
+        finally:
+            self.close()
+        return ()
 
     def wait(self) -> str | bytes | None:
-        """Return the client's next message, str for text and bytes for binary; None when the connection has ended.
-
-        Raises:
-            TimeoutError: nothing has come within the socket's timeout.
-        """
+        """Return the client's next message, str for text and bytes for binary; None when the connection has ended."""
         try:
             return self._message()
         except _FailureError as failure:
-            self._close(failure.status)
-            return None
+            self.fail(failure.status)
+        except OSError:
+            pass
+        return None
 
     def send(self, message: str | bytes) -> None:
         """Send a message.
@@ -115,7 +128,21 @@ class WebSocket:
         Raises:
             OSError: the connection has ended.
         """
+        if self._closing:
+            raise BrokenPipeError("the WebSocket is closed")
         self._send(frame(message))
+
+    def send_at_once(self, message: str | bytes) -> bool:
+        """Send a message without waiting, if nobody else is sending; return whether it is on its way, all of it."""
+        if self._senders or self._closing or not hasattr(self.socket, "send_now"):
+            return False
+        data = frame(message)
+        sent = self.socket.send_now(data)
+        if 0 < sent < len(data):
+            self._senders += 1
+            self._sending.acquire()
+            self._server.start_background_task(self._send_rest, data[sent:])
+        return bool(sent)
 
     def close(self) -> None:
         """Say that nothing more comes, and give the client a while to say the same.
@@ -124,14 +151,38 @@ class WebSocket:
         may never arrive.
         """
         self._close()
-        with contextlib.suppress(OSError):
+        with self._sending, contextlib.suppress(OSError):
             self.socket.shutdown(SHUT_WR)
         self._end = min(self._end, time.monotonic() + CLOSING_SECONDS)
-        self.socket.settimeout(CLOSING_SECONDS)
+        with contextlib.suppress(OSError):
+            self.socket.settimeout(CLOSING_SECONDS)
+
+    def fail(self, status: int) -> None:
+        """Close it for a client that breaks the protocol; what still comes is not read for what it is."""
+        self._close(status)
+        self.close()
+        with contextlib.suppress(OSError):
+            while self._read():
+                pass
 
     def _send(self, data: bytes) -> None:
-        with self._sending:
+        self._senders += 1
+        try:
+            with self._sending:
+                self.socket.sendall(data)
+        finally:
+            self._senders -= 1
+
+    def _send_rest(self, data: bytes) -> None:
+        try:
             self.socket.sendall(data)
+        except OSError:
+            # What has begun cannot be left out: nothing can follow it.
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(SHUT_RDWR)
+        finally:
+            self._sending.release()
+            self._senders -= 1
 
     def _close(self, status: int | None = None) -> None:
         if not self._closing:
@@ -141,7 +192,7 @@ class WebSocket:
 
     def _message(self) -> str | bytes | None:
         parts: list[bytes] = []
-        kind = CONTINUATION
+        kind, size = CONTINUATION, 0
         while (found := self._next()) is not None:
             first, payload = found
             opcode = first & OPCODE
@@ -152,9 +203,11 @@ class WebSocket:
             if (opcode == CONTINUATION) != bool(kind) or opcode > BINARY:
                 raise _FailureError(PROTOCOL_ERROR)
             kind = kind or opcode
-            parts.append(payload)
-            if sum(map(len, parts)) > self._longest:
+            size += len(payload)
+            # Pieces without content take room as well.
+            if size + len(parts) > self._longest:
                 raise _FailureError(TOO_BIG)
+            parts.append(payload)
             if first & FINAL:
                 return _decoded(b"".join(parts)) if kind == TEXT else b"".join(parts)
         return None

@@ -11,6 +11,7 @@ import errno
 import os
 import signal
 import socket
+import time
 from types import FrameType
 from typing import Any
 
@@ -25,6 +26,8 @@ from stickyring.connection import Connection
 
 HEARTBEAT_SECONDS = 1.0
 ACCEPT_PAUSE_SECONDS = 0.2
+RECOVERED_SECONDS = 1.0
+"""How long nobody was refused when descriptors are said to be back."""
 LAST_REQUEST_SECONDS = 1.0
 """How long connections may take to bring their first or next request, when the worker retires."""
 TICK_SECONDS = 0.02
@@ -131,6 +134,7 @@ class EventletWorker(AsyncWorker):
     def _accept(self, listener: GreenSocket, connections: eventlet.GreenPool) -> None:
         """Give every connection a green thread, for ever; one line when descriptors run out, one when they are back."""
         exhausted = False
+        refused_at = 0.0
         while True:
             try:
                 client, address = listener.fd.accept()
@@ -142,11 +146,11 @@ class EventletWorker(AsyncWorker):
                 if error.errno in OUT_OF_RESOURCES:
                     if not exhausted:
                         self.log.warning("refusing connections for now: %s", error.strerror)
-                    exhausted = True
-                    if not self._refuse(listener.fd):
-                        eventlet.sleep(ACCEPT_PAUSE_SECONDS)
+                    exhausted, refused_at = True, time.monotonic()
+                    # Others run meanwhile, who may give descriptors back.
+                    eventlet.sleep(0 if self._refuse(listener.fd) else ACCEPT_PAUSE_SECONDS)
                 continue
-            if exhausted:
+            if exhausted and time.monotonic() > refused_at + RECOVERED_SECONDS:
                 self.log.warning("accepting connections again")
                 exhausted = False
             connections.spawn_n(self.handle, listener, Connection(client), address)
