@@ -273,3 +273,27 @@ def test_the_waiting_poll_of_a_moved_session_ends_in_an_error(runtime: Runtime) 
     assert request(runtime, first, "42[]").status == request(runtime, first).status == 400
     assert request(runtime, second, "40").status == 200
     assert "40{" in request(runtime, second).text
+
+
+def test_where_gunicorn_hands_no_connection_over_a_websocket_is_the_engines_own() -> None:
+    server = socketio.Server(async_mode="threading", monitor_clients=False)
+    taken: list[str] = []
+
+    def theirs(_handler: object, _server: object) -> Callable[..., list[bytes]]:
+        def answer(environ: dict[str, Any], start_response: Callable[..., object]) -> list[bytes]:
+            taken.append(environ["PATH_INFO"])
+            return [b"theirs"]
+
+        return answer
+
+    server.eio._async = {**server.eio._async, "websocket": theirs}
+    runtime = Runtime(socketio.WSGIApp(server), node_name="node1-1", max_connections=CAP)
+    environ = {
+        "PATH_INFO": "/socket.io/",
+        "QUERY_STRING": "EIO=4&transport=websocket",
+        "HTTP_UPGRADE": "websocket",
+        "HTTP_CONNECTION": "Upgrade",
+    }
+    setup_testing_defaults(environ)
+    assert list(runtime(environ, lambda *_: lambda _: None)) == [b"theirs"]
+    assert taken == ["/socket.io/"]
