@@ -8,14 +8,18 @@ import http.client
 import itertools
 import json
 import re
+import signal
+import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from bench.contenders import Contender, Server, ours, running, stub
 from bench.load import LoadError, Loop, Sample, Target, Wire, check, echo, handshakes, open_sessions, pace
 from bench.nodes import MANNERS, PACED_CROWD, PACED_RATE, trips
-from bench.proxies import NGINX, PLACES, UNHASHED, Edge, edges
+from bench.proxies import NGINX, PLACES, UNHASHED, Edge, edges, strace
 from bench.report import Figure, Part
 from bench.rounds import Rounds
 
@@ -24,6 +28,7 @@ NODES = 3
 SESSIONS_OF_A_USER = 2
 TOGETHER = 100
 """Sessions at the same time, less than any backlog; an edge may keep each for a second after its end."""
+TRACED_RATE = 200.0
 PLACE = re.compile(r'"sid":"([a-z0-9]+)_')
 
 
@@ -67,6 +72,7 @@ def figures(profile: Profile) -> list[Figure]:
         Figure("trip-p99", f"round trip {paced}, 99th percentile", "ms", False, True),
         Figure("added-p50", "what the edge adds to that, median", "ms", None),
         Figure("added-p99", "what the edge adds to that, 99th percentile", "ms", None),
+        Figure("system-calls", "system calls of an echo, 1 connection", "calls", False, True),
         *(
             Figure(f"session-cpu@{key}", f"CPU of a session, {manner}", "µs", False, True)
             for key, (manner, _, _) in MANNERS.items()
@@ -88,10 +94,10 @@ def figures(profile: Profile) -> list[Figure]:
 def measure(rounds: Rounds, profile: Profile) -> Part:
     """Measure every edge in every round; what a round starts with rotates."""
     rounds.say("installing what is missing")
-    return compare(rounds, profile, edges(rounds.folder))
+    return compare(rounds, profile, edges(rounds.folder), strace(rounds.folder))
 
 
-def compare(rounds: Rounds, profile: Profile, compared: Sequence[Edge]) -> Part:
+def compare(rounds: Rounds, profile: Profile, compared: Sequence[Edge], tracer: Path) -> Part:
     """Measure these edges; the one without a hash only in what it cannot do."""
     part = Part(
         "edges",
@@ -110,6 +116,10 @@ def compare(rounds: Rounds, profile: Profile, compared: Sequence[Edge]) -> Part:
     for edge in compared:
         _users(rounds, part, edge, profile)
     measured = [edge for edge in compared if edge.key != UNHASHED]
+    with _nodes(rounds, NODES) as nodes:
+        for edge in measured:
+            with _running(rounds, edge, nodes) as server:
+                part.add(edge.key, {"system-calls": _system_calls(server, tracer)})
     for number in rounds.go(profile.rounds, "echoes and sessions"):
         with _nodes(rounds, NODES) as nodes:
             direct = trips(_paced(nodes[0], profile), "trip")
@@ -184,6 +194,25 @@ def _paced(server: Server, profile: Profile) -> Sample:
 def _cpu(sample: Sample) -> float:
     """Microseconds of CPU for each thing that was done."""
     return 1e6 * sample.cpu / sample.count
+
+
+def _system_calls(server: Server, tracer: Path) -> float:
+    """How many of them an echo takes; with one connection, so that none serves several."""
+    with contextlib.closing(Loop()) as loop, tempfile.NamedTemporaryFile("r") as table:
+        wires: list[Wire] = []
+        open_sessions(loop, server.target, wires, 1)
+        command = [str(tracer), "-f", "-c", "-o", table.name, *(f"--attach={process}" for process in server.processes)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracing:
+            try:
+                said = [tracing.stderr.readline().strip() for _ in server.processes if tracing.stderr]
+                if not all("attached" in line for line in said):
+                    raise LoadError(f"strace cannot look at {server.target.title}, and says: {said[-1]}")
+                sample = pace(loop, server.target, wires, server.cpu_seconds, seconds=1, rate=TRACED_RATE)
+            finally:
+                tracing.send_signal(signal.SIGINT)
+        # % time, seconds, usecs/call, calls, errors if there were any, "total"
+        total = table.read().splitlines()[-1].split()
+        return int(total[3]) / sample.count
 
 
 def _users(rounds: Rounds, part: Part, edge: Edge, profile: Profile) -> None:

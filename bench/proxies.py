@@ -1,6 +1,6 @@
 """The edges that are compared: each is a program and its configuration, in front of nodes on loopback.
 
-nginx and HAProxy are Debian's, unpacked where nothing starts them.
+nginx and HAProxy are Debian's, unpacked where nothing starts them; so is what looks at them.
 """
 
 import functools
@@ -61,7 +61,7 @@ def edges(folder: Path) -> list[Edge]:
         PrepareError: it cannot be installed, or the role does not compose its configuration.
     """
     envoy, version = _envoy()
-    debian = install(folder, "proxies", _debian_packages, HERE / "debian-packages.txt")
+    debian = _debian(folder)
     nginx = [str(debian / "usr/sbin/nginx")]
     # HAProxy's libraries are where the loader does not look for them.
     libraries = ":".join(sorted({str(path.parent) for path in debian.rglob("*.so*")}))
@@ -102,6 +102,15 @@ def _version(command: Sequence[str]) -> str:
         said = (done.stderr.strip() or "nothing").splitlines()[-1]
         raise PrepareError(f"{command[-2]} does not start, and says: {said}")
     return found[0]
+
+
+def strace(folder: Path) -> Path:
+    """Return the tracer of system calls, installed as the edges are."""
+    return _debian(folder) / "usr/bin/strace"
+
+
+def _debian(folder: Path) -> Path:
+    return install(folder, "debian", _debian_packages, HERE / "debian-packages.txt")
 
 
 def _debian_packages(place: Path, listed: Path) -> None:

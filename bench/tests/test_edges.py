@@ -40,6 +40,14 @@ async def main():
 
 asyncio.run(main())
 """
+TRACER = f"""#!{sys.executable}
+import signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+print("strace: Process 1 attached", file=sys.stderr, flush=True)
+signal.sigwait([signal.SIGINT])
+with open(sys.argv[4], "w") as table:
+    table.write("100.00    0.012345          12      1100        50 total\\n")
+"""
 CONTEXT = {
     "command": "a command",
     "date": "a date",
@@ -62,8 +70,13 @@ def rounds(tmp_path: Path) -> Iterator[Rounds]:
     os.sched_setaffinity(0, before)
 
 
-def test_what_keeps_users_together_is_told_from_what_does_not(rounds: Rounds) -> None:
-    part = edges.compare(rounds, TINY, [proxy(proxies.NGINX, True), proxy(proxies.UNHASHED, False)])
+def test_what_keeps_users_together_is_told_from_what_does_not(rounds: Rounds, tmp_path: Path) -> None:
+    tracer = tmp_path / "strace"
+    tracer.write_text(TRACER)
+    tracer.chmod(0o755)
+    part = edges.compare(rounds, TINY, [proxy(proxies.NGINX, True), proxy(proxies.UNHASHED, False)], tracer)
+    ((calls,),) = part.found["system-calls"].values()
+    assert 5 < calls < 6, "1100 calls for a second's 200 echoes"
     assert part.found["sticky"] == {proxies.NGINX: [100.0], proxies.UNHASHED: [0.0]}
     # Of a hash modulo the number of nodes, three of four users have another node when a fourth comes.
     ((moved,),) = part.found["moved@3"].values()
