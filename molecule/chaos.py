@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import random
 import re
 import signal
@@ -22,14 +23,14 @@ sys.path.insert(0, str(PROJECT / "molecule" / "shared" / "tests"))
 import environment  # noqa: E402 - of the suites
 from residents import Residents  # noqa: E402
 
-EDGE, EDGE_ADDRESS, NODES = "edge1", "198.51.100.10", ("node1", "node2", "node3")
-URL = f"http://{EDGE_ADDRESS}:9002"
+LISTENER_PORT = 9002
 USERS = [f"user-{number}" for number in range(60)]
 EDGE_UNIT, NODE_UNIT = "stickyring-edge.service", "stickyring-node@1.service"
 SETTLED_SECONDS = 60
-KILLED_SHARE = 0.5
-TASKS = 100
-"""About as many as the longest playbook has here; one that has fewer than chance says is not killed."""
+CURRENT = "/opt/stickyring-node/current"
+CONTROL = "--control /run/stickyring-node/1/control.sock"
+TASKS = 50
+"""Of a playbook that has not run yet."""
 EXAMPLES = """
 examples:
   make chaos                                            seed 1, 60 operations
@@ -43,13 +44,18 @@ class Broken(Exception):
 
 
 class Lab:
-    """The hosts of inventory/lab, and the users who are connected to them."""
+    """The hosts of inventory/lab, and, once they are there, the users who are connected to them."""
 
-    def __init__(self, residents: Residents, chance: random.Random) -> None:
-        self.residents = residents
+    residents: Residents
+
+    def __init__(self, chance: random.Random) -> None:
+        groups = json.loads(environment.run("ansible-inventory", "--list").stdout)
+        self.edge, self.nodes = groups["edge"]["hosts"][0], groups["nodes"]["hosts"]
+        self.edge_address = groups["_meta"]["hostvars"][self.edge]["ansible_host"]
         self.chance = chance
         self.killed = 0
         self._updates = 0
+        self._tasks: dict[str, int] = {}
 
     def host(self, name: str) -> testinfra.host.Host:
         """A host by name, as root."""
@@ -61,31 +67,37 @@ class Lab:
         return output
 
     def play(self, *arguments: str) -> None:
-        """Runs a playbook to its end; every other time, one that was killed at a random task has gone before it."""
-        if self.chance.random() < KILLED_SHARE:
-            self.kill(self.chance.randint(1, TASKS), *arguments)
-        self.finish(*arguments)
+        """Runs a playbook, kills it at a random task with all that it has started here, and runs it to its end."""
+        left = self.chance.randint(1, self._tasks.get(arguments[0], TASKS))
 
-    def kill(self, tasks: int, *arguments: str) -> None:
-        """Runs a playbook, and kills it with all that it has started here at the beginning of that task."""
-        with environment.started("ansible-playbook", *arguments) as run:
-            for line in map(str.strip, run.stdout or ()):
-                tasks -= line.startswith("TASK [")
-                if not tasks:
-                    self.killed += 1
-                    print(f"({arguments[0]} killed at {line.removeprefix('TASK ').strip(' *')}) ", end="", flush=True)
-                    break
+        def here(_: str) -> bool:
+            nonlocal left
+            left -= 1
+            return not left
+
+        told = environment.interrupt_where(here, *arguments)
+        if not left:
+            self.killed += 1
+            task = told[-1].removeprefix("TASK ").strip("* \n")
+            print(f"({arguments[0]} killed at {task}) ", end="", flush=True)
+        self.finish(*arguments)
 
     def finish(self, *arguments: str) -> None:
         """Runs a playbook to its end, which has to be a good one."""
         done = environment.run("ansible-playbook", *arguments, check=False)
         if done.returncode:
             raise Broken(f"{' '.join(arguments)} has failed:\n{done.stdout[-3000:]}{done.stderr}")
+        self._tasks[arguments[0]] = done.stdout.count("\nTASK [")
 
-    def release(self) -> list[str]:
-        """The option for a release that no node has."""
+    def releases(self) -> dict[str, str]:
+        """The release that is current on each node."""
+        told = environment.run("ansible", "nodes", "--become", "--one-line", "--args", f"readlink {CURRENT}").stdout
+        return dict(re.findall(r"^(\S+) \|.*releases/(\S+)$", told, re.MULTILINE))
+
+    def release(self) -> str:
+        """The name of a release that no node has."""
         self._updates += 1
-        return ["-e", f"stickyring_node_release=chaos-{self._updates}"]
+        return f"chaos-{os.getpid()}-{self._updates}"
 
     def mode(self) -> list[str]:
         """The options of how nodes are restarted: in surge mode or not."""
@@ -126,7 +138,7 @@ def hang(lab: Lab, node: str) -> None:
 
 def cut(lab: Lab, node: str) -> None:
     """nothing goes back from the node to the edge, until its users are elsewhere"""
-    route = f"blackhole {EDGE_ADDRESS}/32"
+    route = f"blackhole {lab.edge_address}/32"
     lab.do(node, f"ip route add {route}")
     try:
         lab.leave(node)
@@ -136,26 +148,31 @@ def cut(lab: Lab, node: str) -> None:
 
 def drain(lab: Lab, node: str) -> None:
     """stickyring drain, and undrain"""
-    for command in ("drain", "undrain"):
-        lab.do(
-            node, f"/opt/stickyring-node/current/bin/stickyring {command} --control /run/stickyring-node/1/control.sock"
-        )
+    lab.do(node, f"{CURRENT}/bin/stickyring drain {CONTROL}")
+    lab.leave(node)
+    lab.do(node, f"{CURRENT}/bin/stickyring undrain {CONTROL}")
 
 
 def restart_edge(lab: Lab, node: str) -> None:
     """systemctl restart of the edge"""
-    lab.do(EDGE, f"systemctl restart {EDGE_UNIT}")
+    lab.do(lab.edge, f"systemctl restart {EDGE_UNIT}")
 
 
 def update(lab: Lab, node: str) -> None:
     """rolling_update.yml to another release"""
-    lab.play("playbooks/rolling_update.yml", *lab.release(), *lab.mode())
+    release = lab.release()
+    lab.play("playbooks/rolling_update.yml", "-e", f"stickyring_node_release={release}", *lab.mode())
+    if set(lab.releases().values()) != {release}:
+        raise Broken(f"after the update to {release}: {lab.releases()}")
 
 
 def roll_back(lab: Lab, node: str) -> None:
     """rolling_update.yml to another release, and rollback.yml"""
-    lab.finish("playbooks/rolling_update.yml", *lab.release(), *lab.mode())
+    before = lab.releases()
+    lab.finish("playbooks/rolling_update.yml", "-e", f"stickyring_node_release={lab.release()}", *lab.mode())
     lab.play("playbooks/rollback.yml", *lab.mode())
+    if lab.releases() != before:
+        raise Broken(f"after the rollback: {lab.releases()}, and not {before}")
 
 
 def remove(lab: Lab, node: str) -> None:
@@ -191,7 +208,7 @@ class Before(NamedTuple):
 
 def look(lab: Lab, node: str) -> Before:
     """What to compare with afterwards."""
-    envoy = lab.do(EDGE, f"systemctl show {EDGE_UNIT} --property=MainPID --value")
+    envoy = lab.do(lab.edge, f"systemctl show {EDGE_UNIT} --property=MainPID --value")
     return Before(time.monotonic(), envoy, {one.user for one in lab.residents if one.node == f"{node}-1"})
 
 
@@ -200,8 +217,8 @@ def rest(lab: Lab) -> None:
     with tempfile.TemporaryDirectory() as folder:
         playbooks = [f"playbooks/{name}.yml" for name in ("verify", "rebalance", "plan")]
         lab.finish(*playbooks, "-e", f"directory={folder}")
-        plan = json.loads(Path(folder, EDGE, "plan.json").read_text())
-        ring = Ring.load(json.loads(Path(folder, EDGE, "before.json").read_text()))
+        plan = json.loads(Path(folder, lab.edge, "plan.json").read_text())
+        ring = Ring.load(json.loads(Path(folder, lab.edge, "before.json").read_text()))
     if plan["changes"]:
         raise Broken(f"the ring is not the inventory's: {plan['changes']}")
     home = {user: {ring.owner(user)} for user in USERS}
@@ -245,22 +262,23 @@ def main() -> None:
     weights = [OPERATIONS[name][1] for name in names]
     played: list[str] = []
     began = time.monotonic()
-    with Residents(URL, USERS) as residents:
-        lab = Lab(residents, chance)
+    lab = Lab(chance)
+    with Residents(f"http://{lab.edge_address}:{LISTENER_PORT}", USERS) as residents:
+        lab.residents = residents
         try:
             residents.settle(SETTLED_SECONDS)
             rest(lab)
             while len(played) < given.operations:
-                (name,), node = chance.choices(names, weights), chance.choice(NODES)
+                (name,), node = chance.choices(names, weights), chance.choice(lab.nodes)
                 played.append(f"{name} {node}")
                 before = look(lab, node)
                 print(f"{len(played):3} {played[-1]:22}", end="", flush=True)
                 OPERATIONS[name][0](lab, node)
                 check(lab, name, node, before)
                 print(f"held, {time.monotonic() - before.moment:.0f} s", flush=True)
-        except (Broken, TimeoutError) as error:
+        except Exception as error:  # whatever it is, what was played belongs to it
             print("BROKEN")
-            sys.exit(f"seed {given.seed}: {error}\nafter: {', '.join(played)}")
+            sys.exit(f"seed {given.seed}: {type(error).__name__}: {error}\nafter: {', '.join(played)}")
         except KeyboardInterrupt:
             sys.exit(
                 f"\nseed {given.seed}: interrupted after {len(played)} operations; site.yml brings the lab to rest"

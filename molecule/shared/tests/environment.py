@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,7 +18,7 @@ LONGEST_SECONDS = 900
 
 @contextmanager
 def started(program: str, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """Starts one of them, of which nothing goes on here after the block."""
+    """Starts one of them, of which nothing goes on here after the block, nor after LONGEST_SECONDS."""
     # Molecule asks for colours, whose codes stand between the words at each line's end.
     plain = {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}
     environment = os.environ | plain | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg")}
@@ -26,30 +27,40 @@ def started(program: str, *arguments: str | Path) -> Iterator[subprocess.Popen[s
     with subprocess.Popen(
         command, cwd=PROJECT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     ) as process:
-        try:
-            yield process
-        finally:
+
+        def end() -> None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
+        timer = threading.Timer(LONGEST_SECONDS, end)
+        timer.start()
+        try:
+            yield process
+        finally:
+            timer.cancel()
+            end()
+
 
 def run(program: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs one to its end, which has to be a good one unless told otherwise: run("ansible-playbook", "site.yml").
-    Raises:
-        subprocess.TimeoutExpired: it takes too long.
-    """
+    """Runs one to its end, which has to be a good one unless told otherwise: run("ansible-playbook", "site.yml")."""
     with started(program, *arguments) as process:
-        output, errors = process.communicate(timeout=LONGEST_SECONDS)
+        output, errors = process.communicate()
     assert not check or process.returncode == 0, output + errors
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def interrupt(task: str, *arguments: str | Path) -> None:
     """Runs a playbook and kills it, with all that it has started here, when it begins the task."""
+    told = interrupt_where(lambda line: f"{task}]" in line, *arguments)
+    assert f"{task}]" in told[-1], f"it has ended before {task}: {''.join(told)}"
+
+
+def interrupt_where(here: Callable[[str], bool], *arguments: str | Path) -> list[str]:
+    """Runs a playbook and kills it at the task for whose first line this is true; returns what it has told."""
     told = [""]
     with started("ansible-playbook", *arguments) as play:
         for line in play.stdout or ():
             told.append(line)
-            if line.startswith("TASK [") and f"{task}]" in line:
+            if line.startswith("TASK [") and here(line):
                 break
-    assert f"{task}]" in told[-1], f"it has ended before {task}: {''.join(told)}"
+    return told

@@ -16,9 +16,9 @@ import socketio
 from stickyring.delivery import Sender
 
 TRANSPORTS = (["websocket"], ["polling"], ["polling", "websocket"])
-ANSWER_SECONDS = 90
+ANSWER_SECONDS = 60.0
 POLL_SECONDS = 0.1
-GOODBYE_SECONDS = 90
+GOODBYE_SECONDS = 30
 
 
 @dataclass
@@ -28,12 +28,13 @@ class Connection:
     pause: seconds between an acknowledgement and the next message; node: who welcomed it last; events: (time,
     "connect", "disconnect" or "failed") in their order; welcomes: (time, node); answers: (sent at, acknowledged at) of
     its numbered messages; repeated: when those were sent that had to be sent again; lost: those that were not
-    acknowledged in ANSWER_SECONDS, or wrongly.
+    acknowledged in `answer` seconds, or wrongly.
     """
 
     user: str
     transports: list[str]
     pause: float = 1.0
+    answer: float = ANSWER_SECONDS
     node: str = ""
     events: list[tuple[float, str]] = field(default_factory=list)
     welcomes: list[tuple[float, str]] = field(default_factory=list)
@@ -67,7 +68,7 @@ class Connection:
         began, repeated = time.monotonic(), sender.repeated
         text = f"message {len(self.answers)}"
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
+            async with asyncio.timeout(self.answer):
                 answer = await sender.send("message", text)
         except TimeoutError:
             answer = ""
@@ -102,11 +103,17 @@ class Residents:
     """Connections that live in a thread of their own; each of the transport settings has one of every user."""
 
     def __init__(
-        self, url: str, users: list[str], pause: float = 1.0, transports: tuple[list[str], ...] = TRANSPORTS
+        self,
+        url: str,
+        users: list[str],
+        pause: float = 1.0,
+        transports: tuple[list[str], ...] = TRANSPORTS,
+        answer: float = ANSWER_SECONDS,
     ) -> None:
         self._url = url
+        self._goodbye = answer + GOODBYE_SECONDS
         self.users = users
-        self.connections = [Connection(user, one, pause) for user in users for one in transports]
+        self.connections = [Connection(user, one, pause, answer) for user in users for one in transports]
         self._ended = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(tell_of_errors)
@@ -127,7 +134,7 @@ class Residents:
         """Waits until every connection has said goodbye."""
         # Not cancelled: the client's own waiting may swallow that.
         self._ended.set()
-        _, left = await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=GOODBYE_SECONDS)
+        _, left = await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=self._goodbye)
         assert not left, left
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> Any:

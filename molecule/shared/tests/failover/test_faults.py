@@ -18,7 +18,8 @@ from residents import Connection, Residents
 NODE = "stickyring-node@1.service"
 EDGE = "stickyring-edge.service"
 NODE_PORT = 8001
-JOURNAL = "/run/log/journal"
+JOURNAL = "/var/log/journal"
+EXHAUSTED_SECONDS = 60
 USERS = [f"user-{number}" for number in range(90)]
 PAUSE_SECONDS = 0.3
 SETTLED_SECONDS = 60
@@ -30,7 +31,7 @@ FIGURES = Path(__file__).parents[4] / ".artifacts" / "failover.json"
 def residents(edge_url: Any, ansible: Any, inventory: Any) -> Iterator[Residents]:
     """Users who talk several times a second, each at home."""
     ansible("ansible-playbook", "-i", inventory, "playbooks/verify.yml")
-    with Residents(edge_url("sticky"), USERS, PAUSE_SECONDS) as all_of_them:
+    with Residents(edge_url("sticky"), USERS, PAUSE_SECONDS, answer=2 * PING_SECONDS) as all_of_them:
         all_of_them.settle(SETTLED_SECONDS)
         yield all_of_them
         assert not [one for one in all_of_them if one.lost]
@@ -116,6 +117,9 @@ def journal_disks(machine: Any, edge: Any) -> Iterator[list[Any]]:
     hosts = [machine(edge.name), machine("node1")]
     for host in hosts:
         host.check_output(f"mount -t tmpfs -o size=16m journal {JOURNAL} && systemctl restart systemd-journald")
+        # Moved there from memory, which is no disk.
+        host.check_output("journalctl --flush")
+        assert host.check_output(f"ls {JOURNAL}/*/system.journal"), "the journal is elsewhere"
     yield hosts
     for host in hosts:
         host.check_output(f"umount --lazy {JOURNAL} && systemctl restart systemd-journald")
@@ -126,6 +130,7 @@ def test_a_full_disk(residents: Residents, journal_disks: list[Any]) -> None:
         for host in journal_disks:
             filling = host.run(f"dd if=/dev/zero of={JOURNAL}/filling bs=4k")
             assert "No space left on device" in filling.stderr
+            assert host.check_output(f"df --output=avail {JOURNAL} | tail --lines=1").strip() == "0"
     _, node1 = journal_disks
     with fault_on_node1(residents, "node restarted on a full disk", 5):
         node1.check_output(f"systemctl restart {NODE}")
@@ -143,10 +148,12 @@ def exhausted(machine: Any, nodes: Any) -> Iterator[Callable[[], str]]:
         def exhaust() -> str:
             highest = node1.check_output(f"ls /proc/{worker}/fd | sort --numeric-sort | tail --lines=1")
             node1.check_output(f"prlimit --pid {worker} --nofile={int(highest) + 1}:{limit[1]}")
-            while True:
+            deadline = time.monotonic() + EXHAUSTED_SECONDS
+            while time.monotonic() < deadline:
                 connection = held.enter_context(socket.create_connection((address, NODE_PORT), timeout=0.5))
                 with suppress(TimeoutError):
                     return connection.recv(4096).decode()
+            raise AssertionError(f"it takes connections for longer than {EXHAUSTED_SECONDS} s")
 
         yield exhaust
     node1.check_output(f"prlimit --pid {worker} --nofile={limit[0]}:{limit[1]}")

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from residents import Residents
+from residents import Connection, Residents
 
 CLIENTS = 2000
 PAUSE_SECONDS = 5.0
 BACK_SECONDS = 20
 TRIES = 3
 GROWTH = 1.2
+ERRORS_SHARE = 0.05
 EDGE = "stickyring-edge.service"
 NODE = "stickyring-node@1.service"
 
@@ -30,20 +31,53 @@ def memory(machine: Any, edge: Any, nodes: Any) -> Callable[[], dict[str, int]]:
     return read
 
 
-def test_all_are_back_soon_after_an_edge_has_restarted(edge_url: Any, machine: Any, edge: Any, memory: Any) -> None:
+@pytest.fixture
+def server_errors(machine: Any, edge: Any) -> Callable[[], int]:
+    """How many requests the edge has answered with 5xx since it started."""
+    url = f"http://127.0.0.1:{edge.variables['stickyring_edge_admin_port']}/stats?filter=http.sticky.downstream_rq_5xx"
+    command = f"python3 -c 'from urllib.request import urlopen; print(urlopen(\"{url}\").read().decode())'"
+    return lambda: int(machine(edge.name).check_output(command).split(": ")[1])
+
+
+def come_back(residents: Residents, affected: list[Connection], since: float) -> None:
+    """Each of them is connected again in time, with few tries, and nothing is lost."""
+    residents.wait(lambda: all(one.count("connect", since) for one in affected), 3 * BACK_SECONDS)
+    took = max(moment for one in affected for moment, what in one.events if what == "connect") - since
+    tries = max(one.count("connect", since) + one.count("failed", since) for one in affected)
+    residents.settle(BACK_SECONDS)
+    print(f"{len(affected)} clients were back after {took:.1f} s with {tries} tries at most")
+    assert took <= BACK_SECONDS
+    assert tries <= TRIES
+    assert not [one for one in residents if one.lost]
+
+
+def test_all_are_back_soon_after_an_edge_has_restarted(
+    edge_url: Any, machine: Any, edge: Any, memory: Any, server_errors: Any
+) -> None:
     users = [f"user-{number}" for number in range(CLIENTS)]
     with Residents(edge_url("sticky"), users, PAUSE_SECONDS, (["websocket"],)) as residents:
         residents.settle(120)
         before = memory()
         since = time.monotonic()
         machine(edge.name).check_output(f"systemctl restart {EDGE}")
-        residents.wait(lambda: all(one.count("connect", since) for one in residents), 3 * BACK_SECONDS)
-        took = max(moment for one in residents for moment, what in one.events if what == "connect") - since
-        tries = max(one.count("connect", since) + one.count("failed", since) for one in residents)
-        residents.settle(BACK_SECONDS)
+        come_back(residents, residents.connections, since)
         after = memory()
-        print(f"{CLIENTS} clients were back after {took:.1f} s with {tries} tries at most; KiB {before}, {after}")
-        assert took <= BACK_SECONDS
-        assert tries <= TRIES
-        assert not [one for one in residents if one.lost]
+        print(f"KiB {before}, {after}; {server_errors()} answers of 5xx")
         assert {name: size / before[name] <= GROWTH for name, size in after.items()} == dict.fromkeys(before, True)
+        assert server_errors() <= CLIENTS * ERRORS_SHARE
+
+
+def test_all_are_back_soon_after_a_node_has_died(edge_url: Any, machine: Any, server_errors: Any) -> None:
+    """Half of them begin with polls, which cost more."""
+    users = [f"user-{number}" for number in range(CLIENTS // 2)]
+    both = (["websocket"], ["polling", "websocket"])
+    with Residents(edge_url("sticky"), users, PAUSE_SECONDS, both) as residents:
+        residents.settle(120)
+        affected = [one for one in residents if one.node == "node1-1"]
+        assert len(affected) > CLIENTS / 4
+        before, since = server_errors(), time.monotonic()
+        machine("node1").check_output(f"systemctl kill --signal=KILL --kill-whom=all {NODE}")
+        come_back(residents, affected, since)
+        print(f"{server_errors() - before} answers of 5xx")
+        assert server_errors() - before <= CLIENTS * ERRORS_SHARE
+        assert not any(one.count("disconnect", since) for one in residents if one not in affected)
