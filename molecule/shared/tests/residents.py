@@ -159,7 +159,8 @@ class Residents:
         began = time.monotonic()
         while not condition():
             if time.monotonic() - began > seconds:
-                raise TimeoutError(f"not in {seconds} s: {self.homes()}")
+                astray = [(user, home) for user, home in self.homes().items() if len(home) > 1 or "" in home]
+                raise TimeoutError(f"not in {seconds} s; {len(astray)} users are not on one node: {astray[:5]}")
             for task in self._tasks:
                 if task.done():
                     task.result()

@@ -50,7 +50,8 @@ def come_back(residents: Residents, affected: list[Connection], since: float) ->
     residents.wait(lambda: all(one.count("connect", since) for one in affected), 3 * BACK_SECONDS)
     took = max(moment for one in affected for moment, what in one.events if what == "connect") - since
     tries = max(one.count("connect", since) + one.count("failed", since) for one in affected)
-    residents.settle(BACK_SECONDS)
+    moment = time.monotonic()
+    residents.wait(lambda: all(one.answers and one.answers[-1][0] > moment for one in residents), BACK_SECONDS)
     print(f"{len(affected)} clients were back after {took:.1f} s with {tries} tries at most")
     assert took <= BACK_SECONDS
     assert tries <= TRIES
@@ -67,6 +68,7 @@ def test_all_are_back_soon_after_an_edge_has_restarted(
         since = time.monotonic()
         machine(edge.name).check_output(f"systemctl restart {EDGE}")
         come_back(residents, residents.connections, since)
+        residents.settle(BACK_SECONDS)
         after = memory()
         print(f"KiB {before}, {after}; {server_errors()} answers of 5xx")
         assert {name: size / before[name] <= GROWTH for name, size in after.items()} == dict.fromkeys(before, True)
