@@ -46,6 +46,7 @@ LISTENING, DRAINED = b"l", b"d"
 TICK_SECONDS = 0.1
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 BACKLOG = 2048
+"""Clients of a node that comes back connect at once; those beyond it would wait for TCP's next try, a second."""
 SPARE_DESCRIPTORS = 64
 """What a node needs beside its connections: listener, logs, epoll, scrapes and health checks."""
 
