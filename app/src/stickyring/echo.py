@@ -40,8 +40,8 @@ def create_application(pages: str = str(PAGES)) -> socketio.WSGIApp:
         always_connect=True,
         # Pages come from the origin that the client connects to, which an edge keeps in Host and X-Forwarded-Proto.
         cors_allowed_origins=None,
-        # Ping interval and timeout stay Engine.IO's 25 and 20 s: what fails behind the edge is noticed without them, and
-        # more pings would cost a crowd of silent clients more than all else.
+        # Ping interval and timeout stay Engine.IO's 25 and 20 s: what fails behind the edge is noticed without them,
+        # and pings are most of what a crowd of silent clients costs.
     )
 
     def welcome(sid: str, environ: dict[str, object]) -> None:

@@ -119,8 +119,8 @@ def drain(*, path: Path) -> None:
 def undrain(*, path: Path) -> None:
     """Let a node that was drained take users in again.
 
-    Whoever connects from now on comes to it if the ring has him here. Those who are connected elsewhere stay there until
-    the next rebalance.
+    Whoever connects from now on comes to it if the ring has him here. Those who are connected elsewhere stay there
+    until the next rebalance.
 
     \b
     Examples:
