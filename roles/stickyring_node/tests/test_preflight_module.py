@@ -118,8 +118,9 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 
 @pytest.fixture
 def free_ports() -> int:
-    """The first of two ports on which nothing listens."""
-    for port in range(20000, 30000, 2):
+    """The first of two ports on which nothing listens; another process of these tests looks elsewhere."""
+    first = 20000 + os.getpid() % 100 * 100
+    for port in range(first, first + 100, 2):
         try:
             for probed in (port, port + 1):
                 socket.create_server(("127.0.0.1", probed)).close()
