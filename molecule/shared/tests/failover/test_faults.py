@@ -102,8 +102,9 @@ def test_a_vanished_host(residents: Residents, cut: Any) -> None:
 
 
 @pytest.fixture
-def listeners(edge_url: Any) -> Iterator[Residents]:
-    """Users who say nothing for longer than any test."""
+def listeners(edge_url: Any, ansible: Any, inventory: Any) -> Iterator[Residents]:
+    """Users who say nothing for longer than any test, each at home."""
+    ansible("ansible-playbook", "-i", inventory, "playbooks/verify.yml")
     with Residents(edge_url("sticky"), LISTENERS, 10 * SETTLED_SECONDS) as silent:
         silent.settle(SETTLED_SECONDS)
         silent.wait(lambda: all(one.answers for one in silent), SETTLED_SECONDS)
