@@ -110,32 +110,6 @@ def test_a_release_that_does_not_start_beside_the_one_that_serves_disturbs_nobod
     assert not [one for one in residents if one.count("disconnect", since) or one.lost]
 
 
-@pytest.fixture
-def out_of_the_edges_reach(machine: Any, edge: Any, hosts: Any) -> Iterator[str]:
-    """node2, which goes on serving whom the edge does not send."""
-    rule = f"to {hosts['node2'].variables['stickyring_address']} ipproto tcp dport 8001 blackhole"
-    machine(edge.name).check_output(f"ip rule add {rule}")
-    yield "node2"
-    machine(edge.name).check_output(f"ip rule del {rule}")
-
-
-def test_a_node_that_the_edge_does_not_reach_stops_the_update(
-    residents: Any, run: Any, serving: Any, edge: Any, out_of_the_edges_reach: str
-) -> None:
-    before = serving()
-    told = run(UPDATE, *release("unreachable", stickyring_node_proving_time="1"), fails=True)
-    assert f"{out_of_the_edges_reach} serves, but not for {edge.name}" in told
-    after = serving()
-    assert {name: release for name, (release, _) in after.items()} == {
-        "node1": "unreachable",
-        "node2": "unreachable",
-        "node3": "third",
-    }
-    assert after["node3"] == before["node3"]
-    residents.settle(60)
-    assert not [one for one in residents if one.lost]
-
-
 def test_what_was_killed_is_finished_by_the_next_run(
     residents: Any, run: Any, serving: Any, machine: Any, nodes: Any, inventory: Path, interrupt: Any
 ) -> None:
@@ -169,4 +143,30 @@ def test_rollback_of_a_node_and_of_the_fleet(
     assert serving()["node2"] == after["node2"], "it was rolled back already"
     residents.settle(BACK_SECONDS)
     assert max(one.count("disconnect", since) for one in residents) == 1
+    assert not [one for one in residents if one.lost]
+
+
+@pytest.fixture
+def out_of_the_edges_reach(machine: Any, edge: Any, hosts: Any) -> Iterator[str]:
+    """node2, which goes on serving whom the edge does not send."""
+    rule = f"to {hosts['node2'].variables['stickyring_address']} ipproto tcp dport 8001 blackhole"
+    machine(edge.name).check_output(f"ip rule add {rule}")
+    yield "node2"
+    machine(edge.name).check_output(f"ip rule del {rule}")
+
+
+def test_a_node_that_the_edge_does_not_reach_stops_the_update(
+    residents: Any, run: Any, serving: Any, edge: Any, out_of_the_edges_reach: str
+) -> None:
+    before = serving()
+    told = run(UPDATE, *release("unreachable", stickyring_node_proving_time="1"), fails=True)
+    assert f"{out_of_the_edges_reach} serves, but not for {edge.name}" in told
+    after = serving()
+    assert {name: release for name, (release, _) in after.items()} == {
+        "node1": "unreachable",
+        "node2": "unreachable",
+        "node3": "third",
+    }
+    assert after["node3"] == before["node3"]
+    residents.settle(60)
     assert not [one for one in residents if one.lost]
