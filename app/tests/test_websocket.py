@@ -1,11 +1,13 @@
 """The WebSocket of a node on the wire, as RFC 6455 has it."""
 
+import contextlib
 import json
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -112,11 +114,23 @@ def test_the_handshake_takes_up_no_compression(connect: Callable[..., Client]) -
     assert not [line for line in head if line.lower().startswith("sec-websocket-extensions")]
 
 
-def test_another_version_is_told_which_one_there_is(connect: Callable[..., Client]) -> None:
+def test_another_version_is_told_which_one_there_is(node: ServeProcess, connect: Callable[..., Client]) -> None:
+    refused = 'stickyring_handshakes_refused_total{reason="bad_request",transport="websocket"}'
+    before = node.metric(refused) if refused in node.get("/metrics").read().decode() else 0
     head = connect(version="8").head
     assert head[0] == "HTTP/1.1 426 Upgrade Required"
     assert "Sec-WebSocket-Version: 13" in head
     assert connect(key="").head[0] == "HTTP/1.1 400 Bad Request"
+    assert node.metric(refused) == before + 2
+
+
+def test_an_upgrade_to_something_else_is_a_request_like_any_other(node: ServeProcess) -> None:
+    host, _, port = node.address.partition(":")
+    with contextlib.closing(HTTPConnection(host, int(port), timeout=10)) as connection:
+        headers = {"Connection": "Upgrade", "Upgrade": "other/1"}
+        connection.request("GET", "/socket.io/?EIO=4&transport=polling", headers=headers)
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()[:2]) == (200, b"0{")
 
 
 @pytest.mark.parametrize("size", [0, 1, 60, 100, 200, 70_000, LONGEST - 50])

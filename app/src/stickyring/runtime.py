@@ -172,10 +172,12 @@ class SocketIOGate:
             if sid is None and environ["REQUEST_METHOD"] == "GET":
                 self._metrics.refused.labels(_transport_label(query), "draining").inc()
             return _refuse(start_response, [(ELSEWHERE_HEADER, "1")])
-        if "HTTP_UPGRADE" in environ:
+        if environ.get("HTTP_UPGRADE", "").lower() == "websocket":
             if environ[SOCKET_VARIABLE] is None:
                 return self._pass_on(environ, start_response)
             if refused := refusal(environ):
+                if sid is None:
+                    self._metrics.refused.labels(_transport_label(query), "bad_request").inc()
                 return _answer(start_response, *refused, b"")
         if sid is None and environ["REQUEST_METHOD"] == "GET":
             return self._handshake(environ, start_response, _transport_label(query), _parameter(query, "EIO") or "")
