@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,6 +35,8 @@ START_SECONDS = 20
 DRAIN_SECONDS = 1
 # The role's default is 10.
 HANDSHAKE_SECONDS = 2
+# The role's default is 20 000.
+MAX_CONNECTIONS = 40
 # What the role composes for these variables, its two files of the start as it would write them, and the other files.
 PLAY = """
 - hosts: localhost
@@ -143,7 +145,9 @@ class Websocket:
         )
         answer = b""
         while not answer.endswith(b"\r\n\r\n"):
-            answer += self.socket.recv(1)
+            more = self.socket.recv(1)
+            assert more, "closed without an answer"
+            answer += more
         assert answer.startswith(b"HTTP/1.1 101"), answer
 
     def is_open(self) -> bool:
@@ -200,6 +204,7 @@ def composed(folder: Path, certificate: Certificate, node: int) -> dict[str, Any
                 "stickyring_edge_admin_port": admin,
                 "stickyring_edge_envoy_sha256": "0" * 64,
                 "stickyring_edge_request_headers_timeout": HANDSHAKE_SECONDS,
+                "stickyring_edge_max_connections": MAX_CONNECTIONS,
                 "stickyring_edge_listeners": listeners,
                 "stickyring_edge_clusters": [
                     {"name": "nodes", "endpoints": [{"name": "node", "address": "127.0.0.1", "port": node}]}
@@ -468,3 +473,21 @@ def test_everything_else_changes_under_websockets(edge: Edge, websocket: Any) ->
     assert (result["ends"], result["proven"]) == ("", True)
     time_to_drain()
     assert all(one.is_open() for one in here)
+
+
+def test_connections_beyond_the_limit_are_closed_at_once(edge: Edge, websocket: Any) -> None:
+    """Those that are open stay, and there is room again when one of them has gone."""
+    opened = [websocket("plain") for _ in range(MAX_CONNECTIONS)]
+    for listener in ("plain", "other"):
+        with (
+            socket.create_connection(("127.0.0.1", edge.ports[listener]), 5) as refused,
+            suppress(ConnectionResetError),
+        ):
+            assert refused.recv(1) == b""
+    assert all(one.is_open() for one in opened)
+    opened.pop().socket.close()
+    deadline = time.monotonic() + START_SECONDS
+    while len(opened) < MAX_CONNECTIONS:
+        assert time.monotonic() < deadline
+        with suppress(AssertionError, ConnectionResetError):
+            opened.append(websocket("other"))

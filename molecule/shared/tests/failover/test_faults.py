@@ -17,7 +17,6 @@ from residents import Connection, Residents
 
 NODE = "stickyring-node@1.service"
 EDGE = "stickyring-edge.service"
-NODE_PORT = 8001
 JOURNAL = "/var/log/journal"
 EXHAUSTED_SECONDS = 60
 LISTENERS = [f"listener-{number}" for number in range(30)]
@@ -36,6 +35,11 @@ def residents(edge_url: Any, ansible: Any, inventory: Any) -> Iterator[Residents
         all_of_them.settle(SETTLED_SECONDS)
         yield all_of_them
         assert not [one for one in all_of_them if one.lost]
+
+
+def listens_at(node: Any) -> tuple[str, int]:
+    """The address and port of a node's instance."""
+    return node.variables["stickyring_address"], node.variables["stickyring_node_port"]
 
 
 def have_not_noticed(connections: Iterable[Connection], since: float) -> None:
@@ -164,7 +168,7 @@ def test_a_full_disk(residents: Residents, journal_disks: list[Any]) -> None:
 def exhausted(machine: Any, nodes: Any) -> Iterator[Callable[[], str]]:
     """Lets node1's process have as many descriptors as it has, and takes those; returns what it then answers."""
     node1 = machine("node1")
-    (address,) = [node.variables["stickyring_address"] for node in nodes if node.name == "node1"]
+    address = listens_at(next(node for node in nodes if node.name == "node1"))
     worker = f"$(pgrep --parent $(systemctl show {NODE} --property=MainPID --value))"
     limit = node1.check_output(f"prlimit --pid {worker} --nofile --noheadings --output=SOFT,HARD").split()
     with ExitStack() as held:
@@ -174,7 +178,7 @@ def exhausted(machine: Any, nodes: Any) -> Iterator[Callable[[], str]]:
             node1.check_output(f"prlimit --pid {worker} --nofile={int(highest) + 1}:{limit[1]}")
             deadline = time.monotonic() + EXHAUSTED_SECONDS
             while time.monotonic() < deadline:
-                connection = held.enter_context(socket.create_connection((address, NODE_PORT), timeout=0.5))
+                connection = held.enter_context(socket.create_connection(address, timeout=0.5))
                 with suppress(TimeoutError):
                     return connection.recv(4096).decode()
             raise AssertionError(f"it takes connections for longer than {EXHAUSTED_SECONDS} s")
@@ -219,7 +223,7 @@ def sessions(nodes: Any) -> Callable[[], int]:
     def count() -> int:
         total = 0
         for node in nodes:
-            with urlopen(f"http://{node.variables['stickyring_address']}:{NODE_PORT}/metrics", timeout=10) as answer:
+            with urlopen("http://{}:{}/metrics".format(*listens_at(node)), timeout=10) as answer:
                 lines = answer.read().decode().splitlines()
             total += sum(int(float(line.split()[-1])) for line in lines if line.startswith("stickyring_connections{"))
         return total

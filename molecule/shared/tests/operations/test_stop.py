@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
+
+from stickyring.rebalance import HANDSHAKES_A_SECOND
 
 UNIT = "stickyring-node@1.service"
 CLIENTS = 300
@@ -36,3 +39,26 @@ def test_everybody_is_told_and_nothing_is_lost(residents: Any, machine: Any, run
     run("playbooks/verify.yml")
     run("playbooks/rebalance.yml")
     residents.settle(BACK_SECONDS)
+
+
+def test_a_host_that_shuts_down_sends_its_users_on_first(
+    residents: Any, machine: Any, ansible: Any, inventory: Path
+) -> None:
+    """One after another, and not all at the moment at which its process ends; then it joins again, installed anew."""
+    here = [one for one in residents if one.node == "node3-1"]
+    others = [one for one in residents if one not in here]
+    since = time.monotonic()
+    machine("node3").run("systemctl poweroff")
+    residents.wait(lambda: all(one.count("connect", since) for one in here), BACK_SECONDS)
+    events = [[what for moment, what in one.events if moment >= since] for one in here]
+    assert events == [["disconnect", "connect"]] * len(here)
+    # Websockets of a process that is killed end within 0.1 s.
+    left = [one.events[-2][0] for one in here if "websocket" in one.transports]
+    assert max(left) - min(left) > len(left) / HANDSHAKES_A_SECOND / 2
+    assert not any(one.count("disconnect", since) for one in others)
+
+    for playbook in ("molecule/shared/create.yml", "site.yml"):
+        ansible("ansible-playbook", "-i", inventory, playbook)
+    residents.settle(BACK_SECONDS)
+    assert any(one.node == "node3-1" for one in residents)
+    assert not [one for one in residents if one.lost]

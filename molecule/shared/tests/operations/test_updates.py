@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,26 +148,45 @@ def test_rollback_of_a_node_and_of_the_fleet(
 
 
 @pytest.fixture
-def out_of_the_edges_reach(machine: Any, edge: Any, hosts: Any) -> Iterator[str]:
-    """node2, which goes on serving whom the edge does not send."""
-    rule = f"to {hosts['node2'].variables['stickyring_address']} ipproto tcp dport 8001 blackhole"
-    machine(edge.name).check_output(f"ip rule add {rule}")
-    yield "node2"
-    machine(edge.name).check_output(f"ip rule del {rule}")
+def unreachable(machine: Any, edge: Any, hosts: Any) -> Callable[[str], AbstractContextManager[None]]:
+    """Keeps the edge from a node's instance, for a block; the node goes on serving whom the edge does not send."""
+
+    @contextmanager
+    def cut(name: str) -> Iterator[None]:
+        node, host = hosts[name].variables, machine(edge.name)
+        rule = f"to {node['stickyring_address']} ipproto tcp dport {node['stickyring_node_port']} blackhole"
+        host.check_output(f"ip rule add {rule}")
+        try:
+            yield
+        finally:
+            host.check_output(f"ip rule del {rule}")
+
+    return cut
 
 
 def test_a_node_that_the_edge_does_not_reach_stops_the_update(
-    residents: Any, run: Any, serving: Any, edge: Any, out_of_the_edges_reach: str
+    residents: Any, run: Any, serving: Any, edge: Any, unreachable: Callable[[str], AbstractContextManager[None]]
 ) -> None:
+    """Once it is reached again, the same command goes on where it stopped; a rollback would mix releases even more."""
+    update = [UPDATE, *release("fifth", stickyring_node_proving_time="1")]
     before = serving()
-    told = run(UPDATE, *release("unreachable", stickyring_node_proving_time="1"), fails=True)
-    assert f"{out_of_the_edges_reach} serves, but not for {edge.name}" in told
-    after = serving()
-    assert {name: release for name, (release, _) in after.items()} == {
-        "node1": "unreachable",
-        "node2": "unreachable",
-        "node3": "third",
+    with unreachable("node2"):
+        told = run(*update, fails=True)
+    assert f"node2 serves, but not for {edge.name}" in told
+    stopped = serving()
+    assert {name: release for name, (release, _) in stopped.items()} == {
+        "node1": "fifth",
+        "node2": "fifth",
+        "node3": before["node3"][0],
     }
-    assert after["node3"] == before["node3"]
-    residents.settle(60)
+    assert stopped["node3"] == before["node3"]
+    refused = run("playbooks/rollback.yml", fails=True)
+    assert "The nodes would not all go back to the same release" in refused
+    assert serving() == stopped
+
+    run(*update)
+    after = serving()
+    assert {release for release, _ in after.values()} == {"fifth"}
+    assert [name for name in after if after[name] != stopped[name]] == ["node3"]
+    residents.settle(BACK_SECONDS)
     assert not [one for one in residents if one.lost]
