@@ -12,8 +12,8 @@ import click
 
 from bench import capacity, edges, nodes, operations, report
 from bench.contenders import PrepareError, end_all
+from bench.lab import LabError
 from bench.load import LoadError
-from bench.operations import OperationError
 from bench.report import Part
 from bench.rounds import CoresError, Rounds
 
@@ -81,7 +81,7 @@ def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
         if output.resolve() == capacity.BENCHMARKS:
             capacity.write()
             rounds.say(f"in step with them: {capacity.DOCUMENT}")
-    except (LoadError, PrepareError, CoresError, OperationError) as error:
+    except (LoadError, PrepareError, CoresError, LabError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bench import operations
-from bench.operations import AROUND, Control, OperationError, Profile, Run, slope, slopes
+from bench import lab, operations
+from bench.lab import AROUND, Control, LabError, Run
+from bench.operations import Profile, slope, slopes
 from bench.report import Part
 from bench.rounds import Rounds
 
@@ -76,9 +77,9 @@ for host in hosts:
 DRIVER = """
 import sys
 from pathlib import Path
-from bench import __main__, operations
+from bench import __main__, lab, operations
 folder = Path(sys.argv.pop(1))
-operations.PROGRAMS, operations.LAB_OWNER = folder, folder / "owner"
+lab.PROGRAMS, lab.LAB_OWNER = folder, folder / "owner"
 operations.PROFILES["quick"] = operations.Profile(1, (3, 6), 2, (3,))
 __main__.main(prog_name="bench")
 """
@@ -143,7 +144,7 @@ def test_slopes_are_of_the_sizes_that_were_measured_round_by_round() -> None:
 def test_an_inventory_is_the_labs_with_more_nodes(tmp_path: Path) -> None:
     before = os.sched_getaffinity(0)
     try:
-        folder = Control(tmp_path, Rounds(tmp_path, 1)).inventory(20)
+        folder = Control(tmp_path, Rounds(tmp_path, 1), "operations").inventory(20)
     finally:
         os.sched_setaffinity(0, before)
     lab = yaml.safe_load((ROOT / "inventory/lab/hosts.yml").read_text())
@@ -157,11 +158,11 @@ def test_an_inventory_is_the_labs_with_more_nodes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("owner", "where"), [(str(ROOT), ""), ("/", " in /"), ("/nowhere", "")])
 def test_a_lab_that_is_up_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str, where: str) -> None:
-    monkeypatch.setattr(operations, "LAB_OWNER", tmp_path / "owner")
-    operations.refuse_a_running_lab()
+    monkeypatch.setattr(lab, "LAB_OWNER", tmp_path / "owner")
+    lab.refuse_a_running_lab()
     (tmp_path / "owner").write_text(f"{owner}\n")
-    with pytest.raises(OperationError, match=f"run `make down`{where} first"):
-        operations.refuse_a_running_lab()
+    with pytest.raises(LabError, match=f"run `make down`{where} first"):
+        lab.refuse_a_running_lab()
 
 
 def test_a_refused_run_says_so_in_one_line_and_touches_nothing(programs: Path) -> None:
@@ -251,8 +252,8 @@ def test_an_interrupted_run_removes_its_lab(programs: Path) -> None:
 
 
 def test_sizes_beyond_the_time_are_left_out(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "PROGRAMS", programs)
-    monkeypatch.setattr(operations, "LAB_OWNER", programs / "owner")
+    monkeypatch.setattr(lab, "PROGRAMS", programs)
+    monkeypatch.setattr(lab, "LAB_OWNER", programs / "owner")
     before = os.sched_getaffinity(0)
     try:
         part = operations.measure(Rounds(programs, 0), Profile(2, (3, 6), 1, ()))
