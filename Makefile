@@ -59,9 +59,9 @@ chaos: .venv/.installed ## Play operations and faults on the lab in random order
 	ansible-playbook site.yml
 	molecule/chaos.py --seed $(SEED) --operations $(OPERATIONS)
 
-bench: .venv/.installed ## Measure this stack beside what one would take instead (PROFILE=quick: 5 minutes; full: 40)
+bench: .venv/.installed ## Measure this stack (PARTS='nodes edges' or one of operations, faults; PROFILE=quick: 5 minutes; full: 40)
 	@$(call need,node:nodejs npm:npm)
-	python -m bench --profile $(PROFILE)
+	python -m bench $(PARTS) --profile $(PROFILE)
 
 screenshot: .venv/.installed ## Take docs/demo.png of the running demo
 	@$(call need,chromium:chromium)
@@ -74,6 +74,7 @@ lock: .venv/.installed ## Resolve requirements.in and app/pyproject.toml into th
 SIDE_BY_SIDE := --numprocesses 2 --dist worksteal
 SEED = 1
 OPERATIONS = 60
+PARTS = nodes edges
 PROFILE = quick
 
 COMPILE := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from bench import capacity, edges, nodes, operations, report
+from bench import capacity, edges, faults, nodes, operations, report
 from bench.contenders import PrepareError, end_all
 from bench.lab import LabError
 from bench.load import LoadError
@@ -22,9 +22,10 @@ PARTS: dict[str, tuple[Callable[[Rounds, Any], Part], Mapping[str, Any]]] = {
     "nodes": (nodes.measure, nodes.PROFILES),
     "edges": (edges.measure, edges.PROFILES),
     "operations": (operations.measure, operations.PROFILES),
+    "faults": (faults.measure, faults.PROFILES),
 }
 ON_LOOPBACK = ["nodes", "edges"]
-"""What runs unless parts are named: the operations make hosts on this machine, and fill the time of a run alone."""
+"""What runs unless parts are named: the others make hosts on this machine, and fill the time of a run alone."""
 LIMITS = {"quick": 300.0, "full": 2400.0}
 """Seconds that a whole run may take."""
 
@@ -32,7 +33,8 @@ EPILOG = """\b
 Examples:
   make bench                                    all parts on loopback, at most 5 minutes
   make bench PROFILE=full                       at most 40 minutes
-  python -m bench operations --profile full     Ansible on the lab's hosts, as root; at most 40 minutes
+  make bench PARTS=operations PROFILE=full      Ansible on the lab's hosts, as root; at most 40 minutes
+  make bench PARTS=faults                       what failures cost users, on the lab's hosts, as root
   python -m bench nodes --output /tmp/mine      one part, written elsewhere
 
 \b
@@ -60,7 +62,8 @@ def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
     """Measure PARTS and write PART.json, PART.md, PART.png and PART.svg.
 
     nodes and edges, on loopback, are what is measured when none is named. operations is Ansible with 3 to 20 nodes
-    (quick: 3 and 6) on the lab's hosts, which it makes and removes; it refuses to run while there is a lab.
+    (quick: 3 and 6), faults is what failures cost users; both make the lab's hosts and remove them, and refuse to run
+    while there is a lab.
 
     Contenders take turns in every round; of each figure the median is told, with the least and the greatest round. A
     contender that does not answer, or answers something else, ends the run, and nothing is written.

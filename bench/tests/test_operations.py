@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from bench.lab import AROUND, Control, LabError, Run
 from bench.operations import Profile, slope, slopes
 from bench.report import Part
 from bench.rounds import Rounds
+from bench.tests.fake_lab import ROOT, command, run, told
 
-ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 20.0
 LINES = [
     (0.5, "PLAY [Judge the inventory] ****"),
@@ -34,76 +33,6 @@ LINES = [
     (3.0, "localhost                  : ok=6    changed=0    unreachable=0    failed=0"),
     (3.0, "node1                      : ok=24   changed=10   unreachable=0    failed=0"),
 ]
-ANSIBLE = f"""#!{sys.executable}
-import sys, time, yaml
-from pathlib import Path
-folder = Path(__file__).parent
-inventory, playbook = Path(sys.argv[2]), Path(sys.argv[3]).stem
-groups = yaml.safe_load((inventory / "hosts.yml").read_text())
-hosts = [host for group in groups.values() for host in group["hosts"]]
-owner, deployed = folder / "owner", folder / "deployed"
-had = deployed.read_text().split() if deployed.exists() else []
-with (folder / "played").open("a") as played:
-    print(playbook, len(hosts) - 1, *sys.argv[4:], file=played)
-if playbook == "all":
-    for host in hosts:
-        print(host, "| SUCCESS =>")
-    sys.exit()
-changed = []
-if playbook == "create":
-    owner.write_text({str(ROOT)!r})
-elif playbook == "destroy":
-    owner.unlink()
-    deployed.unlink(missing_ok=True)
-elif playbook == "site":
-    if (folder / "hangs").exists():
-        time.sleep(60)
-    if (folder / "fails").exists():
-        print("fatal: [node1]: FAILED! =>")
-        sys.exit(2)
-    changed = [host for host in hosts if host not in had]
-    if had and (folder / "restless").exists():
-        changed = ["node1"]
-    deployed.write_text(" ".join(hosts))
-elif playbook == "rolling_update":
-    changed = hosts[1:]
-print("PLAY [", playbook, "] ****", flush=True)
-print("TASK [" + playbook + " : Work | rest] ****", flush=True)
-time.sleep(0.01 * len(hosts))
-print("PLAY RECAP ****", flush=True)
-for host in hosts:
-    print(host, "    : ok=3    changed=" + str(int(host in changed)), "   unreachable=0")
-"""
-DRIVER = """
-import sys
-from pathlib import Path
-from bench import __main__, lab, operations
-folder = Path(sys.argv.pop(1))
-lab.PROGRAMS, lab.LAB_OWNER = folder, folder / "owner"
-operations.PROFILES["quick"] = operations.Profile(1, (3, 6), 2, (3,))
-__main__.main(prog_name="bench")
-"""
-
-
-@pytest.fixture
-def programs(tmp_path: Path) -> Path:
-    """The folder of an Ansible that has no hosts, and does as if."""
-    for name in ("ansible", "ansible-playbook"):
-        (tmp_path / name).write_text(ANSIBLE)
-        (tmp_path / name).chmod(0o755)
-    return tmp_path
-
-
-def command(programs: Path) -> list[str]:
-    return [sys.executable, "-c", DRIVER, str(programs), "operations", "--output", str(programs / "output")]
-
-
-def run(programs: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(programs), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-
-
-def told(stderr: str) -> list[str]:
-    return [line for line in stderr.splitlines() if not line.lstrip()[:1].isdigit()]
 
 
 def test_a_task_lasts_until_the_next_one() -> None:
@@ -167,7 +96,7 @@ def test_a_lab_that_is_up_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_refused_run_says_so_in_one_line_and_touches_nothing(programs: Path) -> None:
     (programs / "owner").write_text(str(ROOT))
-    done = run(programs)
+    done = run(programs, "operations")
     assert done.returncode == 1
     assert told(done.stderr) == ["Error: there is a lab on this machine already: run `make down` first"]
     assert (programs / "owner").exists()
@@ -176,7 +105,7 @@ def test_a_refused_run_says_so_in_one_line_and_touches_nothing(programs: Path) -
 
 
 def test_a_run_measures_every_size_on_fresh_hosts_and_removes_them(programs: Path) -> None:
-    done = run(programs)
+    done = run(programs, "operations")
     assert done.returncode == 0, done.stderr
     no_ops = ["site {0}", "all {0} -m ping"] * 2
     release = "-e stickyring_node_release=bench"
@@ -216,14 +145,14 @@ def test_a_run_measures_every_size_on_fresh_hosts_and_removes_them(programs: Pat
     ("trouble", "cause"),
     [
         ("restless", "Error: a run that should change nothing has changed node1"),
-        ("fails", "Error: ansible-playbook -i "),
+        ("is faulty", "Error: ansible-playbook -i "),
     ],
 )
 def test_what_is_no_measure_ends_the_run_with_one_line_and_without_a_lab(
     programs: Path, trouble: str, cause: str
 ) -> None:
     (programs / trouble).touch()
-    done = run(programs)
+    done = run(programs, "operations")
     assert done.returncode == 1
     assert len(told(done.stderr)) == 1
     assert told(done.stderr)[0].startswith(cause)
@@ -233,7 +162,7 @@ def test_what_is_no_measure_ends_the_run_with_one_line_and_without_a_lab(
 
 def test_an_interrupted_run_removes_its_lab(programs: Path) -> None:
     (programs / "hangs").touch()
-    with subprocess.Popen(command(programs), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command(programs, "operations"), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         try:
             deadline = time.monotonic() + DEADLINE_SECONDS
             while "site 3\n" not in ((programs / "played").read_text() if (programs / "played").exists() else ""):

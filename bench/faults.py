@@ -1,0 +1,88 @@
+"""The part "faults": what the failure of a part costs its users, by the suite that asserts what it may cost them."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.lab import CREATE, ROOT, SITE, Control, LabError, lab, refuse_a_running_lab
+from bench.report import Figure, Part
+from bench.rounds import Rounds
+
+NODES = 3
+SUITE = "molecule/shared/tests/failover/test_faults.py"
+FOUND = ROOT / ".artifacts/failover.json"
+"""Where the suite keeps its figures."""
+OPTIONS = ("-p", "no:cacheprovider", "--ansible-inventory")
+LOG = "faults"
+COLUMNS = {
+    "median": "median user",
+    "p99": "99th percentile",
+    "last": "last user",
+    "bound": "bound that the suite asserts",
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How many times the suite runs, on the same hosts."""
+
+    rounds: int
+
+
+PROFILES = {"quick": Profile(rounds=1), "full": Profile(rounds=5)}
+
+
+def measure(rounds: Rounds, profile: Profile) -> Part:
+    """Run the suite on fresh hosts; a fault that costs more than it may ends the run.
+
+    Raises:
+        LabError: there is a lab already, or the suite fails.
+    """
+    refuse_a_running_lab()
+    rounds.log(LOG).unlink(missing_ok=True)
+    found = []
+    with (
+        rounds.every_core(),
+        tempfile.TemporaryDirectory(prefix="stickyring-bench-", ignore_cleanup_errors=True) as folder,
+    ):
+        control = Control(Path(folder), rounds, LOG)
+        rounds.say("making hosts")
+        with lab(control, NODES):
+            control.play(NODES, SITE)
+            for _ in rounds.go(profile.rounds, "faults"):
+                FOUND.unlink(missing_ok=True)
+                control.run("pytest", SUITE, *OPTIONS, str(control.inventory(NODES)))
+                found.append(_found())
+    return _part(found)
+
+
+def _found() -> dict[str, dict[str, float]]:
+    try:
+        found: dict[str, dict[str, float]] = json.loads(FOUND.read_text())
+    except FileNotFoundError:
+        raise LabError(f"{SUITE} has left no figures") from None
+    return found
+
+
+def _part(found: list[dict[str, dict[str, float]]]) -> Part:
+    part = Part(
+        "faults",
+        "Faults",
+        [Figure(fault, fault, "s", False, True) for fault in found[0]],
+        COLUMNS,
+        {
+            "hosts": f"ansible-playbook {CREATE}; ansible-playbook {SITE}",
+            "faults": f"pytest {SUITE} {' '.join(OPTIONS)} inventory/lab",
+        },
+        "median",
+        setting="The hosts were the lab's, on this machine, and shared its cores with the clients, who have default "
+        "options and talk three times a second. Seconds are from a user's last answer before the fault to the next "
+        "one, unless the users only listen, or it is told when they notice.",
+    )
+    for faults in found:
+        for fault, figures in faults.items():
+            for column in COLUMNS:
+                part.found.setdefault(fault, {}).setdefault(column, []).append(figures[column])
+    part.more = {"users": {fault: [faults[fault]["users"] for faults in found] for fault in found[0]}}
+    return part
