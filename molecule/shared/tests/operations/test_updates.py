@@ -97,6 +97,21 @@ def test_a_bad_release_stops_at_the_first_node(
     assert len(untouched) > len(residents.users), "who was not on the first node has noticed"
 
 
+def test_a_bad_release_stops_at_the_first_share(residents: Any, run: Any, serving: Any, nodes: Any) -> None:
+    before = serving()
+    faulty = release("crashes_at_start", **FAULTY, stickyring_node_application="faulty:crashes_at_start()")
+    told = run(UPDATE, *faulty, "-e", "share=2", fails=True)
+    after = serving()
+    first, second, *others = [node.name for node in nodes]
+    for name in (first, second):
+        assert re.search(rf"fatal: \[{name}\]: FAILED! => .*? Rolled back to release third, which serves\.", told)
+    assert {release for release, _ in after.values()} == {"third"}
+    assert [name for name in after if after[name] == before[name]] == others
+    run("playbooks/verify.yml", "playbooks/rebalance.yml")
+    residents.settle(BACK_SECONDS)
+    assert not [one for one in residents if one.lost]
+
+
 def test_a_release_that_does_not_start_beside_the_one_that_serves_disturbs_nobody(
     residents: Any, run: Any, serving: Any
 ) -> None:
