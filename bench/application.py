@@ -30,6 +30,25 @@ def tuned(async_mode: str) -> socketio.WSGIApp:
     )
 
 
+def asgi() -> socketio.ASGIApp:
+    """Return the echo for an ASGI server, with the options of `stickyring.echo`."""
+    server = socketio.AsyncServer(
+        async_mode="asgi", async_handlers=False, always_connect=True, cors_allowed_origins=None
+    )
+
+    async def welcome(sid: str, environ: dict[str, object]) -> None:
+        await server.emit("message", f"node#{NAME}: welcome", to=sid)
+
+    async def echo(sid: str, text: str) -> str:
+        answer = f"node#{NAME}: {text}"
+        await server.emit("message", answer, to=sid)
+        return answer
+
+    server.on("connect", welcome)
+    server.on("message", echo)
+    return socketio.ASGIApp(server)
+
+
 def _application(
     decorator: Callable[[socketio.Server], Decorator] | None = None, **options: object
 ) -> socketio.WSGIApp:

@@ -18,7 +18,7 @@ from bench.load import LoadError, Target
 
 HERE = Path(__file__).parent
 NAME = "bench"
-OURS, GEVENT, STOCK, NODEJS, STUB = "ours", "ours-gevent", "stock", "nodejs", "stub"
+OURS, GEVENT, ASGI, STOCK, NODEJS, STUB = "ours", "ours-gevent", "asgi", "stock", "nodejs", "stub"
 READY_SECONDS = 20.0
 LOOK_SECONDS = 0.005
 READY = b"GET /socket.io/?EIO=4&transport=polling HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
@@ -47,6 +47,7 @@ def contenders(folder: Path) -> list[Contender]:
     """Return all of them; what they need is installed in `folder` when it is not there yet."""
     stock = install(folder, STOCK, _virtual_environment, HERE / "requirements-stock.txt")
     gevent = install(folder, GEVENT, _packages, HERE / "requirements-gevent.txt")
+    asgi = install(folder, ASGI, _packages, HERE / "requirements-asgi.txt")
     nodejs = install(folder, NODEJS, _node_modules, HERE / "socketio-node/package-lock.json")
     return [
         ours(),
@@ -70,6 +71,15 @@ def contenders(folder: Path) -> list[Contender]:
                 *("--worker-class", "eventlet", "-w", "1", "--worker-connections", "10000"),
                 *("--bind", f"127.0.0.1:{port}", "application:stock()"),
             ],
+        ),
+        Contender(
+            ASGI,
+            "ASGI: uvicorn",
+            lambda port: [
+                *(sys.executable, "-m", "uvicorn", "--factory", "application:asgi", "--port", str(port)),
+                *("--log-level", "warning", "--no-access-log"),
+            ],
+            {"PYTHONPATH": str(asgi)},
         ),
         Contender(
             NODEJS,
