@@ -21,11 +21,12 @@ What is promised to such a sender:
 - Once across a rebalance, a drain, a stop and a rolling update, if the acknowledgement is given within four seconds:
   the node writes it before it ends the session, and takes in nothing that wants one meanwhile.
 
-A message can be handled twice, both times with its id, when the process dies between handling and acknowledgement, when
-the handler takes longer than that while its user is sent to another node, when the connection is cut or the node hangs
-before the acknowledgement has arrived and the user comes back on another node (a node that hung may then handle it
-late), and when more senders than `Received` remembers were here in between. An application that must not do anything
-twice stores the id together with the effect.
+A message can be handled twice, both times with its id, when the process dies between handling and acknowledgement (it
+is killed if systemd stops the unit while its next process is taking its place), when the handler takes longer than that
+while its user is sent to another node, when the connection is cut or the node hangs before the acknowledgement has
+arrived and the user comes back on another node (a node that hung may then handle it late), and when more senders than
+`Received` remembers were here in between. An application that must not do anything twice stores the id together with
+the effect.
 
 Not promised: that an event from the server arrives (Socket.IO: at most once), any order between senders, anything about
 a message whose sender has given it up or is gone, nor anything to a sender with two messages under way: the earlier one

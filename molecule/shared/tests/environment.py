@@ -1,12 +1,15 @@
-"""The environment's ansible programs, run at the project's root as a user runs them there."""
+"""The environment's ansible programs, run at the project's root as a user runs them there, and what waits for hosts."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +17,22 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[3]
 PROGRAMS = Path(sys.executable).parent
 LONGEST_SECONDS = 900
+GONE_SECONDS = 30
+
+
+def wait_until_gone(address: str) -> None:
+    """Waits until nothing at the address answers any more, not even that it is shutting down."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((address, 22), timeout=1).close()
+        except TimeoutError:
+            return
+        except OSError as error:
+            if error.errno == errno.EHOSTUNREACH:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"{address} is still there after {GONE_SECONDS} s")
 
 
 @contextmanager

@@ -313,7 +313,10 @@ def main() -> None:
 
     kept = releases / wanted["release"] / KEPT
     have_served = served(releases)
-    staying = [name for name in have_served if name != wanted["release"]][: wanted["releases_kept"] - 1]
+    last_served = release if release in have_served else next(iter(have_served), "")
+    # Rolled back to or not, what serves now comes before what served after it.
+    by_use = sorted(have_served, key=lambda name: name != last_served)
+    staying = [name for name in by_use if name != wanted["release"]][: wanted["releases_kept"] - 1]
     present = {path.name for path in releases.iterdir()} if releases.is_dir() else set()
 
     def up_to_date(instance: int) -> bool:
@@ -331,7 +334,7 @@ def main() -> None:
         current=release,
         linked_at=current.lstat().st_mtime if current.is_symlink() else 0,
         kept=all(as_wanted(kept / Path(path).name, sha256) for path, sha256 in wanted["files"].items()),
-        last_served=release if release in have_served else next(iter(have_served), ""),
+        last_served=last_served,
         previous="".join([*have_served][release in have_served :][:1]),
         behind=sorted(i for i in instances if i not in running or started[i] <= changed_at(current)),
         superfluous=sorted(present - {wanted["release"], *staying}),

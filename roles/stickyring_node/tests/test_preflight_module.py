@@ -577,7 +577,8 @@ def test_what_has_served_is_told_by_its_age(host: Host, free_ports: int) -> None
     # It was rolled back to, and rolling back goes no further.
     assert told("current") == ("current", "current", too_many)
     assert told("never") == ("young", "young", too_many)
-    assert told("current", releases_kept=2)[2] == ["current", *too_many]
+    assert told("current", releases_kept=2)[2] == [*too_many, "young"]
+    assert told("young", releases_kept=2)[2] == ["current", *too_many]
     assert told("current", releases_kept=9)[2] == ["incomplete", "never"]
 
 

@@ -165,7 +165,6 @@ def test_a_full_disk(residents: Residents, journal_disks: list[Any]) -> None:
         for host in journal_disks:
             filling = host.run(f"dd if=/dev/zero of={JOURNAL}/filling bs=4k")
             assert "No space left on device" in filling.stderr
-            assert host.check_output(f"df --output=avail {JOURNAL} | tail --lines=1").strip() == "0"
     _, node1 = journal_disks
     with fault_on_node1(residents, "node restarted on a full disk", 5):
         node1.check_output(f"systemctl restart {NODE}")
@@ -245,7 +244,8 @@ def test_a_cut_between_clients_and_edge(
     since = time.monotonic()
     with cut_clients():
         residents.wait(lambda: all(one.count("disconnect", since) for one in residents), 2 * PING_SECONDS)
-    ended = time.monotonic()
+        # Somebody is back before the command that ends the cut has come back.
+        ended = time.monotonic()
     residents.wait(lambda: all(one.answers[-1][0] > ended for one in residents), SETTLED_SECONDS)
     residents.settle(SETTLED_SECONDS)
     noticed = [first("disconnect", one, since) - since for one in residents]

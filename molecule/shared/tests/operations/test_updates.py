@@ -104,7 +104,8 @@ def test_a_bad_release_stops_at_the_first_share(residents: Any, run: Any, servin
     after = serving()
     first, second, *others = [node.name for node in nodes]
     for name in (first, second):
-        assert re.search(rf"fatal: \[{name}\]: FAILED! => .*? Rolled back to release third, which serves\.", told)
+        (message,) = re.findall(rf"fatal: \[{name}\]: FAILED! => ((?:(?!fatal: ).)*)", told)
+        assert "Rolled back to release third, which serves." in message
     assert {release for release, _ in after.values()} == {"third"}
     assert [name for name in after if after[name] == before[name]] == others
     run("playbooks/verify.yml", "playbooks/rebalance.yml")
@@ -145,8 +146,12 @@ def test_rollback_of_a_node_and_of_the_fleet(
 ) -> None:
     options = ["-e", "stickyring_node_proving_time=2"]
     before = serving()
-    told = run("playbooks/rollback.yml", "--limit", "node2", *options)
+    told = run("playbooks/rollback.yml", "--limit", "node2,edge", *options)
     assert "node2 serves release third again" in told
+    assert "so the users of the others stay there; playbooks/rebalance.yml brings them home" in told
+    run("playbooks/rebalance.yml")
+    residents.settle(BACK_SECONDS)
+    assert any(one.node == "node2-1" for one in residents)
     after = serving()
     assert [name for name in after if after[name] != before[name]] == ["node2"]
 
@@ -162,14 +167,27 @@ def test_rollback_of_a_node_and_of_the_fleet(
     assert not [one for one in residents if one.lost]
 
 
+def test_without_an_edge_nothing_is_restarted(run: Any, serving: Any, tmp_path: Path) -> None:
+    (tmp_path / "hosts.yml").write_text("edge: {hosts: {edge9: {ansible_host: 198.51.100.99}}}\n")
+    before = serving()
+    for playbook in ([UPDATE, *release("fifth")], ["playbooks/rollback.yml"]):
+        told = run(*playbook, "-i", str(tmp_path), fails=True)
+        assert "edge9 cannot be reached" in told
+        assert "Nothing was restarted." in told
+    assert serving() == before
+
+
 @pytest.fixture
-def unreachable(machine: Any, edge: Any, hosts: Any) -> Callable[[str], AbstractContextManager[None]]:
-    """Keeps the edge from a node's instance, for a block; the node goes on serving whom the edge does not send."""
+def unreachable(machine: Any, edge: Any, hosts: Any) -> Callable[..., AbstractContextManager[None]]:
+    """Keeps the edge, or Envoy alone, from a node's instance for a block; the node serves whoever comes another way."""
 
     @contextmanager
-    def cut(name: str) -> Iterator[None]:
+    def cut(name: str, whom: str) -> Iterator[None]:
         node, host = hosts[name].variables, machine(edge.name)
         rule = f"to {node['stickyring_address']} ipproto tcp dport {node['stickyring_node_port']} blackhole"
+        if whom == "Envoy":
+            uid = host.user("stickyring-edge").uid
+            rule = f"uidrange {uid}-{uid} {rule}"
         host.check_output(f"ip rule add {rule}")
         try:
             yield
@@ -179,19 +197,26 @@ def unreachable(machine: Any, edge: Any, hosts: Any) -> Callable[[str], Abstract
     return cut
 
 
+@pytest.mark.parametrize(("name", "whom"), [("fifth", "everybody"), ("sixth", "Envoy")], ids=["edge", "Envoy"])
 def test_a_node_that_the_edge_does_not_reach_stops_the_update(
-    residents: Any, run: Any, serving: Any, edge: Any, unreachable: Callable[[str], AbstractContextManager[None]]
+    residents: Any,
+    run: Any,
+    serving: Any,
+    edge: Any,
+    unreachable: Callable[..., AbstractContextManager[None]],
+    name: str,
+    whom: str,
 ) -> None:
     """Once it is reached again, the same command goes on where it stopped; a rollback would mix releases even more."""
-    update = [UPDATE, *release("fifth", stickyring_node_proving_time="1")]
+    update = [UPDATE, *release(name, stickyring_node_proving_time="1")]
     before = serving()
-    with unreachable("node2"):
+    with unreachable("node2", whom):
         told = run(*update, fails=True)
     assert f"node2 serves, but not for {edge.name}" in told
     stopped = serving()
-    assert {name: release for name, (release, _) in stopped.items()} == {
-        "node1": "fifth",
-        "node2": "fifth",
+    assert {node: release for node, (release, _) in stopped.items()} == {
+        "node1": name,
+        "node2": name,
         "node3": before["node3"][0],
     }
     assert stopped["node3"] == before["node3"]
@@ -201,7 +226,7 @@ def test_a_node_that_the_edge_does_not_reach_stops_the_update(
 
     run(*update)
     after = serving()
-    assert {release for release, _ in after.values()} == {"fifth"}
-    assert [name for name in after if after[name] != stopped[name]] == ["node3"]
+    assert {release for release, _ in after.values()} == {name}
+    assert [node for node in after if after[node] != stopped[node]] == ["node3"]
     residents.settle(BACK_SECONDS)
     assert not [one for one in residents if one.lost]

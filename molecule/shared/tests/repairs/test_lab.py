@@ -1,14 +1,12 @@
 """The lab on this machine: it has one owner, and what is missing of it is made again."""
 
 import re
-import socket
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
+import environment
 import pytest
-from testinfra.host import Host
 
 PROJECT = Path(__file__).parents[4]
 BLACKHOLE = ["ip", "route", "show", "type", "blackhole", "198.51.100.0/24"]
@@ -31,22 +29,12 @@ def test_another_clone_is_told_who_has_the_lab(playbook: str, inventory: Any, an
     ansible("ansible", "-i", inventory, "all", "-m", "ansible.builtin.ping")
 
 
-def switch_off(host: Host, address: str) -> None:
-    host.run("systemctl poweroff")
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection((address, 22), timeout=1).close()
-        except OSError:
-            return
-    pytest.fail(f"{address} is still there")
-
-
 def test_a_lab_that_lost_a_host_and_a_route_is_made_whole(
     inventory: Any, ansible: Any, machine: Any, hosts: Any
 ) -> None:
     kept = machine("node1").check_output("cat /proc/sys/kernel/random/boot_id; stat --format=%Y /proc/1")
-    switch_off(machine("node2"), hosts["node2"].variables["stickyring_address"])
+    machine("node2").run("systemctl poweroff")
+    environment.wait_until_gone(hosts["node2"].variables["stickyring_address"])
     subprocess.run(["ip", "route", "delete", "blackhole", "198.51.100.0/24", "metric", "4000"], check=True)
 
     ansible("ansible-playbook", "-i", inventory, "molecule/shared/create.yml")
