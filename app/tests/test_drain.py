@@ -144,6 +144,20 @@ def test_a_request_that_is_being_answered_ends(node: Any, tmp_path: Path) -> Non
     assert serve.process.wait(10) == 0
 
 
+def test_a_poll_that_waits_on_a_lost_connection_does_not_hold_it_up(node: Any) -> None:
+    """The client has asked again on another one."""
+    serve = node()
+    sid = json.loads(serve.get(HANDSHAKE).read()[1:])["sid"]
+    lost, poll = serve.connect(10), serve.connect(10)
+    for connection in (lost, poll):
+        connection.request("GET", f"{HANDSHAKE}&sid={sid}")
+    assert lost.getresponse().read() == b"6"
+    serve.process.send_signal(signal.SIGTERM)
+    assert poll.getresponse().status == 410
+    assert serve.process.wait(DEADLINE) == 0
+    assert serve.logged("drained")
+
+
 @asynccontextmanager
 async def never_answered(serve: ServeProcess) -> AsyncIterator[None]:
     """A user who waits for an acknowledgement that comes long after the node has ended, and does not get it."""

@@ -21,6 +21,9 @@ class Queue(Protocol):
     def empty(self) -> bool:
         """Whether none waits."""
 
+    def put(self, item: "Packet") -> None:
+        """Have one more wait."""
+
 
 class EngineSession(Protocol):
     """What is used of one session of python-engineio, `engineio.Socket`."""

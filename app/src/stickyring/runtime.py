@@ -1,6 +1,7 @@
 """What a node adds to the application that it serves: health, readiness, metrics, a cap, and whose each session is."""
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
@@ -181,11 +182,8 @@ class SocketIOGate:
                 return _answer(start_response, *refused, b"")
         if sid is None and environ["REQUEST_METHOD"] == "GET":
             return self._handshake(environ, start_response, _transport_label(query), _parameter(query, "EIO") or "")
-        status, headers, body = self._ask(environ)
-        if session is not None and session.moved and not body and _is_a_poll(environ):
-            status, body = "410 Gone", MOVED
-            headers.append(("Cache-Control", "no-store"))
-        return _answer(start_response, status, headers, body)
+        answer = self._poll(session, environ) if session is not None and _is_a_poll(environ) else self._ask(environ)
+        return _answer(start_response, *answer)
 
     def _pass_on(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         answer: Iterable[bytes] = self._application(environ, start_response)
@@ -204,6 +202,16 @@ class SocketIOGate:
             # What gunicorn takes for the end of a connection, of which nothing more is to be read or written.
             raise StopIteration
         ((status, headers),) = begun
+        return status, headers, body
+
+    def _poll(self, session: Session, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]], bytes]:
+        session.begin_poll()
+        try:
+            status, headers, body = self._ask(environ)
+        finally:
+            session.end_poll()
+        if session.moved and not body:
+            return "410 Gone", [*headers, ("Cache-Control", "no-store")], MOVED
         return status, headers, body
 
     def _handshake(
@@ -231,7 +239,8 @@ class SocketIOGate:
             if answer is None or answer is True:
                 transport = _transport_label(environ.get("QUERY_STRING", ""))
                 metrics.accepted[transport].inc()
-                sessions[sid] = session = Session(engine, engine.sockets[sid])
+                polling = None if transport == "websocket" else threading.Lock()
+                sessions[sid] = session = Session(engine, engine.sockets[sid], polling=polling)
                 environ[SESSION_VARIABLE] = session
                 session.note(environ)
                 log.debug("connected", extra={"sid": sid, "transport": transport})
@@ -295,7 +304,8 @@ def _transport_label(query: str) -> str:
 
 
 def _is_a_poll(environ: "WSGIEnvironment") -> bool:
-    return environ["REQUEST_METHOD"] == "GET" and _transport_label(environ.get("QUERY_STRING", "")) == "polling"
+    transport = _transport_label(environ.get("QUERY_STRING", ""))
+    return environ["REQUEST_METHOD"] == "GET" and transport == "polling" and "HTTP_UPGRADE" not in environ
 
 
 def _answer(

@@ -4,11 +4,15 @@ A session is one of Engine.IO (protocol revision 4), which is one connection of 
 """
 
 import re
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
+
+from engineio.packet import NOOP
+from engineio.packet import Packet as EnginePacket
 
 from stickyring.metrics import Engine, EngineSession, Packet
 from stickyring.websocket import PROTOCOL_ERROR, WebSocket
@@ -27,6 +31,7 @@ SESSION_VARIABLE = "stickyring.session"
 """The open session that a request is of, in the WSGI environ."""
 SETTLING_SECONDS = 1.0
 """A client that has just connected still joins namespaces; cut off in that, python-socketio's gives up for good."""
+TICK_SECONDS = 0.05
 REASON = "transport close"
 """What applications are told: the reason that stands for a client who lost the connection and may be back."""
 
@@ -42,7 +47,8 @@ class Session:
     `key` is the user: the newest key that a request of this session carried, None if none did; `cluster` is likewise
     the edge's cluster. `websocket` is what carries it, once something other than polls does. `unanswered` counts the
     events whose acknowledgement the application still owes; while `taking` is false, it gets no more that want one.
-    `moved` says that the node ended the session to have it elsewhere.
+    `moved` says that the node ended the session to have it elsewhere. `polling` is locked while a poll is answered; a
+    session that began as a WebSocket has none.
     """
 
     engine: Engine
@@ -54,6 +60,7 @@ class Session:
     unanswered: int = 0
     taking: bool = True
     moved: bool = False
+    polling: "threading.Lock | None" = None
 
     @property
     def transport(self) -> str:
@@ -84,6 +91,21 @@ class Session:
         """Note what the edge says with a request of this session."""
         self.key = key_of(environ) or self.key
         self.cluster = _on_the_wire(environ, CLUSTER_VARIABLE) or self.cluster
+
+    def begin_poll(self) -> None:
+        """Wait for the poll before this one to end, and have it end: it waits on a connection that is lost.
+
+        Clients ask again by themselves when an edge has gone (browsers, aiohttp). Two polls would take the packets from
+        each other, and the session's end would end one of them only.
+        """
+        while self.polling is not None and not self.polling.acquire(timeout=TICK_SECONDS):
+            if self.socket.queue.empty():
+                self.socket.queue.put(EnginePacket(NOOP))
+
+    def end_poll(self) -> None:
+        """Let the next poll begin."""
+        if self.polling is not None:
+            self.polling.release()
 
     def send_at_once(self, packet: Packet) -> bool:
         """Send a packet over the WebSocket, if nothing waits before it; return whether that was done.
