@@ -207,7 +207,7 @@ def test_a_node_that_the_edge_does_not_reach_stops_the_update(
     name: str,
     whom: str,
 ) -> None:
-    """Once it is reached again, the same command goes on where it stopped; a rollback would mix releases even more."""
+    """Once it is reached again, the same command goes on where it stopped."""
     update = [UPDATE, *release(name, stickyring_node_proving_time="1")]
     before = serving()
     with unreachable("node2", whom):
@@ -220,9 +220,11 @@ def test_a_node_that_the_edge_does_not_reach_stops_the_update(
         "node3": before["node3"][0],
     }
     assert stopped["node3"] == before["node3"]
-    refused = run("playbooks/rollback.yml", fails=True)
-    assert "The nodes would not all go back to the same release" in refused
-    assert serving() == stopped
+    if whom == "Envoy":
+        # What node3 would go back from has served on the others as well.
+        refused = run("playbooks/rollback.yml", fails=True)
+        assert "The nodes would not all go back to the same release" in refused
+        assert serving() == stopped
 
     run(*update)
     after = serving()
