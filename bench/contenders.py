@@ -77,7 +77,8 @@ def contenders(folder: Path) -> list[Contender]:
             "ASGI: uvicorn",
             lambda port: [
                 *(sys.executable, "-m", "uvicorn", "--factory", "application:asgi", "--port", str(port)),
-                *("--log-level", "warning", "--no-access-log"),
+                # Engine.IO pings; the load knows no pings of WebSocket.
+                *("--ws-ping-interval", "3600", "--log-level", "warning", "--no-access-log"),
             ],
             {"PYTHONPATH": str(asgi)},
         ),
