@@ -1,11 +1,9 @@
 """The part "faults": what the failure of a part costs its users, by the suite that asserts what it may cost them."""
 
 import json
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
-from bench.lab import CREATE, ROOT, SITE, Control, LabError, lab, refuse_a_running_lab
+from bench.lab import CREATE, ROOT, SITE, Control, LabError, before_the_lab, lab
 from bench.report import Figure, Part
 from bench.rounds import Rounds
 
@@ -39,14 +37,9 @@ def measure(rounds: Rounds, profile: Profile) -> Part:
     Raises:
         LabError: there is a lab already, or the suite fails.
     """
-    refuse_a_running_lab()
-    rounds.log(LOG).unlink(missing_ok=True)
     found = []
-    with (
-        rounds.every_core(),
-        tempfile.TemporaryDirectory(prefix="stickyring-bench-", ignore_cleanup_errors=True) as folder,
-    ):
-        control = Control(Path(folder), rounds, LOG)
+    with before_the_lab(rounds, LOG) as folder:
+        control = Control(folder, rounds, LOG)
         rounds.say("making hosts")
         with lab(control, NODES):
             control.play(NODES, SITE)
@@ -83,6 +76,6 @@ def _part(found: list[dict[str, dict[str, float]]]) -> Part:
     for faults in found:
         for fault, figures in faults.items():
             for column in COLUMNS:
-                part.found.setdefault(fault, {}).setdefault(column, []).append(figures[column])
+                part.add(column, {fault: figures[column]})
     part.more = {"users": {fault: [faults[fault]["users"] for faults in found] for fault in found[0]}}
     return part

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -166,6 +167,22 @@ def refuse_a_running_lab() -> None:
         owner = Path(LAB_OWNER.read_text().strip())
         where = f"in {owner} " if owner != ROOT and owner.is_dir() else ""
         raise LabError(f"there is a lab on this machine already: run `make down` {where}first")
+
+
+@contextlib.contextmanager
+def before_the_lab(rounds: Rounds, log: str) -> Iterator[Path]:
+    """Give a part that makes labs all cores, an empty log, and a folder that is removed at the end.
+
+    Raises:
+        LabError: there is a lab already.
+    """
+    refuse_a_running_lab()
+    rounds.log(log).unlink(missing_ok=True)
+    with (
+        rounds.every_core(),
+        tempfile.TemporaryDirectory(prefix="stickyring-bench-", ignore_cleanup_errors=True) as folder,
+    ):
+        yield Path(folder)
 
 
 @contextlib.contextmanager

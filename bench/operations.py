@@ -6,13 +6,12 @@ The hosts are the lab's. They are made for each size and removed after it, and b
 import configparser
 import importlib.metadata
 import statistics
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.lab import CREATE, DESTROY, ROOT, SITE, Control, LabError, Run, lab, node_name, refuse_a_running_lab
+from bench.lab import CREATE, DESTROY, ROOT, SITE, Control, LabError, Run, before_the_lab, lab, node_name
 from bench.report import Figure, Part, Spread, number
 from bench.rounds import Rounds
 
@@ -92,17 +91,12 @@ def measure(rounds: Rounds, profile: Profile) -> Part:
     Raises:
         LabError: there is a lab already, or an operation fails or does something else than it should.
     """
-    refuse_a_running_lab()
-    rounds.log(LOG).unlink(missing_ok=True)
     part, spent = _part(profile), Spent()
-    with (
-        rounds.every_core(),
-        tempfile.TemporaryDirectory(prefix="stickyring-bench-", ignore_cleanup_errors=True) as folder,
-    ):
+    with before_the_lab(rounds, LOG) as folder:
         rounds.say("building what the hosts install")
-        Control(Path(folder, "artifacts"), rounds, LOG).play(profile.sizes[0], ARTIFACTS)
+        Control(folder / "artifacts", rounds, LOG).play(profile.sizes[0], ARTIFACTS)
         for index in rounds.go(profile.rounds, "fleets"):
-            _sizes(Path(folder, str(index)), rounds, part, spent, profile)
+            _sizes(folder / str(index), rounds, part, spent, profile)
     part.more = {"seconds_a_node": {key: spread.as_json() for key, spread in slopes(part).items()}}
     part.more["seconds_of_tasks"] = spent.as_json()
     part.sections = [*_growth(part), "", *_where_the_time_goes(part, spent)]

@@ -304,8 +304,9 @@ def _transport_label(query: str) -> str:
 
 
 def _is_a_poll(environ: "WSGIEnvironment") -> bool:
-    transport = _transport_label(environ.get("QUERY_STRING", ""))
-    return environ["REQUEST_METHOD"] == "GET" and transport == "polling" and "HTTP_UPGRADE" not in environ
+    if environ["REQUEST_METHOD"] != "GET" or "HTTP_UPGRADE" in environ:
+        return False
+    return _transport_label(environ.get("QUERY_STRING", "")) == "polling"
 
 
 def _answer(

@@ -48,6 +48,10 @@ class Connection:
     def count(self, event: str, since: float) -> int:
         return sum(1 for moment, what in self.events if what == event and moment >= since)
 
+    def first(self, event: str, since: float) -> float:
+        """When it happened for the first time since then."""
+        return next(moment for moment, what in self.events if what == event and moment >= since)
+
     async def live(self, url: str, ended: asyncio.Event) -> None:
         """Connects, and talks until the end."""
         client = socketio.AsyncClient()

@@ -48,11 +48,6 @@ def have_not_noticed(connections: Iterable[Connection], since: float) -> None:
         assert not [began for began in one.repeated if began >= since], one
 
 
-def first(event: str, connection: Connection, since: float) -> float:
-    """When it happened to a connection for the first time since then."""
-    return next(moment for moment, what in connection.events if what == event and moment >= since)
-
-
 def keep(fault: str, seconds: Iterable[float], bound: float) -> dict[str, float]:
     """Prints, keeps and returns the figures of a fault, of the seconds that it has cost each user."""
     costs = sorted(seconds)
@@ -129,7 +124,7 @@ def test_a_vanished_host_of_users_who_only_listen(listeners: Residents, cut: Any
     since = time.monotonic()
     cut()
     listeners.wait(lambda: all(one.count("connect", since) for one in affected), PING_SECONDS)
-    back = [first("connect", one, since) - since for one in affected]
+    back = [one.first("connect", since) - since for one in affected]
     figures = keep("vanished host, of users who only listen", back, 15)
     assert figures["last"] <= figures["bound"]
     have_not_noticed([one for one in listeners if one not in affected], since)
@@ -248,8 +243,8 @@ def test_a_cut_between_clients_and_edge(
         ended = time.monotonic()
     residents.wait(lambda: all(one.answers[-1][0] > ended for one in residents), SETTLED_SECONDS)
     residents.settle(SETTLED_SECONDS)
-    noticed = [first("disconnect", one, since) - since for one in residents]
-    back = [first("connect", one, ended) - ended for one in residents]
+    noticed = [one.first("disconnect", since) - since for one in residents]
+    back = [one.first("connect", ended) - ended for one in residents]
     for figures in (
         keep("clients cut off, noticed", noticed, PING_SECONDS + 2),
         keep("clients cut off, back", back, 15),

@@ -70,11 +70,7 @@ def test_a_host_that_shuts_down_sends_its_users_on_first(residents: Any, switch_
     for one in here:
         assert (one.count("disconnect", since), one.count("connect", since)) == (1, 1), one
         assert one.count("failed", since) <= 1, one
-    left = [
-        next(moment for moment, what in one.events if what == "disconnect" and moment >= since)
-        for one in here
-        if "websocket" in one.transports
-    ]
+    left = [one.first("disconnect", since) for one in here if "websocket" in one.transports]
     # Websockets of a process that is killed end within 0.1 s.
     assert max(left) - min(left) > len(left) / HANDSHAKES_A_SECOND / 2
     assert not any(one.count("disconnect", since) for one in others)

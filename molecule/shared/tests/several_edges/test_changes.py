@@ -37,10 +37,7 @@ def disconnects(connected: Residents, since: float) -> list[float]:
 
 def ended(connected: Residents, since: float) -> list[float]:
     """When each of its users' websockets was closed; all of them were."""
-    there = [one for one in connected if "websocket" in one.transports]
-    return sorted(
-        min(moment for moment, what in one.events if what == "disconnect" and moment > since) for one in there
-    )
+    return sorted(one.first("disconnect", since) for one in connected if "websocket" in one.transports)
 
 
 @pytest.fixture
