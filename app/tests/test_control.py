@@ -141,6 +141,8 @@ def test_a_rebalance_without_anybody_to_move(node: ServeProcess, folder: Path) -
     assert numbers.pop("seconds") < 1
     expected = {"to_move": 0, "staying": 1, "without_key": 0, "asked": 0, "left": 0, "returned": 0}
     assert numbers == {"rate": 20, **expected}
+    status, answer = ask(folder / "control", "POST", "/rebalance", json.dumps({"ring": RING}))
+    assert (status, answer["running"]) == (202, False), "nobody need ask again whether it is over"
     close(node, sid)
 
 

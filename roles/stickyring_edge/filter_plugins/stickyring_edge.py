@@ -460,32 +460,31 @@ def stickyring_edge_wanted_ring(clusters: list[Data], name: str, common: Data) -
     return _ring_document(_cluster(cluster, common), members)
 
 
-def stickyring_edge_served_ring(name: str, config_dump: Data, clusters: Data) -> Data:
-    """The ring document of a cluster as Envoy serves it, from its admin interface's /config_dump and /clusters.
+def stickyring_edge_served_ring(name: str, config_dump: Data) -> Data:
+    """The ring document of a cluster as Envoy serves it, from its admin interface's /config_dump?include_eds.
 
     Empty when Envoy has no such cluster, or one whose policy knows no owners.
     """
-    resources = [
-        item["cluster"]
-        for item in config_dump["configs"]
-        if item["cluster"]["name"] == name and item["cluster"].get("lb_policy") in RING_POLICIES
+    sections = {section["@type"].rpartition(".")[2]: section for section in config_dump["configs"]}
+    clusters = [item["cluster"] for item in sections.get("ClustersConfigDump", {}).get("dynamic_active_clusters", [])]
+    assignments = [
+        item["endpoint_config"] for item in sections.get("EndpointsConfigDump", {}).get("dynamic_endpoint_configs", [])
     ]
-    statuses = [item.get("host_statuses", []) for item in clusters["cluster_statuses"] if item["name"] == name]
-    if not resources or not statuses:
+    cluster = next((item for item in clusters if item["name"] == name), {})
+    assignment = next((item for item in assignments if item["cluster_name"] == name), None)
+    if cluster.get("lb_policy") not in RING_POLICIES or assignment is None:
         return {}
     members = [
-        {"name": host["hostname"], "weight": host["weight"], "health": _health(host["health_status"])}
-        for host in statuses[0]
+        {
+            "name": host["endpoint"]["hostname"],
+            "weight": host["load_balancing_weight"],
+            # As the ring sees it: what is degraded or draining owns nothing either.
+            "health": "HEALTHY" if host["health_status"] == "HEALTHY" else "UNHEALTHY",
+        }
+        for locality in assignment.get("endpoints", [])
+        for host in locality["lb_endpoints"]
     ]
-    return _ring_document(resources[0], members)
-
-
-def _health(status: Data) -> str:
-    """As the ring sees it: what is neither draining nor healthy in every respect owns nothing."""
-    if status.get("eds_health_status") == "DRAINING":
-        return "DRAINING"
-    failing = any(value is True for value in status.values())
-    return "UNHEALTHY" if failing or status.get("eds_health_status", "HEALTHY") != "HEALTHY" else "HEALTHY"
+    return _ring_document(cluster, members)
 
 
 class FilterModule:

@@ -142,15 +142,33 @@ def test_a_weight_is_so_many_times_the_points() -> None:
     assert weights(files, path) == {"nobody": 1, "node1-1": 300, "node2-1": 100, "node3-1": 100}
 
 
-def served(policy: dict[str, Any], **flags: object) -> dict[str, Any]:
-    """The ring document of an Envoy with two members, the second with these flags."""
-    config = {"configs": [{"cluster": {"name": "other"}}, {"cluster": {"name": "nodes", **policy}}]}
+def dump(clusters: list[dict[str, Any]], members: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Envoy's /config_dump?include_eds: the clusters, and the lb_endpoints of each by its name."""
+    assignments = [{"cluster_name": name, "endpoints": [{"lb_endpoints": hosts}]} for name, hosts in members.items()]
+    return {
+        "configs": [
+            {"@type": "type.googleapis.com/envoy.admin.v3.BootstrapConfigDump", "bootstrap": {}},
+            {
+                "@type": "type.googleapis.com/envoy.admin.v3.ClustersConfigDump",
+                "dynamic_active_clusters": [{"cluster": cluster} for cluster in clusters],
+            },
+            {
+                "@type": "type.googleapis.com/envoy.admin.v3.EndpointsConfigDump",
+                "dynamic_endpoint_configs": [{"endpoint_config": assignment} for assignment in assignments],
+            },
+            {"@type": "type.googleapis.com/envoy.admin.v3.ListenersConfigDump"},
+        ]
+    }
+
+
+def served(policy: dict[str, Any], health: str = "HEALTHY") -> dict[str, Any]:
+    """The ring document of an Envoy with two members, the second in this health."""
     hosts = [
-        {"hostname": "node2-1", "weight": 3, "health_status": {"eds_health_status": "HEALTHY"}},
-        {"hostname": "node1-1", "weight": 1, "health_status": {"eds_health_status": "HEALTHY"} | flags},
+        {"endpoint": {"hostname": "node2-1"}, "load_balancing_weight": 3, "health_status": "HEALTHY"},
+        {"endpoint": {"hostname": "node1-1"}, "load_balancing_weight": 1, "health_status": health},
     ]
-    clusters = {"cluster_statuses": [{"name": "other"}, {"name": "nodes", "host_statuses": hosts}]}
-    document: dict[str, Any] = edge.stickyring_edge_served_ring("nodes", config, clusters)
+    clusters = [{"name": "other", "lb_policy": "RING_HASH"}, {"name": "nodes", **policy}]
+    document: dict[str, Any] = edge.stickyring_edge_served_ring("nodes", dump(clusters, {"other": [], "nodes": hosts}))
     return document
 
 
@@ -171,17 +189,9 @@ def test_the_served_ring_has_the_members_as_envoy_orders_them() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("flags", "health"),
-    [
-        ({"failed_active_health_check": True}, "UNHEALTHY"),
-        ({"pending_active_hc": True}, "UNHEALTHY"),
-        ({"eds_health_status": "UNHEALTHY"}, "UNHEALTHY"),
-        ({"eds_health_status": "DRAINING"}, "DRAINING"),
-    ],
-)
-def test_the_served_ring_tells_who_owns_nothing(flags: dict[str, object], health: str) -> None:
-    assert [member["health"] for member in served(RING, **flags)["members"]] == ["HEALTHY", health]
+@pytest.mark.parametrize("health", ["UNHEALTHY", "DEGRADED", "UNKNOWN"])
+def test_the_served_ring_tells_who_owns_nothing(health: str) -> None:
+    assert [member["health"] for member in served(RING, health)["members"]] == ["HEALTHY", "UNHEALTHY"]
 
 
 def test_the_served_ring_of_maglev_has_a_table() -> None:
@@ -191,7 +201,9 @@ def test_the_served_ring_of_maglev_has_a_table() -> None:
 
 
 def test_there_is_no_ring_of_a_cluster_that_envoy_lacks() -> None:
-    assert edge.stickyring_edge_served_ring("nodes", {"configs": []}, {"cluster_statuses": []}) == {}
+    assert edge.stickyring_edge_served_ring("nodes", {"configs": []}) == {}
+    without_members = dump([{"name": "nodes", **RING}], {})
+    assert edge.stickyring_edge_served_ring("nodes", without_members) == {}
 
 
 def test_the_wanted_ring_is_the_one_that_is_written() -> None:
