@@ -27,6 +27,7 @@ from certificates import Certificate, make_certificate
 from fake_envoy import ROLE, load, run_module
 
 xds = load("library/stickyring_edge_xds.py")
+filters = load("filter_plugins/stickyring_edge.py")
 
 PROJECT = ROLE.parents[1]
 ARTIFACTS = PROJECT / "roles" / "stickyring_artifacts" / "files"
@@ -491,3 +492,29 @@ def test_connections_beyond_the_limit_are_closed_at_once(edge: Edge, websocket: 
         assert time.monotonic() < deadline
         with suppress(AssertionError, ConnectionResetError):
             opened.append(websocket("other"))
+
+
+def test_the_served_ring_is_read_with_whoever_is_not_healthy(edge: Edge) -> None:
+    files = deepcopy(edge.files)
+    (path,) = [name for name in files if name.startswith("endpoints/")]
+    members = files[path][0]["endpoints"][0]["lb_endpoints"]
+    members.insert(1, deepcopy(members[-1]))
+    members[1]["endpoint"]["hostname"] = "closed"
+    members[1]["endpoint"]["address"]["socket_address"]["port_value"] = free_ports(1)[0]
+    members[1]["load_balancing_weight"] *= 2
+    edge.give(files)
+    expected = [
+        {
+            "name": member["endpoint"]["hostname"],
+            "weight": member["load_balancing_weight"],
+            "health": "UNHEALTHY" if member["endpoint"]["hostname"] == "closed" else "HEALTHY",
+        }
+        for member in members
+    ]
+    deadline = time.monotonic() + START_SECONDS
+    ring: dict[str, Any] = {}
+    while ring.get("members") != expected:
+        assert time.monotonic() < deadline, ring
+        answer = xds.Admin(edge.ports["admin"]).get("/config_dump?include_eds&name_regex=nodes")
+        ring = filters.stickyring_edge_served_ring("nodes", answer)
+    assert (ring["policy"], ring["minimum_size"]) == ("RING_HASH", 1)
