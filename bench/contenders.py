@@ -11,14 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bench.load import LoadError, Target
+from bench.load import COMPRESSION, LoadError, Target
 
 HERE = Path(__file__).parent
 NAME = "bench"
-OURS, GEVENT, ASGI, STOCK, NODEJS, STUB = "ours", "ours-gevent", "asgi", "stock", "nodejs", "stub"
+OURS, GEVENT, ASGI, STOCK, PLAIN, NODEJS, STUB = "ours", "ours-gevent", "asgi", "stock", "stock-plain", "nodejs", "stub"
 READY_SECONDS = 20.0
 LOOK_SECONDS = 0.005
 READY = b"GET /socket.io/?EIO=4&transport=polling HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
@@ -30,12 +30,13 @@ class PrepareError(Exception):
 
 @dataclass(frozen=True)
 class Contender:
-    """A server under measurement: `command` is given the port to listen on."""
+    """A server under measurement: `command` is given the port to listen on, `offer` is as `Target` has it."""
 
     key: str
     title: str
     command: Callable[[int], list[str]]
     environment: Mapping[str, str] = field(default_factory=dict)
+    offer: str = COMPRESSION
 
     def shown(self) -> str:
         """Return the command as one would type it in the root of the tree."""
@@ -49,6 +50,16 @@ def contenders(folder: Path) -> list[Contender]:
     gevent = install(folder, GEVENT, _packages, HERE / "requirements-gevent.txt")
     asgi = install(folder, ASGI, _packages, HERE / "requirements-asgi.txt")
     nodejs = install(folder, NODEJS, _node_modules, HERE / "socketio-node/package-lock.json")
+    stock_way = Contender(
+        STOCK,
+        "stock: gunicorn 25.3, eventlet",
+        # Its default of 1000 connections would hang the thousandth.
+        lambda port: [
+            str(stock / "bin/gunicorn"),
+            *("--worker-class", "eventlet", "-w", "1", "--worker-connections", "10000"),
+            *("--bind", f"127.0.0.1:{port}", "application:stock()"),
+        ],
+    )
     return [
         ours(),
         Contender(
@@ -62,23 +73,17 @@ def contenders(folder: Path) -> list[Contender]:
             ],
             {"PYTHONPATH": str(gevent)},
         ),
-        Contender(
-            STOCK,
-            "stock: gunicorn 25.3, eventlet",
-            # Its default of 1000 connections would hang the thousandth.
-            lambda port: [
-                str(stock / "bin/gunicorn"),
-                *("--worker-class", "eventlet", "-w", "1", "--worker-connections", "10000"),
-                *("--bind", f"127.0.0.1:{port}", "application:stock()"),
-            ],
-        ),
+        stock_way,
+        # It takes up what is offered, and has no option not to.
+        replace(stock_way, key=PLAIN, title="stock, to clients without compression", offer=""),
         Contender(
             ASGI,
             "ASGI: uvicorn",
             lambda port: [
                 *(sys.executable, "-m", "uvicorn", "--factory", "application:asgi", "--port", str(port)),
-                # Engine.IO pings; the load knows no pings of WebSocket.
-                *("--ws-ping-interval", "3600", "--log-level", "warning", "--no-access-log"),
+                # Engine.IO pings; the load knows no pings of WebSocket. Of the others, only the stock way compresses.
+                *("--ws-ping-interval", "3600", "--ws-per-message-deflate", "false"),
+                *("--log-level", "warning", "--no-access-log"),
             ],
             {"PYTHONPATH": str(asgi)},
         ),
@@ -170,6 +175,13 @@ class Server:
         except OSError:
             raise LoadError(f"{self.target.title} has lost a process") from None
 
+    def user_seconds(self) -> float:
+        """Those of them that were spent outside the kernel, as its clock ticks have sampled them (proc_pid_stat(5))."""
+        ticks = 0
+        for process in self.processes:
+            ticks += int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def memory(self) -> int:
         """Memory of all its processes in bytes; what they share counts once (Pss in /proc/PID/smaps_rollup)."""
         total = 0
@@ -213,7 +225,7 @@ def running(contender: Contender, core: int, log: Path) -> Iterator[Server]:
                 raise LoadError(f"{contender.title} does not start, and says: {said[-1][:300]}")
             time.sleep(LOOK_SECONDS)
         seconds = time.perf_counter() - begun
-        yield Server(Target(contender.title, port, NAME), seconds, _session(process.pid))
+        yield Server(Target(contender.title, port, NAME, offer=contender.offer), seconds, _session(process.pid))
     except OSError as error:
         if process is None:
             raise LoadError(f"{contender.title} does not start: {error}") from None

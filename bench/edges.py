@@ -44,12 +44,13 @@ class Profile:
     moves: tuple[int, ...]
     users: int
     sticky_users: int
+    idle_seconds: float
     real_nodes: bool
 
 
 PROFILES = {
-    "quick": Profile(2, 0.8, 1000, (100, 1000), (), (3,), 1000, 50, real_nodes=False),
-    "full": Profile(5, 3.0, 5000, (100, 1000), (1, 10), (1, 3, 10), 5000, 200, real_nodes=True),
+    "quick": Profile(2, 0.8, 1000, (100, 1000), (), (3,), 1000, 50, 2.0, real_nodes=False),
+    "full": Profile(5, 3.0, 5000, (100, 1000), (1, 10), (1, 3, 10), 5000, 200, 26.0, real_nodes=True),
 }
 
 
@@ -60,6 +61,10 @@ def figures(profile: Profile) -> list[Figure]:
     return [
         *(
             Figure(f"echo-cpu@{crowd}", f"CPU of an echo under full load, {crowd} connections", "µs", False, True)
+            for crowd in profile.crowds
+        ),
+        *(
+            Figure(f"user-cpu@{crowd}", f"of it, outside the kernel, {crowd} connections", "µs", False)
             for crowd in profile.crowds
         ),
         Figure("paced-cpu", f"CPU of an echo {paced}", "µs", False, True),
@@ -78,6 +83,7 @@ def figures(profile: Profile) -> list[Figure]:
             for key, (manner, _, _) in MANNERS.items()
         ),
         Figure("idle-memory", f"memory per connection, {profile.idle_connections} idle", "KiB", False, True),
+        Figure("idle-cpu", f"CPU of {profile.idle_connections} idle connections", "% of a core", False),
         Figure("memory", "memory without a connection", "MiB", False),
         Figure("sticky", f"users with {SESSIONS_OF_A_USER} whole polling sessions on one node", "%", True, True),
         *(
@@ -169,13 +175,18 @@ def _traffic(server: Server, profile: Profile, direct: dict[str, float]) -> dict
         "memory": unused / 2**20,
         "idle-memory": (server.memory() - unused) / profile.idle_connections / 1024,
     }
+    idle = server.cpu_seconds()
+    loop.run(profile.idle_seconds)
+    found["idle-cpu"] = 100 * (server.cpu_seconds() - idle) / profile.idle_seconds
     paced = pace(loop, target, wires[:PACED_CROWD], server.cpu_seconds, seconds=profile.seconds, rate=PACED_RATE)
     found["paced-cpu"] = _cpu(paced)
     found |= (through := trips(paced, "trip"))
     found |= {key.replace("trip", "added"): value - direct[key] for key, value in through.items()}
     for crowd in profile.crowds:
+        cpu, user = server.cpu_seconds(), server.user_seconds()
         sample = echo(loop, target, wires[:crowd], profile.seconds, server.cpu_seconds)
-        found[f"echo-cpu@{crowd}"] = _cpu(sample)
+        share = (server.user_seconds() - user) / (server.cpu_seconds() - cpu)
+        found |= {f"echo-cpu@{crowd}": _cpu(sample), f"user-cpu@{crowd}": share * _cpu(sample)}
     for key, (_, manner, _) in MANNERS.items():
         sample = handshakes(loop, target, manner, server.cpu_seconds, together=TOGETHER, seconds=profile.seconds)
         found[f"session-cpu@{key}"] = _cpu(sample)

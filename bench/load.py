@@ -24,9 +24,10 @@ PATH = "/socket.io/?EIO=4&transport="
 SUBSCRIBE = (
     "GET {path} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     "Sec-WebSocket-Key: c3RpY2t5cmluZyBiZW5jaA==\r\nSec-WebSocket-Version: 13\r\n"
-    "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n{cookie}\r\n"
+    "{offer}{cookie}\r\n"
 )
-"""The compression that every browser offers, and the JavaScript client; a server takes it up or not (RFC 7692)."""
+COMPRESSION = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n"
+"""What every browser offers, and the JavaScript client; a server takes it up or not (RFC 7692)."""
 OPENING = 50
 """Sessions that open at the same time: less than any server's backlog."""
 PATIENCE = 20.0
@@ -67,7 +68,7 @@ class Target:
     """A server to load: its port on loopback, and the node name that it puts before each echo.
 
     Where `users` are, every session is the next one's, and says so in `query`; `cookie` is the header line with what a
-    server has set.
+    server has set, `offer` the one that offers compression.
     """
 
     title: str
@@ -76,6 +77,7 @@ class Target:
     users: Iterator[str] | None = None
     query: str = ""
     cookie: str = ""
+    offer: str = COMPRESSION
 
     @property
     def messages(self) -> list[tuple[bytes, bytes]]:
@@ -90,7 +92,7 @@ class Target:
     def upgrade(self, sid: str = "") -> bytes:
         """Return the request for a WebSocket, of a new session or of an open one."""
         path, host = self._path("websocket", sid), f"127.0.0.1:{self.port}"
-        return SUBSCRIBE.format(path=path, host=host, cookie=self.cookie).encode()
+        return SUBSCRIBE.format(path=path, host=host, offer=self.offer, cookie=self.cookie).encode()
 
     def get(self, sid: str = "") -> bytes:
         """Return the request of a handshake, or of a poll."""

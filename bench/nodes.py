@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.contenders import OURS, STOCK, STUB, Contender, Server, contenders, running, stub
+from bench.contenders import NODEJS, OURS, STOCK, STUB, Contender, Server, contenders, running, stub
 from bench.load import (
     Loop,
     Sample,
@@ -53,7 +53,7 @@ class Profile:
 
 
 PROFILES = {
-    "quick": Profile(rounds=2, idle_rounds=2, seconds=1.0, idle_connections=1000),
+    "quick": Profile(rounds=2, idle_rounds=2, seconds=0.8, idle_connections=1000),
     "full": Profile(rounds=9, idle_rounds=3, seconds=4.0, idle_connections=5000),
 }
 
@@ -105,6 +105,8 @@ def compare(rounds: Rounds, profile: Profile, compared: Sequence[Contender]) -> 
         {contender.key: contender.shown() for contender in everyone},
         STOCK if any(contender.key == STOCK for contender in compared) else OURS,
         STUB,
+        setting="The servers had one core, the load another. Clients offer compression, as browsers do: the stock way "
+        "takes it up, the others do not. Everybody but the stock way and Node.js has the options of stickyring.echo.",
     )
     together = max(1, MOST_DESCRIPTORS // profile.idle_connections)
     for number in rounds.go(profile.idle_rounds, "idle connections"):
@@ -118,7 +120,28 @@ def compare(rounds: Rounds, profile: Profile, compared: Sequence[Contender]) -> 
             counts = [f"{found[f'echoes@{crowd}']:.0f} echoes/s on {crowd}" for crowd in profile.crowds]
             rounds.say(f"{contender.title}: {', '.join(counts)}")
             part.add(contender.key, found)
+    part.sections = _to_nodejs(part)
     return part
+
+
+def _to_nodejs(part: Part) -> list[str]:
+    """Of each contender, what it does in a CPU second to what Node.js does in one."""
+    keys = [figure for figure in part.figures if "-per-cpu@" in figure.key and part.spread(figure.key, NODEJS)]
+    if not keys:
+        return []
+    others = [key for key in part.contenders if key != NODEJS]
+    return [
+        "## Beside Node.js",
+        "",
+        "Times what Node.js does in a CPU second: the median, in parentheses the least and the greatest round.",
+        "",
+        "| figure | " + " | ".join(part.titles[key] for key in others) + " |",
+        "|---|" + "---|" * len(others),
+        *(
+            f"| {figure.title} | " + " | ".join(str(part.ratio(figure.key, key, NODEJS)) for key in others) + " |"
+            for figure in keys
+        ),
+    ]
 
 
 def _traffic(server: Server, profile: Profile) -> dict[str, float]:

@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 PROGRAMS = Path(sys.executable).parent
 ARTIFACTS = ROOT / "roles/stickyring_artifacts/files"
-OURS, DEFAULTS, NGINX, HAPROXY, COOKIE, UNHASHED = "ours", "defaults", "nginx", "haproxy", "haproxy-cookie", "unhashed"
+OURS, SILENT, DEFAULTS, NGINX = "ours", "ours-silent", "defaults", "nginx"
+HAPROXY, COOKIE, UNHASHED = "haproxy", "haproxy-cookie", "unhashed"
 MOST_CONNECTIONS = 9000
 """What a proxy with two descriptors a connection can have where 20 000 are allowed."""
 PLACES = [f"node{number}" for number in range(1, 12)]
@@ -70,14 +71,19 @@ def edges(folder: Path) -> list[Edge]:
     haproxy_title = f"HAProxy {_version([*haproxy, '-v'])}"
 
     @functools.cache
-    def composed(number: int) -> dict[str, Any]:
-        return _composed(folder, number)
+    def composed(place: Path, number: int, access_log: bool) -> dict[str, Any]:
+        return _composed(place, number, access_log=access_log)
 
     return [
         Edge(
             OURS,
             f"stickyring, Envoy {version}",
-            lambda place, port, nodes: _ours(envoy, composed(len(nodes)), place, port, nodes),
+            lambda place, port, nodes: _ours(envoy, composed(place, len(nodes), True), place, port, nodes),
+        ),
+        Edge(
+            SILENT,
+            "stickyring, no access log",
+            lambda place, port, nodes: _ours(envoy, composed(place, len(nodes), False), place, port, nodes),
         ),
         Edge(
             DEFAULTS,
@@ -140,10 +146,8 @@ def _envoy() -> tuple[Path, str]:
     return ROOT / ".artifacts" / f"envoy-{version}" / "envoy", version
 
 
-def _composed(folder: Path, number: int) -> dict[str, Any]:
+def _composed(place: Path, number: int, *, access_log: bool) -> dict[str, Any]:
     """Return what the role composes with its defaults for so many nodes."""
-    place = folder / "edges" / OURS
-    place.mkdir(parents=True, exist_ok=True)
     endpoints = [
         {"name": name, "address": "127.0.0.1", "port": FIRST_NODE_PORT + at} for at, name in enumerate(PLACES[:number])
     ]
@@ -153,6 +157,7 @@ def _composed(folder: Path, number: int) -> dict[str, Any]:
         "__stickyring_edge_directory": str(place),
         "stickyring_edge_admin_port": ADMIN_PORT,
         "stickyring_edge_envoy_sha256": "0" * 64,
+        "stickyring_edge_access_log": access_log,
         "stickyring_edge_listeners": [
             {"name": "sticky", "port": LISTENER_PORT, "cluster": "nodes", "address": "127.0.0.1"}
         ],

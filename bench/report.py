@@ -55,8 +55,9 @@ class Spread:
         return cls(statistics.median(rounds), min(rounds), max(rounds), rounds)
 
     def __str__(self) -> str:
-        """Return `median (least to greatest)`."""
-        return f"{number(self.median)} ({number(self.least)} to {number(self.greatest)})"
+        """Return `median (least to greatest)`, of a single round only what it found."""
+        several = f" ({number(self.least)} to {number(self.greatest)})" if len(self.rounds) > 1 else ""
+        return f"{number(self.median)}{several}"
 
     def as_json(self) -> dict[str, Any]:
         """Return all of it."""
@@ -163,10 +164,18 @@ def context(command: str, profile: str, cores: tuple[int, int]) -> dict[str, Any
         },
         "versions": {
             "python": platform.python_version(),
+            **_commit(),
             **_nodejs(),
             **{package: importlib.metadata.version(package) for package in PACKAGES},
         },
     }
+
+
+def _commit() -> dict[str, str]:
+    """Return which state of the tree was measured, where it is a clone."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return {} if done.returncode else {"commit": done.stdout.strip()}
 
 
 def _nodejs() -> dict[str, str]:
@@ -222,7 +231,7 @@ def as_markdown(part: Part, context: dict[str, Any]) -> str:
         f"{machine['processor']}, Linux {machine['kernel']}: {versions}. {part.setting}",
         "",
         "Medians, in parentheses the least and the greatest round; the last number is the ratio to "
-        f"“{part.titles[part.base]}”, the median of the rounds.",
+        f"“{part.titles[part.base]}”, with its own rounds. Without parentheses there was one round.",
         "",
         *_warning(part),
         f"![The figures as bars]({part.key}.svg)",
@@ -275,8 +284,8 @@ def _cell(part: Part, figure: Figure, contender: str) -> str:
     spread = part.spread(figure.key, contender)
     if spread is None:
         return "not measured"
-    ratio = part.ratio(figure.key, contender, part.base)
-    shown = "" if ratio is None or figure.more_is_better is None else f"; {number(ratio.median)} times"
+    ratio = part.ratio(figure.key, contender, part.base) if contender != part.base else None
+    shown = "" if ratio is None or figure.more_is_better is None else f"; {ratio} times"
     return f"{spread}{shown}"
 
 
@@ -306,6 +315,6 @@ def _bars(axes: Axes, part: Part, figure: Figure, *, named: bool) -> None:
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(left=0)
-    better = "more is better" if figure.more_is_better else "less is better"
-    title = textwrap.fill(f"{figure.title} ({figure.unit}; {better})", TITLE_WIDTH)
+    better = {True: "; more is better", False: "; less is better", None: ""}[figure.more_is_better]
+    title = textwrap.fill(f"{figure.title} ({figure.unit}{better})", TITLE_WIDTH)
     axes.set_title(title, loc="left", fontsize=8)

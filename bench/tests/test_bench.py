@@ -88,6 +88,7 @@ def run(folder: Path, *contenders: str) -> subprocess.CompletedProcess[str]:
 
 def test_median_and_spread() -> None:
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0, [3.0, 1.0, 2.0])
+    assert str(Spread.of([1.0])) == "1.00"
     assert str(Spread.of([1234.5, 1.0, 99.99])) == "100.0 (1.00 to 1\N{NO-BREAK SPACE}234)"
 
 
@@ -132,7 +133,7 @@ def test_a_server_that_did_not_get_its_core_is_told(part: Part) -> None:
 
 def test_the_table_tells_medians_spreads_and_ratios(part: Part) -> None:
     table = report.as_markdown(part, CONTEXT)
-    assert "| echoes (1/s) | 300 (100 to 400); 2.00 times | 200 (100 to 200); 1.00 times |" in table
+    assert "| echoes (1/s) | 300 (100 to 400); 2.00 (0.50 to 3.00) times | 200 (100 to 200) |" in table
 
 
 def test_what_fails_while_writing_leaves_what_was_there(

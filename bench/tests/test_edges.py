@@ -1,5 +1,6 @@
 """Edges are measured at what they do: a proxy that keeps users together, and one that does not."""
 
+import json
 import os
 import sys
 import threading
@@ -16,7 +17,7 @@ from bench.proxies import Edge
 from bench.report import as_markdown
 from bench.rounds import Rounds
 
-TINY = Profile(1, 0.1, 20, (10,), (1,), (3,), 300, 20, real_nodes=False)
+TINY = Profile(1, 0.1, 20, (10,), (1,), (3,), 300, 20, 0.1, real_nodes=False)
 PROXY = """
 import asyncio, itertools, re, sys, zlib
 port, hashes, *nodes = map(int, sys.argv[1:])
@@ -118,8 +119,8 @@ def test_every_session_is_the_next_users_and_keeps_its_cookie() -> None:
 
 
 def test_ours_is_what_the_role_composes(tmp_path: Path) -> None:
-    composed = proxies._composed(tmp_path, 3)
-    place = tmp_path / "edges" / proxies.OURS
+    place = tmp_path
+    composed = proxies._composed(place, 3, access_log=True)
     command = proxies._ours(Path("envoy"), composed, place, 9000, [9001, 9002, 9003])
     written = {path.relative_to(place / "xds").as_posix(): path.read_text() for path in place.glob("xds/**/*.yaml")}
     assert {name.split("-")[0] for name in written} == {
@@ -129,6 +130,9 @@ def test_ours_is_what_the_role_composes(tmp_path: Path) -> None:
         "endpoints/nodes",
     }
     endpoints = next(text for name, text in written.items() if name.startswith("endpoints/"))
+    assert "envoy.access_loggers.stdout" in written["listeners.yaml"]
+    silent = json.dumps(proxies._composed(place, 3, access_log=False))
+    assert "envoy.access_loggers" not in silent
     for port in (9001, 9002, 9003):
         assert f'"port_value": {port}' in endpoints
     assert '"port_value": 9000' in written["listeners.yaml"]

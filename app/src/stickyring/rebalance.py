@@ -26,8 +26,8 @@ from stickyring.sessions import Session
 log = logging.getLogger(__name__)
 
 HANDSHAKES_A_SECOND = 250
-"""What a node is asked to take in beside its users' traffic: at 0.8 (WebSocket) to 1.9 ms (polling) of CPU for a
-handshake, they cost it 20 to 48 % of its core."""
+"""What a node is asked to take in beside its users' traffic: at 0.7 (WebSocket) to 1.9 ms (polling) of CPU for a
+handshake (docs/benchmarks/nodes.md), they cost it 18 to 48 % of its core."""
 
 
 def default_rate(ring: Ring) -> float:
