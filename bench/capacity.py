@@ -6,13 +6,15 @@ A document whose figures are not those of docs/benchmarks fails the unit tests.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from bench import proxies
 from bench.contenders import OURS
 from bench.report import number
 
@@ -22,6 +24,8 @@ BENCHMARKS = ROOT / "docs/benchmarks"
 BEGIN, END = "<!-- figures: python -m bench.capacity -->", "<!-- end of the figures -->"
 
 MEMORY_SHARE, CPU_SHARE = 0.75, 0.7
+HEAP_SHARE = 0.98
+"""Of the edge's heap, where it begins to refuse requests."""
 PORTS = 60999 - 32768 + 1
 """Linux's net.ipv4.ip_local_port_range: connections that one edge can have to one instance."""
 CAP = "cap"
@@ -54,6 +58,27 @@ class Costs:
             message=1 / found["echoes-per-cpu@1000"],
             websocket_first=1 / found["handshakes-per-cpu@websocket"],
             polling_first=1 / found["handshakes-per-cpu@upgrade"],
+        )
+
+
+@dataclass(frozen=True)
+class EdgeCosts:
+    """What our edge costs, in units of `Costs`: without connections, for a websocket, and for a message through it."""
+
+    process_memory: float
+    memory: float
+    idle: float
+    message: float
+
+    @classmethod
+    def of(cls, edges: Mapping[str, Any]) -> "EdgeCosts":
+        """Take them from what the part "edges" has written, the medians of our own contender."""
+        found = {key: figure["found"][proxies.OURS]["median"] for key, figure in edges["figures"].items()}
+        return cls(
+            process_memory=found["memory"] * 1024,
+            memory=found["idle-memory"],
+            idle=found["idle-cpu"] / 100 / _idle_connections(edges),
+            message=found["echo-cpu@1000"] / 1e6,
         )
 
 
@@ -98,6 +123,17 @@ def limits(costs: Costs, caps: Caps, cores: int, gib: float, rate: float) -> dic
     }
 
 
+def edge_limits(costs: EdgeCosts, caps: Caps, cores: int, gib: float, rate: float) -> dict[str, int]:
+    """Return how many users each thing allows on a host that is an edge; `rate` as for `limits`."""
+    return {
+        "memory": max(0, int((MEMORY_SHARE * gib * 2**20 - costs.process_memory) / costs.memory)),
+        "heap": max(0, int((HEAP_SHARE * caps.edge_heap_mib * 1024 - costs.process_memory) / costs.memory)),
+        "CPU": int(CPU_SHARE * cores / (costs.idle + rate * costs.message)),
+        CAP: caps.edge_connections,
+        "descriptors": caps.edge_descriptors // 2,
+    }
+
+
 def first(allowed: Mapping[str, int]) -> tuple[int, str]:
     """Return how many users there can be, and what allows no more."""
     name = min(allowed, key=lambda each: allowed[each])
@@ -109,18 +145,28 @@ def seconds_back(users: int, cores: int, handshake: float) -> float:
     return users * handshake / cores
 
 
-def updated(document: str, nodes: Mapping[str, Any], caps: Caps) -> str:
+def updated(document: str, nodes: Mapping[str, Any], edges: Mapping[str, Any], caps: Caps) -> str:
     """Return the document with these figures between BEGIN and END."""
     before, _, rest = document.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return "\n".join(
-        [before + BEGIN, "", *_hosts(Costs.of(nodes), caps), "", *_constants(nodes, caps), "", END + after]
-    )
+    costs, users = Costs.of(nodes), caps.node_connections
+    websocket, polling = (seconds_back(users, 1, each) for each in (costs.websocket_first, costs.polling_first))
+    lines = [
+        *_hosts("a host of nodes", partial(limits, costs, caps)),
+        "",
+        f"The {number(users)} users of an instance at its cap are all back {number(websocket)} s after an outage if "
+        f"they begin with WebSocket, {number(polling)} s after it if with polling: its core does nothing else then.",
+        "",
+        *_hosts("an edge", partial(edge_limits, EdgeCosts.of(edges), caps)),
+        "",
+        *_constants(nodes, edges, caps),
+    ]
+    return "\n".join([before + BEGIN, "", *lines, "", END + after])
 
 
 def write() -> None:
     """Bring the document into step with docs/benchmarks and the roles."""
-    DOCUMENT.write_text(updated(DOCUMENT.read_text(), written("nodes"), Caps.of_the_roles()))
+    DOCUMENT.write_text(updated(DOCUMENT.read_text(), written("nodes"), written("edges"), Caps.of_the_roles()))
 
 
 def written(part: str) -> dict[str, Any]:
@@ -129,19 +175,12 @@ def written(part: str) -> dict[str, Any]:
     return found
 
 
-def _hosts(costs: Costs, caps: Caps) -> list[str]:
-    lines = [f"| users on a host of nodes | {' | '.join(RATES)} |", "|---|" + "---|" * len(RATES)]
+def _hosts(what: str, allowed: Callable[[int, float, float], dict[str, int]]) -> list[str]:
+    lines = [f"| users on {what} | {' | '.join(RATES)} |", "|---|" + "---|" * len(RATES)]
     for cores, gib in HOSTS:
-        cells = [_cell(limits(costs, caps, cores, gib, rate)) for rate in RATES.values()]
+        cells = [_cell(allowed(cores, gib, rate)) for rate in RATES.values()]
         lines.append(f"| {cores} core{'s' * (cores > 1)}, {gib} GiB | {' | '.join(cells)} |")
-    users = caps.node_connections
-    websocket, polling = (seconds_back(users, 1, each) for each in (costs.websocket_first, costs.polling_first))
-    return [
-        *lines,
-        "",
-        f"The {number(users)} users of an instance at its cap are all back {number(websocket)} s after an outage if "
-        f"they begin with WebSocket, {number(polling)} s after it if with polling: its core does nothing else then.",
-    ]
+    return lines
 
 
 def _cell(allowed: Mapping[str, int]) -> str:
@@ -158,8 +197,10 @@ def _two_digits(users: int) -> str:
     return number(users // unit * unit) if users >= 1000 else str(users // unit * unit)
 
 
-def _constants(nodes: Mapping[str, Any], caps: Caps) -> list[str]:
-    costs = Costs.of(nodes)
+def _constants(nodes: Mapping[str, Any], edges: Mapping[str, Any], caps: Caps) -> list[str]:
+    costs, edge_costs = Costs.of(nodes), EdgeCosts.of(edges)
+    of_edges = f"[edges.json](benchmarks/edges.json), `{edges['command']}`"
+    through = _idle_connections(edges)
     measured = f"[nodes.json](benchmarks/nodes.json), `{nodes['command']}`"
     crowd = _idle_connections(nodes)
     node, edge = (f"[role](../roles/stickyring_{role}/defaults/main.yml)" for role in ("node", "edge"))
@@ -170,6 +211,10 @@ def _constants(nodes: Mapping[str, Any], caps: Caps) -> list[str]:
         ("`e`", "CPU of a message and its answer, at 1000 connections", _micro(costs.message), measured),
         ("`w`", "CPU of a session, WebSocket first", _micro(costs.websocket_first), measured),
         ("`p`", "CPU of a session, polling first, then WebSocket", _micro(costs.polling_first), measured),
+        ("`n`", f"memory of an idle websocket on an edge, at {through}", f"{number(edge_costs.memory)} KiB", of_edges),
+        ("`N`", "memory of an edge without connections", f"{number(edge_costs.process_memory / 1024)} MiB", of_edges),
+        ("`j`", f"CPU of an idle websocket in a second, at {through}", _micro(edge_costs.idle), of_edges),
+        ("`f`", "CPU of a message and its answer through an edge", _micro(edge_costs.message), of_edges),
         ("", "share of the memory that is used for this", f"{100 * MEMORY_SHARE:g} %", "chosen"),
         ("", "share of each core that is used for this", f"{100 * CPU_SHARE:g} %", "chosen"),
         ("", "`stickyring_node_max_connections`, of an instance", number(caps.node_connections), node),
@@ -186,9 +231,9 @@ def _micro(seconds: float) -> str:
     return f"{number(seconds * 1e6)} µs"
 
 
-def _idle_connections(nodes: Mapping[str, Any]) -> int:
+def _idle_connections(part: Mapping[str, Any]) -> int:
     """How many connections the figure is of, which its title says."""
-    found = re.search(r"\d+", nodes["figures"]["idle-cpu"]["title"])
+    found = re.search(r"\d+", part["figures"]["idle-cpu"]["title"])
     assert found, "the title of idle-cpu names the number of connections"
     return int(found[0])
 

@@ -3,16 +3,32 @@
 import pytest
 
 from bench import capacity
-from bench.capacity import BEGIN, DOCUMENT, END, Caps, Costs, first, limits, seconds_back, updated, written
+from bench.capacity import (
+    BEGIN,
+    DOCUMENT,
+    END,
+    Caps,
+    Costs,
+    EdgeCosts,
+    edge_limits,
+    first,
+    limits,
+    seconds_back,
+    updated,
+    written,
+)
 from bench.report import number
 
 COSTS = Costs(instance_memory=10_240.0, memory=50.0, idle=1e-5, message=1e-4, websocket_first=1e-3, polling_first=2e-3)
+EDGE = EdgeCosts(process_memory=20_480.0, memory=50.0, idle=1e-6, message=2e-5)
 CAPS = Caps(10_000, 20_000, 20_000, 65_536, 2048)
 
 
 def test_the_document_is_in_step_with_the_benchmarks_and_the_roles() -> None:
     text = DOCUMENT.read_text()
-    assert updated(text, written("nodes"), Caps.of_the_roles()) == text, "run `python -m bench.capacity`"
+    assert updated(text, written("nodes"), written("edges"), Caps.of_the_roles()) == text, (
+        "run `python -m bench.capacity`"
+    )
 
 
 def test_every_limit_follows_its_formula() -> None:
@@ -24,6 +40,17 @@ def test_every_limit_follows_its_formula() -> None:
         "ports": 56_464,
     }
     assert limits(COSTS, CAPS, cores=100, gib=1, rate=0.0)["memory"] == 0
+
+
+def test_every_limit_of_an_edge_follows_its_formula() -> None:
+    assert edge_limits(EDGE, CAPS, cores=2, gib=1, rate=0.5) == {
+        "memory": int((0.75 * 2**20 - 20_480) / 50),
+        "heap": int((0.98 * 2**21 - 20_480) / 50),
+        "CPU": int(0.7 * 2 / 1.1e-5),
+        "cap": 20_000,
+        "descriptors": 32_768,
+    }
+    assert edge_limits(EDGE, CAPS, cores=1, gib=0.01, rate=0.0)["memory"] == 0
 
 
 @pytest.mark.parametrize(
@@ -51,7 +78,7 @@ def test_costs_are_the_medians_of_our_node() -> None:
 def test_other_figures_change_nothing_beside_them() -> None:
     nodes = written("nodes")
     nodes["figures"]["idle-memory"]["found"]["ours"]["median"] = 200.0
-    text = updated(f"# Before\n\n{BEGIN}\nold\n{END}\n\n# After\n", nodes, CAPS)
+    text = updated(f"# Before\n\n{BEGIN}\nold\n{END}\n\n# After\n", nodes, written("edges"), CAPS)
     assert text.startswith(f"# Before\n\n{BEGIN}\n\n| users on")
     assert text.endswith(f"\n{END}\n\n# After\n")
     assert "old" not in text

@@ -179,6 +179,14 @@ up_to_date:
   description: Whether O(unit) runs and was started after the last change of its file and of O(start_files).
   returned: success
   type: bool
+enabled:
+  description: Whether O(unit) starts at boot.
+  returned: success
+  type: bool
+differing:
+  description: Names of those of O(start_files) that are not as they are going to be.
+  returned: success
+  type: list
 ends:
   description: What ends how many open websockets, as C(the binary changes: 214 open websockets end); empty when none.
   returned: success with V(present)
@@ -513,7 +521,9 @@ class Unit:
     def look(self) -> None:
         """Asks systemd."""
         if self.name:
-            properties = "ActiveState,MainPID,NeedDaemonReload,FragmentPath,ExecMainStartTimestampMonotonic"
+            properties = (
+                "ActiveState,UnitFileState,MainPID,NeedDaemonReload,FragmentPath,ExecMainStartTimestampMonotonic"
+            )
             command = ["systemctl", "show", f"--property={properties}", self.name]
             output = self.module.run_command(command, check_rc=True)[1]
             self.shown = dict(line.split("=", 1) for line in output.splitlines())
@@ -521,6 +531,10 @@ class Unit:
     def active(self) -> bool:
         """Whether it runs."""
         return self.shown.get("ActiveState") == "active"
+
+    def enabled(self) -> bool:
+        """Whether it starts at boot."""
+        return self.shown.get("UnitFileState") == "enabled"
 
     def up_to_date(self) -> bool:
         """Whether it runs on its unit file and the start files as they are on disk."""
@@ -673,11 +687,14 @@ class Edge:
 
     def restart_reasons(self) -> list[str]:
         """Why Envoy is going to be started anew."""
-        start_files = self.module.params["start_files"]
-        reasons = [f"the {file['name']} changes" for file in start_files if self.start_file_differs(file)]
+        reasons = [f"the {name} changes" for name in self.differing_start_files()]
         if not reasons and self.unit.active() and not self.unit.up_to_date():
             reasons = ["Envoy's process is older than what it is started from"]
         return reasons
+
+    def differing_start_files(self) -> list[str]:
+        """Names of the files and links that Envoy is started from and that are not as they are going to be."""
+        return [file["name"] for file in self.module.params["start_files"] if self.start_file_differs(file)]
 
     def start_file_differs(self, file: dict[str, str | None]) -> bool:
         """Whether a file or link that Envoy is started from is not as it is going to be."""
@@ -957,6 +974,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         "versions": {file.path: file.version for file in files},
         "proven": False,
         "up_to_date": edge.unit.up_to_date(),
+        "enabled": edge.unit.enabled(),
+        "differing": edge.differing_start_files(),
     }
     if module.params["state"] == "proven":
         edge.prove_files()

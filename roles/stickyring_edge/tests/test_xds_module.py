@@ -500,6 +500,39 @@ def test_a_process_is_up_to_date_until_what_it_starts_from_is_touched(
     assert not up_to_date()
 
 
+def test_what_it_starts_from_is_named_where_it_differs(
+    directory: Path, files: Files, envoy: FakeEnvoy, tmp_path: Path
+) -> None:
+    bootstrap, link = tmp_path / "bootstrap", tmp_path / "current"
+    bootstrap.write_text("as wanted")
+    bootstrap.chmod(0o644)
+    link.symlink_to("releases/1")
+
+    def differing(content: str = "as wanted", target: str = "releases/1") -> list[str]:
+        start_files = [
+            {"name": "binary", "path": str(link), "link": target},
+            {"name": "bootstrap", "path": str(bootstrap), "content": content},
+        ]
+        names: list[str] = run(directory, files, envoy.port, start_files=start_files)["differing"]
+        return names
+
+    assert differing() == []
+    assert differing(content="else", target="releases/2") == ["binary", "bootstrap"]
+    bootstrap.chmod(0o600)
+    assert differing() == ["bootstrap"]
+    bootstrap.unlink()
+    link.unlink()
+    assert differing() == ["binary", "bootstrap"]
+
+
+@pytest.mark.parametrize(("state", "enabled"), [("enabled", True), ("disabled", False), ("masked", False)])
+def test_whether_it_starts_at_boot(
+    directory: Path, files: Files, envoy: FakeEnvoy, systemd: Systemd, state: str, enabled: bool
+) -> None:
+    systemd.start(UnitFileState=state)
+    assert run(directory, files, envoy.port, unit="edge.service")["enabled"] is enabled
+
+
 def test_a_restart_that_an_earlier_run_left_undone_ends_websockets_too(
     directory: Path, files: Files, envoy: FakeEnvoy, systemd: Systemd
 ) -> None:
