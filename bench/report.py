@@ -1,6 +1,7 @@
 """What a part of the benchmark found, as JSON, as a Markdown table, and as plots."""
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -171,8 +172,9 @@ def context(command: str, profile: str, cores: tuple[int, int]) -> dict[str, Any
     }
 
 
+@functools.cache
 def _commit() -> dict[str, str]:
-    """Return which state of the tree was measured, where it is a clone."""
+    """Return which state of the tree is measured, where it is a clone: before anything is written into it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     return {} if done.returncode else {"commit": done.stdout.strip()}
