@@ -15,12 +15,14 @@ from typing import Any
 import yaml
 
 from bench import proxies
-from bench.contenders import OURS
+from bench.contenders import ASGI, GEVENT, OURS
 from bench.report import number
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/capacity.md"
 BENCHMARKS = ROOT / "docs/benchmarks"
+PARTS = ("nodes", "edges", "faults")
+QUOTE = '"'
 BEGIN, END = "<!-- figures: python -m bench.capacity -->", "<!-- end of the figures -->"
 
 MEMORY_SHARE, CPU_SHARE = 0.75, 0.7
@@ -93,18 +95,14 @@ class Caps:
     edge_heap_mib: int
 
     @classmethod
-    def of_the_roles(cls) -> "Caps":
-        """Read the roles' defaults."""
-        node, edge = (
-            yaml.safe_load((ROOT / f"roles/stickyring_{role}/defaults/main.yml").read_text())
-            for role in ("node", "edge")
-        )
+    def of(cls, defaults: Mapping[str, Any]) -> "Caps":
+        """Take them from the roles' defaults."""
         return cls(
-            node["stickyring_node_max_connections"],
-            node["stickyring_node_limit_nofile"],
-            edge["stickyring_edge_max_connections"],
-            edge["stickyring_edge_limit_nofile"],
-            edge["stickyring_edge_max_heap_mib"],
+            defaults["stickyring_node_max_connections"],
+            defaults["stickyring_node_limit_nofile"],
+            defaults["stickyring_edge_max_connections"],
+            defaults["stickyring_edge_limit_nofile"],
+            defaults["stickyring_edge_max_heap_mib"],
         )
 
 
@@ -145,10 +143,11 @@ def seconds_back(users: int, cores: int, handshake: float) -> float:
     return users * handshake / cores
 
 
-def updated(document: str, nodes: Mapping[str, Any], edges: Mapping[str, Any], caps: Caps) -> str:
-    """Return the document with these figures between BEGIN and END."""
+def updated(document: str, parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Return the document with the figures of PARTS between BEGIN and END; `defaults` are the roles'."""
     before, _, rest = document.partition(BEGIN)
     _, _, after = rest.partition(END)
+    nodes, edges, caps = parts["nodes"], parts["edges"], Caps.of(defaults)
     costs, users = Costs.of(nodes), caps.node_connections
     websocket, polling = (seconds_back(users, 1, each) for each in (costs.websocket_first, costs.polling_first))
     lines = [
@@ -160,19 +159,28 @@ def updated(document: str, nodes: Mapping[str, Any], edges: Mapping[str, Any], c
         *_hosts("an edge", partial(edge_limits, EdgeCosts.of(edges), caps)),
         "",
         *_constants(nodes, edges, caps),
+        "",
+        "## What the defaults rest on",
+        "",
+        *_reasons(parts, defaults),
     ]
     return "\n".join([before + BEGIN, "", *lines, "", END + after])
 
 
 def write() -> None:
     """Bring the document into step with docs/benchmarks and the roles."""
-    DOCUMENT.write_text(updated(DOCUMENT.read_text(), written("nodes"), written("edges"), Caps.of_the_roles()))
+    DOCUMENT.write_text(updated(DOCUMENT.read_text(), written(), role_defaults()))
 
 
-def written(part: str) -> dict[str, Any]:
-    """Return what a part has written to docs/benchmarks."""
-    found: dict[str, Any] = json.loads((BENCHMARKS / f"{part}.json").read_text())
-    return found
+def written() -> dict[str, Any]:
+    """Return what each of PARTS has written to docs/benchmarks."""
+    return {part: json.loads((BENCHMARKS / f"{part}.json").read_text()) for part in PARTS}
+
+
+def role_defaults() -> dict[str, Any]:
+    """Return the defaults of the roles that run on hosts."""
+    files = [ROOT / f"roles/stickyring_{role}/defaults/main.yml" for role in ("node", "edge")]
+    return {name: value for file in files for name, value in yaml.safe_load(file.read_text()).items()}
 
 
 def _hosts(what: str, allowed: Callable[[int, float, float], dict[str, int]]) -> list[str]:
@@ -225,6 +233,67 @@ def _constants(nodes: Mapping[str, Any], edges: Mapping[str, Any], caps: Caps) -
         ("", "`stickyring_edge_max_heap_mib`", f"{number(caps.edge_heap_mib)} MiB", edge),
     ]
     return ["| | constant | value | from |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """The defaults that a measurement has decided, each with its figures; what was only chosen is not among them."""
+
+    def median(part: str, figure: str, contender: str) -> float:
+        found: float = parts[part]["figures"][figure]["found"][contender]["median"]
+        return found
+
+    def silence(fault: str) -> str:
+        users = f"{number(median('faults', fault, 'p99'))} s for 99 of 100 users"
+        return f"{fault}: {users}, where at most {median('faults', fault, 'bound'):g} s are wanted"
+
+    costs, edge_costs, caps = Costs.of(parts["nodes"]), EdgeCosts.of(parts["edges"]), Caps.of(defaults)
+    workers = {"this one": OURS, "gevent": GEVENT, "ASGI (uvicorn)": ASGI}
+    echoes = [f"{name} {number(median('nodes', 'echoes-per-cpu@100', key))}" for name, key in workers.items()]
+    back = seconds_back(caps.node_connections, 1, costs.polling_first)
+    session = [median("edges", "session-cpu@upgrade", key) for key in (proxies.OURS, proxies.SILENT)]
+    rows = [
+        ("node_worker_class", f"echoes per CPU second on 100 connections: {', '.join(echoes)}", "nodes"),
+        (
+            "node_instances",
+            f"one uses {number(median('nodes', 'busy@100', OURS))} % of a core under full load, and no second one",
+            "nodes",
+        ),
+        (
+            "node_max_connections",
+            f"{number(caps.node_connections * costs.memory / 1024)} MiB of idle users, and {number(back)} s of "
+            "handshakes if all come back at the same time and begin with polling; clients give up after 20 s",
+            "nodes",
+        ),
+        ("node_watchdog", silence("hung process"), "faults"),
+        ("edge_upstream_user_timeout", silence("vanished host"), "faults"),
+        ("edge_upstream_keepalive_time", silence("vanished host, of users who only listen"), "faults"),
+        (
+            "edge_max_connections",
+            f"{number(caps.edge_connections * edge_costs.memory / 1024)} MiB of idle websockets, of the "
+            f"{number(caps.edge_heap_mib)} MiB of `stickyring_edge_max_heap_mib`",
+            "edges",
+        ),
+        (
+            "edge_ring_points_per_weight",
+            f"the busiest of 3 nodes has {number(median('edges', 'busiest@3', proxies.OURS))} times the mean, and "
+            f"{number(median('edges', 'moved@3', proxies.OURS))} % of the users move to a fourth",
+            "edges",
+        ),
+        (
+            "edge_access_log",
+            f"CPU of a session that begins with polling: {number(session[0])} µs with, {number(session[1])} µs without",
+            "edges",
+        ),
+    ]
+    return [
+        "| variable | default | figures | from |",
+        "|---|---|---|---|",
+        *(
+            f"| `stickyring_{name}` | `{json.dumps(defaults[f'stickyring_{name}']).strip(QUOTE)}` | {figures} | "
+            f"[{part}.json](benchmarks/{part}.json), `{parts[part]['command']}` |"
+            for name, figures, part in rows
+        ),
+    ]
 
 
 def _micro(seconds: float) -> str:

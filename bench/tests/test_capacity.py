@@ -13,6 +13,7 @@ from bench.capacity import (
     edge_limits,
     first,
     limits,
+    role_defaults,
     seconds_back,
     updated,
     written,
@@ -26,9 +27,7 @@ CAPS = Caps(10_000, 20_000, 20_000, 65_536, 2048)
 
 def test_the_document_is_in_step_with_the_benchmarks_and_the_roles() -> None:
     text = DOCUMENT.read_text()
-    assert updated(text, written("nodes"), written("edges"), Caps.of_the_roles()) == text, (
-        "run `python -m bench.capacity`"
-    )
+    assert updated(text, written(), role_defaults()) == text, "run `python -m bench.capacity`"
 
 
 def test_every_limit_follows_its_formula() -> None:
@@ -65,7 +64,7 @@ def test_all_are_back_when_every_core_has_done_its_handshakes() -> None:
 
 
 def test_costs_are_the_medians_of_our_node() -> None:
-    nodes = written("nodes")
+    nodes = written()["nodes"]
     found = nodes["figures"]
     costs = Costs.of(nodes)
     assert costs.memory == found["idle-memory"]["found"]["ours"]["median"]
@@ -76,9 +75,10 @@ def test_costs_are_the_medians_of_our_node() -> None:
 
 
 def test_other_figures_change_nothing_beside_them() -> None:
-    nodes = written("nodes")
+    parts = written()
+    nodes = parts["nodes"]
     nodes["figures"]["idle-memory"]["found"]["ours"]["median"] = 200.0
-    text = updated(f"# Before\n\n{BEGIN}\nold\n{END}\n\n# After\n", nodes, written("edges"), CAPS)
+    text = updated(f"# Before\n\n{BEGIN}\nold\n{END}\n\n# After\n", parts, role_defaults())
     assert text.startswith(f"# Before\n\n{BEGIN}\n\n| users on")
     assert text.endswith(f"\n{END}\n\n# After\n")
     assert "old" not in text
