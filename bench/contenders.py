@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -50,9 +52,10 @@ def contenders(folder: Path) -> list[Contender]:
     gevent = install(folder, GEVENT, _packages, HERE / "requirements-gevent.txt")
     asgi = install(folder, ASGI, _packages, HERE / "requirements-asgi.txt")
     nodejs = install(folder, NODEJS, _node_modules, HERE / "socketio-node/package-lock.json")
+    packages = HERE / "socketio-node/package.json"
     stock_way = Contender(
         STOCK,
-        "stock: gunicorn 25.3, eventlet",
+        f"stock: gunicorn {_pinned('stock', 'gunicorn')}, eventlet",
         # Its default of 1000 connections would hang the thousandth.
         lambda port: [
             str(stock / "bin/gunicorn"),
@@ -64,7 +67,7 @@ def contenders(folder: Path) -> list[Contender]:
         ours(),
         Contender(
             GEVENT,
-            "stickyring, gevent",
+            f"stickyring, gevent {_pinned('gevent', 'gevent')}",
             # stickyring.echo names eventlet, so the same echo comes from here.
             lambda port: [
                 *_serve(port),
@@ -78,7 +81,7 @@ def contenders(folder: Path) -> list[Contender]:
         replace(stock_way, key=PLAIN, title="stock, to clients without compression", offer=""),
         Contender(
             ASGI,
-            "ASGI: uvicorn",
+            f"ASGI: uvicorn {_pinned('asgi', 'uvicorn')}",
             lambda port: [
                 *(sys.executable, "-m", "uvicorn", "--factory", "application:asgi", "--port", str(port)),
                 # Engine.IO pings; the load knows no pings of WebSocket. Of the others, only the stock way compresses.
@@ -89,11 +92,18 @@ def contenders(folder: Path) -> list[Contender]:
         ),
         Contender(
             NODEJS,
-            "Node.js socket.io",
+            f"Node.js socket.io {json.loads(packages.read_text())['dependencies']['socket.io']}",
             lambda port: ["node", str(HERE / "socketio-node/server.js"), str(port), NAME],
             {"NODE_ENV": "production", "NODE_PATH": str(nodejs / "node_modules")},
         ),
     ]
+
+
+def _pinned(requirements: str, package: str) -> str:
+    """Return the version of a package that a contender's requirements name."""
+    text = (HERE / f"requirements-{requirements}.txt").read_text()
+    version: str = re.findall(rf"^{package}==([0-9.]+)", text, re.MULTILINE)[0]
+    return version
 
 
 def ours() -> Contender:
