@@ -112,7 +112,8 @@ class SocketIOGate:
     It works for any such application, through public names of python-engineio's server: `on()` and `handlers` (the
     events connect, message and disconnect), `send_packet()` (every message that goes out) and `sockets` (the sessions).
     A session is in `sessions` from its connect event to its disconnect event. WebSockets are those of
-    `stickyring.websocket`, and what the application sends goes to them at once where nothing waits before it.
+    `stickyring.websocket`, which the engine finds where its asynchronous mode has its own; that name is not public, and
+    the engine's version is pinned. What the application sends goes to them at once where nothing waits before it.
 
     A handshake is a GET without `sid`. Above `max_connections` sessions, one of protocol 4 gets 503 with Retry-After
     before the engine sees it. Older protocols are left to the engine, which answers 400 and says so.
