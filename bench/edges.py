@@ -50,7 +50,7 @@ class Profile:
 
 PROFILES = {
     "quick": Profile(2, 0.6, 1000, (100, 1000), (), (3,), 1000, 50, 2.0, real_nodes=False),
-    "full": Profile(5, 3.0, 5000, (100, 1000), (1, 10), (1, 3, 10), 5000, 200, 26.0, real_nodes=True),
+    "full": Profile(3, 3.0, 5000, (100, 1000), (1, 10), (1, 3, 10), 5000, 200, 26.0, real_nodes=True),
 }
 
 

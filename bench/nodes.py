@@ -54,7 +54,7 @@ class Profile:
 
 PROFILES = {
     "quick": Profile(rounds=2, idle_rounds=1, seconds=0.8, idle_connections=1000),
-    "full": Profile(rounds=9, idle_rounds=3, seconds=4.0, idle_connections=5000),
+    "full": Profile(rounds=5, idle_rounds=2, seconds=4.0, idle_connections=5000),
 }
 
 

@@ -53,7 +53,7 @@ class Profile:
 
 PROFILES = {
     "quick": Profile(rounds=1, sizes=(3, 6), no_ops=2, changed=(3,)),
-    "full": Profile(rounds=2, sizes=(3, 6, 12, 20), no_ops=3, changed=(3, 6, 12, 20)),
+    "full": Profile(rounds=1, sizes=(3, 6, 12, 20), no_ops=3, changed=(3, 6, 12, 20)),
 }
 
 
