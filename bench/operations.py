@@ -112,9 +112,10 @@ def _sizes(folder: Path, rounds: Rounds, part: Part, spent: Spent, profile: Prof
         if needed and needed > rounds.left():
             rounds.say(f"the time is up before {nodes} nodes")
             return
-        begun = time.monotonic()
         control = Control(folder / str(nodes), rounds, LOG)
         with lab(control, nodes + (nodes in profile.changed)):
+            # Without the first hosts' making: with them their image is made, if it is not there.
+            begun = time.monotonic()
             changes = _fleet(control, part, spent, profile, nodes) / (nodes + 1)
         always = (time.monotonic() - begun) / (nodes + 1) - changes
 
