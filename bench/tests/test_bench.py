@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import __main__, report
+from bench.capacity import BENCHMARKS
 from bench.report import Figure, Part, Spread
 from bench.rounds import Rounds
 
@@ -134,6 +135,15 @@ def test_a_server_that_did_not_get_its_core_is_told(part: Part) -> None:
 def test_the_table_tells_medians_spreads_and_ratios(part: Part) -> None:
     table = report.as_markdown(part, CONTEXT)
     assert "| echoes (1/s) | 300 (100 to 400); 2.00 (0.50 to 3.00) times | 200 (100 to 200) |" in table
+
+
+@pytest.mark.parametrize("name", __main__.PARTS)
+def test_each_document_is_of_the_run_whose_figures_are_beside_it(name: str) -> None:
+    written = json.loads((BENCHMARKS / f"{name}.json").read_text())
+    table = (BENCHMARKS / f"{name}.md").read_text()
+    assert f"`{written['command']}` wrote this on {written['date']}, on {written['machine']['cores']} cores" in table
+    for figure in written["figures"].values():
+        assert f"| {figure['title']} (" in table
 
 
 def test_what_fails_while_writing_leaves_what_was_there(
