@@ -46,8 +46,6 @@ log = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 10
 """How long a request may take to arrive."""
-AT_ONCE_SECONDS = 0.05
-"""How long the answer to a rebalance waits for its end."""
 LARGEST_BODY = 8 * 2**20
 FASTEST_RATE = 10_000
 ACCEPT_PAUSE_SECONDS = 0.2
@@ -145,10 +143,11 @@ class Control:
         if self._rebalance is not None and self._rebalance.running:
             raise Refusal(HTTPStatus.CONFLICT, "a rebalance is running")
         self._rebalance = Rebalance(self._node_name, self._sessions, ring, rate, self._metrics)
-        thread = threading.Thread(target=self._rebalance.run, daemon=True)
-        thread.start()
-        # Mostly nobody has to move: the answer then says that it is done, and whoever asked need not ask again.
-        thread.join(AT_ONCE_SECONDS)
+        if self._rebalance.progress()["to_move"]:
+            threading.Thread(target=self._rebalance.run, daemon=True).start()
+        else:
+            # Mostly: the answer then says that it is over, and whoever asked need not ask again.
+            self._rebalance.run()
         return self._rebalance.progress()
 
     def _ring(self, document: dict[str, Any]) -> Ring:
