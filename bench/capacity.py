@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/capacity.md"
 BENCHMARKS = ROOT / "docs/benchmarks"
 PARTS = ("nodes", "edges", "faults")
-QUOTE = '"'
 BEGIN, END = "<!-- figures: python -m bench.capacity -->", "<!-- end of the figures -->"
 
 MEMORY_SHARE, CPU_SHARE = 0.75, 0.7
@@ -285,15 +284,12 @@ def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
             "edges",
         ),
     ]
-    return [
-        "| variable | default | figures | from |",
-        "|---|---|---|---|",
-        *(
-            f"| `stickyring_{name}` | `{json.dumps(defaults[f'stickyring_{name}']).strip(QUOTE)}` | {figures} | "
-            f"[{part}.json](benchmarks/{part}.json), `{parts[part]['command']}` |"
-            for name, figures, part in rows
-        ),
-    ]
+    lines = ["| variable | default | figures | from |", "|---|---|---|---|"]
+    for name, figures, part in rows:
+        default = json.dumps(defaults[f"stickyring_{name}"]).strip('"')
+        source = f"[{part}.json](benchmarks/{part}.json), `{parts[part]['command']}`"
+        lines.append(f"| `stickyring_{name}` | `{default}` | {figures} | {source} |")
+    return lines
 
 
 def _micro(seconds: float) -> str:

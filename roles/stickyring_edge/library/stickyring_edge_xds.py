@@ -19,7 +19,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -687,12 +687,13 @@ class Edge:
 
     def restart_reasons(self) -> list[str]:
         """Why Envoy is going to be started anew."""
-        reasons = [f"the {name} changes" for name in self.differing_start_files()]
+        reasons = [f"the {name} changes" for name in self.differing]
         if not reasons and self.unit.active() and not self.unit.up_to_date():
             reasons = ["Envoy's process is older than what it is started from"]
         return reasons
 
-    def differing_start_files(self) -> list[str]:
+    @cached_property
+    def differing(self) -> list[str]:
         """Names of the files and links that Envoy is started from and that are not as they are going to be."""
         return [file["name"] for file in self.module.params["start_files"] if self.start_file_differs(file)]
 
@@ -975,7 +976,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         "proven": False,
         "up_to_date": edge.unit.up_to_date(),
         "enabled": edge.unit.enabled(),
-        "differing": edge.differing_start_files(),
+        "differing": edge.differing,
     }
     if module.params["state"] == "proven":
         edge.prove_files()
