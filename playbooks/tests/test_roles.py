@@ -72,7 +72,7 @@ def test_the_example_inventory_shows_every_variable_with_its_default(name: str) 
 
 def facts(tasks: list[dict[str, Any]]) -> set[str]:
     """The names that tasks set for whoever comes after them, those in blocks included."""
-    found = {name for task in tasks for name in task.get("ansible.builtin.set_fact", {})}
+    found = {name for task in tasks for name in [*task.get("ansible.builtin.set_fact", {}), task.get("register", "")]}
     inner = [task for block in tasks for part in ("block", "rescue", "always") for task in block.get(part, [])]
     return found | facts(inner) if inner else found
 

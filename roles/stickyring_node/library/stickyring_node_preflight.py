@@ -39,6 +39,7 @@ options:
   release: {type: str, required: true}
   requirements_sha256: {description: "What the release is installed from", type: str, required: true}
   releases_kept: {type: int, required: true}
+  keep_surplus: {type: bool, required: true}
   files: {description: "SHA-256 of the unit and of every environment, by path", type: dict, required: true}
 attributes:
   check_mode: {support: full}
@@ -46,7 +47,21 @@ author: stickyring
 """
 
 RETURN = r"""
-has_venv: {description: "Whether python3 can make virtual environments", type: bool, returned: success}
+condition:
+  description:
+    - C(idle), if nothing runs on the host; C(outdated), if something is not as wanted; C(unhealthy), if only the
+      health of an instance is not; C(current), if it needs nothing.
+  type: str
+  returned: success
+surplus:
+  description: Instances that are configured, enabled or running, and not wanted
+  type: list
+  elements: int
+  returned: success
+lacks_venv:
+  description: Whether python3 cannot make virtual environments; nobody has to know where the wanted release is complete
+  type: bool
+  returned: success
 prepared: {description: "Whether its account and folder of settings are as wanted", type: bool, returned: success}
 differing:
   description: Those of the files that are missing, or have another content, owner or mode than is wanted
@@ -62,7 +77,6 @@ last_served: {description: "The current release, or the youngest that served", t
 previous: {description: "What served before the youngest that did or is linked", type: str, returned: success}
 behind: {description: "Wanted instances not started since the link", type: list, elements: int, returned: success}
 superfluous: {description: "Releases that are too many, or never served", type: list, elements: str, returned: success}
-known: {description: "Instances that are configured, enabled or running", type: list, elements: int, returned: success}
 enabled: {description: "Instances that start at boot", type: list, elements: int, returned: success}
 running: {description: "Instances that run", type: list, elements: int, returned: success}
 healthy: {description: "Those that answer the health path with 200", type: list, elements: int, returned: success}
@@ -93,6 +107,7 @@ OPTIONS = {
     "release": {"type": "str", "required": True},
     "requirements_sha256": {"type": "str", "required": True},
     "releases_kept": {"type": "int", "required": True},
+    "keep_surplus": {"type": "bool", "required": True},
     "files": {"type": "dict", "required": True},
 }
 # What no unit file, shell or folder gives a meaning of its own: the values stand in all three.
@@ -264,6 +279,18 @@ def units(module: AnsibleModule, service: str, instances: list[int]) -> dict[int
     return shown
 
 
+def condition(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Return in one word what a host needs, from what was found on it."""
+    instances = set(range(1, wanted["instances"] + 1))
+    if not found["running"]:
+        return "idle"
+    as_wanted = found["complete"] and found["prepared"] and found["kept"] and not found["superfluous"]
+    started = instances.issubset(found["up_to_date"]) and instances.issubset(found["enabled"])
+    if not as_wanted or not started or (found["surplus"] and not wanted["keep_surplus"]):
+        return "outdated"
+    return "current" if instances.issubset(found["healthy"]) else "unhealthy"
+
+
 def changed_at(*paths: Path) -> float:
     """Return when the youngest of the files (or links themselves) was written, in seconds; never, if one is missing."""
     return max(path.lstat().st_mtime if os.path.lexists(path) else float("inf") for path in paths)
@@ -287,9 +314,12 @@ def main() -> None:
     account = account_problem(service)
     if account:
         problems.append(account)
-    no_venv, version, _ = module.run_command([PYTHON, "-c", PYTHON_TELLS])
-    if LooseVersion(version.strip() or "0") < LooseVersion(LOWEST_PYTHON):
-        problems.append(f"{PYTHON} is {version.strip() or 'missing'}: {LOWEST_PYTHON} or newer is needed")
+    lacks_venv = False
+    if not stamp.is_file():
+        code, version, _ = module.run_command([PYTHON, "-c", PYTHON_TELLS])
+        lacks_venv = code != 0
+        if LooseVersion(version.strip() or "0") < LooseVersion(LOWEST_PYTHON):
+            problems.append(f"{PYTHON} is {version.strip() or 'missing'}: {LOWEST_PYTHON} or newer is needed")
     if stamp.is_file() and stamp.read_text().strip() != wanted["requirements_sha256"]:
         problems.append(
             f"release {wanted['release']} was installed from other content of stickyring_node_requirements:"
@@ -325,25 +355,28 @@ def main() -> None:
         loaded = shown[instance]["NeedDaemonReload"] == "no" and release == wanted["release"]
         return written and loaded and started[instance] > changed_at(stamp, current, *files)
 
-    module.exit_json(
-        has_venv=no_venv == 0,
-        prepared=prepared(service, settings),
-        differing=sorted(differing),
-        complete=stamp.is_file(),
-        application=serves[1] if serves else "",
-        current=release,
-        linked_at=current.lstat().st_mtime if current.is_symlink() else 0,
-        kept=all(as_wanted(kept / Path(path).name, sha256) for path, sha256 in wanted["files"].items()),
-        last_served=last_served,
-        previous="".join([*have_served][release in have_served :][:1]),
-        behind=sorted(i for i in instances if i not in running or started[i] <= changed_at(current)),
-        superfluous=sorted(present - {wanted["release"], *staying}),
-        known=sorted(configured | running | enabled),
-        enabled=sorted(enabled),
-        running=sorted(running),
-        healthy=sorted(i for i in running if healthy(wanted["address"], wanted["port"] + i - 1, wanted["health_path"])),
-        up_to_date=sorted(filter(up_to_date, running)),
-    )
+    found = {
+        "lacks_venv": lacks_venv,
+        "prepared": prepared(service, settings),
+        "differing": sorted(differing),
+        "complete": stamp.is_file(),
+        "application": serves[1] if serves else "",
+        "current": release,
+        "linked_at": current.lstat().st_mtime if current.is_symlink() else 0,
+        "kept": all(as_wanted(kept / Path(path).name, sha256) for path, sha256 in wanted["files"].items()),
+        "last_served": last_served,
+        "previous": "".join([*have_served][release in have_served :][:1]),
+        "behind": sorted(i for i in instances if i not in running or started[i] <= changed_at(current)),
+        "superfluous": sorted(present - {wanted["release"], *staying}),
+        "enabled": sorted(enabled),
+        "running": sorted(running),
+        "healthy": [
+            i for i in sorted(running) if healthy(wanted["address"], wanted["port"] + i - 1, wanted["health_path"])
+        ],
+        "up_to_date": sorted(filter(up_to_date, running)),
+        "surplus": sorted((configured | running | enabled).difference(instances)),
+    }
+    module.exit_json(condition=condition(found, wanted), **found)
 
 
 def refuse(module: AnsibleModule, problems: list[str]) -> None:

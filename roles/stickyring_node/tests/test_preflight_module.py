@@ -53,6 +53,7 @@ GOOD: dict[str, Any] = {
     "release": "1.0+abc_D-1",
     "requirements_sha256": REQUIREMENTS,
     "releases_kept": 3,
+    "keep_surplus": False,
     "files": {path: hashlib.sha256(text.encode()).hexdigest() for path, text in FILES.items()},
 }
 
@@ -214,8 +215,8 @@ def test_every_mistake_is_said_before_the_host_is_looked_at(host: Host) -> None:
 def test_a_bare_host_has_nothing_and_takes_everything(host: Host, free_ports: int) -> None:
     result = run(port=free_ports)
     assert not result.get("failed"), result
-    expected = {"has_venv": True, "complete": False, "application": "", "current": ""}
-    expected |= {name: [] for name in ("known", "enabled", "running", "up_to_date")}
+    expected = {"condition": "idle", "lacks_venv": False, "complete": False, "application": "", "current": ""}
+    expected |= {name: [] for name in ("enabled", "running", "up_to_date", "surplus")}
     assert {name: result[name] for name in expected} == expected
     assert not result.get("changed")
     assert not host.root.exists()
@@ -268,7 +269,46 @@ def test_a_python_that_is_too_old_is_refused(host: Host, free_ports: int, versio
 
 def test_a_python_without_venv_is_told(host: Host, free_ports: int) -> None:
     host.has_python("3.11.2", venv=False)
-    assert run(port=free_ports)["has_venv"] is False
+    assert run(port=free_ports)["lacks_venv"] is True
+
+
+def test_python_is_not_asked_where_the_release_is_complete(host: Host, free_ports: int) -> None:
+    host.write(f"opt/{SERVICE}/releases/{GOOD['release']}/.complete", f"{REQUIREMENTS}\n")
+    host.has_python("3.9.2", venv=False)
+    result = run(port=free_ports)
+    assert not result.get("failed"), result
+    assert result["lacks_venv"] is False
+
+
+AS_WANTED: dict[str, Any] = {
+    **dict.fromkeys(("complete", "prepared", "kept"), True),
+    **{name: [1, 2] for name in ("running", "up_to_date", "enabled", "healthy")},
+    **{name: [] for name in ("superfluous", "surplus")},
+}
+
+
+@pytest.mark.parametrize(
+    ("found", "condition"),
+    [
+        ({}, "current"),
+        ({"running": [], "up_to_date": [], "healthy": []}, "idle"),
+        ({"running": [1], "up_to_date": [1], "healthy": [1]}, "outdated"),
+        *[({name: False}, "outdated") for name in ("complete", "prepared", "kept")],
+        *[({name: [1]}, "outdated") for name in ("up_to_date", "enabled")],
+        ({"superfluous": ["1.0"]}, "outdated"),
+        ({"surplus": [3]}, "outdated"),
+        ({"healthy": [2]}, "unhealthy"),
+        ({"healthy": [2], "enabled": [2]}, "outdated"),
+    ],
+)
+def test_the_condition_is_the_worst_that_was_found(found: dict[str, Any], condition: str) -> None:
+    assert preflight.condition(AS_WANTED | found, GOOD) == condition
+
+
+def test_a_surplus_that_is_kept_is_no_reason_to_restart() -> None:
+    keeping = GOOD | {"keep_surplus": True}
+    assert preflight.condition(AS_WANTED | {"surplus": [3]}, keeping) == "current"
+    assert preflight.condition(AS_WANTED | {"surplus": [3], "enabled": [1]}, keeping) == "outdated"
 
 
 def test_a_release_of_the_same_name_with_other_content_is_refused(host: Host, free_ports: int) -> None:
@@ -441,7 +481,7 @@ def test_what_is_installed_and_runs_is_told(host: Host, free_ports: int) -> None
     assert result["complete"]
     assert result["current"] == GOOD["release"]
     assert result["differing"] == []
-    assert result["known"] == [1, 2, 3, 7]
+    assert result["surplus"] == [3, 7]
     assert result["enabled"] == [1, 2]
     assert result["running"] == [1, 7]
     assert result["up_to_date"] == [1]
