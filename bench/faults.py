@@ -1,29 +1,30 @@
-"""The part "faults": what the failure of a part costs its users, by the suite that asserts what it may cost them."""
+"""The part "faults": what the failure of a part costs its users, by the suites that assert what it may cost them."""
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from bench.lab import CREATE, ROOT, SITE, Control, LabError, before_the_lab, lab
 from bench.report import Figure, Part
 from bench.rounds import Rounds
 
 NODES = 3
-SUITE = "molecule/shared/tests/failover/test_faults.py"
+SUITES = "molecule/shared/tests/failover"
 FOUND = ROOT / ".artifacts/failover.json"
-"""Where the suite keeps its figures."""
+"""Where the suites keep their figures."""
 OPTIONS = ("-p", "no:cacheprovider", "--ansible-inventory")
 LOG = "faults"
 COLUMNS = {
     "median": "median user",
     "p99": "99th percentile",
     "last": "last user",
-    "bound": "bound that the suite asserts",
+    "bound": "bound that the suites assert",
 }
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How many times the suite runs, on the same hosts."""
+    """How many times the suites run, on the same hosts."""
 
     rounds: int
 
@@ -32,10 +33,10 @@ PROFILES = {"quick": Profile(rounds=1), "full": Profile(rounds=5)}
 
 
 def measure(rounds: Rounds, profile: Profile) -> Part:
-    """Run the suite on fresh hosts; a fault that costs more than it may ends the run.
+    """Run the suites on fresh hosts; a fault that costs more than it may ends the run.
 
     Raises:
-        LabError: there is a lab already, or the suite fails.
+        LabError: there is a lab already, or a suite fails.
     """
     found = []
     with before_the_lab(rounds, LOG) as folder:
@@ -45,33 +46,33 @@ def measure(rounds: Rounds, profile: Profile) -> Part:
             control.play(NODES, SITE)
             for _ in rounds.go(profile.rounds, "faults"):
                 FOUND.unlink(missing_ok=True)
-                control.run("pytest", SUITE, *OPTIONS, str(control.inventory(NODES)))
+                control.run("pytest", SUITES, *OPTIONS, str(control.inventory(NODES)))
                 found.append(_found())
     return _part(found)
 
 
-def _found() -> dict[str, dict[str, float]]:
+def _found() -> dict[str, dict[str, Any]]:
     try:
-        found: dict[str, dict[str, float]] = json.loads(FOUND.read_text())
+        found: dict[str, dict[str, Any]] = json.loads(FOUND.read_text())
     except FileNotFoundError:
-        raise LabError(f"{SUITE} has left no figures") from None
+        raise LabError(f"{SUITES} have left no figures") from None
     return found
 
 
-def _part(found: list[dict[str, dict[str, float]]]) -> Part:
+def _part(found: list[dict[str, dict[str, Any]]]) -> Part:
     part = Part(
         "faults",
         "Faults",
-        [Figure(fault, fault, "s", False, True) for fault in found[0]],
+        [Figure(fault, fault, figures["unit"], False, True) for fault, figures in found[0].items()],
         COLUMNS,
         {
             "hosts": f"ansible-playbook {CREATE}; ansible-playbook {SITE}",
-            "faults": f"pytest {SUITE} {' '.join(OPTIONS)} inventory/lab",
+            "faults": f"pytest {SUITES} {' '.join(OPTIONS)} inventory/lab",
         },
         "median",
         setting="The hosts were the lab's, on this machine, and shared its cores with the clients, who have default "
-        "options and talk three times a second. Seconds are from a user's last answer before the fault to the next "
-        "one, unless the users only listen, or it is told when they notice.",
+        "options and talk three times a second, or, where there are 2000, every five seconds. Seconds are from a "
+        "user's last answer before the fault to the next one, unless the users only listen, or it is told what they do.",
     )
     for faults in found:
         for fault, figures in faults.items():

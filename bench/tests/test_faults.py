@@ -1,31 +1,32 @@
-"""What failures cost is taken from the suite that asserts it, on hosts that the run has made."""
+"""What failures cost is taken from the suites that assert it, on hosts that the run has made."""
 
 import json
 from pathlib import Path
 
-from bench.faults import SUITE
+from bench.faults import SUITES
 from bench.tests.fake_lab import run, told
 
 
-def test_the_figures_are_those_of_the_suite(programs: Path) -> None:
+def test_the_figures_are_those_of_the_suites(programs: Path) -> None:
     done = run(programs, "faults")
     assert done.returncode == 0, done.stderr
-    suite = f"pytest {SUITE} -p no:cacheprovider --ansible-inventory"
-    assert (programs / "played").read_text().splitlines() == ["create 3", "site 3", suite, "destroy 3"]
+    suites = f"pytest {SUITES} -p no:cacheprovider --ansible-inventory"
+    assert (programs / "played").read_text().splitlines() == ["create 3", "site 3", suites, "destroy 3"]
     written = json.loads((programs / "output/faults.json").read_text())
-    assert list(written["figures"]) == ["killed process", "hung process"]
+    assert list(written["figures"]) == ["killed process", "killed process, again"]
     found = {column: spread["rounds"] for column, spread in written["figures"]["killed process"]["found"].items()}
     assert found == {"median": [1.5], "p99": [2.5], "last": [2.75], "bound": [3]}
-    assert written["users"] == {"killed process": [90], "hung process": [90]}
-    assert "| hung process (s) | 1.50 " in (programs / "output/faults.md").read_text()
+    assert [figure["unit"] for figure in written["figures"].values()] == ["s", "tries"]
+    assert written["users"] == {"killed process": [90], "killed process, again": [90]}
+    assert "| killed process, again (tries) | 1.50 " in (programs / "output/faults.md").read_text()
 
 
-def test_a_suite_without_figures_ends_the_run_without_a_lab(programs: Path) -> None:
+def test_suites_without_figures_end_the_run_without_a_lab(programs: Path) -> None:
     """Those of another run are not taken for its own."""
     (programs / "fails").touch()
     (programs / "found").write_text('{"killed process": {"median": 1}}')
     done = run(programs, "faults")
     assert done.returncode == 1
-    assert told(done.stderr) == [f"Error: {SUITE} has left no figures"]
+    assert told(done.stderr) == [f"Error: {SUITES} have left no figures"]
     assert (programs / "played").read_text().splitlines()[-1] == "destroy 3"
     assert not (programs / "output").exists()

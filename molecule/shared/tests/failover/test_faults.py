@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from figures import keep
 from residents import Connection, Residents
 
 NODE = "stickyring-node@1.service"
@@ -24,7 +22,6 @@ USERS = [f"user-{number}" for number in range(90)]
 PAUSE_SECONDS = 0.3
 SETTLED_SECONDS = 60
 PING_SECONDS = 25 + 20  # Engine.IO's ping interval and ping timeout
-FIGURES = Path(__file__).parents[4] / ".artifacts" / "failover.json"
 
 
 @pytest.fixture
@@ -46,17 +43,6 @@ def have_not_noticed(connections: Iterable[Connection], since: float) -> None:
     for one in connections:
         assert one.count("disconnect", since) == 0, one
         assert not [began for began in one.repeated if began >= since], one
-
-
-def keep(fault: str, seconds: Iterable[float], bound: float) -> dict[str, float]:
-    """Prints, keeps and returns the figures of a fault, of the seconds that it has cost each user."""
-    costs = sorted(seconds)
-    p99 = quantiles(costs, n=100, method="inclusive")[98]
-    figures = {"median": median(costs), "p99": p99, "last": costs[-1], "bound": bound, "users": len(costs)}
-    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    FIGURES.write_text(json.dumps(known | {fault: figures}, indent=1) + "\n")
-    print(fault, figures)
-    return figures
 
 
 def judge(fault: str, affected: list[Connection], others: list[Connection], since: float, bound: float) -> None:

@@ -1,0 +1,21 @@
+"""Where these suites keep what each fault has cost its users, for the benchmark to read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median, quantiles
+
+FIGURES = Path(__file__).parents[4] / ".artifacts" / "failover.json"
+
+
+def keep(fault: str, costs: Iterable[float], bound: float, unit: str = "s") -> dict[str, float]:
+    """Prints, keeps and returns the figures of a fault, of what it has cost each user."""
+    values = sorted(costs)
+    p99 = quantiles(values, n=100, method="inclusive")[98]
+    figures = {"median": median(values), "p99": p99, "last": values[-1], "bound": bound, "users": len(values)}
+    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    FIGURES.write_text(json.dumps(known | {fault: figures | {"unit": unit}}, indent=1) + "\n")
+    print(fault, figures)
+    return figures
