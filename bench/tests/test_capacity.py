@@ -1,12 +1,15 @@
 """What docs/capacity.md says follows from what was measured."""
 
 import pytest
+import yaml
 
 from bench import capacity
 from bench.capacity import (
     BEGIN,
     DOCUMENT,
     END,
+    HEAP_SHARE,
+    ROOT,
     Caps,
     Costs,
     EdgeCosts,
@@ -50,6 +53,13 @@ def test_every_limit_of_an_edge_follows_its_formula() -> None:
         "descriptors": 32_768,
     }
     assert edge_limits(EDGE, CAPS, cores=1, gib=0.01, rate=0.0)["memory"] == 0
+
+
+def test_the_share_of_the_heap_is_that_of_the_role() -> None:
+    variables = yaml.safe_load((ROOT / "roles/stickyring_edge/vars/main.yml").read_text())
+    actions = variables["__stickyring_edge_bootstrap"]["overload_manager"]["actions"]
+    (refuses,) = [action for action in actions if action["name"].endswith(".stop_accepting_requests")]
+    assert [trigger["threshold"]["value"] for trigger in refuses["triggers"]] == [HEAP_SHARE]
 
 
 @pytest.mark.parametrize(
