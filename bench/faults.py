@@ -72,7 +72,8 @@ def _part(found: list[dict[str, dict[str, Any]]]) -> Part:
         "median",
         setting="The hosts were the lab's, on this machine, and shared its cores with the clients, who have default "
         "options and talk three times a second, or, where there are 2000, every five seconds. Seconds are from a "
-        "user's last answer before the fault to the next one, unless the row says otherwise.",
+        "user's last answer before the fault to the next one; of users who only listen, or where they are said to "
+        "connect again, from the fault to the connection.",
     )
     for faults in found:
         for fault, figures in faults.items():

@@ -8,8 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
-
 
 def endpoints(
     hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
@@ -43,13 +41,11 @@ def problems(
     hostvars: Mapping[str, Mapping[str, Any]],
     defaults: Mapping[str, Any],
     known_variables: Iterable[str],
-    node_options: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
     """Everything that is wrong with an inventory, one sentence each: what, where and how to mend it.
 
     groups: host names by group; hostvars: the variables of all hosts by name; defaults: the defaults of the roles
-    together; known_variables: every name with the prefix `stickyring_` that means something; node_options: those of
-    the node role, as its argument specification has them.
+    together; known_variables: every name with the prefix `stickyring_` that means something.
     """
     nodes = list(groups.get("nodes", []))
     edges = list(groups.get("edge", []))
@@ -75,11 +71,7 @@ def problems(
     if found:
         return found
     both = [host for host in nodes if host in edges]
-    return [
-        *_against_specification(nodes, hostvars, node_options),
-        *_repeated(hosts, nodes, hostvars),
-        *_shared_ports(both, hostvars, defaults),
-    ]
+    return [*_repeated(hosts, nodes, hostvars), *_shared_ports(both, hostvars, defaults)]
 
 
 def _unknown_variables(host: str, variables: Mapping[str, Any], known_variables: Iterable[str]) -> list[str]:
@@ -104,18 +96,6 @@ def _not_numbers(nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]
             value = hostvars[host].get(name, low)
             if not re.fullmatch(r"[0-9]+", str(value)) or not low <= int(value) <= high:
                 found.append(f"{host}: {name} is {value!r}: give a number from {low} to {high}.")
-    return found
-
-
-def _against_specification(
-    nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], options: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
-    """What Ansible would say of the node role's variables; said here, of all hosts, it takes no task on each."""
-    validator = ArgumentSpecValidator(options)
-    found = []
-    for host in nodes:
-        values = {name: hostvars[host][name] for name in options if name in hostvars[host]}
-        found += [f"{host}: {message}." for message in validator.validate(values).error_messages]
     return found
 
 

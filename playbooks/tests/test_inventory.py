@@ -22,17 +22,12 @@ DEFAULTS = {
     "stickyring_edge_admin_port": 9901,
     "stickyring_edge_listeners": [{"name": "sticky", "port": 9002, "cluster": "nodes"}],
 }
-OPTIONS = {
-    "stickyring_node_application": {"type": "str", "required": True},
-    "stickyring_node_watchdog": {"type": "int", "default": 10},
-    "stickyring_node_log_level": {"type": "str", "choices": ["debug", "info"]},
-}
-KNOWN = [*DEFAULTS, *OPTIONS, "stickyring_address", "stickyring_node_name"]
+KNOWN = [*DEFAULTS, "stickyring_address", "stickyring_node_name"]
 GROUPS = {"edge": ["edge1"], "nodes": ["node1", "node2"]}
 HOSTVARS: dict[str, dict[str, Any]] = {
     "edge1": {"stickyring_address": "198.51.100.10"},
-    "node1": {"stickyring_address": "198.51.100.11", "stickyring_node_application": "chat:app"},
-    "node2": {"stickyring_address": "198.51.100.12", "stickyring_node_application": "chat:app"},
+    "node1": {"stickyring_address": "198.51.100.11"},
+    "node2": {"stickyring_address": "198.51.100.12"},
 }
 
 
@@ -41,7 +36,7 @@ def judge(groups: dict[str, list[str]] | None = None, **changes: dict[str, Any])
     hostvars = deepcopy(HOSTVARS)
     for host, variables in changes.items():
         hostvars.setdefault(host, {}).update(variables)
-    return inventory.problems(GROUPS if groups is None else groups, hostvars, DEFAULTS, KNOWN, OPTIONS)
+    return inventory.problems(GROUPS if groups is None else groups, hostvars, DEFAULTS, KNOWN)
 
 
 def test_a_good_inventory_has_no_problem() -> None:
@@ -96,22 +91,6 @@ def test_an_unknown_variable_gets_the_nearest_name() -> None:
 def test_a_port_that_is_none_is_refused(value: object) -> None:
     (message,) = judge(node1={"stickyring_node_port": value})
     assert message == f"node1: stickyring_node_port is {value!r}: give a number from 1 to 65535."
-
-
-def test_what_the_role_would_refuse_is_said_of_every_host() -> None:
-    late, loud = judge(node1={"stickyring_node_watchdog": "late"}, node2={"stickyring_node_log_level": "loud"})
-    assert late.startswith(
-        "node1: argument 'stickyring_node_watchdog' is of type str and we were unable to convert to int"
-    )
-    assert loud == "node2: value of stickyring_node_log_level must be one of: debug, info, got: loud."
-    assert judge(node1={"stickyring_node_watchdog": "5"}) == []
-
-
-def test_a_node_without_an_application_is_named() -> None:
-    groups = {"edge": ["edge1"], "nodes": ["node1", "node3"]}
-    assert judge(groups, node3={"stickyring_address": "198.51.100.13"}) == [
-        "node3: missing required arguments: stickyring_node_application."
-    ]
 
 
 def test_endpoints_are_named_by_host_and_instance() -> None:

@@ -25,7 +25,7 @@ short_description: Look at a host before a node service is installed or changed
 description:
   - Reads what is installed and what runs. Changes nothing.
   - Fails when the host cannot take the service, naming every cause, so that nothing running was touched by then.
-  - Its options are the role's variables without their prefix, see the role's argument_specs.
+  - Its options are the role's variables without their prefix, see the role's argument_specs. Some are only judged.
 options:
   service: {type: str, required: true}
   application: {type: str, required: true}
@@ -40,6 +40,13 @@ options:
   requirements_sha256: {description: "What the release is installed from", type: str, required: true}
   releases_kept: {type: int, required: true}
   keep_surplus: {type: bool, required: true}
+  surge: {type: bool, required: true}
+  prove: {type: bool, required: true}
+  proving_time: {type: int, required: true}
+  start_timeout: {type: int, required: true}
+  drain_timeout: {type: int, required: true}
+  watchdog: {type: int, required: true}
+  log_level: {type: str, required: true, choices: [debug, info, warning, error, critical]}
   files: {description: "SHA-256 of the unit and of every environment, by path", type: dict, required: true}
 attributes:
   check_mode: {support: full}
@@ -59,7 +66,7 @@ surplus:
   elements: int
   returned: success
 lacks_venv:
-  description: Whether python3 cannot make virtual environments; nobody has to know where the wanted release is complete
+  description: Whether python3 cannot make virtual environments; where the wanted release is complete, it is not asked
   type: bool
   returned: success
 prepared: {description: "Whether its account and folder of settings are as wanted", type: bool, returned: success}
@@ -108,6 +115,13 @@ OPTIONS = {
     "requirements_sha256": {"type": "str", "required": True},
     "releases_kept": {"type": "int", "required": True},
     "keep_surplus": {"type": "bool", "required": True},
+    "surge": {"type": "bool", "required": True},
+    "prove": {"type": "bool", "required": True},
+    "proving_time": {"type": "int", "required": True},
+    "start_timeout": {"type": "int", "required": True},
+    "drain_timeout": {"type": "int", "required": True},
+    "watchdog": {"type": "int", "required": True},
+    "log_level": {"type": "str", "required": True, "choices": ["debug", "info", "warning", "error", "critical"]},
     "files": {"type": "dict", "required": True},
 }
 # What no unit file, shell or folder gives a meaning of its own: the values stand in all three.

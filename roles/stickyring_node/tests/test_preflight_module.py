@@ -54,6 +54,13 @@ GOOD: dict[str, Any] = {
     "requirements_sha256": REQUIREMENTS,
     "releases_kept": 3,
     "keep_surplus": False,
+    "surge": False,
+    "prove": True,
+    "proving_time": 15,
+    "start_timeout": 60,
+    "drain_timeout": 30,
+    "watchdog": 10,
+    "log_level": "info",
     "files": {path: hashlib.sha256(text.encode()).hexdigest() for path, text in FILES.items()},
 }
 
@@ -690,3 +697,25 @@ def test_the_documentation_has_every_option() -> None:
 def test_the_documentation_has_every_answer(host: Host, free_ports: int) -> None:
     answered = set(run(port=free_ports)) - {"changed", "invocation"}
     assert answered == set(yaml.safe_load(preflight.RETURN))
+
+
+def test_the_module_judges_the_types_that_the_role_states() -> None:
+    """Where it has looked at a host, Ansible need not validate the role's variables again."""
+    specification = yaml.safe_load((Path(__file__).parents[1] / "meta" / "argument_specs.yml").read_text())
+    options = specification["argument_specs"]["main"]["options"].items()
+    stated = {
+        name.removeprefix("stickyring_node_"): {key: option[key] for key in ("type", "choices") if key in option}
+        for name, option in options
+        if option["type"] in {"int", "bool"} or "choices" in option
+    }
+    judged = {name: {key: preflight.OPTIONS[name][key] for key in option} for name, option in stated.items()}
+    assert judged == stated
+    assert {"watchdog", "surge", "log_level"} <= set(stated)
+
+
+@pytest.mark.parametrize("wrong", [{"watchdog": "late"}, {"surge": "soon"}, {"log_level": "loud"}])
+def test_a_value_of_another_type_is_refused(host: Host, wrong: dict[str, Any]) -> None:
+    result = run(**wrong)
+    assert result["failed"]
+    assert next(iter(wrong)) in result["msg"]
+    assert not host.asked.exists()

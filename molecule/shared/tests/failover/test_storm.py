@@ -53,8 +53,8 @@ def come_back(residents: Residents, fault: str, affected: list[Connection], sinc
     tries = [one.count("connect", since) + one.count("failed", since) for one in affected]
     moment = time.monotonic()
     residents.wait(lambda: all(one.answers and one.answers[-1][0] > moment for one in residents), BACK_SECONDS)
-    assert keep(f"{fault}, connected again", back, BACK_SECONDS)["last"] <= BACK_SECONDS
-    assert keep(f"{fault}, to connect again", tries, TRIES, "tries")["last"] <= TRIES
+    assert keep(f"{fault}, to connect again", back, BACK_SECONDS)["last"] <= BACK_SECONDS
+    assert keep(f"{fault}, tries to connect again", tries, TRIES, "tries")["last"] <= TRIES
     assert not [one for one in residents if one.lost]
 
 
@@ -67,7 +67,7 @@ def test_all_are_back_soon_after_an_edge_has_restarted(
         before = memory()
         since = time.monotonic()
         machine(edge.name).check_output(f"systemctl restart {EDGE}")
-        come_back(residents, f"restarted edge, {CLIENTS} clients", residents.connections, since)
+        come_back(residents, f"restarted edge of {CLIENTS} clients", residents.connections, since)
         residents.settle(BACK_SECONDS)
         after = memory()
         print(f"KiB {before}, {after}; {server_errors()} answers of 5xx")
@@ -85,7 +85,7 @@ def test_all_are_back_soon_after_a_node_has_died(edge_url: Any, machine: Any, se
         assert len(affected) > CLIENTS / 4
         before, since = server_errors(), time.monotonic()
         machine("node1").check_output(f"systemctl kill --signal=KILL --kill-whom=all {NODE}")
-        come_back(residents, f"killed process, {CLIENTS} clients", affected, since)
+        come_back(residents, f"killed process of {CLIENTS} clients", affected, since)
         print(f"{server_errors() - before} answers of 5xx")
         assert server_errors() - before <= CLIENTS * ERRORS_SHARE
         assert not any(one.count("disconnect", since) for one in residents if one not in affected)

@@ -69,7 +69,6 @@ def test_the_good_inventory_passes(judge: Any) -> None:
         ),
         (HOSTS.replace("100.12}", "100.12, stickyring_node_prot: 1}"), "did you mean stickyring_node_port?"),
         (HOSTS.replace("100.12}", "100.12, stickyring_node_instances: none}"), "node2: stickyring_node_instances is"),
-        (HOSTS.replace("100.12}", "100.12, stickyring_node_surge: soon}"), "node2: argument 'stickyring_node_surge'"),
     ],
 )
 def test_a_bad_inventory_is_named(judge: Any, hosts: str, message: str) -> None:
