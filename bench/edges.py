@@ -64,6 +64,15 @@ def figures(profile: Profile) -> list[Figure]:
             for crowd in profile.crowds
         ),
         *(
+            Figure(
+                f"echoes@{crowd}",
+                f"echoes per second of edge and nodes on one core, {crowd} connections",
+                "1/s",
+                True,
+            )
+            for crowd in profile.crowds
+        ),
+        *(
             Figure(f"user-cpu@{crowd}", f"of it, outside the kernel, {crowd} connections", "µs", False)
             for crowd in profile.crowds
         ),
@@ -80,6 +89,10 @@ def figures(profile: Profile) -> list[Figure]:
         Figure("system-calls", "system calls of an echo, 1 connection", "calls", False, True),
         *(
             Figure(f"session-cpu@{key}", f"CPU of a session, {manner}", "µs", False, True)
+            for key, (manner, _, _) in MANNERS.items()
+        ),
+        *(
+            Figure(f"handshakes@{key}", f"sessions per second of edge and nodes on one core, {manner}", "1/s", True)
             for key, (manner, _, _) in MANNERS.items()
         ),
         Figure("idle-memory", f"memory per connection, {profile.idle_connections} idle", "KiB", False, True),
@@ -115,6 +128,7 @@ def compare(rounds: Rounds, profile: Profile, compared: Sequence[Edge], tracer: 
             DIRECT: stub(PLACES[0]).shown(),
         },
         NGINX,
+        DIRECT,
         setting=f"An edge and {NODES} nodes behind it, the stub unless it says otherwise, shared one core; the load "
         "had another. A new node's share of the users should be one of all nodes; who has the node in a cookie "
         "stays, and the new one gets none of them.",
@@ -129,7 +143,7 @@ def compare(rounds: Rounds, profile: Profile, compared: Sequence[Edge], tracer: 
     for number in rounds.go(profile.rounds, "echoes and sessions"):
         with _nodes(rounds, NODES) as nodes:
             direct = trips(_paced(nodes[0], profile), "trip")
-            part.add(DIRECT, direct)
+            part.add(DIRECT, direct | _rates(nodes[0], profile))
             for edge in rounds.rotated(measured, number):
                 with _running(rounds, edge, nodes) as server:
                     found = _traffic(server, profile, direct)
@@ -182,16 +196,33 @@ def _traffic(server: Server, profile: Profile, direct: dict[str, float]) -> dict
     found["paced-cpu"] = _cpu(paced)
     found |= (through := trips(paced, "trip"))
     found |= {key.replace("trip", "added"): value - direct[key] for key, value in through.items()}
-    for crowd in profile.crowds:
-        cpu, user = server.cpu_seconds(), server.user_seconds()
-        sample = echo(loop, target, wires[:crowd], profile.seconds, server.cpu_seconds)
-        share = (server.user_seconds() - user) / (server.cpu_seconds() - cpu)
-        found |= {f"echo-cpu@{crowd}": _cpu(sample), f"user-cpu@{crowd}": share * _cpu(sample)}
-    for key, (_, manner, _) in MANNERS.items():
-        sample = handshakes(loop, target, manner, server.cpu_seconds, together=TOGETHER, seconds=profile.seconds)
-        found[f"session-cpu@{key}"] = _cpu(sample)
+    found |= _under_load(loop, server, wires, profile)
     loop.close()
     return found
+
+
+def _under_load(loop: Loop, server: Server, wires: Sequence[Wire], profile: Profile) -> dict[str, float]:
+    """What can be done at most, and its costs."""
+    found: dict[str, float] = {}
+    for crowd in profile.crowds:
+        cpu, user = server.cpu_seconds(), server.user_seconds()
+        sample = echo(loop, server.target, wires[:crowd], profile.seconds, server.cpu_seconds)
+        share = (server.user_seconds() - user) / (server.cpu_seconds() - cpu)
+        found |= {f"echoes@{crowd}": sample.count / sample.seconds, f"echo-cpu@{crowd}": _cpu(sample)}
+        found[f"user-cpu@{crowd}"] = share * _cpu(sample)
+    for key, (_, manner, _) in MANNERS.items():
+        sample = handshakes(loop, server.target, manner, server.cpu_seconds, together=TOGETHER, seconds=profile.seconds)
+        found |= {f"handshakes@{key}": sample.count / sample.seconds, f"session-cpu@{key}": _cpu(sample)}
+    return found
+
+
+def _rates(node: Server, profile: Profile) -> dict[str, float]:
+    """What the load and a node do at most without an edge, which is not to be less than with one."""
+    with contextlib.closing(Loop()) as loop:
+        wires: list[Wire] = []
+        open_sessions(loop, node.target, wires, max(profile.crowds))
+        found = _under_load(loop, node, wires, profile)
+    return {key: value for key, value in found.items() if key.startswith(("echoes@", "handshakes@"))}
 
 
 def _paced(server: Server, profile: Profile) -> Sample:

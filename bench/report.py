@@ -119,7 +119,8 @@ class Part:
             if not figure.key.startswith(("echoes@", "handshakes@")) or not self.spread(figure.key, self.stub):
                 continue
             found = self.found[figure.key]
-            fastest = max(self.contenders, key=lambda key: statistics.median(found[key]))
+            measured = [key for key in self.contenders if key in found]
+            fastest = max(measured, key=lambda key: statistics.median(found[key]))
             if spread := self.ratio(figure.key, self.stub, fastest):
                 bounds[figure.key] = (fastest, spread)
         return bounds

@@ -13,6 +13,7 @@ import pytest
 from bench import edges, proxies
 from bench.edges import DIRECT, Client, Profile
 from bench.load import LoadError, Target
+from bench.nodes import MANNERS
 from bench.proxies import Edge
 from bench.report import as_markdown
 from bench.rounds import Rounds
@@ -90,7 +91,11 @@ def test_what_keeps_users_together_is_told_from_what_does_not(rounds: Rounds, tm
         ((found,),) = part.found[figure].values()
         assert found > 0
     assert set(part.found) == {figure.key for figure in part.figures}
-    assert "## The load" not in as_markdown(part, CONTEXT)
+    bounds = part.bounds()
+    assert set(bounds) == {f"echoes@{crowd}" for crowd in TINY.crowds} | {f"handshakes@{key}" for key in MANNERS}
+    assert {fastest for fastest, _ in bounds.values()} == {proxies.NGINX}
+    assert all(spread.median > 1 for _, spread in bounds.values()), "nothing is faster through an edge"
+    assert "## The load" in as_markdown(part, CONTEXT)
 
 
 def test_an_edge_without_nodes_is_no_measure() -> None:
