@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -40,10 +41,14 @@ class LabError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """A command that has ended well: its output's lines, each with the second at which it came."""
+    """A command that has ended well: its output's lines, each with the second at which it came.
+
+    `cpu` are the CPU seconds of the command and of what it has started on this machine.
+    """
 
     seconds: float
     lines: list[tuple[float, str]]
+    cpu: float = 0.0
 
     def tasks(self) -> dict[str, float]:
         """Return the seconds of each task, from its header to the next one; all together they are the run's."""
@@ -114,7 +119,7 @@ class Control:
             LabError: it fails, or takes longer than LONGEST_SECONDS.
         """
         lines = []
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), _cpu_of_commands()
         with subprocess.Popen(
             [str(PROGRAMS / program), *arguments],
             cwd=ROOT,
@@ -145,7 +150,13 @@ class Control:
             cause = (complaints or told[-1:] or ["nothing"])[0]
             cause = f"it took longer than {LONGEST_SECONDS:g} s" if seconds > LONGEST_SECONDS else cause[:300]
             raise LabError(f"{program} {' '.join(arguments)} has failed, see {self._log}: {cause}")
-        return Run(seconds, lines)
+        return Run(seconds, lines, _cpu_of_commands() - used)
+
+
+def _cpu_of_commands() -> float:
+    """Return the CPU seconds of all commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -24,6 +24,7 @@ LOG = "operations"
 FIGURES = [
     Figure("fresh", "site.yml on fresh hosts", "s", False, True),
     Figure("no-op", "site.yml that changes nothing", "s", False, True),
+    Figure("no-op-cpu", "site.yml that changes nothing, CPU of the controller", "s", False),
     Figure("ping", "ansible -m ping", "s", False, True),
     Figure("no-op-to-ping", "site.yml that changes nothing, to ansible -m ping", "times", False, True),
     Figure("update", "rolling_update.yml to another release", "s", False, True),
@@ -138,7 +139,7 @@ def _fleet(control: Control, part: Part, spent: Spent, profile: Profile, nodes: 
         run, ping = control.play(nodes, SITE), control.ping(nodes)
         if changed := run.changed():
             raise LabError(f"a run that should change nothing has changed {', '.join(sorted(changed))}")
-        part.add(size, {"ping": ping.seconds, "no-op-to-ping": note("no-op", run) / ping.seconds})
+        part.add(size, {"no-op-cpu": run.cpu, "ping": ping.seconds, "no-op-to-ping": note("no-op", run) / ping.seconds})
     if nodes not in profile.changed:
         return 0.0
     update = note("update", _changing(control.play(nodes, UPDATE, *RELEASE), range(nodes)))
@@ -175,8 +176,10 @@ def _part(profile: Profile) -> Part:
         sizes[0],
         setting=f"The hosts were the lab's, on this machine, and shared its cores with ansible-core {version} and its "
         f"{forks} forks. Fresh hosts have booted, and nothing else; what they install was built before. No-op runs and "
-        "pings took turns, over SSH connections that were open already. The update includes the time for which the "
-        "first node has to stay, and nobody was connected. In the commands, N is inventory/lab with so many nodes.",
+        "pings took turns, over SSH connections that were open already. The work of the hosts took these cores too, "
+        "which that of real hosts does not: beside the no-op run stands the CPU time of the controller alone. The "
+        "update includes the time for which the first node has to stay, and nobody was connected. In the commands, N "
+        "is inventory/lab with so many nodes.",
     )
 
 

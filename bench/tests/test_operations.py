@@ -128,12 +128,15 @@ def test_a_run_measures_every_size_on_fresh_hosts_and_removes_them(programs: Pat
     assert rounds == {
         "fresh": {"3": 1, "6": 1},
         "no-op": both,
+        "no-op-cpu": both,
         "ping": both,
         "no-op-to-ping": both,
         "update": {"3": 1},
         "add": {"3": 1},
     }
-    assert set(written["seconds_a_node"]) == {"fresh", "no-op", "ping"}
+    assert set(written["seconds_a_node"]) == {"fresh", "no-op", "no-op-cpu", "ping"}
+    (took, used) = (written["figures"][key]["found"]["3"]["median"] for key in ("no-op", "no-op-cpu"))
+    assert 0 < used < took, "one command on one core, which waits"
     assert 0.02 < written["seconds_of_tasks"]["no-op"]["3"]["site : Work | rest"] < 1
     table = files[1].read_text()
     assert "| site.yml on fresh hosts, 6 nodes: " in table
