@@ -193,11 +193,19 @@ class Server:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> int:
-        """Memory of all its processes in bytes; what they share counts once (Pss in /proc/PID/smaps_rollup)."""
+        """Memory of all its processes in bytes; what they share counts once."""
+        return self._proportional("Pss:")
+
+    def heap(self) -> int:
+        """What of it is no file's: that does not change when another process with the same files comes or goes."""
+        return self._proportional("Pss_Anon:", "Pss_Shmem:")
+
+    def _proportional(self, *kinds: str) -> int:
+        """The sum of these lines of /proc/PID/smaps_rollup, in bytes."""
         total = 0
         for process in self.processes:
             for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
+                if line.startswith(kinds):
                     total += int(line.split()[1]) * 1024
         return total
 

@@ -183,11 +183,11 @@ def _traffic(server: Server, profile: Profile, direct: dict[str, float]) -> dict
     """What one edge costs in front of the nodes, of which `direct` are the round trips without it."""
     loop, target, wires = Loop(), server.target, list[Wire]()
     check(loop, target)
-    unused = server.memory()
+    unused, heap = server.memory(), server.heap()
     open_sessions(loop, target, wires, profile.idle_connections)
     found = {
         "memory": unused / 2**20,
-        "idle-memory": (server.memory() - unused) / profile.idle_connections / 1024,
+        "idle-memory": (server.heap() - heap) / profile.idle_connections / 1024,
     }
     idle = server.cpu_seconds()
     loop.run(profile.idle_seconds)

@@ -193,17 +193,17 @@ def _hold(rounds: Rounds, part: Part, held: Sequence[Contender], profile: Profil
         for server in servers:
             check(loop, server.target)
         # When all of them run: what they share is split among them.
-        memory = [server.memory() for server in servers]
+        memory, heaps = [server.memory() for server in servers], [server.heap() for server in servers]
         for server in servers:
             open_sessions(loop, server.target, [], number)
         rounds.say(f"{number} idle connections each: {', '.join(contender.title for contender in held)}")
         cpu = [server.cpu_seconds() for server in servers]
         loop.run(seconds)
-        for contender, server, used, unused in zip(held, servers, cpu, memory, strict=True):
+        for contender, server, used, unused, heap in zip(held, servers, cpu, memory, heaps, strict=True):
             part.add(
                 contender.key,
                 {
-                    "idle-memory": (server.memory() - unused) / number / 1024,
+                    "idle-memory": (server.heap() - heap) / number / 1024,
                     "idle-cpu": 100 * (server.cpu_seconds() - used) / seconds,
                     "memory": unused / 2**20,
                 },
