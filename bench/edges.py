@@ -60,16 +60,16 @@ def figures(profile: Profile) -> list[Figure]:
     of_nodes = {number: f"{number} node" + "s" * (number > 1) for number in (*profile.fleets, *profile.moves)}
     return [
         *(
-            Figure(f"echo-cpu@{crowd}", f"CPU of an echo under full load, {crowd} connections", "µs", False, True)
-            for crowd in profile.crowds
-        ),
-        *(
             Figure(
                 f"echoes@{crowd}",
                 f"echoes per second of edge and nodes on one core, {crowd} connections",
                 "1/s",
                 True,
             )
+            for crowd in profile.crowds
+        ),
+        *(
+            Figure(f"echo-cpu@{crowd}", f"CPU of an echo under full load, {crowd} connections", "µs", False, True)
             for crowd in profile.crowds
         ),
         *(
