@@ -91,10 +91,6 @@ def figures(profile: Profile) -> list[Figure]:
             Figure(f"session-cpu@{key}", f"CPU of a session, {manner}", "µs", False, True)
             for key, (manner, _, _) in MANNERS.items()
         ),
-        *(
-            Figure(f"handshakes@{key}", f"sessions per second of edge and nodes on one core, {manner}", "1/s", True)
-            for key, (manner, _, _) in MANNERS.items()
-        ),
         Figure("idle-memory", f"memory per connection, {profile.idle_connections} idle", "KiB", False, True),
         Figure("idle-cpu", f"CPU of {profile.idle_connections} idle connections", "% of a core", False),
         Figure("memory", "memory without a connection", "MiB", False),
@@ -196,13 +192,17 @@ def _traffic(server: Server, profile: Profile, direct: dict[str, float]) -> dict
     found["paced-cpu"] = _cpu(paced)
     found |= (through := trips(paced, "trip"))
     found |= {key.replace("trip", "added"): value - direct[key] for key, value in through.items()}
-    found |= _under_load(loop, server, wires, profile)
+    found |= _echoes(loop, server, wires, profile)
+    # Of no rate: an edge may keep a connection for a second after its end, and the load waits for that.
+    for key, (_, manner, _) in MANNERS.items():
+        sample = handshakes(loop, target, manner, server.cpu_seconds, together=TOGETHER, seconds=profile.seconds)
+        found[f"session-cpu@{key}"] = _cpu(sample)
     loop.close()
     return found
 
 
-def _under_load(loop: Loop, server: Server, wires: Sequence[Wire], profile: Profile) -> dict[str, float]:
-    """What can be done at most, and its costs."""
+def _echoes(loop: Loop, server: Server, wires: Sequence[Wire], profile: Profile) -> dict[str, float]:
+    """The most echoes that there can be, and their costs."""
     found: dict[str, float] = {}
     for crowd in profile.crowds:
         cpu, user = server.cpu_seconds(), server.user_seconds()
@@ -210,19 +210,16 @@ def _under_load(loop: Loop, server: Server, wires: Sequence[Wire], profile: Prof
         share = (server.user_seconds() - user) / (server.cpu_seconds() - cpu)
         found |= {f"echoes@{crowd}": sample.count / sample.seconds, f"echo-cpu@{crowd}": _cpu(sample)}
         found[f"user-cpu@{crowd}"] = share * _cpu(sample)
-    for key, (_, manner, _) in MANNERS.items():
-        sample = handshakes(loop, server.target, manner, server.cpu_seconds, together=TOGETHER, seconds=profile.seconds)
-        found |= {f"handshakes@{key}": sample.count / sample.seconds, f"session-cpu@{key}": _cpu(sample)}
     return found
 
 
 def _rates(node: Server, profile: Profile) -> dict[str, float]:
-    """What the load and a node do at most without an edge, which is not to be less than with one."""
+    """The most echoes of the load and a node without an edge; with one, the load is not to be what allows no more."""
     with contextlib.closing(Loop()) as loop:
         wires: list[Wire] = []
         open_sessions(loop, node.target, wires, max(profile.crowds))
-        found = _under_load(loop, node, wires, profile)
-    return {key: value for key, value in found.items() if key.startswith(("echoes@", "handshakes@"))}
+        found = _echoes(loop, node, wires, profile)
+    return {key: value for key, value in found.items() if key.startswith("echoes@")}
 
 
 def _paced(server: Server, profile: Profile) -> Sample:

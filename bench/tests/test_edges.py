@@ -13,7 +13,6 @@ import pytest
 from bench import edges, proxies
 from bench.edges import DIRECT, Client, Profile
 from bench.load import LoadError, Target
-from bench.nodes import MANNERS
 from bench.proxies import Edge
 from bench.report import as_markdown
 from bench.rounds import Rounds
@@ -92,7 +91,7 @@ def test_what_keeps_users_together_is_told_from_what_does_not(rounds: Rounds, tm
         assert found > 0
     assert set(part.found) == {figure.key for figure in part.figures}
     bounds = part.bounds()
-    assert set(bounds) == {f"echoes@{crowd}" for crowd in TINY.crowds} | {f"handshakes@{key}" for key in MANNERS}
+    assert set(bounds) == {f"echoes@{crowd}" for crowd in TINY.crowds}
     assert {fastest for fastest, _ in bounds.values()} == {proxies.NGINX}
     assert all(spread.median > 1 for _, spread in bounds.values()), "nothing is faster through an edge"
     assert "## The load" in as_markdown(part, CONTEXT)
