@@ -48,7 +48,7 @@ class Run:
 
     seconds: float
     lines: list[tuple[float, str]]
-    cpu: float = 0.0
+    cpu: float
 
     def tasks(self) -> dict[str, float]:
         """Return the seconds of each task, from its header to the next one; all together they are the run's."""

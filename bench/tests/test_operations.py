@@ -36,7 +36,7 @@ LINES = [
 
 
 def test_a_task_lasts_until_the_next_one() -> None:
-    tasks = Run(3.5, LINES).tasks()
+    tasks = Run(3.5, LINES, 1.0).tasks()
     assert tasks == pytest.approx(
         {
             AROUND: 0.6 + 0.1 + 0.5,
@@ -50,7 +50,7 @@ def test_a_task_lasts_until_the_next_one() -> None:
 
 
 def test_a_run_tells_whom_it_has_changed() -> None:
-    assert Run(3.5, LINES).changed() == {"node1"}
+    assert Run(3.5, LINES, 1.0).changed() == {"node1"}
 
 
 def test_the_slope_is_that_of_least_squares() -> None:

@@ -298,9 +298,9 @@ def condition(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     instances = set(range(1, wanted["instances"] + 1))
     if not found["running"]:
         return "idle"
-    as_wanted = found["complete"] and found["prepared"] and found["kept"] and not found["superfluous"]
+    installed = found["complete"] and found["prepared"] and found["kept"] and not found["superfluous"]
     started = instances.issubset(found["up_to_date"]) and instances.issubset(found["enabled"])
-    if not as_wanted or not started or (found["surplus"] and not wanted["keep_surplus"]):
+    if not installed or not started or (found["surplus"] and not wanted["keep_surplus"]):
         return "outdated"
     return "current" if instances.issubset(found["healthy"]) else "unhealthy"
 
@@ -334,7 +334,7 @@ def main() -> None:
         lacks_venv = code != 0
         if LooseVersion(version.strip() or "0") < LooseVersion(LOWEST_PYTHON):
             problems.append(f"{PYTHON} is {version.strip() or 'missing'}: {LOWEST_PYTHON} or newer is needed")
-    if stamp.is_file() and stamp.read_text().strip() != wanted["requirements_sha256"]:
+    elif stamp.read_text().strip() != wanted["requirements_sha256"]:
         problems.append(
             f"release {wanted['release']} was installed from other content of stickyring_node_requirements:"
             " give this content another stickyring_node_release"
