@@ -77,7 +77,7 @@ OPERATIONS = 60
 PARTS = nodes edges
 PROFILE = quick
 
-COMPILE := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
+COMPILE := --project app --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
 
 .venv/.installed: requirements.lock app/pyproject.toml app/hatch_build.py app/package-lock.json
 	@[ "$$(id -u)" = 0 ] || { echo "Run make as root: it installs packages and makes hosts." >&2; exit 1; }

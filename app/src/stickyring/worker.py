@@ -9,9 +9,11 @@ try the next node.
 import contextlib
 import errno
 import os
+import platform
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -34,6 +36,7 @@ TICK_SECONDS = 0.02
 OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 """What accept(2) answers while the connection stays in the backlog, waiting for the process to have room again."""
 READABLE_BYTES = 65536
+EVENTLET_COUNTS_NOTHING = "PYTEST_CURRENT_TEST"
 
 
 class EventletWorker(AsyncWorker):
@@ -59,7 +62,8 @@ class EventletWorker(AsyncWorker):
         """Make the standard library cooperative before the application is imported; the master stays as it is."""
         # Named, because the hub that EVENTLET_HUB=asyncio asks for does not live with gunicorn's signal handling.
         eventlet.hubs.use_hub("epolls")
-        eventlet.monkey_patch()
+        with _uncounted_locks():
+            eventlet.monkey_patch()
         # sendfile(2) in the standard library refuses sockets that do not block, and all of eventlet's are such.
         self.cfg.set("sendfile", False)
         super().init_process()
@@ -221,6 +225,23 @@ class EventletWorker(AsyncWorker):
     def handle_usr1(self, sig: signal.Signals, frame: FrameType | None) -> None:
         """Reopen log files; in a green thread, as that takes locks, which the hub must not wait for."""
         eventlet.spawn(super().handle_usr1, sig, frame)
+
+
+@contextlib.contextmanager
+def _uncounted_locks() -> Iterator[None]:
+    """On PyPy, keep eventlet from counting the locks that it has not patched: that takes a walk of all memory each.
+
+    It would warn of those of functools.lru_cache, which PyPy has in Python, and which no green thread holds while
+    another one runs. The variable is the one by which eventlet itself knows where the count means nothing.
+    """
+    if platform.python_implementation() != "PyPy" or EVENTLET_COUNTS_NOTHING in os.environ:
+        yield
+        return
+    os.environ[EVENTLET_COUNTS_NOTHING] = "stickyring on PyPy"
+    try:
+        yield
+    finally:
+        del os.environ[EVENTLET_COUNTS_NOTHING]
 
 
 def _spare_descriptor() -> int | None:

