@@ -23,6 +23,7 @@ import gunicorn.util
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.errors import AppImportError, HaltServer
+from gunicorn.sock import TCP6Socket, TCPSocket
 from gunicorn.workers.base import Worker
 
 from stickyring import logs
@@ -245,8 +246,7 @@ class Node(BaseApplication):
         self._control = control
         self._worker_class = worker_class
         self._address = _address_text(listener.getsockname()[:2])
-        # gunicorn takes the descriptor over.
-        self._listener = listener.detach()
+        self.listener = listener
         self._refusal_reader, self._refusal_writer = os.pipe()
         os.set_blocking(self._refusal_reader, False)
         # Taken away from gunicorn, whose master would say that it is ready before its worker is.
@@ -262,7 +262,7 @@ class Node(BaseApplication):
     def load_config(self) -> None:
         """Set what differs from gunicorn's defaults."""
         for name, value in {
-            "bind": f"fd://{self._listener}",
+            "bind": f"fd://{self.listener.fileno()}",
             "workers": 1,  # the sessions of Socket.IO live in one process
             "worker_class": self._worker_class,
             "worker_connections": 1_000_000,  # no cap: at its limit connections hang, those of health checks too
@@ -420,6 +420,14 @@ class Node(BaseApplication):
 
 class _Master(Arbiter):
     """gunicorn's master, which lets its worker drain before it stops it gracefully."""
+
+    def start(self) -> None:
+        """Take the listening socket over; of its descriptor alone, gunicorn makes a Unix socket first, and PyPy keeps it."""
+        listener: socket.socket = self.app.listener
+        kind = TCP6Socket if listener.family == socket.AF_INET6 else TCPSocket
+        name = listener.getsockname()
+        self.LISTENERS = [kind(name, self.cfg, self.log, fd=listener.detach())]
+        super().start()
 
     def manage_workers(self) -> None:
         """Keep a worker; but a successor that cannot take over any more ends, and so does who has been replaced."""
