@@ -60,7 +60,7 @@ chaos: .venv/.installed ## Play operations and faults on the lab in random order
 	molecule/chaos.py --seed $(SEED) --operations $(OPERATIONS)
 
 bench: .venv/.installed ## Measure this stack (PARTS='nodes edges' or one of operations, faults; PROFILE=quick: 5 minutes; full: 40)
-	@$(call need,node:nodejs npm:npm)
+	@$(call need,node:nodejs npm:npm mmdebstrap:mmdebstrap)
 	python -m bench $(PARTS) --profile $(PROFILE)
 
 screenshot: .venv/.installed ## Take docs/demo.png of the running demo

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from bench import proxies
-from bench.contenders import ASGI, GEVENT, OURS
+from bench.contenders import ASGI, GEVENT, OURS, PYPY
 from bench.report import number
 
 ROOT = Path(__file__).parents[1]
@@ -249,9 +249,15 @@ def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
     workers = {"this one": OURS, "gevent": GEVENT, "ASGI (uvicorn)": ASGI}
     echoes = [f"{name} {number(median('nodes', 'echoes-per-cpu@100', key))}" for name, key in workers.items()]
     back = seconds_back(caps.node_connections, 1, costs.polling_first)
+    pythons = [
+        f"{name} {number(median('nodes', 'echoes-per-cpu@100', key))}, {number(median('nodes', 'memory', key))} MiB "
+        f"before the first connection, ready after {number(median('nodes', 'ready', key))} ms"
+        for name, key in {"this one": OURS, "pypy3": PYPY}.items()
+    ]
     session = [median("edges", "session-cpu@upgrade", key) for key in (proxies.OURS, proxies.SILENT)]
     rows = [
         ("node_worker_class", f"echoes per CPU second on 100 connections: {', '.join(echoes)}", "nodes"),
+        ("node_python", f"echoes per CPU second on 100 connections: {'; '.join(pythons)}", "nodes"),
         (
             "node_instances",
             f"one uses {number(median('nodes', 'busy@100', OURS))} % of a core under full load, and no second one",

@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -11,7 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +23,13 @@ from pathlib import Path
 from bench.load import COMPRESSION, LoadError, Target
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
+ARTIFACTS = ROOT / "roles/stickyring_artifacts/files"
 NAME = "bench"
-OURS, GEVENT, ASGI, STOCK, PLAIN, NODEJS, STUB = "ours", "ours-gevent", "asgi", "stock", "stock-plain", "nodejs", "stub"
+OURS, PYPY, GEVENT, ASGI = "ours", "ours-pypy", "ours-gevent", "asgi"
+STOCK, PLAIN, NODEJS, STUB = "stock", "stock-plain", "nodejs", "stub"
+PYPY_NURSERY = "4M"
+"""As the node's role has it."""
 READY_SECONDS = 20.0
 LOOK_SECONDS = 0.005
 READY = b"GET /socket.io/?EIO=4&transport=polling HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
@@ -32,13 +41,17 @@ class PrepareError(Exception):
 
 @dataclass(frozen=True)
 class Contender:
-    """A server under measurement: `command` is given the port to listen on, `offer` is as `Target` has it."""
+    """A server under measurement: `command` is given the port to listen on, `offer` is as `Target` has it.
+
+    One that `compiles` what runs needs seconds of each kind of load before it is as fast as it will be.
+    """
 
     key: str
     title: str
     command: Callable[[int], list[str]]
     environment: Mapping[str, str] = field(default_factory=dict)
     offer: str = COMPRESSION
+    compiles: bool = False
 
     def shown(self) -> str:
         """Return the command as one would type it in the root of the tree."""
@@ -65,6 +78,7 @@ def contenders(folder: Path) -> list[Contender]:
     )
     return [
         ours(),
+        _ours_on_pypy(folder),
         Contender(
             GEVENT,
             f"stickyring, gevent {_pinned('gevent', 'gevent')}",
@@ -111,6 +125,29 @@ def ours() -> Contender:
     return Contender(OURS, "stickyring, eventlet", _serve)
 
 
+def _ours_on_pypy(folder: Path) -> Contender:
+    """Return our service under the PyPy of Debian 13, with that one's loader and libraries."""
+    debian = install(folder, "debian-13", _debian_13, HERE / "debian-13-packages.txt")
+    made, lock = folder / "pypy", ROOT / "app/requirements.lock"
+    build(made, "wheelhouse", "--project", ROOT / "app", "--lock", lock, "--python-version", "pypy3.11")
+    site = install(folder, PYPY, _unpacked, made / "wheelhouse.tar")
+    program = debian / "usr/bin/pypy3"
+    libraries = f"{debian}/usr/lib/{platform.machine()}-linux-gnu"
+    (loader,) = Path(libraries).glob("ld-linux-*.so.*")
+    pypy = [str(loader), "--library-path", libraries, "--argv0", str(program), str(program.resolve())]
+    version = subprocess.run([*pypy, "--version"], check=False, capture_output=True, text=True)
+    found = re.search(r"PyPy ([0-9.]+)", version.stdout)
+    if not found:
+        raise PrepareError(f"PyPy does not start, and says: {(version.stderr.strip() or 'nothing').splitlines()[-1]}")
+    return Contender(
+        PYPY,
+        f"stickyring, eventlet, PyPy {found[1]}",
+        lambda port: [*pypy, "-c", "from stickyring.cli import main; main()", *_serve(port)[1:]],
+        {"PYTHONPATH": str(site), "PYPY_GC_NURSERY": PYPY_NURSERY},
+        compiles=True,
+    )
+
+
 def stub(place: str = "stub") -> Contender:
     """Return the stub, which shows what the load itself can do; as a node behind an edge, it has a place."""
     return Contender(STUB, "stub", lambda port: [sys.executable, str(HERE / "stub.py"), str(port), place])
@@ -141,6 +178,19 @@ def install(folder: Path, key: str, make: Callable[[Path, Path], None], pinned: 
     return place
 
 
+def build(directory: Path, artifact: str, *options: str | Path) -> None:
+    """Make an artifact as the deployment does.
+
+    Raises:
+        PrepareError: it cannot be made.
+    """
+    where = ("--directory", directory, "--architecture", platform.machine())
+    try:
+        run(sys.executable, ARTIFACTS / "artifacts.py", *where, artifact, *options)
+    except subprocess.CalledProcessError as error:
+        raise PrepareError(f"cannot make {artifact}: {error.stderr.strip().splitlines()[-1]}") from None
+
+
 def run(*command: str | Path, cwd: Path | None = None) -> None:
     """Run a command that installs something.
 
@@ -160,6 +210,28 @@ def _packages(place: Path, locked: Path) -> None:
         *(sys.executable, "-m", "pip", "install", "--no-deps", "--target", place),
         *("--require-hashes", "--requirement", locked),
     )
+
+
+def _debian_13(place: Path, listed: Path) -> None:
+    """Unpack the packages of Debian 13, and what they depend on, from the mirror that this machine uses."""
+    index = ("apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", "Label: Debian")
+    mirrors = subprocess.run(index, check=True, capture_output=True, text=True).stdout.split()
+    if not mirrors:
+        raise PrepareError("apt knows no Debian mirror: run apt-get update")
+    keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
+    run(
+        *("mmdebstrap", "--quiet", "--variant=extract", f"--include={','.join(listed.read_text().split())}"),
+        *("trixie", place, f"deb [signed-by={keyring}] {mirrors[0]} trixie main"),
+    )
+
+
+def _unpacked(place: Path, wheelhouse: Path) -> None:
+    """Lay out what the wheels hold, as an installation does, but for its commands."""
+    with tarfile.open(wheelhouse) as archive:
+        for member in archive:
+            if member.name.endswith(".whl") and (stream := archive.extractfile(member)):
+                with zipfile.ZipFile(io.BytesIO(stream.read())) as wheel:
+                    wheel.extractall(place)
 
 
 def _node_modules(place: Path, locked: Path) -> None:

