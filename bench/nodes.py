@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.contenders import NODEJS, OURS, STOCK, STUB, Contender, Server, contenders, running, stub
+from bench.contenders import NODEJS, OURS, PLAIN, STOCK, STUB, Contender, Server, contenders, running, stub
 from bench.load import (
     Loop,
     Sample,
@@ -42,6 +42,7 @@ class Profile:
 
     Connections are idle for one ping interval of Engine.IO (25 s) and a little, so that each of them is pinged once.
     Before each kind of load a contender has `warm_up_seconds` of it, one that compiles what runs `compiling_seconds`.
+    The contender with the key `left_out` is not measured.
     """
 
     rounds: int
@@ -52,10 +53,11 @@ class Profile:
     idle_seconds: float = 26.0
     warm_up_seconds: float = 0.4
     compiling_seconds: float = 2.0
+    left_out: str = ""
 
 
 PROFILES = {
-    "quick": Profile(rounds=2, idle_rounds=1, seconds=0.8, idle_connections=1000),
+    "quick": Profile(rounds=2, idle_rounds=1, seconds=0.8, idle_connections=1000, left_out=PLAIN),
     "full": Profile(rounds=5, idle_rounds=2, seconds=4.0, idle_connections=5000, compiling_seconds=8.0),
 }
 
@@ -93,7 +95,7 @@ def figures(profile: Profile) -> list[Figure]:
 def measure(rounds: Rounds, profile: Profile) -> Part:
     """Measure every contender in every round; what a round starts with rotates."""
     rounds.say("installing what is missing")
-    return compare(rounds, profile, contenders(rounds.folder))
+    return compare(rounds, profile, [each for each in contenders(rounds.folder) if each.key != profile.left_out])
 
 
 def compare(rounds: Rounds, profile: Profile, compared: Sequence[Contender]) -> Part:
