@@ -49,9 +49,9 @@ class Costs:
     polling_first: float
 
     @classmethod
-    def of(cls, nodes: Mapping[str, Any]) -> "Costs":
-        """Take them from what the part "nodes" has written, the medians of our own contender."""
-        found = {key: figure["found"][OURS]["median"] for key, figure in nodes["figures"].items()}
+    def of(cls, nodes: Mapping[str, Any], contender: str = OURS) -> "Costs":
+        """Take them from what the part "nodes" has written, the medians of a contender of ours."""
+        found = {key: figure["found"][contender]["median"] for key, figure in nodes["figures"].items()}
         return cls(
             instance_memory=found["memory"] * 1024,
             memory=found["idle-memory"],
@@ -152,8 +152,11 @@ def updated(document: str, parts: Mapping[str, Any], defaults: Mapping[str, Any]
     lines = [
         *_hosts("a host of nodes", partial(limits, costs, caps)),
         "",
+        *_hosts("a host of nodes on PyPy", partial(limits, Costs.of(nodes, PYPY), caps)),
+        "",
         f"The {number(users)} users of an instance at its cap are all back {number(websocket)} s after an outage if "
-        f"they begin with WebSocket, {number(polling)} s after it if with polling: its core does nothing else then.",
+        f"they begin with WebSocket, {number(polling)} s after it if with polling: its core does nothing else then. "
+        "One on PyPy that has just started is slower.",
         "",
         *_hosts("an edge", partial(edge_limits, EdgeCosts.of(edges), caps)),
         "",
@@ -205,19 +208,33 @@ def _two_digits(users: int) -> str:
 
 
 def _constants(nodes: Mapping[str, Any], edges: Mapping[str, Any], caps: Caps) -> list[str]:
-    costs, edge_costs = Costs.of(nodes), EdgeCosts.of(edges)
+    costs, pypy, edge_costs = Costs.of(nodes), Costs.of(nodes, PYPY), EdgeCosts.of(edges)
     of_edges = f"[edges.json](benchmarks/edges.json), `{edges['command']}`"
     through = _idle_connections(edges)
     measured = f"[nodes.json](benchmarks/nodes.json), `{nodes['command']}`"
     crowd = _idle_connections(nodes)
     node, edge = (f"[role](../roles/stickyring_{role}/defaults/main.yml)" for role in ("node", "edge"))
+
+    def both(value: Callable[[Costs], str]) -> str:
+        return f"{value(costs)}, on PyPy {value(pypy)}"
+
     rows = [
-        ("`m`", f"memory of an idle connection on a node, at {crowd}", f"{number(costs.memory)} KiB", measured),
-        ("`M`", "memory of an instance without connections", f"{number(costs.instance_memory / 1024)} MiB", measured),
-        ("`i`", f"CPU of an idle connection in a second, at {crowd}", _micro(costs.idle), measured),
-        ("`e`", "CPU of a message and its answer, at 1000 connections", _micro(costs.message), measured),
-        ("`w`", "CPU of a session, WebSocket first", _micro(costs.websocket_first), measured),
-        ("`p`", "CPU of a session, polling first, then WebSocket", _micro(costs.polling_first), measured),
+        (
+            "`m`",
+            f"memory of an idle connection on a node, at {crowd}",
+            both(lambda of: f"{number(of.memory)} KiB"),
+            measured,
+        ),
+        (
+            "`M`",
+            "memory of an instance without connections",
+            both(lambda of: f"{number(of.instance_memory / 1024)} MiB"),
+            measured,
+        ),
+        ("`i`", f"CPU of an idle connection in a second, at {crowd}", both(lambda of: _micro(of.idle)), measured),
+        ("`e`", "CPU of a message and its answer, at 1000 connections", both(lambda of: _micro(of.message)), measured),
+        ("`w`", "CPU of a session, WebSocket first", both(lambda of: _micro(of.websocket_first)), measured),
+        ("`p`", "CPU of a session, polling first, then WebSocket", both(lambda of: _micro(of.polling_first)), measured),
         ("`n`", f"memory of an idle websocket on an edge, at {through}", f"{number(edge_costs.memory)} KiB", of_edges),
         ("`N`", "memory of an edge without connections", f"{number(edge_costs.process_memory / 1024)} MiB", of_edges),
         ("`j`", f"CPU of an idle websocket in a second, at {through}", _micro(edge_costs.idle), of_edges),

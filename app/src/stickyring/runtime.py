@@ -149,11 +149,8 @@ class SocketIOGate:
     @property
     def full(self) -> bool:
         """Whether a new handshake would be refused."""
-        sessions = self._engine.sockets
-        if len(sessions) < self._max_connections:
-            return False
         # The engine keeps a polling session that has ended until its next round; it takes nobody's place.
-        return sum(not session.closed for session in sessions.copy().values()) >= self._max_connections
+        return len(self._sessions) >= self._max_connections
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Serve one request."""
