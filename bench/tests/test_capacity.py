@@ -93,7 +93,7 @@ def test_other_figures_change_nothing_beside_them() -> None:
     assert text.endswith(f"\n{END}\n\n# After\n")
     assert "old" not in text
     assert f"| 1 core, 1 GiB | {number(3500)}, memory |" in text
-    assert "| 200 KiB |" in text
+    assert "| 200 KiB, on PyPy " in text
     assert f"`{nodes['command']}`" in text
 
 

@@ -68,8 +68,8 @@ surplus:
   returned: success
 lacks_venv:
   description:
-    - Whether the wanted Python is not there, or cannot make virtual environments; where the wanted release is complete, it
-      is not asked.
+    - Whether the wanted Python is not there, or cannot make virtual environments.
+    - Where the wanted release is complete, it is not asked.
   type: bool
   returned: success
 prepared: {description: "Whether its account and folder of settings are as wanted", type: bool, returned: success}
@@ -309,6 +309,17 @@ def condition(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     return "current" if instances.issubset(found["healthy"]) else "unhealthy"
 
 
+def judged(module: AnsibleModule, python: Path) -> tuple[bool, list[str]]:
+    """Return whether a Python has to be installed, or what makes virtual environments, and what speaks against it."""
+    if not python.exists():
+        # pip judges what the role brings, by what the wheels ask for.
+        return True, []
+    code, version, _ = module.run_command([str(python), "-c", PYTHON_TELLS])
+    if LooseVersion(version.strip() or "0") >= LooseVersion(LOWEST_PYTHON):
+        return code != 0, []
+    return code != 0, [f"{python} is {version.strip() or 'broken'}: {LOWEST_PYTHON} or newer is needed"]
+
+
 def changed_at(*paths: Path) -> float:
     """Return when the youngest of the files (or links themselves) was written, in seconds; never, if one is missing."""
     return max(path.lstat().st_mtime if os.path.lexists(path) else float("inf") for path in paths)
@@ -334,18 +345,12 @@ def main() -> None:
         problems.append(account)
     lacks_venv = False
     if not stamp.is_file():
-        python = PROGRAMS / wanted["python"]
-        # What the role brings is judged by pip, against what the wheels ask for.
-        lacks_venv = not python.exists()
-        if not lacks_venv:
-            code, version, _ = module.run_command([str(python), "-c", PYTHON_TELLS])
-            lacks_venv = code != 0
-            if LooseVersion(version.strip() or "0") < LooseVersion(LOWEST_PYTHON):
-                problems.append(f"{python} is {version.strip() or 'broken'}: {LOWEST_PYTHON} or newer is needed")
+        lacks_venv, problem = judged(module, PROGRAMS / wanted["python"])
+        problems += problem
     elif stamp.read_text().strip() != wanted["made_from"]:
         problems.append(
-            f"release {wanted['release']} was installed from other content of stickyring_node_requirements, or for another"
-            " stickyring_node_python: give this another stickyring_node_release"
+            f"release {wanted['release']} was installed from other content of stickyring_node_requirements, or for"
+            " another stickyring_node_python: give this another stickyring_node_release"
         )
     if problems:
         refuse(module, problems)
