@@ -155,8 +155,7 @@ def updated(document: str, parts: Mapping[str, Any], defaults: Mapping[str, Any]
         *_hosts("a host of nodes on PyPy", partial(limits, Costs.of(nodes, PYPY), caps)),
         "",
         f"The {number(users)} users of an instance at its cap are all back {number(websocket)} s after an outage if "
-        f"they begin with WebSocket, {number(polling)} s after it if with polling: its core does nothing else then. "
-        "One on PyPy that has just started is slower.",
+        f"they begin with WebSocket, {number(polling)} s after it if with polling: its core does nothing else then.",
         "",
         *_hosts("an edge", partial(edge_limits, EdgeCosts.of(edges), caps)),
         "",

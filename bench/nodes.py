@@ -4,6 +4,7 @@ import contextlib
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 from bench.contenders import NODEJS, OURS, PLAIN, STOCK, STUB, Contender, Server, contenders, running, stub
 from bench.load import (
@@ -58,7 +59,7 @@ class Profile:
 
 PROFILES = {
     "quick": Profile(rounds=2, idle_rounds=1, seconds=0.8, idle_connections=1000, left_out=PLAIN),
-    "full": Profile(rounds=5, idle_rounds=2, seconds=4.0, idle_connections=5000, compiling_seconds=10.0),
+    "full": Profile(rounds=3, idle_rounds=2, seconds=4.0, idle_connections=5000, compiling_seconds=10.0),
 }
 
 
@@ -89,6 +90,13 @@ def figures(profile: Profile) -> list[Figure]:
         Figure("idle-memory", f"memory per connection, {profile.idle_connections} idle", "KiB", False, True),
         Figure("idle-cpu", f"CPU of {profile.idle_connections} idle connections", "% of a core", False, True),
         Figure("memory", "memory without a connection", "MiB", False),
+        Figure(
+            "opening",
+            f"time to open {profile.idle_connections} connections, just started, WebSocket first",
+            "ms",
+            False,
+            True,
+        ),
     ]
 
 
@@ -200,17 +208,23 @@ def _hold(rounds: Rounds, part: Part, held: Sequence[Contender], profile: Profil
             check(loop, server.target)
         # When all of them run: what they share is split among them.
         memory, heaps = [server.memory() for server in servers], [server.heap() for server in servers]
+        opening = []
         for server in servers:
+            begun = perf_counter()
             open_sessions(loop, server.target, [], number)
+            opening.append(1000 * (perf_counter() - begun))
         rounds.say(f"{number} idle connections each: {', '.join(contender.title for contender in held)}")
         cpu = [server.cpu_seconds() for server in servers]
         loop.run(seconds)
-        for contender, server, used, unused, heap in zip(held, servers, cpu, memory, heaps, strict=True):
+        for contender, server, used, unused, heap, opened in zip(
+            held, servers, cpu, memory, heaps, opening, strict=True
+        ):
             part.add(
                 contender.key,
                 {
                     "idle-memory": (server.heap() - heap) / number / 1024,
                     "idle-cpu": 100 * (server.cpu_seconds() - used) / seconds,
                     "memory": unused / 2**20,
+                    "opening": opened,
                 },
             )

@@ -1,5 +1,6 @@
 """`stickyring serve` as a command: settings, start, refusals, log and end."""
 
+import signal
 import socket
 import subprocess
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import DEADLINE_SECONDS, STICKYRING, ServeProcess
+from conftest import DEADLINE_SECONDS, STICKYRING, ServeProcess, wait_until
 
 from stickyring.cli import main
 from stickyring.serve import serve as serve_command
@@ -149,3 +150,11 @@ def test_another_worker_class(serve: Callable[..., ServeProcess], tmp_path: Path
     node = serve("plain:application", "--worker-class", "gthread")
     assert node.logged("serving ")[0]["worker_class"] == "gthread"
     assert node.get("/").read() == b"plain"
+
+
+def test_it_serves_on_with_a_new_worker_after_sighup(serve: Callable[..., ServeProcess]) -> None:
+    node = serve()
+    node.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: len(node.logged("serving stickyring.echo")) == 2, "there is a new worker")
+    assert node.get("/healthz").status == 200
+    assert node.stop() == 0

@@ -262,7 +262,7 @@ class Node(BaseApplication):
     def load_config(self) -> None:
         """Set what differs from gunicorn's defaults."""
         for name, value in {
-            "bind": f"fd://{self.listener.fileno()}",
+            "bind": self._address,  # told only: the master is given the socket
             "workers": 1,  # the sessions of Socket.IO live in one process
             "worker_class": self._worker_class,
             "worker_connections": 1_000_000,  # no cap: at its limit connections hang, those of health checks too

@@ -36,7 +36,7 @@ TICK_SECONDS = 0.02
 OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 """What accept(2) answers while the connection stays in the backlog, waiting for the process to have room again."""
 READABLE_BYTES = 65536
-EVENTLET_COUNTS_NOTHING = "PYTEST_CURRENT_TEST"
+EVENTLET_SKIP_VARIABLE = "PYTEST_CURRENT_TEST"
 
 
 class EventletWorker(AsyncWorker):
@@ -234,14 +234,14 @@ def _uncounted_locks() -> Iterator[None]:
     It would warn of those of functools.lru_cache, which PyPy has in Python, and which no green thread holds while
     another one runs. The variable is the one by which eventlet itself knows where the count means nothing.
     """
-    if platform.python_implementation() != "PyPy" or EVENTLET_COUNTS_NOTHING in os.environ:
+    if platform.python_implementation() != "PyPy":
         yield
         return
-    os.environ[EVENTLET_COUNTS_NOTHING] = "stickyring on PyPy"
+    os.environ[EVENTLET_SKIP_VARIABLE] = "stickyring on PyPy"
     try:
         yield
     finally:
-        del os.environ[EVENTLET_COUNTS_NOTHING]
+        del os.environ[EVENTLET_SKIP_VARIABLE]
 
 
 def _spare_descriptor() -> int | None:

@@ -98,6 +98,8 @@ up_to_date:
 """
 
 LOWEST_PYTHON = "3.11"
+PYPY_SINCE = 13
+"""The release of Debian whose PyPy is new enough; its python3 was so one before."""
 # Without importing them: this runs on every host in every run.
 PYTHON_TELLS = (
     "import sys; from importlib.util import find_spec; print(*sys.version_info[:3], sep='.');"
@@ -312,7 +314,10 @@ def condition(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 def judged(module: AnsibleModule, python: Path) -> tuple[bool, list[str]]:
     """Return whether a Python has to be installed, or what makes virtual environments, and what speaks against it."""
     if not python.exists():
-        # pip judges what the role brings, by what the wheels ask for.
+        release = ROOT / "etc/os-release"
+        debian = re.search(r'^VERSION_ID="?(\d+)', release.read_text() if release.is_file() else "", re.MULTILINE)
+        if debian and int(debian[1]) < PYPY_SINCE:
+            return True, [f"{python} of Debian {debian[1]} is older than {LOWEST_PYTHON}: {PYPY_SINCE} has a newer one"]
         return True, []
     code, version, _ = module.run_command([str(python), "-c", PYTHON_TELLS])
     if LooseVersion(version.strip() or "0") >= LooseVersion(LOWEST_PYTHON):

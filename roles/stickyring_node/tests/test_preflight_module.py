@@ -286,6 +286,13 @@ def test_a_python_that_is_not_there_is_told_and_not_asked(host: Host, free_ports
     assert run(port=free_ports, python="pypy3")["lacks_venv"] is False
 
 
+def test_a_python_that_would_come_too_old_is_refused(host: Host, free_ports: int) -> None:
+    host.write("etc/os-release", 'NAME="Debian GNU/Linux"\nVERSION_ID="12"\n')
+    assert "of Debian 12 is older than 3.11" in run(port=free_ports, python="pypy3")["msg"]
+    host.write("etc/os-release", 'NAME="Debian GNU/Linux"\nVERSION_ID="13"\n')
+    assert not run(port=free_ports, python="pypy3").get("failed")
+
+
 def test_another_python_that_is_too_old_is_refused_by_its_name(host: Host, free_ports: int) -> None:
     host.has_python("3.9.16", name="pypy3")
     assert not run(port=free_ports).get("failed")
