@@ -53,12 +53,12 @@ class Profile:
     crowds: tuple[int, ...] = (1, 100, 1000)
     idle_seconds: float = 26.0
     warm_up_seconds: float = 0.4
-    compiling_seconds: float = 4.0
+    compiling_seconds: float = 3.0
     left_out: str = ""
 
 
 PROFILES = {
-    "quick": Profile(rounds=2, idle_rounds=1, seconds=0.8, idle_connections=1000, left_out=PLAIN),
+    "quick": Profile(rounds=2, idle_rounds=1, seconds=0.6, idle_connections=1000, left_out=PLAIN),
     "full": Profile(rounds=3, idle_rounds=2, seconds=4.0, idle_connections=5000, compiling_seconds=10.0),
 }
 
