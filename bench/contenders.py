@@ -135,13 +135,9 @@ def _ours_on_pypy(folder: Path) -> Contender:
     libraries = f"{debian}/usr/lib/{platform.machine()}-linux-gnu"
     (loader,) = Path(libraries).glob("ld-linux-*.so.*")
     pypy = [str(loader), "--library-path", libraries, "--argv0", str(program), str(program.resolve())]
-    version = subprocess.run([*pypy, "--version"], check=False, capture_output=True, text=True)
-    found = re.search(r"PyPy ([0-9.]+)", version.stdout)
-    if not found:
-        raise PrepareError(f"PyPy does not start, and says: {(version.stderr.strip() or 'nothing').splitlines()[-1]}")
     return Contender(
         PYPY,
-        f"stickyring, eventlet, PyPy {found[1]}",
+        f"stickyring, eventlet, PyPy {told_version(*pypy, '--version', of='PyPy ')}",
         lambda port: [*pypy, "-c", "from stickyring.cli import main; main()", *_serve(port)[1:]],
         {"PYTHONPATH": str(site), "PYPY_GC_NURSERY": PYPY_NURSERY},
         compiles=True,
@@ -189,6 +185,20 @@ def build(directory: Path, artifact: str, *options: str | Path) -> None:
         run(sys.executable, ARTIFACTS / "artifacts.py", *where, artifact, *options)
     except subprocess.CalledProcessError as error:
         raise PrepareError(f"cannot make {artifact}: {error.stderr.strip().splitlines()[-1]}") from None
+
+
+def told_version(*command: str, of: str = "") -> str:
+    """Return the first version that a program tells, with its last option, behind the text `of`.
+
+    Raises:
+        PrepareError: it does not start, or tells none.
+    """
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    found = re.search(of + r"(\d+\.\d+\.\d+)", done.stdout + done.stderr)
+    if done.returncode or not found:
+        said = (done.stderr.strip() or "nothing").splitlines()[-1]
+        raise PrepareError(f"{command[-2]} does not start, and says: {said}")
+    return found[1]
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> None:

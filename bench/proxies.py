@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.contenders import ARTIFACTS, HERE, ROOT, Contender, PrepareError, build, install, run
+from bench.contenders import ARTIFACTS, HERE, ROOT, Contender, PrepareError, build, install, run, told_version
 
 PROGRAMS = Path(sys.executable).parent
 OURS, SILENT, DEFAULTS, NGINX = "ours", "ours-silent", "defaults", "nginx"
@@ -63,8 +63,8 @@ def edges(folder: Path) -> list[Edge]:
     # HAProxy's libraries are where the loader does not look for them.
     libraries = ":".join(sorted({str(path.parent) for path in debian.rglob("*.so*")}))
     haproxy = ["env", f"LD_LIBRARY_PATH={libraries}", str(debian / "usr/sbin/haproxy")]
-    nginx_title = f"nginx {_version([*nginx, '-v'])}"
-    haproxy_title = f"HAProxy {_version([*haproxy, '-v'])}"
+    nginx_title = f"nginx {told_version(*nginx, '-v')}"
+    haproxy_title = f"HAProxy {told_version(*haproxy, '-v')}"
 
     @functools.cache
     def composed(place: Path, number: int, access_log: bool) -> dict[str, Any]:
@@ -95,15 +95,6 @@ def edges(folder: Path) -> list[Edge]:
         ),
         Edge(UNHASHED, f"{nginx_title}, no hash", lambda place, port, nodes: _nginx(nginx, place, port, nodes, "")),
     ]
-
-
-def _version(command: Sequence[str]) -> str:
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    found = re.search(r"\d+\.\d+\.\d+", done.stdout + done.stderr)
-    if done.returncode or not found:
-        said = (done.stderr.strip() or "nothing").splitlines()[-1]
-        raise PrepareError(f"{command[-2]} does not start, and says: {said}")
-    return found[0]
 
 
 def strace(folder: Path) -> Path:
