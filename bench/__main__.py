@@ -66,13 +66,14 @@ def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
     while there is a lab.
 
     Contenders take turns in every round; of each figure the median is told, with the least and the greatest round. A
-    contender that does not answer, or answers something else, ends the run, and nothing is written.
+    contender that does not answer, or answers something else, ends the run, and nothing is written of that part.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    name = ""
     try:
         rounds = Rounds(ROOT / ".artifacts/bench", LIMITS[profile])
         for name in parts or ON_LOOPBACK:
@@ -81,13 +82,13 @@ def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
             context = report.context(command, profile, (rounds.load_core, rounds.server_core))
             for path in report.write(part, output, context):
                 rounds.say(f"written: {path}")
-        if output.resolve() == capacity.BENCHMARKS:
-            capacity.write()
-            rounds.say(f"in step with them: {capacity.DOCUMENT}")
+            if output.resolve() == capacity.BENCHMARKS:
+                capacity.write()
+                rounds.say(f"in step with them: {capacity.DOCUMENT}")
     except (LoadError, PrepareError, CoresError, LabError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print(f"interrupted: nothing was written of {name or 'any part'}", file=sys.stderr)
         sys.exit(130)
     finally:
         end_all()

@@ -16,6 +16,7 @@ import yaml
 
 from bench import proxies
 from bench.contenders import ASGI, GEVENT, OURS, PYPY
+from bench.nodes import PART_LOAD
 from bench.report import number
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,7 @@ BENCHMARKS = ROOT / "docs/benchmarks"
 PARTS = ("nodes", "edges", "faults")
 BEGIN, END = "<!-- figures: python -m bench.capacity -->", "<!-- end of the figures -->"
 
-MEMORY_SHARE, CPU_SHARE = 0.75, 0.7
+MEMORY_SHARE, CPU_SHARE = 0.75, PART_LOAD
 HEAP_SHARE = 0.98
 """Of the edge's heap, where it begins to refuse requests."""
 PORTS = 60999 - 32768 + 1
@@ -56,7 +57,7 @@ class Costs:
             instance_memory=found["memory"] * 1024,
             memory=found["idle-memory"],
             idle=found["idle-cpu"] / 100 / _idle_connections(nodes),
-            message=1 / found["echoes-per-cpu@1000"],
+            message=found["part-load-cpu"] / 1e6,
             websocket_first=1 / found["handshakes-per-cpu@websocket"],
             polling_first=1 / found["handshakes-per-cpu@upgrade"],
         )
@@ -79,7 +80,7 @@ class EdgeCosts:
             process_memory=found["memory"] * 1024,
             memory=found["idle-memory"],
             idle=found["idle-cpu"] / 100 / _idle_connections(edges),
-            message=found["echo-cpu@1000"] / 1e6,
+            message=found["part-load-cpu"] / 1e6,
         )
 
 
@@ -212,6 +213,7 @@ def _constants(nodes: Mapping[str, Any], edges: Mapping[str, Any], caps: Caps) -
     through = _idle_connections(edges)
     measured = f"[nodes.json](benchmarks/nodes.json), `{nodes['command']}`"
     crowd = _idle_connections(nodes)
+    load = f"at {100 * CPU_SHARE:g} % of the most, on 1000 connections"
     node, edge = (f"[role](../roles/stickyring_{role}/defaults/main.yml)" for role in ("node", "edge"))
 
     def both(value: Callable[[Costs], str]) -> str:
@@ -231,13 +233,13 @@ def _constants(nodes: Mapping[str, Any], edges: Mapping[str, Any], caps: Caps) -
             measured,
         ),
         ("`i`", f"CPU of an idle connection in a second, at {crowd}", both(lambda of: _micro(of.idle)), measured),
-        ("`e`", "CPU of a message and its answer, at 1000 connections", both(lambda of: _micro(of.message)), measured),
+        ("`e`", f"CPU of a message and its answer, {load}", both(lambda of: _micro(of.message)), measured),
         ("`w`", "CPU of a session, WebSocket first", both(lambda of: _micro(of.websocket_first)), measured),
         ("`p`", "CPU of a session, polling first, then WebSocket", both(lambda of: _micro(of.polling_first)), measured),
         ("`n`", f"memory of an idle websocket on an edge, at {through}", f"{number(edge_costs.memory)} KiB", of_edges),
         ("`N`", "memory of an edge without connections", f"{number(edge_costs.process_memory / 1024)} MiB", of_edges),
         ("`j`", f"CPU of an idle websocket in a second, at {through}", _micro(edge_costs.idle), of_edges),
-        ("`f`", "CPU of a message and its answer through an edge", _micro(edge_costs.message), of_edges),
+        ("`f`", f"CPU of a message and its answer through an edge, {load}", _micro(edge_costs.message), of_edges),
         ("", "share of the memory that is used for this", f"{100 * MEMORY_SHARE:g} %", "chosen"),
         ("", "share of each core that is used for this", f"{100 * CPU_SHARE:g} %", "chosen"),
         ("", "`stickyring_node_max_connections`, of an instance", number(caps.node_connections), node),
@@ -270,13 +272,18 @@ def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
         f"before the first connection, ready after {number(median('nodes', 'ready', key))} ms"
         for name, key in {"this one": OURS, "pypy3": PYPY}.items()
     ]
-    session = [median("edges", "session-cpu@upgrade", key) for key in (proxies.OURS, proxies.SILENT)]
+    session = [
+        f"{number(found['median'])} µs ({number(found['min'])} to {number(found['max'])})"
+        for found in (
+            parts["edges"]["figures"]["session-cpu@websocket"]["found"][key] for key in (proxies.OURS, proxies.SILENT)
+        )
+    ]
     rows = [
         ("node_worker_class", f"echoes per CPU second on 100 connections: {', '.join(echoes)}", "nodes"),
         ("node_python", f"echoes per CPU second on 100 connections: {'; '.join(pythons)}", "nodes"),
         (
             "node_instances",
-            f"one uses {number(median('nodes', 'busy@100', OURS))} % of a core under full load, and no second one",
+            f"one uses {number(median('nodes', 'busy@100', OURS))} % of a core under full load",
             "nodes",
         ),
         (
@@ -302,7 +309,7 @@ def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
         ),
         (
             "edge_access_log",
-            f"CPU of a session that begins with polling: {number(session[0])} µs with, {number(session[1])} µs without",
+            f"CPU of a session, WebSocket first: {session[0]} with, {session[1]} without",
             "edges",
         ),
     ]

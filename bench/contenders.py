@@ -1,6 +1,7 @@
 """What is compared: each contender is a command that serves the same echo on a loopback port."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -30,6 +31,8 @@ OURS, PYPY, GEVENT, ASGI = "ours", "ours-pypy", "ours-gevent", "asgi"
 STOCK, PLAIN, NODEJS, STUB = "stock", "stock-plain", "nodejs", "stub"
 PYPY_NURSERY = "4M"
 """As the node's role has it."""
+PYTHON_VERSION = "3.13"
+"""Of Debian 13's python3, which packages are for."""
 READY_SECONDS = 20.0
 LOOK_SECONDS = 0.005
 READY = b"GET /socket.io/?EIO=4&transport=polling HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
@@ -61,9 +64,12 @@ class Contender:
 
 def contenders(folder: Path) -> list[Contender]:
     """Return all of them; what they need is installed in `folder` when it is not there yet."""
-    stock = install(folder, STOCK, _virtual_environment, HERE / "requirements-stock.txt")
-    gevent = install(folder, GEVENT, _packages, HERE / "requirements-gevent.txt")
-    asgi = install(folder, ASGI, _packages, HERE / "requirements-asgi.txt")
+    python, node = _debians(folder, "python3"), ours(folder)
+    stock, gevent, asgi = (
+        install(folder, key, _packages, HERE / f"requirements-{name}.txt")
+        for key, name in ((STOCK, "stock"), (GEVENT, "gevent"), (ASGI, "asgi"))
+    )
+    beside_ours = node.environment["PYTHONPATH"]
     nodejs = install(folder, NODEJS, _node_modules, HERE / "socketio-node/package-lock.json")
     packages = HERE / "socketio-node/package.json"
     stock_way = Contender(
@@ -71,24 +77,24 @@ def contenders(folder: Path) -> list[Contender]:
         f"stock: gunicorn {_pinned('stock', 'gunicorn')}, eventlet",
         # Its default of 1000 connections would hang the thousandth.
         lambda port: [
-            str(stock / "bin/gunicorn"),
-            *("--worker-class", "eventlet", "-w", "1", "--worker-connections", "10000"),
+            *(*python, "-m", "gunicorn", "--worker-class", "eventlet", "-w", "1", "--worker-connections", "10000"),
             *("--bind", f"127.0.0.1:{port}", "application:stock()"),
         ],
+        {"PYTHONPATH": str(stock)},
     )
     return [
-        ours(),
+        node,
         _ours_on_pypy(folder),
         Contender(
             GEVENT,
             f"stickyring, gevent {_pinned('gevent', 'gevent')}",
             # stickyring.echo names eventlet, so the same echo comes from here.
             lambda port: [
-                *_serve(port),
+                *node.command(port),
                 "--worker-class=gunicorn.workers.ggevent.GeventWorker",
                 "application:tuned('gevent')",
             ],
-            {"PYTHONPATH": str(gevent)},
+            {"PYTHONPATH": f"{gevent}:{beside_ours}"},
         ),
         stock_way,
         # It takes up what is offered, and has no option not to.
@@ -97,18 +103,19 @@ def contenders(folder: Path) -> list[Contender]:
             ASGI,
             f"ASGI: uvicorn {_pinned('asgi', 'uvicorn')}",
             lambda port: [
-                *(sys.executable, "-m", "uvicorn", "--factory", "application:asgi", "--port", str(port)),
+                *(*python, "-m", "uvicorn", "--factory", "application:asgi", "--port", str(port)),
                 # Engine.IO pings; the load knows no pings of WebSocket. Of the others, only the stock way compresses.
                 *("--ws-ping-interval", "3600", "--ws-per-message-deflate", "false"),
                 *("--log-level", "warning", "--no-access-log"),
             ],
-            {"PYTHONPATH": str(asgi)},
+            {"PYTHONPATH": f"{asgi}:{beside_ours}"},
         ),
         Contender(
             NODEJS,
             f"Node.js socket.io {json.loads(packages.read_text())['dependencies']['socket.io']}",
             lambda port: ["node", str(HERE / "socketio-node/server.js"), str(port), NAME],
             {"NODE_ENV": "production", "NODE_PATH": str(nodejs / "node_modules")},
+            compiles=True,
         ),
     ]
 
@@ -120,28 +127,45 @@ def _pinned(requirements: str, package: str) -> str:
     return version
 
 
-def ours() -> Contender:
-    """Return our service with its defaults."""
-    return Contender(OURS, "stickyring, eventlet", _serve)
+@functools.cache
+def ours(folder: Path) -> Contender:
+    """Return our service with its defaults, on the Python that the hosts of the lab have."""
+    python = _debians(folder, "python3")
+    site = _site(folder, OURS, PYTHON_VERSION)
+    return Contender(OURS, "stickyring, eventlet", lambda port: _serve(python, port), {"PYTHONPATH": str(site)})
+
+
+def python_title(folder: Path) -> str:
+    """Return which Python the contenders have that are not on PyPy."""
+    return f"CPython {told_version(*_debians(folder, 'python3'), '--version')} of Debian 13"
 
 
 def _ours_on_pypy(folder: Path) -> Contender:
-    """Return our service under the PyPy of Debian 13, with that one's loader and libraries."""
-    debian = install(folder, "debian-13", _debian_13, HERE / "debian-13-packages.txt")
-    made, lock = folder / "pypy", ROOT / "app/requirements.lock"
-    build(made, "wheelhouse", "--project", ROOT / "app", "--lock", lock, "--python-version", "pypy3.11")
-    site = install(folder, PYPY, _unpacked, made / "wheelhouse.tar")
-    program = debian / "usr/bin/pypy3"
-    libraries = f"{debian}/usr/lib/{platform.machine()}-linux-gnu"
-    (loader,) = Path(libraries).glob("ld-linux-*.so.*")
-    pypy = [str(loader), "--library-path", libraries, "--argv0", str(program), str(program.resolve())]
+    pypy = _debians(folder, "pypy3")
+    site = _site(folder, PYPY, "pypy3.11")
     return Contender(
         PYPY,
         f"stickyring, eventlet, PyPy {told_version(*pypy, '--version', of='PyPy ')}",
-        lambda port: [*pypy, "-c", "from stickyring.cli import main; main()", *_serve(port)[1:]],
+        lambda port: _serve(pypy, port),
         {"PYTHONPATH": str(site), "PYPY_GC_NURSERY": PYPY_NURSERY},
         compiles=True,
     )
+
+
+def _debians(folder: Path, name: str) -> list[str]:
+    """Return how a program of Debian 13 is started: with that one's loader and libraries."""
+    debian = install(folder, "debian-13", _debian_13, HERE / "debian-13-packages.txt")
+    program = debian / "usr/bin" / name
+    libraries = f"{debian}/usr/lib/{platform.machine()}-linux-gnu"
+    (loader,) = Path(libraries).glob("ld-linux-*.so.*")
+    return [str(loader), "--library-path", libraries, "--argv0", str(program), str(program.resolve())]
+
+
+def _site(folder: Path, key: str, python_version: str) -> Path:
+    """Return the packages of our service, from the wheels that the deployment makes for such a Python."""
+    made, lock = folder / key, ROOT / "app/requirements.lock"
+    build(made, "wheelhouse", "--project", ROOT / "app", "--lock", lock, "--python-version", python_version)
+    return install(folder, key, _unpacked, made / "wheelhouse.tar")
 
 
 def stub(place: str = "stub") -> Contender:
@@ -149,9 +173,9 @@ def stub(place: str = "stub") -> Contender:
     return Contender(STUB, "stub", lambda port: [sys.executable, str(HERE / "stub.py"), str(port), place])
 
 
-def _serve(port: int) -> list[str]:
-    command = str(Path(sys.executable).with_name("stickyring"))
-    return [command, "serve", "--listen", f"127.0.0.1:{port}", "--node-name", NAME]
+def _serve(python: list[str], port: int) -> list[str]:
+    program = "from stickyring.cli import main; main()"
+    return [*python, "-c", program, "serve", "--listen", f"127.0.0.1:{port}", "--node-name", NAME]
 
 
 def install(folder: Path, key: str, make: Callable[[Path, Path], None], pinned: Path) -> Path:
@@ -160,7 +184,7 @@ def install(folder: Path, key: str, make: Callable[[Path, Path], None], pinned: 
     Raises:
         PrepareError: it cannot be installed.
     """
-    digest = hashlib.sha256(pinned.read_bytes() + sys.version.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(pinned.read_bytes() + PYTHON_VERSION.encode()).hexdigest()[:12]
     place = folder / f"{key}-{digest}"
     if not (place / ".installed").exists():
         shutil.rmtree(place, ignore_errors=True)
@@ -210,14 +234,11 @@ def run(*command: str | Path, cwd: Path | None = None) -> None:
     subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True)
 
 
-def _virtual_environment(place: Path, locked: Path) -> None:
-    run(sys.executable, "-m", "venv", place)
-    run(place / "bin/pip", "install", "--require-hashes", "--requirement", locked)
-
-
 def _packages(place: Path, locked: Path) -> None:
+    """Install what a lock names for Debian 13's Python."""
     run(
         *(sys.executable, "-m", "pip", "install", "--no-deps", "--target", place),
+        *("--python-version", PYTHON_VERSION, "--only-binary", ":all:"),
         *("--require-hashes", "--requirement", locked),
     )
 

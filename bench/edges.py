@@ -17,8 +17,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.contenders import Contender, Server, ours, running, stub
-from bench.load import LoadError, Loop, Sample, Target, Wire, check, echo, handshakes, open_sessions, pace
-from bench.nodes import MANNERS, PACED_CROWD, PACED_RATE, trips
+from bench.load import LoadError, Loop, Target, Wire, check, echo, handshakes, open_sessions, pace
+from bench.nodes import (
+    MANNERS,
+    MOST_DESCRIPTORS,
+    PACED_CROWD,
+    PACED_RATE,
+    at_part_load,
+    cpu_of_one,
+    part_load,
+    trips,
+)
 from bench.proxies import NGINX, PLACES, UNHASHED, Edge, edges, strace
 from bench.report import Figure, Part
 from bench.rounds import Rounds
@@ -28,36 +37,58 @@ NODES = 3
 SESSIONS_OF_A_USER = 2
 TOGETHER = 100
 """Sessions at the same time, less than any backlog; an edge may keep each for a second after its end."""
+BROWSERS_MANNER = "upgrade"
+"""How the sessions begin that are measured in front of every fleet."""
 TRACED_RATE = 200.0
 PLACE = re.compile(r'"sid":"([a-z0-9]+)_')
 
 
 @dataclass(frozen=True)
+class Fleet:
+    """Nodes behind an edge: so many, the stub or our own; what is found in front of them has `suffix` in its key."""
+
+    number: int
+    real: bool = False
+    suffix: str = ""
+
+    @property
+    def title(self) -> str:
+        """What a figure is of."""
+        return f"{self.number} {'stickyring' if self.real else 'stub'} node" + "s" * (self.number > 1)
+
+
+@dataclass(frozen=True)
 class Profile:
-    """Rounds, seconds of each measurement, and of what size: `moves` are fleets to which a node is added."""
+    """Rounds, seconds of each measurement, and of what size.
+
+    `fleets` are measured beside NODES stubs, with fewer figures. `moves` are fleets to which a node is added.
+    """
 
     rounds: int
+    idle_rounds: int
     seconds: float
     idle_connections: int
     crowds: tuple[int, ...]
-    fleets: tuple[int, ...]
+    fleets: tuple[Fleet, ...]
     moves: tuple[int, ...]
     users: int
     sticky_users: int
     idle_seconds: float
-    real_nodes: bool
 
 
 PROFILES = {
-    "quick": Profile(2, 0.6, 1000, (100, 1000), (), (3,), 1000, 50, 2.0, real_nodes=False),
-    "full": Profile(3, 3.0, 5000, (100, 1000), (1, 10), (1, 3, 10), 5000, 200, 26.0, real_nodes=True),
+    "quick": Profile(2, 1, 0.6, 1000, (100, 1000), (), (3,), 1000, 50, 2.0),
+    "full": Profile(
+        *(3, 3, 2.5, 5000, (100, 1000)),
+        (Fleet(1, suffix="-of-1"), Fleet(10, suffix="-of-10"), Fleet(NODES, real=True, suffix="-of-ours")),
+        *((1, 3, 10), 5000, 200, 26.0),
+    ),
 }
 
 
 def figures(profile: Profile) -> list[Figure]:
     """Everything that is measured, in the order of the table."""
-    paced = f"at {PACED_RATE:g} echoes per second on {PACED_CROWD} connections"
-    of_nodes = {number: f"{number} node" + "s" * (number > 1) for number in (*profile.fleets, *profile.moves)}
+    moves = {number: Fleet(number).title.replace("stub ", "") for number in profile.moves}
     return [
         *(
             Figure(
@@ -76,34 +107,51 @@ def figures(profile: Profile) -> list[Figure]:
             Figure(f"user-cpu@{crowd}", f"of it, outside the kernel, {crowd} connections", "µs", False)
             for crowd in profile.crowds
         ),
-        Figure("paced-cpu", f"CPU of an echo {paced}", "µs", False, True),
-        *(
-            Figure(f"echo-cpu-of-{number}", f"CPU of an echo {paced}, {of_nodes[number]}", "µs", False)
-            for number in profile.fleets
-        ),
-        *[Figure("real-cpu", f"CPU of an echo {paced}, stickyring's nodes", "µs", False)] * profile.real_nodes,
-        Figure("trip-p50", f"round trip {paced}, median", "ms", False, True),
-        Figure("trip-p99", f"round trip {paced}, 99th percentile", "ms", False, True),
-        Figure("added-p50", "what the edge adds to that, median", "ms", None),
-        Figure("added-p99", "what the edge adds to that, 99th percentile", "ms", None),
+        part_load(profile.crowds),
+        *(figure for fleet in (Fleet(NODES), *profile.fleets) for figure in _figures_of(fleet, profile)),
         Figure("system-calls", "system calls of an echo, 1 connection", "calls", False, True),
         *(
             Figure(f"session-cpu@{key}", f"CPU of a session, {manner}", "µs", False, True)
             for key, (manner, _, _) in MANNERS.items()
+            if key != BROWSERS_MANNER
         ),
         Figure("idle-memory", f"memory per connection, {profile.idle_connections} idle", "KiB", False, True),
         Figure("idle-cpu", f"CPU of {profile.idle_connections} idle connections", "% of a core", False),
         Figure("memory", "memory without a connection", "MiB", False),
         Figure("sticky", f"users with {SESSIONS_OF_A_USER} whole polling sessions on one node", "%", True, True),
         *(
-            Figure(f"moved@{number}", f"users moved when {of_nodes[number]} get one more", "%", None, True)
-            for number in profile.moves
+            Figure(f"moved@{number}", f"users moved when a node is added to {nodes}", "%", None, True)
+            for number, nodes in moves.items()
         ),
         *(
-            Figure(f"busiest@{number}", f"users on the busiest of {of_nodes[number]}, to the mean", "times", False)
-            for number in profile.moves
+            Figure(f"busiest@{number}", f"users on the busiest of {nodes}, to the mean", "times", False)
+            for number, nodes in moves.items()
         ),
     ]
+
+
+def _figures_of(fleet: Fleet, profile: Profile) -> list[Figure]:
+    """What is measured in front of every fleet."""
+    paced = f"at {PACED_RATE:g} echoes per second on {PACED_CROWD} of {max(profile.crowds)} connections, {fleet.title}"
+    drawn = not fleet.suffix
+    found = [
+        Figure("paced-cpu", f"CPU of an echo {paced}", "µs", False, drawn),
+        Figure("trip-p50", f"round trip {paced}, median", "ms", False, drawn),
+        Figure("trip-p99", f"round trip {paced}, 99th percentile", "ms", False, drawn),
+        Figure("added-p50", "what the edge adds to that, median", "ms", None),
+        Figure("added-p99", "what the edge adds to that, 99th percentile", "ms", None),
+        Figure(
+            f"session-cpu@{BROWSERS_MANNER}",
+            f"CPU of a session, {MANNERS[BROWSERS_MANNER][0]}, {fleet.title}",
+            "µs",
+            False,
+            drawn,
+        ),
+        Figure(
+            "opened-memory", f"memory per connection, {max(profile.crowds)} just opened, {fleet.title}", "KiB", False
+        ),
+    ]
+    return [replace(figure, key=figure.key + fleet.suffix) for figure in found]
 
 
 def measure(rounds: Rounds, profile: Profile) -> Part:
@@ -132,37 +180,40 @@ def compare(rounds: Rounds, profile: Profile, compared: Sequence[Edge], tracer: 
     for edge in compared:
         _users(rounds, part, edge, profile)
     measured = [edge for edge in compared if edge.key != UNHASHED]
-    with _nodes(rounds, NODES) as nodes:
+    with _nodes(rounds, Fleet(NODES)) as nodes:
         for edge in measured:
             with _running(rounds, edge, nodes) as server:
                 part.add(edge.key, {"system-calls": _system_calls(server, tracer)})
+    groups = rounds.groups(measured, profile.idle_rounds, MOST_DESCRIPTORS // profile.idle_connections)
+    for number in rounds.go(len(groups), "idle connections"):
+        with _nodes(rounds, Fleet(NODES)) as nodes:
+            _hold(rounds, part, groups[number], nodes, profile)
     for number in rounds.go(profile.rounds, "echoes and sessions"):
-        with _nodes(rounds, NODES) as nodes:
-            direct = trips(_paced(nodes[0], profile), "trip")
-            part.add(DIRECT, direct | _rates(nodes[0], profile))
-            for edge in rounds.rotated(measured, number):
-                with _running(rounds, edge, nodes) as server:
-                    found = _traffic(server, profile, direct)
-                rounds.say(f"{edge.title}: {found['paced-cpu']:.0f} µs of CPU an echo")
-                part.add(edge.key, found)
-        others = [(f"echo-cpu-of-{fleet}", fleet, False) for fleet in profile.fleets]
-        for figure, fleet, real in [*others, *[("real-cpu", NODES, True)] * profile.real_nodes]:
-            with _nodes(rounds, fleet, real=real) as nodes:
-                for edge in measured:
+        for fleet in (Fleet(NODES), *profile.fleets):
+            with _nodes(rounds, fleet) as nodes:
+                direct = _direct(nodes[0], fleet, profile)
+                part.add(DIRECT, direct)
+                for edge in rounds.rotated(measured, number):
                     with _running(rounds, edge, nodes) as server:
-                        part.add(edge.key, {figure: _cpu(_paced(server, profile))})
+                        found = _traffic(server, fleet, profile, direct)
+                    rounds.say(
+                        f"{edge.title}: {found['paced-cpu' + fleet.suffix]:.0f} µs of CPU an echo, {fleet.title}"
+                    )
+                    part.add(edge.key, found)
     return part
 
 
 @contextlib.contextmanager
-def _nodes(rounds: Rounds, number: int, *, real: bool = False) -> Iterator[list[Server]]:
-    """Run so many nodes, the stub or our own."""
+def _nodes(rounds: Rounds, fleet: Fleet) -> Iterator[list[Server]]:
+    """Run the nodes of a fleet."""
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
-                running(ours() if real else stub(place), rounds.server_core, rounds.log(f"edges-{place}"))
+                running(
+                    ours(rounds.folder) if fleet.real else stub(place), rounds.server_core, rounds.log(f"edges-{place}")
+                )
             )
-            for place in PLACES[:number]
+            for place in PLACES[: fleet.number]
         ]
 
 
@@ -175,30 +226,81 @@ def _running(rounds: Rounds, edge: Edge, nodes: Sequence[Server]) -> Iterator[Se
         yield replace(server, target=replace(server.target, users=users))
 
 
-def _traffic(server: Server, profile: Profile, direct: dict[str, float]) -> dict[str, float]:
-    """What one edge costs in front of the nodes, of which `direct` are the round trips without it."""
-    loop, target, wires = Loop(), server.target, list[Wire]()
-    check(loop, target)
-    unused, heap = server.memory(), server.heap()
-    open_sessions(loop, target, wires, profile.idle_connections)
-    found = {
-        "memory": unused / 2**20,
-        "idle-memory": (server.heap() - heap) / profile.idle_connections / 1024,
-    }
-    idle = server.cpu_seconds()
-    loop.run(profile.idle_seconds)
-    found["idle-cpu"] = 100 * (server.cpu_seconds() - idle) / profile.idle_seconds
-    paced = pace(loop, target, wires[:PACED_CROWD], server.cpu_seconds, seconds=profile.seconds, rate=PACED_RATE)
-    found["paced-cpu"] = _cpu(paced)
-    found |= (through := trips(paced, "trip"))
-    found |= {key.replace("trip", "added"): value - direct[key] for key, value in through.items()}
-    found |= _echoes(loop, server, wires, profile)
-    # Of no rate: an edge may keep a connection for a second after its end, and the load waits for that.
-    for key, (_, manner, _) in MANNERS.items():
-        sample = handshakes(loop, target, manner, server.cpu_seconds, together=TOGETHER, seconds=profile.seconds)
-        found[f"session-cpu@{key}"] = _cpu(sample)
-    loop.close()
+def _hold(rounds: Rounds, part: Part, held: Sequence[Edge], nodes: Sequence[Server], profile: Profile) -> None:
+    """Hold idle connections through several edges at the same time; whatever that costs, all have as much company."""
+    number, seconds = profile.idle_connections, profile.idle_seconds
+    with contextlib.ExitStack() as stack:
+        loop = stack.enter_context(contextlib.closing(Loop()))
+        servers = [stack.enter_context(_running(rounds, edge, nodes)) for edge in held]
+        heaps = [server.heap() for server in servers]
+        for server in servers:
+            open_sessions(loop, server.target, [], number)
+        rounds.say(f"{number} idle connections each: {', '.join(edge.title for edge in held)}")
+        cpu = [server.cpu_seconds() for server in servers]
+        loop.run(seconds)
+        for edge, server, heap, used in zip(held, servers, heaps, cpu, strict=True):
+            found = {
+                "idle-memory": (server.heap() - heap) / number / 1024,
+                "idle-cpu": 100 * (server.cpu_seconds() - used) / seconds,
+            }
+            part.add(edge.key, found)
+
+
+def _traffic(server: Server, fleet: Fleet, profile: Profile, direct: dict[str, float]) -> dict[str, float]:
+    """What one edge costs in front of a fleet; `direct` is what `_direct` has found of its nodes."""
+    with contextlib.closing(Loop()) as loop:
+        wires: list[Wire] = []
+        check(loop, server.target)
+        unused, heap = server.memory(), server.heap()
+        open_sessions(loop, server.target, wires, max(profile.crowds))
+        opened = (server.heap() - heap) / len(wires) / 1024
+        found = _paced(loop, server, wires, profile)
+        found |= {
+            key.replace("trip", "added"): found[key] - direct[key + fleet.suffix] for key in ("trip-p50", "trip-p99")
+        }
+        found |= {
+            "opened-memory": opened,
+            f"session-cpu@{BROWSERS_MANNER}": _session(loop, server, BROWSERS_MANNER, profile),
+        }
+        found = {key + fleet.suffix: value for key, value in found.items()}
+        if fleet.suffix:
+            return found
+        found |= {"memory": unused / 2**20} | _echoes(loop, server, wires, profile)
+        found |= at_part_load(loop, server, wires, profile.seconds, found[f"echoes@{max(profile.crowds)}"])
+        others = [key for key in MANNERS if key != BROWSERS_MANNER]
+        return found | {f"session-cpu@{key}": _session(loop, server, key, profile) for key in others}
+
+
+def _direct(node: Server, fleet: Fleet, profile: Profile) -> dict[str, float]:
+    """The round trips of the load and a node without an edge, and the most echoes: there the load is not to be what
+    allows no more.
+    """
+    with contextlib.closing(Loop()) as loop:
+        wires: list[Wire] = []
+        open_sessions(loop, node.target, wires, max(profile.crowds))
+        found = {
+            key + fleet.suffix: value for key, value in _paced(loop, node, wires, profile).items() if "trip" in key
+        }
+        if not fleet.suffix:
+            rates = _echoes(loop, node, wires, profile)
+            found |= {key: value for key, value in rates.items() if key.startswith("echoes@")}
     return found
+
+
+def _paced(loop: Loop, server: Server, wires: Sequence[Wire], profile: Profile) -> dict[str, float]:
+    """Echoes at a steady rate."""
+    crowd = wires[:PACED_CROWD]
+    sample = pace(loop, server.target, crowd, server.cpu_seconds, seconds=profile.seconds, rate=PACED_RATE)
+    return {"paced-cpu": cpu_of_one(sample)} | trips(sample, "trip")
+
+
+def _session(loop: Loop, server: Server, manner: str, profile: Profile) -> float:
+    """Microseconds of CPU that a session takes; no rate, for an edge may keep a connection for a second after its end,
+    and the load waits for that.
+    """
+    _, life, _ = MANNERS[manner]
+    sample = handshakes(loop, server.target, life, server.cpu_seconds, together=TOGETHER, seconds=profile.seconds)
+    return cpu_of_one(sample)
 
 
 def _echoes(loop: Loop, server: Server, wires: Sequence[Wire], profile: Profile) -> dict[str, float]:
@@ -208,31 +310,9 @@ def _echoes(loop: Loop, server: Server, wires: Sequence[Wire], profile: Profile)
         cpu, user = server.cpu_seconds(), server.user_seconds()
         sample = echo(loop, server.target, wires[:crowd], profile.seconds, server.cpu_seconds)
         share = (server.user_seconds() - user) / (server.cpu_seconds() - cpu)
-        found |= {f"echoes@{crowd}": sample.count / sample.seconds, f"echo-cpu@{crowd}": _cpu(sample)}
-        found[f"user-cpu@{crowd}"] = share * _cpu(sample)
+        found |= {f"echoes@{crowd}": sample.count / sample.seconds, f"echo-cpu@{crowd}": cpu_of_one(sample)}
+        found[f"user-cpu@{crowd}"] = share * cpu_of_one(sample)
     return found
-
-
-def _rates(node: Server, profile: Profile) -> dict[str, float]:
-    """The most echoes of the load and a node without an edge; with one, the load is not to be what allows no more."""
-    with contextlib.closing(Loop()) as loop:
-        wires: list[Wire] = []
-        open_sessions(loop, node.target, wires, max(profile.crowds))
-        found = _echoes(loop, node, wires, profile)
-    return {key: value for key, value in found.items() if key.startswith("echoes@")}
-
-
-def _paced(server: Server, profile: Profile) -> Sample:
-    """Echoes at a steady rate."""
-    with contextlib.closing(Loop()) as loop:
-        wires: list[Wire] = []
-        open_sessions(loop, server.target, wires, PACED_CROWD)
-        return pace(loop, server.target, wires, server.cpu_seconds, seconds=profile.seconds, rate=PACED_RATE)
-
-
-def _cpu(sample: Sample) -> float:
-    """Microseconds of CPU for each thing that was done."""
-    return 1e6 * sample.cpu / sample.count
 
 
 def _system_calls(server: Server, tracer: Path) -> float:
@@ -257,7 +337,7 @@ def _system_calls(server: Server, tracer: Path) -> float:
 def _users(rounds: Rounds, part: Part, edge: Edge, profile: Profile) -> None:
     """Measure which nodes users are on: whether their requests are on one, and how many of them another node moves."""
     for fleet in profile.moves:
-        with _nodes(rounds, fleet + 1) as nodes:
+        with _nodes(rounds, Fleet(fleet + 1)) as nodes:
             clients = [Client(f"user-{number}") for number in range(profile.users)]
             with _running(rounds, edge, nodes[:fleet]) as server:
                 if fleet == NODES:

@@ -6,7 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from bench.contenders import NODEJS, OURS, PLAIN, STOCK, STUB, Contender, Server, contenders, running, stub
+from bench.contenders import (
+    NODEJS,
+    OURS,
+    PLAIN,
+    STOCK,
+    STUB,
+    Contender,
+    Server,
+    contenders,
+    python_title,
+    running,
+    stub,
+)
 from bench.load import (
     Loop,
     Sample,
@@ -26,6 +38,8 @@ from bench.report import Figure, Part
 from bench.rounds import Rounds
 
 PACED_CROWD, PACED_RATE = 100, 1000.0
+PART_LOAD = 0.7
+"""The share of the rate under full load at which an echo's cost is measured once more: a host is not to be full."""
 MOST_DESCRIPTORS = 18_000
 """Connections that the load holds at the same time; 20 000 is what the smallest hosts allow a process."""
 
@@ -41,9 +55,9 @@ MANNERS: dict[str, tuple[str, Callable[[Wire], Session], int]] = {
 class Profile:
     """How much of each thing is measured, and for how many seconds.
 
-    Connections are idle for one ping interval of Engine.IO (25 s) and a little, so that each of them is pinged once.
-    Before each kind of load a contender has `warm_up_seconds` of it, one that compiles what runs `compiling_seconds`.
-    The contender with the key `left_out` is not measured.
+    Each contender holds idle connections `idle_rounds` times, for one ping interval of Engine.IO (25 s) and a little,
+    so that each of them is pinged once. Before each kind of load a contender has `warm_up_seconds` of it, one that
+    compiles what runs `compiling_seconds`. The contender with the key `left_out` is not measured.
     """
 
     rounds: int
@@ -53,13 +67,13 @@ class Profile:
     crowds: tuple[int, ...] = (1, 100, 1000)
     idle_seconds: float = 26.0
     warm_up_seconds: float = 0.4
-    compiling_seconds: float = 3.0
+    compiling_seconds: float = 1.5
     left_out: str = ""
 
 
 PROFILES = {
     "quick": Profile(rounds=2, idle_rounds=1, seconds=0.6, idle_connections=1000, left_out=PLAIN),
-    "full": Profile(rounds=3, idle_rounds=2, seconds=4.0, idle_connections=5000, compiling_seconds=10.0),
+    "full": Profile(rounds=3, idle_rounds=3, seconds=2.5, idle_connections=5000, compiling_seconds=10.0),
 }
 
 
@@ -87,6 +101,7 @@ def figures(profile: Profile) -> list[Figure]:
         ]
     return [
         *found,
+        part_load(profile.crowds),
         Figure("idle-memory", f"memory per connection, {profile.idle_connections} idle", "KiB", False, True),
         Figure("idle-cpu", f"CPU of {profile.idle_connections} idle connections", "% of a core", False, True),
         Figure("memory", "memory without a connection", "MiB", False),
@@ -100,14 +115,21 @@ def figures(profile: Profile) -> list[Figure]:
     ]
 
 
+def part_load(crowds: Sequence[int]) -> Figure:
+    """Return what an echo costs under part of the load that there can be, on the greatest crowd."""
+    title = f"CPU of an echo at {PART_LOAD:.0%} of the most echoes, {max(crowds)} connections"
+    return Figure("part-load-cpu", title.replace("%", " %"), "µs", False)
+
+
 def measure(rounds: Rounds, profile: Profile) -> Part:
     """Measure every contender in every round; what a round starts with rotates."""
     rounds.say("installing what is missing")
-    return compare(rounds, profile, [each for each in contenders(rounds.folder) if each.key != profile.left_out])
+    compared = [each for each in contenders(rounds.folder) if each.key != profile.left_out]
+    return compare(rounds, profile, compared, python_title(rounds.folder))
 
 
-def compare(rounds: Rounds, profile: Profile, compared: Sequence[Contender]) -> Part:
-    """Measure these contenders and the stub."""
+def compare(rounds: Rounds, profile: Profile, compared: Sequence[Contender], python: str) -> Part:
+    """Measure these contenders and the stub; `python` is what those in Python run on."""
     everyone = [*compared, stub()]
     part = Part(
         "nodes",
@@ -117,16 +139,15 @@ def compare(rounds: Rounds, profile: Profile, compared: Sequence[Contender]) -> 
         {contender.key: contender.shown() for contender in everyone},
         STOCK if any(contender.key == STOCK for contender in compared) else OURS,
         STUB,
-        setting="The servers had one core, the load another. Clients offer compression, as browsers do: the stock way "
+        setting=f"The servers had one core, the load another. Those in Python ran on {python}, but for PyPy, which is "
+        "Debian 13's too. Clients offer compression, as browsers do: the stock way "
         "takes it up, the others do not. Everybody but the stock way and Node.js has the options of stickyring.echo. "
-        f"PyPy had {profile.compiling_seconds:g} s of each kind of load before it was measured, the others "
-        f"{profile.warm_up_seconds:g} s.",
+        f"PyPy and Node.js, which compile what runs, had {profile.compiling_seconds:g} s of each kind of load before "
+        f"they were measured, the others {profile.warm_up_seconds:g} s.",
     )
-    together = max(1, MOST_DESCRIPTORS // profile.idle_connections)
-    for number in rounds.go(profile.idle_rounds, "idle connections"):
-        order = rounds.rotated(compared, number)
-        for at in range(0, len(order), together):
-            _hold(rounds, part, order[at : at + together], profile)
+    groups = rounds.groups(compared, profile.idle_rounds, MOST_DESCRIPTORS // profile.idle_connections)
+    for number in rounds.go(len(groups), "idle connections"):
+        _hold(rounds, part, groups[number], profile)
     for number in rounds.go(profile.rounds, "echoes and handshakes"):
         for contender in rounds.rotated(everyone, number):
             with running(contender, rounds.server_core, rounds.log(contender.key)) as server:
@@ -164,7 +185,7 @@ def _traffic(server: Server, profile: Profile, warm_up: float) -> dict[str, floa
     seconds = profile.seconds
     loop, target, wires = Loop(), server.target, list[Wire]()
     check(loop, target)
-    found = {"ready": server.ready_seconds * 1000}
+    found = {"ready": server.ready_seconds * 1000, "memory": server.memory() / 2**20}
     open_sessions(loop, target, wires, min(PACED_CROWD, max(profile.crowds)))
     echo(loop, target, wires, warm_up, server.cpu_seconds)
     close_sessions(loop, wires)
@@ -180,6 +201,7 @@ def _traffic(server: Server, profile: Profile, warm_up: float) -> dict[str, floa
         pace(loop, target, wires[:PACED_CROWD], server.cpu_seconds, seconds=seconds, rate=PACED_RATE),
         "paced",
     )
+    found |= at_part_load(loop, server, wires, profile.seconds, found[f"echoes@{max(profile.crowds)}"])
     close_sessions(loop, wires)
     for key, (_, manner, together) in MANNERS.items():
         handshakes(loop, target, manner, server.cpu_seconds, together=together, seconds=warm_up)
@@ -192,6 +214,19 @@ def _traffic(server: Server, profile: Profile, warm_up: float) -> dict[str, floa
     return found
 
 
+def at_part_load(loop: Loop, server: Server, wires: Sequence[Wire], seconds: float, most: float) -> dict[str, float]:
+    """What an echo costs when there is PART_LOAD of the most echoes per second that there can be."""
+    rate = PART_LOAD * most
+    return {
+        "part-load-cpu": cpu_of_one(pace(loop, server.target, wires, server.cpu_seconds, seconds=seconds, rate=rate))
+    }
+
+
+def cpu_of_one(sample: Sample) -> float:
+    """Microseconds of CPU for each thing that was done."""
+    return 1e6 * sample.cpu / sample.count
+
+
 def trips(sample: Sample, name: str, suffix: str = "") -> dict[str, float]:
     """Median and 99th percentile of the round trips, in milliseconds."""
     percentiles = statistics.quantiles(sample.trips, n=100, method="inclusive")
@@ -199,15 +234,14 @@ def trips(sample: Sample, name: str, suffix: str = "") -> dict[str, float]:
 
 
 def _hold(rounds: Rounds, part: Part, held: Sequence[Contender], profile: Profile) -> None:
-    """Hold idle connections of several servers at the same time, which costs none of them anything."""
+    """Hold idle connections of several servers at the same time; whatever that costs, all have as much company."""
     number, seconds = profile.idle_connections, profile.idle_seconds
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(Loop()))
         servers = [stack.enter_context(running(each, rounds.server_core, rounds.log(each.key))) for each in held]
         for server in servers:
             check(loop, server.target)
-        # When all of them run: what they share is split among them.
-        memory, heaps = [server.memory() for server in servers], [server.heap() for server in servers]
+        heaps = [server.heap() for server in servers]
         opening = []
         for server in servers:
             begun = perf_counter()
@@ -216,15 +250,12 @@ def _hold(rounds: Rounds, part: Part, held: Sequence[Contender], profile: Profil
         rounds.say(f"{number} idle connections each: {', '.join(contender.title for contender in held)}")
         cpu = [server.cpu_seconds() for server in servers]
         loop.run(seconds)
-        for contender, server, used, unused, heap, opened in zip(
-            held, servers, cpu, memory, heaps, opening, strict=True
-        ):
+        for contender, server, used, heap, opened in zip(held, servers, cpu, heaps, opening, strict=True):
             part.add(
                 contender.key,
                 {
                     "idle-memory": (server.heap() - heap) / number / 1024,
                     "idle-cpu": 100 * (server.cpu_seconds() - used) / seconds,
-                    "memory": unused / 2**20,
                     "opening": opened,
                 },
             )

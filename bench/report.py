@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 from stickyring.plan import plot
 
-COLORS = ("#2f6f9f", "#7fb0d0", "#c3ccd6", "#946c00", "#b5483a", "#5b7f4f")
+COLORS = ("#2f6f9f", "#7fb0d0", "#c3ccd6", "#946c00", "#b5483a", "#5b7f4f", "#8a6aa8")
 STYLE = plot.STYLE | {"font.size": 9}
 ENOUGH = 2.0
 """How many times as fast as the fastest contender the stub has to be: then the load holds nobody back."""
@@ -165,7 +165,7 @@ def context(command: str, profile: str, cores: tuple[int, int]) -> dict[str, Any
             "load_average_at_the_end": os.getloadavg()[0],
         },
         "versions": {
-            "python": platform.python_version(),
+            "the benchmark's own Python": platform.python_version(),
             **_commit(),
             **_nodejs(),
             **{package: importlib.metadata.version(package) for package in PACKAGES},
@@ -185,7 +185,7 @@ def _nodejs() -> dict[str, str]:
     """Return the version of Node.js, which not every part needs."""
     if not shutil.which("node"):
         return {}
-    return {"node": subprocess.run(["node", "--version"], check=True, capture_output=True, text=True).stdout.strip()}
+    return {"Node.js": subprocess.run(["node", "--version"], check=True, capture_output=True, text=True).stdout.strip()}
 
 
 def _processor() -> str:

@@ -62,6 +62,17 @@ class Rounds:
         at = number % len(items)
         return [*items[at:], *items[:at]]
 
+    @staticmethod
+    def groups(items: Sequence[Item], number: int, together: int) -> list[list[Item]]:
+        """Return groups of `together` items, or of all where they are fewer, with each item in `number` groups.
+
+        A group goes on where the one before has ended, so that items have changing company, and all as much of it: the
+        last group alone is smaller where they do not divide.
+        """
+        size = min(together, len(items))
+        turns = [*items] * number
+        return [turns[at : at + size] for at in range(0, len(turns), size)]
+
     def log(self, name: str) -> Path:
         """Return where a server's output goes."""
         return self.folder / "logs" / f"{name}.log"

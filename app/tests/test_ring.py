@@ -77,6 +77,14 @@ def test_a_key_belongs_to_the_first_point_at_or_above_its_hash() -> None:
     assert [ring.owner(f"{name}_1") for name in ring.names] == list(ring.names)
 
 
+@pytest.mark.parametrize(("points", "even"), [(4096, True), (512, False)])
+def test_twenty_nodes_have_users_within_3_percent_of_even_with_the_points_that_the_role_gives(
+    points: int, even: bool
+) -> None:
+    shares = Ring.load(circle(nodes(20), points)).shares().values()
+    assert (max(shares) * 20 < 1.03 and min(shares) * 20 > 0.97) == even
+
+
 def test_owners_that_envoy_was_seen_to_choose() -> None:
     members = [
         *(member(f"node{number}-1", number) for number in range(1, 5)),

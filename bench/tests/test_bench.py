@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from click.testing import CliRunner
 
-from bench import __main__, nodes, report
+from bench import __main__, capacity, edges, nodes, report
 from bench.capacity import BENCHMARKS
 from bench.contenders import PYPY_NURSERY, Contender
 from bench.report import Figure, Part, Spread
@@ -70,13 +72,14 @@ def driver(*contenders: str) -> list[str]:
         "from bench import __main__, load, nodes\n"
         "from bench.contenders import Contender, _serve\n"
         f"nodes.contenders = lambda folder: [{', '.join(contenders)}]\n"
+        "nodes.python_title = lambda folder: 'a Python'\n"
         f"nodes.PROFILES['quick'] = {TINY}\n"
         "load.ANSWER_SECONDS = 1.0\n"
         "__main__.main(prog_name='bench')",
     ]
 
 
-OURS = "Contender('ours', 'Ours', _serve)"
+OURS = "Contender('ours', 'Ours', lambda port: _serve([sys.executable], port))"
 
 
 def stub_that(deviates: str) -> str:
@@ -114,6 +117,26 @@ def test_rounds_begin_with_each_contender_in_turn() -> None:
         list("cab"),
         list("abc"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("number", "together", "found"),
+    [
+        (3, 3, ["abc", "dab", "cda", "bcd"]),
+        (2, 2, ["ab", "cd", "ab", "cd"]),
+        (1, 9, ["abcd"]),
+        (1, 3, ["abc", "d"]),
+    ],
+)
+def test_groups_have_each_contender_as_often(number: int, together: int, found: list[str]) -> None:
+    assert ["".join(group) for group in Rounds.groups("abcd", number, together)] == found
+
+
+@pytest.mark.parametrize(("part", "contenders"), [(nodes, 7), (edges, 6)])
+def test_all_have_as_much_company_while_they_are_idle(part: ModuleType, contenders: int) -> None:
+    profile = part.PROFILES["full"]
+    groups = Rounds.groups(range(contenders), profile.idle_rounds, nodes.MOST_DESCRIPTORS // profile.idle_connections)
+    assert {len(group) for group in groups} == {3}
 
 
 def test_the_stub_bounds_the_load(part: Part) -> None:
@@ -202,13 +225,13 @@ def test_what_compiles_has_longer_to_warm_up(tmp_path: Path, every_core: None, m
 
     def traffic(contender: Contender, profile: nodes.Profile, warm_up: float) -> dict[str, float]:
         had[contender.key] = warm_up
-        return {}
+        return {"echoes@1": 1.0}
 
     monkeypatch.setattr(nodes, "running", lambda contender, *_: contextlib.nullcontext(contender))
     monkeypatch.setattr(nodes, "_traffic", traffic)
     compared = [Contender("pypy", "PyPy", lambda _: [], compiles=True), Contender("ours", "Ours", lambda _: [])]
-    profile = nodes.Profile(rounds=1, idle_rounds=0, seconds=1, idle_connections=1, crowds=(), compiling_seconds=7)
-    nodes.compare(Rounds(tmp_path, 60), profile, compared)
+    profile = nodes.Profile(rounds=1, idle_rounds=0, seconds=1, idle_connections=1, crowds=(1,), compiling_seconds=7)
+    nodes.compare(Rounds(tmp_path, 60), profile, compared, "a Python")
     assert had == {"pypy": 7, "ours": 0.4, "stub": 0.4}
 
 
@@ -231,11 +254,30 @@ def test_an_interrupted_run_leaves_no_process_and_no_file(tmp_path: Path) -> Non
         finally:
             process.kill()
     assert process.returncode == 130, told
-    assert told.endswith("interrupted: nothing was written\n")
+    assert told.endswith("interrupted: nothing was written of nodes\n")
     assert not (tmp_path / "output").exists()
     for server in servers:
         with pytest.raises(ProcessLookupError):
             os.kill(server, 0)
+
+
+def test_what_an_interrupted_run_has_written_is_in_step(
+    part: Part, tmp_path: Path, every_core: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first part is written when the second one is interrupted."""
+
+    def interrupted(*_: object) -> Part:
+        raise KeyboardInterrupt
+
+    in_step = []
+    monkeypatch.setitem(__main__.PARTS, "nodes", (lambda *_: part, nodes.PROFILES))
+    monkeypatch.setitem(__main__.PARTS, "edges", (interrupted, edges.PROFILES))
+    monkeypatch.setattr(capacity, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(capacity, "write", lambda: in_step.append(sorted(path.name for path in tmp_path.iterdir())))
+    done = CliRunner().invoke(__main__.main, ["--output", str(tmp_path)])
+    assert done.exit_code == 130
+    assert done.stderr.endswith("interrupted: nothing was written of edges\n")
+    assert in_step == [FILES]
 
 
 def children(process: int) -> list[int]:

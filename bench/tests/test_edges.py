@@ -12,13 +12,13 @@ import pytest
 
 from bench import edges, proxies
 from bench.contenders import ROOT
-from bench.edges import DIRECT, Client, Profile
+from bench.edges import DIRECT, Client, Fleet, Profile
 from bench.load import LoadError, Target
 from bench.proxies import Edge
 from bench.report import as_markdown
 from bench.rounds import Rounds
 
-TINY = Profile(1, 0.1, 20, (10,), (1,), (3,), 300, 20, 0.1, real_nodes=False)
+TINY = Profile(1, 1, 0.1, 20, (10,), (Fleet(1, suffix="-of-1"),), (3,), 300, 20, 0.1)
 PROXY = """
 import asyncio, itertools, re, sys, zlib
 port, hashes, *nodes = map(int, sys.argv[1:])
@@ -85,9 +85,13 @@ def test_what_keeps_users_together_is_told_from_what_does_not(rounds: Rounds, tm
     assert moved == pytest.approx(75, abs=10)
     ((busiest,),) = part.found["busiest@3"].values()
     assert 1 <= busiest < 1.3
-    (through, direct) = (part.found["trip-p50"][key][0] for key in (proxies.NGINX, DIRECT))
-    assert part.found["added-p50"][proxies.NGINX] == [pytest.approx(through - direct)]
-    for figure in ("echo-cpu@10", "paced-cpu", "echo-cpu-of-1", "session-cpu@upgrade", "idle-memory", "memory"):
+    for suffix in ("", "-of-1"):
+        (through, direct) = (part.found[f"trip-p50{suffix}"][key][0] for key in (proxies.NGINX, DIRECT))
+        assert part.found[f"added-p50{suffix}"][proxies.NGINX] == [pytest.approx(through - direct)]
+        for figure in ("paced-cpu", "session-cpu@upgrade"):
+            ((found,),) = part.found[figure + suffix].values()
+            assert found > 0
+    for figure in ("echo-cpu@10", "part-load-cpu", "session-cpu@polling", "idle-memory", "memory"):
         ((found,),) = part.found[figure].values()
         assert found > 0
     assert set(part.found) == {figure.key for figure in part.figures}

@@ -177,7 +177,7 @@ def test_an_interrupted_run_removes_its_lab(programs: Path) -> None:
         finally:
             process.kill()
     assert process.returncode == 130, stderr
-    assert stderr.endswith("interrupted: nothing was written\n")
+    assert stderr.endswith("interrupted: nothing was written of operations\n")
     assert (programs / "played").read_text().splitlines()[-1] == "destroy 4"
     assert not (programs / "owner").exists()
     assert not (programs / "output").exists()
