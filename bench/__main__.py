@@ -76,15 +76,17 @@ def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
     name = ""
     try:
         rounds = Rounds(ROOT / ".artifacts/bench", LIMITS[profile])
-        for name in parts or ON_LOOPBACK:
-            measure, profiles = PARTS[name]
-            part = measure(rounds, profiles[profile])
-            context = report.context(command, profile, (rounds.load_core, rounds.server_core))
-            for path in report.write(part, output, context):
-                rounds.say(f"written: {path}")
+        try:
+            for name in parts or ON_LOOPBACK:
+                measure, profiles = PARTS[name]
+                part = measure(rounds, profiles[profile])
+                context = report.context(command, profile, (rounds.load_core, rounds.server_core))
+                for path in report.write(part, output, context):
+                    rounds.say(f"written: {path}")
+        finally:
             if output.resolve() == capacity.BENCHMARKS:
                 capacity.write()
-                rounds.say(f"in step with them: {capacity.DOCUMENT}")
+                rounds.say(f"in step with what is written: {capacity.DOCUMENT}")
     except (LoadError, PrepareError, CoresError, LabError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:

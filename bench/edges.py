@@ -43,6 +43,10 @@ TRACED_RATE = 200.0
 PLACE = re.compile(r'"sid":"([a-z0-9]+)_')
 
 
+def _nodes_in_words(number: int, of: str = "") -> str:
+    return f"{number} {of}node" + "s" * (number > 1)
+
+
 @dataclass(frozen=True)
 class Fleet:
     """Nodes behind an edge: so many, the stub or our own; what is found in front of them has `suffix` in its key."""
@@ -54,7 +58,7 @@ class Fleet:
     @property
     def title(self) -> str:
         """What a figure is of."""
-        return f"{self.number} {'stickyring' if self.real else 'stub'} node" + "s" * (self.number > 1)
+        return _nodes_in_words(self.number, "stickyring " if self.real else "stub ")
 
 
 @dataclass(frozen=True)
@@ -68,27 +72,42 @@ class Profile:
     idle_rounds: int
     seconds: float
     idle_connections: int
-    crowds: tuple[int, ...]
     fleets: tuple[Fleet, ...]
     moves: tuple[int, ...]
     users: int
     sticky_users: int
     idle_seconds: float
+    crowds: tuple[int, ...] = (100, 1000)
 
 
 PROFILES = {
-    "quick": Profile(2, 1, 0.6, 1000, (100, 1000), (), (3,), 1000, 50, 2.0),
+    "quick": Profile(
+        rounds=2,
+        idle_rounds=1,
+        seconds=0.6,
+        idle_connections=1000,
+        fleets=(),
+        moves=(3,),
+        users=1000,
+        sticky_users=50,
+        idle_seconds=2.0,
+    ),
     "full": Profile(
-        *(3, 3, 2.5, 5000, (100, 1000)),
-        (Fleet(1, suffix="-of-1"), Fleet(10, suffix="-of-10"), Fleet(NODES, real=True, suffix="-of-ours")),
-        *((1, 3, 10), 5000, 200, 26.0),
+        rounds=3,
+        idle_rounds=3,
+        seconds=2.5,
+        idle_connections=5000,
+        fleets=(Fleet(1, suffix="-of-1"), Fleet(10, suffix="-of-10"), Fleet(NODES, real=True, suffix="-of-ours")),
+        moves=(1, 3, 10),
+        users=5000,
+        sticky_users=200,
+        idle_seconds=26.0,
     ),
 }
 
 
 def figures(profile: Profile) -> list[Figure]:
     """Everything that is measured, in the order of the table."""
-    moves = {number: Fleet(number).title.replace("stub ", "") for number in profile.moves}
     return [
         *(
             Figure(
@@ -120,12 +139,14 @@ def figures(profile: Profile) -> list[Figure]:
         Figure("memory", "memory without a connection", "MiB", False),
         Figure("sticky", f"users with {SESSIONS_OF_A_USER} whole polling sessions on one node", "%", True, True),
         *(
-            Figure(f"moved@{number}", f"users moved when a node is added to {nodes}", "%", None, True)
-            for number, nodes in moves.items()
+            Figure(f"moved@{number}", f"users moved when a node is added to {_nodes_in_words(number)}", "%", None, True)
+            for number in profile.moves
         ),
         *(
-            Figure(f"busiest@{number}", f"users on the busiest of {nodes}, to the mean", "times", False)
-            for number, nodes in moves.items()
+            Figure(
+                f"busiest@{number}", f"users on the busiest of {_nodes_in_words(number)}, to the mean", "times", False
+            )
+            for number in profile.moves
         ),
     ]
 

@@ -18,7 +18,18 @@ from bench.proxies import Edge
 from bench.report import as_markdown
 from bench.rounds import Rounds
 
-TINY = Profile(1, 1, 0.1, 20, (10,), (Fleet(1, suffix="-of-1"),), (3,), 300, 20, 0.1)
+TINY = Profile(
+    rounds=1,
+    idle_rounds=1,
+    seconds=0.1,
+    idle_connections=20,
+    fleets=(Fleet(1, suffix="-of-1"),),
+    moves=(3,),
+    users=300,
+    sticky_users=20,
+    idle_seconds=0.1,
+    crowds=(10,),
+)
 PROXY = """
 import asyncio, itertools, re, sys, zlib
 port, hashes, *nodes = map(int, sys.argv[1:])
