@@ -55,25 +55,27 @@ MANNERS: dict[str, tuple[str, Callable[[Wire], Session], int]] = {
 class Profile:
     """How much of each thing is measured, and for how many seconds.
 
-    Each contender holds idle connections `idle_rounds` times, for one ping interval of Engine.IO (25 s) and a little,
-    so that each of them is pinged once. Before each kind of load a contender has `warm_up_seconds` of it, one that
-    compiles what runs `compiling_seconds`. The contender with the key `left_out` is not measured.
+    Each contender is started `starts` times alone. It holds idle connections `idle_rounds` times, for one ping interval
+    of Engine.IO (25 s) and a little, so that each of them is pinged once. Before the rounds a contender has each kind
+    of load for `warm_up_seconds`, one that compiles what runs for `compiling_seconds`. The contender with the key
+    `left_out` is not measured.
     """
 
     rounds: int
+    starts: int
     idle_rounds: int
     seconds: float
     idle_connections: int
     crowds: tuple[int, ...] = (1, 100, 1000)
     idle_seconds: float = 26.0
     warm_up_seconds: float = 0.4
-    compiling_seconds: float = 1.5
+    compiling_seconds: float = 2.0
     left_out: str = ""
 
 
 PROFILES = {
-    "quick": Profile(rounds=2, idle_rounds=1, seconds=0.6, idle_connections=1000, left_out=PLAIN),
-    "full": Profile(rounds=3, idle_rounds=3, seconds=2.5, idle_connections=5000, compiling_seconds=10.0),
+    "quick": Profile(rounds=2, starts=1, idle_rounds=1, seconds=0.5, idle_connections=1000, left_out=PLAIN),
+    "full": Profile(rounds=7, starts=3, idle_rounds=3, seconds=1.0, idle_connections=5000, compiling_seconds=10.0),
 }
 
 
@@ -148,14 +150,11 @@ def compare(rounds: Rounds, profile: Profile, compared: Sequence[Contender], pyt
     groups = rounds.groups(compared, profile.idle_rounds, MOST_DESCRIPTORS // profile.idle_connections)
     for number in rounds.go(len(groups), "idle connections"):
         _hold(rounds, part, groups[number], profile)
-    for number in rounds.go(profile.rounds, "echoes and handshakes"):
+    for number in rounds.go(profile.starts, "starts"):
         for contender in rounds.rotated(everyone, number):
             with running(contender, rounds.server_core, rounds.log(contender.key)) as server:
-                warm_up = profile.compiling_seconds if contender.compiles else profile.warm_up_seconds
-                found = _traffic(server, profile, warm_up)
-            counts = [f"{found[f'echoes@{crowd}']:.0f} echoes/s on {crowd}" for crowd in profile.crowds]
-            rounds.say(f"{contender.title}: {', '.join(counts)}")
-            part.add(contender.key, found)
+                part.add(contender.key, _started(server))
+    _take_turns(rounds, part, everyone, profile)
     part.sections = _to_nodejs(part)
     return part
 
@@ -180,15 +179,53 @@ def _to_nodejs(part: Part) -> list[str]:
     ]
 
 
-def _traffic(server: Server, profile: Profile, warm_up: float) -> dict[str, float]:
-    """One server's echoes, round trips and handshakes."""
-    seconds = profile.seconds
-    loop, target, wires = Loop(), server.target, list[Wire]()
-    check(loop, target)
-    found = {"ready": server.ready_seconds * 1000, "memory": server.memory() / 2**20}
-    open_sessions(loop, target, wires, min(PACED_CROWD, max(profile.crowds)))
-    echo(loop, target, wires, warm_up, server.cpu_seconds)
+def _started(server: Server) -> dict[str, float]:
+    """What a server has needed when it runs alone and has echoed once."""
+    with contextlib.closing(Loop()) as loop:
+        check(loop, server.target)
+    return {"ready": server.ready_seconds * 1000, "memory": server.memory() / 2**20}
+
+
+def _take_turns(rounds: Rounds, part: Part, everyone: Sequence[Contender], profile: Profile) -> None:
+    """Measure echoes and handshakes of all while all of them run, so that little time lies between two of them.
+
+    Who is not measured has no connection, and leaves the core to who is.
+    """
+    with contextlib.ExitStack() as stack:
+        loop = stack.enter_context(contextlib.closing(Loop()))
+        servers = {}
+        for contender in everyone:
+            server = stack.enter_context(running(contender, rounds.server_core, rounds.log(contender.key)))
+            _warm_up(loop, server, profile.compiling_seconds if contender.compiles else profile.warm_up_seconds)
+            rounds.say(f"{contender.title} is warm")
+            servers[contender.key] = server
+        for number in rounds.go(profile.rounds, "echoes and handshakes"):
+            turns = rounds.rotated(list(servers), number)
+            for key in turns:
+                part.add(key, found := _echoes(loop, servers[key], profile))
+                counts = [f"{found[f'echoes@{crowd}']:.0f} echoes/s on {crowd}" for crowd in profile.crowds]
+                rounds.say(f"{part.titles[key]}: {', '.join(counts)}")
+            for manner in MANNERS:
+                for key in turns:
+                    part.add(key, _handshakes(loop, servers[key], manner, profile.seconds))
+
+
+def _warm_up(loop: Loop, server: Server, seconds: float) -> None:
+    """Have a server do for so long each kind of what it is to be measured at."""
+    wires: list[Wire] = []
+    check(loop, server.target)
+    open_sessions(loop, server.target, wires, PACED_CROWD)
+    echo(loop, server.target, wires, seconds, server.cpu_seconds)
     close_sessions(loop, wires)
+    for manner in MANNERS:
+        _handshakes(loop, server, manner, seconds)
+
+
+def _echoes(loop: Loop, server: Server, profile: Profile) -> dict[str, float]:
+    """One server's echoes and round trips."""
+    wires: list[Wire] = []
+    found: dict[str, float] = {}
+    target, seconds = server.target, profile.seconds
     for crowd in profile.crowds:
         open_sessions(loop, target, wires, crowd)
         sample = echo(loop, target, wires, seconds, server.cpu_seconds)
@@ -197,21 +234,21 @@ def _traffic(server: Server, profile: Profile, warm_up: float) -> dict[str, floa
             f"echoes-per-cpu@{crowd}": sample.count / sample.cpu,
             f"busy@{crowd}": 100 * sample.cpu / sample.seconds,
         } | trips(sample, "trip", f"@{crowd}")
-    found |= trips(
-        pace(loop, target, wires[:PACED_CROWD], server.cpu_seconds, seconds=seconds, rate=PACED_RATE),
-        "paced",
-    )
-    found |= at_part_load(loop, server, wires, profile.seconds, found[f"echoes@{max(profile.crowds)}"])
+    paced = pace(loop, target, wires[:PACED_CROWD], server.cpu_seconds, seconds=seconds, rate=PACED_RATE)
+    found |= trips(paced, "paced")
+    found |= at_part_load(loop, server, wires, seconds, found[f"echoes@{max(profile.crowds)}"])
     close_sessions(loop, wires)
-    for key, (_, manner, together) in MANNERS.items():
-        handshakes(loop, target, manner, server.cpu_seconds, together=together, seconds=warm_up)
-        sample = handshakes(loop, target, manner, server.cpu_seconds, together=together, seconds=seconds)
-        found |= {
-            f"handshakes@{key}": sample.count / sample.seconds,
-            f"handshakes-per-cpu@{key}": sample.count / sample.cpu,
-        }
-    loop.close()
     return found
+
+
+def _handshakes(loop: Loop, server: Server, key: str, seconds: float) -> dict[str, float]:
+    """One server's sessions of a manner, by its key."""
+    _, manner, together = MANNERS[key]
+    sample = handshakes(loop, server.target, manner, server.cpu_seconds, together=together, seconds=seconds)
+    return {
+        f"handshakes@{key}": sample.count / sample.seconds,
+        f"handshakes-per-cpu@{key}": sample.count / sample.cpu,
+    }
 
 
 def at_part_load(loop: Loop, server: Server, wires: Sequence[Wire], seconds: float, most: float) -> dict[str, float]:

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from bench import __main__, capacity, edges, nodes, report
 from bench.capacity import BENCHMARKS
 from bench.contenders import PYPY_NURSERY, Contender
+from bench.load import Loop
 from bench.report import Figure, Part, Spread
 from bench.rounds import Rounds
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 20.0
 FILES = ["nodes.json", "nodes.md", "nodes.png", "nodes.svg"]
 TINY = (
-    "nodes.Profile(rounds=1, idle_rounds=1, seconds=0.05, idle_connections=10, crowds=(1, 10), "
+    "nodes.Profile(rounds=1, starts=1, idle_rounds=1, seconds=0.05, idle_connections=10, crowds=(1, 10), "
     "idle_seconds=0.2, warm_up_seconds=0.02)"
 )
 STUB = "lambda port: [sys.executable, '-c', f'from bench import stub; {}; stub.serve({{port}})']"
@@ -223,14 +224,15 @@ def test_a_contender_that_does_not_echo_fails_the_run_with_one_line(tmp_path: Pa
 def test_what_compiles_has_longer_to_warm_up(tmp_path: Path, every_core: None, monkeypatch: pytest.MonkeyPatch) -> None:
     had: dict[str, float] = {}
 
-    def traffic(contender: Contender, profile: nodes.Profile, warm_up: float) -> dict[str, float]:
-        had[contender.key] = warm_up
-        return {"echoes@1": 1.0}
+    def warm_up(loop: Loop, contender: Contender, seconds: float) -> None:
+        had[contender.key] = seconds
 
     monkeypatch.setattr(nodes, "running", lambda contender, *_: contextlib.nullcontext(contender))
-    monkeypatch.setattr(nodes, "_traffic", traffic)
+    monkeypatch.setattr(nodes, "_warm_up", warm_up)
     compared = [Contender("pypy", "PyPy", lambda _: [], compiles=True), Contender("ours", "Ours", lambda _: [])]
-    profile = nodes.Profile(rounds=1, idle_rounds=0, seconds=1, idle_connections=1, crowds=(1,), compiling_seconds=7)
+    profile = nodes.Profile(
+        rounds=0, starts=0, idle_rounds=0, seconds=1, idle_connections=1, crowds=(1,), compiling_seconds=7
+    )
     nodes.compare(Rounds(tmp_path, 60), profile, compared, "a Python")
     assert had == {"pypy": 7, "ours": 0.4, "stub": 0.4}
 
