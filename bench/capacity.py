@@ -30,6 +30,8 @@ HEAP_SHARE = 0.98
 """Of the edge's heap, where it begins to refuse requests."""
 PORTS = 60999 - 32768 + 1
 """Linux's net.ipv4.ip_local_port_range: connections that one edge can have to one instance."""
+GIVE_UP_SECONDS = 20.0
+"""How long a client of Socket.IO waits for a connection before it begins again."""
 CAP = "cap"
 """The one limit that is a variable."""
 HOSTS = ((1, 1), (2, 2), (4, 4), (8, 8))
@@ -156,7 +158,9 @@ def updated(document: str, parts: Mapping[str, Any], defaults: Mapping[str, Any]
         *_hosts("a host of nodes on PyPy", partial(limits, Costs.of(nodes, PYPY), caps)),
         "",
         f"The {number(users)} users of an instance at its cap are all back {number(websocket)} s after an outage if "
-        f"they begin with WebSocket, {number(polling)} s after it if with polling: its core does nothing else then.",
+        f"they begin with WebSocket, {number(polling)} s after it if with polling: its core does nothing else then. "
+        f"{_two_digits(int(GIVE_UP_SECONDS / costs.polling_first))} users who begin with polling are back after "
+        f"{GIVE_UP_SECONDS:g} s.",
         "",
         *_hosts("an edge", partial(edge_limits, EdgeCosts.of(edges), caps)),
         "",
@@ -266,7 +270,9 @@ def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
     costs, edge_costs, caps = Costs.of(parts["nodes"]), EdgeCosts.of(parts["edges"]), Caps.of(defaults)
     workers = {"this one": OURS, "gevent": GEVENT, "ASGI (uvicorn)": ASGI}
     echoes = [f"{name} {number(median('nodes', 'echoes-per-cpu@100', key))}" for name, key in workers.items()]
-    back = seconds_back(caps.node_connections, 1, costs.polling_first)
+    websocket, polling = (
+        number(seconds_back(caps.node_connections, 1, each)) for each in (costs.websocket_first, costs.polling_first)
+    )
     pythons = [
         f"{name} {number(median('nodes', 'echoes-per-cpu@100', key))}, {number(median('nodes', 'memory', key))} MiB "
         f"before the first connection, ready after {number(median('nodes', 'ready', key))} ms"
@@ -288,8 +294,9 @@ def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
         ),
         (
             "node_max_connections",
-            f"{number(caps.node_connections * costs.memory / 1024)} MiB of idle users, and {number(back)} s of "
-            "handshakes if all come back at the same time and begin with polling; clients give up after 20 s",
+            f"{number(caps.node_connections * costs.memory / 1024)} MiB of idle users; if all come back at the same "
+            f"time, {websocket} s of handshakes where they begin with WebSocket, {polling} s with polling; clients give "
+            f"up after {GIVE_UP_SECONDS:g} s",
             "nodes",
         ),
         ("node_watchdog", silence("hung process"), "faults"),

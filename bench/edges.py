@@ -159,8 +159,8 @@ def _figures_of(fleet: Fleet, profile: Profile) -> list[Figure]:
         Figure("paced-cpu", f"CPU of an echo {paced}", "µs", False, drawn),
         Figure("trip-p50", f"round trip {paced}, median", "ms", False, drawn),
         Figure("trip-p99", f"round trip {paced}, 99th percentile", "ms", False, drawn),
-        Figure("added-p50", "what the edge adds to that, median", "ms", None),
-        Figure("added-p99", "what the edge adds to that, 99th percentile", "ms", None),
+        Figure("added-p50", f"what the edge adds to that, {fleet.title}, median", "ms", None),
+        Figure("added-p99", f"what the edge adds to that, {fleet.title}, 99th percentile", "ms", None),
         Figure(
             f"session-cpu@{BROWSERS_MANNER}",
             f"CPU of a session, {MANNERS[BROWSERS_MANNER][0]}, {fleet.title}",

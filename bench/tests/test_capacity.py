@@ -88,6 +88,7 @@ def test_other_figures_change_nothing_beside_them() -> None:
     parts = written()
     nodes = parts["nodes"]
     nodes["figures"]["idle-memory"]["found"]["ours"]["median"] = 200.0
+    nodes["figures"]["memory"]["found"]["ours"]["median"] = 80.0
     text = updated(f"# Before\n\n{BEGIN}\nold\n{END}\n\n# After\n", parts, role_defaults())
     assert text.startswith(f"# Before\n\n{BEGIN}\n\n| users on")
     assert text.endswith(f"\n{END}\n\n# After\n")
