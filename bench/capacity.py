@@ -295,8 +295,8 @@ def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
         (
             "node_max_connections",
             f"{number(caps.node_connections * costs.memory / 1024)} MiB of idle users; if all come back at the same "
-            f"time, {websocket} s of handshakes where they begin with WebSocket, {polling} s with polling; clients give "
-            f"up after {GIVE_UP_SECONDS:g} s",
+            f"time, {websocket} s of handshakes where they begin with WebSocket, {polling} s with polling; clients "
+            f"give up after {GIVE_UP_SECONDS:g} s",
             "nodes",
         ),
         ("node_watchdog", silence("hung process"), "faults"),

@@ -84,7 +84,7 @@ PROFILES = {
     "quick": Profile(
         rounds=2,
         idle_rounds=1,
-        seconds=0.6,
+        seconds=0.3,
         idle_connections=1000,
         fleets=(),
         moves=(3,),

@@ -69,12 +69,12 @@ class Profile:
     crowds: tuple[int, ...] = (1, 100, 1000)
     idle_seconds: float = 26.0
     warm_up_seconds: float = 0.4
-    compiling_seconds: float = 2.0
+    compiling_seconds: float = 1.0
     left_out: str = ""
 
 
 PROFILES = {
-    "quick": Profile(rounds=2, starts=1, idle_rounds=1, seconds=0.5, idle_connections=1000, left_out=PLAIN),
+    "quick": Profile(rounds=2, starts=1, idle_rounds=1, seconds=0.3, idle_connections=1000, left_out=PLAIN),
     "full": Profile(rounds=7, starts=3, idle_rounds=3, seconds=1.0, idle_connections=5000, compiling_seconds=10.0),
 }
 
