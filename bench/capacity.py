@@ -17,7 +17,7 @@ import yaml
 from bench import proxies
 from bench.contenders import ASGI, GEVENT, OURS, PYPY
 from bench.nodes import PART_LOAD
-from bench.report import number
+from bench.report import Spread, number
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/capacity.md"
@@ -278,12 +278,8 @@ def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
         f"before the first connection, ready after {number(median('nodes', 'ready', key))} ms"
         for name, key in {"this one": OURS, "pypy3": PYPY}.items()
     ]
-    session = [
-        f"{number(found['median'])} µs ({number(found['min'])} to {number(found['max'])})"
-        for found in (
-            parts["edges"]["figures"]["session-cpu@websocket"]["found"][key] for key in (proxies.OURS, proxies.SILENT)
-        )
-    ]
+    sessions = parts["edges"]["figures"]["session-cpu@websocket"]["found"]
+    logged, silent = (Spread.of(sessions[key]["rounds"]) for key in (proxies.OURS, proxies.SILENT))
     rows = [
         ("node_worker_class", f"echoes per CPU second on 100 connections: {', '.join(echoes)}", "nodes"),
         ("node_python", f"echoes per CPU second on 100 connections: {'; '.join(pythons)}", "nodes"),
@@ -316,7 +312,7 @@ def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
         ),
         (
             "edge_access_log",
-            f"CPU of a session, WebSocket first: {session[0]} with, {session[1]} without",
+            f"CPU of a session, WebSocket first, in µs: {logged} with, {silent} without",
             "edges",
         ),
     ]
