@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ import environment
 import pytest
 import testinfra
 import testinfra.host
+
+SUITES = environment.PROJECT / ".artifacts" / "suites.jsonl"
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,23 @@ class Host:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A run with a skip, or in which nothing passed, has not proven what its green would say."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    keep_seconds(reporter)
     skipped, passed = (len(reporter.stats.get(outcome, [])) for outcome in ("skipped", "passed"))
     if session.exitstatus == pytest.ExitCode.OK and (skipped or not passed):
         reporter.write_line(f"{passed} passed and {skipped} skipped: a suite must pass, and skip nothing", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def keep_seconds(reporter: Any) -> None:
+    """Keeps how long each test has taken, with its fixtures, for molecule/proof.py; by suite."""
+    seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for report in (one for reports in reporter.stats.values() for one in reports if hasattr(one, "duration")):
+        seconds[Path(report.fspath).parent.name][report.nodeid.rpartition("/")[2]] += report.duration
+    with SUITES.open("a") as file:
+        for suite, steps in seconds.items():
+            scenario = os.environ.get("MOLECULE_SCENARIO_NAME", "")
+            kept = {"scenario": scenario, "suite": suite, "seconds": sum(steps.values()), "steps": [*steps.items()]}
+            file.write(json.dumps(kept) + "\n")
 
 
 @pytest.fixture(scope="session")

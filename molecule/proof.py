@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Runs all scenarios, and writes what each suite proves and how long it takes into molecule/README.md."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+MOLECULE = Path(__file__).parent
+README = MOLECULE / "README.md"
+ARTIFACTS = MOLECULE.parent / ".artifacts"
+LOG, SUITES = ARTIFACTS / "molecule.log", ARTIFACTS / "suites.jsonl"
+SAME_HOSTS = ("default", "failover", "operations", "scale")
+"""They deploy inventory/lab. The hosts are made once; each scenario first brings them to the inventory's state."""
+OTHERS = ("debian12",)
+SLOWEST = 10
+MARKS = ("<!-- The table is written by `make molecule`. -->", "<!-- End of the table. -->")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+ACTION = re.compile(r"^INFO +(?P<scenario>\S+) ➜ (?P<action>\S+): (?P<state>Executing|Executed)")
+FAILURE = re.compile(r"(FAILED|ERROR) .*::|fatal: |\(Verifier tests failed\)")
+LINES_OF_A_FAILURE = 6
+WHAT_ACTIONS_DO = {
+    "create": "Makes the hosts.",
+    "prepare": "Builds what only this scenario deploys.",
+    "check": "`site.yml --check` works on hosts on which nothing is installed.",
+    "converge": "`site.yml` deploys everything, and real clients find every user on one node.",
+    "idempotence": "`site.yml` changes nothing the second time.",
+    "destroy": "Removes the hosts.",
+}
+
+
+class Row(NamedTuple):
+    """One line of the table: what it proves, in how many tests and seconds."""
+
+    scenario: str
+    step: str
+    proves: str
+    tests: int
+    seconds: float
+
+
+def main() -> None:
+    """Run the scenarios; exit with the status of the first command that fails."""
+    ARTIFACTS.mkdir(exist_ok=True)
+    SUITES.unlink(missing_ok=True)
+    rows: list[Row] = []
+    with LOG.open("w") as log:
+        # A demo may be running.
+        for command in (
+            ["destroy", "--scenario-name", "default"],
+            ["test", "--shared-state", *named(SAME_HOSTS)],
+            ["test", *named(OTHERS)],
+        ):
+            status, found = play(["molecule", *command], log)
+            rows += found if command[0] == "test" else []
+            if status:
+                print("\n==> What failed:", *failures(LOG.read_text().splitlines()), sep="\n")
+                sys.exit(status)
+    tests = [json.loads(line) for line in SUITES.read_text().splitlines()]
+    write(rows + [suite_row(one) for one in tests])
+    slowest = sorted((step for one in tests for step in one["steps"]), key=lambda step: -step[1])[:SLOWEST]
+    print(f"\n==> The slowest {SLOWEST} tests, with what they share:")
+    print(*(f"{seconds:6.1f} s  {name}" for name, seconds in slowest), sep="\n")
+
+
+def named(scenarios: Iterable[str]) -> list[str]:
+    """Return the options that choose the scenarios."""
+    return [word for scenario in scenarios for word in ("--scenario-name", scenario)]
+
+
+def play(command: list[str], log: object) -> tuple[int, list[Row]]:
+    """Run a command, and show and keep its output; return its status, and a row for each action but the suites."""
+    rows: list[Row] = []
+    began = time.monotonic()
+    environment = os.environ | {"COLUMNS": "200"}
+    with subprocess.Popen(
+        command, cwd=MOLECULE.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            print(line, end="", file=log, flush=True)
+            if (found := ACTION.match(COLOUR.sub("", line))) is None:
+                continue
+            if found["state"] == "Executing":
+                began = time.monotonic()
+            elif (does := WHAT_ACTIONS_DO.get(found["action"])) is not None:
+                rows.append(Row(found["scenario"], found["action"], does, 0, time.monotonic() - began))
+    return process.returncode, rows
+
+
+def suite_row(suite: dict[str, object]) -> Row:
+    """Return the row of what the suites' conftest.py has kept of one."""
+    folder = MOLECULE / "shared" / "tests" / str(suite["suite"])
+    proves = " ".join(first_sentence(module) for module in sorted(folder.glob("test_*.py")))
+    return Row(str(suite["scenario"]), str(suite["suite"]), proves, len(suite["steps"]), float(suite["seconds"]))
+
+
+def first_sentence(module: Path) -> str:
+    """Return the first line of a module's docstring."""
+    return (ast.get_docstring(ast.parse(module.read_text())) or "").partition("\n")[0]
+
+
+def failures(lines: list[str]) -> Iterable[str]:
+    """Yield each line that tells of a failure, with those after it."""
+    until = 0
+    for number, line in enumerate(lines):
+        if FAILURE.search(line):
+            until = number + LINES_OF_A_FAILURE
+        if number <= until and until:
+            yield line
+
+
+def write(rows: list[Row]) -> None:
+    """Put the table between its marks in the README."""
+    order = [*SAME_HOSTS, *OTHERS]
+    table = ["| scenario | step or suite | what it proves | tests | seconds |", "|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: order.index(row.scenario)):
+        table.append(f"| {row.scenario} | {row.step} | {row.proves} | {row.tests or ''} | {row.seconds:.0f} |")
+    table.append(f"| all | | | {sum(row.tests for row in rows)} | {sum(row.seconds for row in rows):.0f} |")
+    before, _, rest = README.read_text().partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    README.write_text("\n".join([before + MARKS[0], "", *table, "", MARKS[1]]) + after)
+
+
+if __name__ == "__main__":
+    main()
