@@ -190,7 +190,7 @@ def change_edge(lab: Lab, node: str) -> None:
 EDGE_CHANGES = (
     {"stickyring_edge_route_timeout": 90},
     {"stickyring_edge_circuit_breaker_max_requests": 90000},
-    {"stickyring_edge_hash_policies": [{"query_parameter": {"name": "client_id"}, "terminal": True}]},
+    {"stickyring_edge_hash_policies": [{"query_parameter": {"name": "client_id"}}]},
 )
 OPERATIONS: dict[str, tuple[Callable[[Lab, str], None], int]] = {
     "stop": (stop, 4),

@@ -21,13 +21,32 @@ RING_POLICIES = ("RING_HASH", "MAGLEV")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 PARAMETER = re.compile(r"[A-Za-z0-9_.~-]+")
 HASH_POLICIES = ("query_parameter", "header", "cookie", "connection_properties", "filter_state")
-# Where each kind of policy names what it looks at.
+# Where each kind of policy names what it looks at, and what else it may say.
 NAME_FIELDS = {"query_parameter": "name", "header": "header_name", "cookie": "name", "filter_state": "key"}
+OTHER_FIELDS = {"cookie": {"ttl", "path", "attributes"}, "connection_properties": {"source_ip"}}
+TTL = re.compile(r"[0-9]+s")
 # Envoy's own upper bound for the points of one ring.
 LARGEST_RING = 8 * 1024 * 1024
-# What the edge tells the nodes, and nobody else does: the key that was hashed, decoded; the cluster whose ring that was
-# for; and the parameters that it may have come from, since the ring hashes those as they stand in the query.
-NODE_HEADERS = ("x-stickyring-key", "x-stickyring-cluster", "x-stickyring-query")
+# What the edge tells the nodes, and nobody else does: the key that was hashed, the cluster whose ring that was for, the
+# client's address.
+NODE_HEADERS = ("x-stickyring-key", "x-stickyring-cluster", "x-stickyring-client")
+# Where a request's key is kept while Envoy handles it: what the client has given, and what is hashed, logged and told.
+GIVEN, KEY = "stickyring.given", "stickyring.key"
+# A key is UTF-8 without control characters (C0, DEL, C1), and without a blank at either end, which headers would lose.
+# Envoy matches byte by byte, hence the forms of UTF-8 (RFC 3629, section 4).
+KEY_CHARACTER = (
+    r"(?:[\x21-\x7e]|\xc2[\xa0-\xbf]|[\xc3-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}"
+    r"|\xed[\x80-\x9f][\x80-\xbf]|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2})"
+)
+GOOD_KEY = f"{KEY_CHARACTER}(?: *{KEY_CHARACTER})*"
+ANY_KEY = "(?s).+"
+# In the form of Engine.IO's own errors, whose code 3 is a bad request.
+BAD_KEY = json.dumps(
+    {
+        "code": 3,
+        "message": "Bad request: a user id is UTF-8 without control characters, and no blank at either end",
+    }
+)
 # Envoy's own default for the slots of a Maglev table.
 MAGLEV_TABLE = 65537
 # See _endpoints. Nothing listens at this address of the edge itself, so the retries of the routes pass on whoever meets
@@ -191,23 +210,25 @@ def stickyring_edge_problems(settings: Data, pems: dict[str, str], sha256: str |
     lists = {"stickyring_edge_hash_policies": hash_policies}
     lists |= {f"listener {item['name']}": item.get("hash_policies") or [] for item in listeners}
     problems += [
-        f"{where}: every hash policy but the last is terminal: true, or Envoy mixes the hashes of all that match."
-        for where, policies in lists.items()
-        if not all(policy.get("terminal") for policy in policies[:-1])
+        problem for where, policies in lists.items() for one in policies for problem in _policy_problems(where, one)
     ]
-    for where, policy in ((where, policy) for where, policies in lists.items() for policy in policies):
-        kinds = [key for key in policy if key != "terminal"]
-        if len(kinds) != 1 or kinds[0] not in HASH_POLICIES:
-            problems.append(
-                f"{where}: a hash policy has one of {', '.join(HASH_POLICIES)}; got {', '.join(kinds) or 'none'}."
-            )
-            continue
-        needed = NAME_FIELDS.get(kinds[0])
-        name = policy[kinds[0]].get(needed) if needed else "none"
-        if not name:
-            problems.append(f"{where}: the hash policy {kinds[0]} needs {needed}.")
-        elif not PARAMETER.fullmatch(name):
-            problems.append(f"{where}: the hash policy's {needed} {name!r} is not letters, digits and _.~-")
+    return problems
+
+
+def _policy_problems(where: str, policy: Data) -> list[str]:
+    kinds = [key for key in policy if key != "terminal"]
+    if len(kinds) != 1 or kinds[0] not in HASH_POLICIES:
+        return [f"{where}: a hash policy has one of {', '.join(HASH_POLICIES)}; got {', '.join(kinds) or 'none'}."]
+    (kind,) = kinds
+    settings, needed = policy[kind], NAME_FIELDS.get(kind)
+    unknown = sorted(settings.keys() - {needed} - OTHER_FIELDS.get(kind, set()))
+    problems = [f"{where}: the hash policy {kind} has no use for {field}." for field in unknown]
+    if needed and not settings.get(needed):
+        problems.append(f"{where}: the hash policy {kind} needs {needed}.")
+    elif needed and not PARAMETER.fullmatch(settings[needed]):
+        problems.append(f"{where}: the hash policy's {needed} {settings[needed]!r} is not letters, digits and _.~-")
+    if not TTL.fullmatch(str(settings.get("ttl", "0s"))):
+        problems.append(f"{where}: the cookie's ttl {settings['ttl']!r} is not a number of seconds such as 3600s.")
     return problems
 
 
@@ -278,77 +299,116 @@ def stickyring_edge_private_keys(listeners: list[Data], pems: dict[str, str]) ->
     return {_certificate_path(item): pems[item["tls"]["key"]] for item in listeners if item.get("tls")}
 
 
-def _key_for_the_log(policies: list[Data]) -> Data:
-    """Per-route settings that put the hash key's value where the access log finds it.
+def _given(policy: Data) -> str:
+    """Envoy's name for the value that a hash policy looks at, decoded; empty where a request has none."""
+    if "query_parameter" in policy:
+        return f"%QUERY_PARAM({policy['query_parameter']['name']})%"
+    if "header" in policy:
+        return f"%REQ({policy['header']['header_name']})%"
+    if "cookie" in policy:
+        # Where the filter `stickyring.cookies` has put it.
+        return f"%DYNAMIC_METADATA(stickyring.cookie:{policy['cookie']['name']})%"
+    if "filter_state" in policy:
+        return f"%FILTER_STATE({policy['filter_state']['key']}:PLAIN)%"
+    return "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"
 
-    They are part of the routes, so that another hash policy changes no listener, which would end its websockets.
+
+def _key_filters(policies: list[Data]) -> Data:
+    """Per-route settings of the filters that find the key of a request, once, before a route is chosen by it.
+
+    They are part of the routes, so that other hash policies change no listener, which would end its websockets.
     """
-    operators: list[Data | str] = []
-    cookies = []
-    for policy in policies:
-        if "query_parameter" in policy:
-            operators.append({"command": "QUERY_PARAM", "param": policy["query_parameter"]["name"]})
-        elif "header" in policy:
-            operators.append({"command": "REQ", "param": policy["header"]["header_name"]})
-        elif "cookie" in policy:
-            name = policy["cookie"]["name"]
-            cookies.append(
-                {"cookie": name, "on_header_present": {"metadata_namespace": "stickyring.cookie", "key": name}}
-            )
-            operators.append({"command": "DYNAMIC_METADATA", "param": f"stickyring.cookie:{name}"})
-        elif "connection_properties" in policy:
-            operators.append("DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT")
-    settings: Data = {}
-    if cookies:
+
+    def kept(key: str, factory: str, value: str) -> Data:
+        text = {"text_format_source": {"inline_string": value}, "omit_empty_values": True}
+        return {"object_key": key, "factory_key": factory, "skip_if_empty": True, "format_string": text}
+
+    # The first policy that finds something is the last one to be kept.
+    values = [kept(GIVEN, "envoy.string", _given(policy)) for policy in reversed(policies)]
+    if _issued_cookie(policies):
+        # Random for each request, whatever connection it comes by.
+        values.append(kept(KEY, "envoy.hashable_string", "%UNIQUE_ID%"))
+    values.append(kept(KEY, "envoy.hashable_string", f"%FILTER_STATE({GIVEN}:PLAIN)%"))
+    rules = [
+        {"cookie": name, "on_header_present": {"metadata_namespace": "stickyring.cookie", "key": name}}
+        for name in (policy["cookie"]["name"] for policy in policies if "cookie" in policy)
+    ]
+    settings = {
+        "stickyring.key": {
+            "@type": TYPE + "envoy.extensions.filters.http.set_filter_state.v3.Config",
+            "on_request_headers": values,
+        }
+    }
+    if rules:
         settings["stickyring.cookies"] = {
             "@type": TYPE + "envoy.extensions.filters.http.header_to_metadata.v3.Config",
-            "request_rules": cookies,
-        }
-    if operators:
-        key = json.dumps({"operators": operators}, separators=(",", ":"))
-        settings["stickyring.key"] = {
-            "@type": TYPE + "envoy.extensions.filters.http.set_filter_state.v3.Config",
-            "on_request_headers": [
-                {
-                    "object_key": "stickyring.key",
-                    "factory_key": "envoy.string",
-                    "skip_if_empty": True,
-                    "format_string": {
-                        "text_format_source": {"inline_string": f"%COALESCE({key})%"},
-                        "omit_empty_values": True,
-                    },
-                }
-            ],
+            "request_rules": rules,
         }
     return settings
 
 
+def _issued_cookie(policies: list[Data]) -> Data | None:
+    """The cookie that is issued to who has given nothing: as with Envoy's own, the first one with a ttl."""
+    return next((policy["cookie"] for policy in policies if "ttl" in policy.get("cookie", {})), None)
+
+
+def _set_cookie(cookie: Data, *, secure: bool) -> Data:
+    """The response header by which a visitor gets the key that was made up for them."""
+    seconds = int(cookie["ttl"].removesuffix("s"))
+    attributes = [
+        f"{one['name']}={one['value']}" if one.get("value") else one["name"] for one in cookie.get("attributes", [])
+    ]
+    parts = [
+        f"{cookie['name']}=%FILTER_STATE({KEY}:PLAIN)%",
+        *([f"Max-Age={seconds}"] if seconds else []),
+        *([f"Path={cookie['path']}"] if cookie.get("path") else []),
+        *(["Secure"] if secure and not any(one.lower() == "secure" for one in attributes) else []),
+        "HttpOnly",
+        *attributes,
+    ]
+    return {"header": {"key": "set-cookie", "value": "; ".join(parts)}, "append_action": "APPEND_IF_EXISTS_OR_ADD"}
+
+
 def _routes(item: Data, common: Data) -> Data:
     policies: list[Data] = item["hash_policies"] if "hash_policies" in item else common["hash_policies"]
-    route = {"cluster": item["cluster"], **common["route"]}
-    if policies:
-        route["hash_policy"] = policies
     resource = {
         "@type": TYPE + "envoy.config.route.v3.RouteConfiguration",
         "name": item["name"],
         **common["route_configuration"],
     }
-    told = {"x-stickyring-cluster": item["cluster"]}
-    if names := [policy["query_parameter"]["name"] for policy in policies if "query_parameter" in policy]:
-        told["x-stickyring-query"] = ",".join(names)
     resource["request_headers_to_remove"] = list(NODE_HEADERS)
     resource["request_headers_to_add"] = [
-        {"header": {"key": name, "value": value}}
-        for name, value in {"x-stickyring-key": "%FILTER_STATE(stickyring.key:PLAIN)%", **told}.items()
+        {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+        for name, value in zip(
+            NODE_HEADERS,
+            (f"%FILTER_STATE({KEY}:PLAIN)%", item["cluster"], "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"),
+            strict=True,
+        )
     ]
-    settings = _key_for_the_log(policies)
-    if settings:
-        resource["typed_per_filter_config"] = settings
     private = [{"match": {"path": path}, "direct_response": {"status": 404}} for path in common["private_paths"]]
     # A retry needs the whole body again; Envoy's own bound is the connection's buffer, far below what a body may have.
-    everything = {"match": {"prefix": "/"}, "route": route, "request_body_buffer_limit": common["largest_body"]}
-    resource["virtual_hosts"] = [{"name": item["name"], "domains": ["*"], "routes": [*private, everything]}]
+    everything = {
+        "match": {"prefix": "/"},
+        "route": {"cluster": item["cluster"], **common["route"]},
+        "request_body_buffer_limit": common["largest_body"],
+    }
+    routes = [everything]
+    if policies:
+        resource["typed_per_filter_config"] = _key_filters(policies)
+        everything["route"]["hash_policy"] = [{"filter_state": {"key": KEY}}]
+        cookie = _issued_cookie(policies)
+        added = {"response_headers_to_add": [_set_cookie(cookie, secure="tls" in item)]} if cookie else {}
+        routes = [
+            {**everything, "match": _who_gives(GOOD_KEY)},
+            {"match": _who_gives(ANY_KEY), "direct_response": {"status": 400, "body": {"inline_string": BAD_KEY}}},
+            {**everything, **added},
+        ]
+    resource["virtual_hosts"] = [{"name": item["name"], "domains": ["*"], "routes": [*private, *routes]}]
     return resource
+
+
+def _who_gives(regex: str) -> Data:
+    return {"prefix": "/", "filter_state": [{"key": GIVEN, "string_match": {"safe_regex": {"regex": regex}}}]}
 
 
 def _endpoints_path(cluster: Data, common: Data) -> str:

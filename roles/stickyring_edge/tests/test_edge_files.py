@@ -220,23 +220,66 @@ def test_hash_policies_are_in_the_routes_alone() -> None:
     changed[0]["hash_policies"] = [{"header": {"header_name": "x-user"}}]
     before, after = compose(), compose(changed)
     assert [path for path in before if before[path] != after[path]] == ["routes/sticky.yaml"]
-    told = {
-        one["header"]["key"]: one["header"]["value"] for one in after["routes/sticky.yaml"][0]["request_headers_to_add"]
+    for files in (before, after):
+        [routes] = files["routes/sticky.yaml"]
+        assert all(
+            route["route"]["hash_policy"] == [{"filter_state": {"key": "stickyring.key"}}]
+            for route in with_nodes(routes)
+        )
+
+
+def with_nodes(routes: dict[str, Any]) -> list[dict[str, Any]]:
+    """The routes that lead to a cluster."""
+    return [route for route in routes["virtual_hosts"][0]["routes"] if "route" in route]
+
+
+def test_the_node_is_told_what_was_hashed_and_nothing_that_a_client_says() -> None:
+    [routes] = compose()["routes/sticky.yaml"]
+    told = {one["header"]["key"]: one["header"]["value"] for one in routes["request_headers_to_add"]}
+    assert told == {
+        "x-stickyring-key": "%FILTER_STATE(stickyring.key:PLAIN)%",
+        "x-stickyring-cluster": "nodes",
+        "x-stickyring-client": "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
     }
-    assert told == {"x-stickyring-key": "%FILTER_STATE(stickyring.key:PLAIN)%", "x-stickyring-cluster": "nodes"}
-    route = after["routes/sticky.yaml"][0]["virtual_hosts"][0]["routes"][-1]["route"]
-    assert route["hash_policy"] == [{"header": {"header_name": "x-user"}}]
+    assert set(routes["request_headers_to_remove"]) == set(told)
 
 
-def test_the_log_finds_the_key_of_every_policy() -> None:
+def test_the_first_policy_that_finds_something_names_the_user() -> None:
+    """Each finding replaces the one before it, so the first policy stands last."""
     settings = compose()["routes/sticky.yaml"][0]["typed_per_filter_config"]
-    expression = settings["stickyring.key"]["on_request_headers"][0]["format_string"]["text_format_source"]
-    assert expression["inline_string"] == (
-        '%COALESCE({"operators":[{"command":"QUERY_PARAM","param":"client_id"},{"command":"REQ","param":"x-client-id"},'
-        '{"command":"DYNAMIC_METADATA","param":"stickyring.cookie:stickyring"}]})%'
-    )
+    kept = [
+        (one["object_key"], one["format_string"]["text_format_source"]["inline_string"])
+        for one in settings["stickyring.key"]["on_request_headers"]
+    ]
+    assert kept == [
+        ("stickyring.given", "%DYNAMIC_METADATA(stickyring.cookie:stickyring)%"),
+        ("stickyring.given", "%REQ(x-client-id)%"),
+        ("stickyring.given", "%QUERY_PARAM(client_id)%"),
+        ("stickyring.key", "%UNIQUE_ID%"),
+        ("stickyring.key", "%FILTER_STATE(stickyring.given:PLAIN)%"),
+    ]
+    assert all(one["skip_if_empty"] for one in settings["stickyring.key"]["on_request_headers"])
     [rule] = settings["stickyring.cookies"]["request_rules"]
     assert rule["on_header_present"] == {"metadata_namespace": "stickyring.cookie", "key": "stickyring"}
+
+
+@pytest.mark.parametrize(
+    ("cookie", "tls", "issued"),
+    [
+        ({"ttl": "0s"}, False, "; HttpOnly"),
+        ({"ttl": "3600s", "path": "/"}, False, "; Max-Age=3600; Path=/; HttpOnly"),
+        ({"ttl": "0s", "attributes": [{"name": "SameSite", "value": "Lax"}]}, True, "; Secure; HttpOnly; SameSite=Lax"),
+        ({"ttl": "0s", "attributes": [{"name": "Secure"}]}, True, "; HttpOnly; Secure"),
+        ({}, False, None),
+    ],
+)
+def test_a_cookie_with_a_ttl_is_issued(cookie: dict[str, Any], tls: bool, issued: str | None) -> None:
+    listener = LISTENERS[0] | {"hash_policies": [{"cookie": {"name": "c", **cookie}}]} | ({"tls": TLS} if tls else {})
+    [routes] = compose([listener])["routes/sticky.yaml"]
+    given, nothing_given = with_nodes(routes)
+    assert "response_headers_to_add" not in given
+    headers = [one["header"]["value"] for one in nothing_given.get("response_headers_to_add", [])]
+    assert headers == ([] if issued is None else [f"c=%FILTER_STATE(stickyring.key:PLAIN)%{issued}"])
 
 
 def test_without_a_policy_nothing_is_hashed_or_logged_as_a_key() -> None:
@@ -263,9 +306,9 @@ def test_a_certificate_is_in_a_file_of_its_own_and_its_key_is_not_in_it() -> Non
 
 
 def test_private_paths_are_answered_before_any_node() -> None:
-    [private, public] = compose()["routes/sticky.yaml"][0]["virtual_hosts"][0]["routes"]
+    private, *public = compose()["routes/sticky.yaml"][0]["virtual_hosts"][0]["routes"]
     assert private == {"match": {"path": "/metrics"}, "direct_response": {"status": 404}}
-    assert public["match"] == {"prefix": "/"}
+    assert [route["match"]["prefix"] for route in public] == ["/"] * len(public)
 
 
 def test_a_cluster_may_have_a_health_path_of_its_own() -> None:
@@ -340,6 +383,13 @@ def test_each_fault_of_a_single_value_is_said(others: dict[str, Any], words: str
         ({"hash_policies": [{"param": {"name": "x"}}]}, {}, {}, "got param"),
         ({"hash_policies": [{"header": {"header_name": "a)%b"}}]}, {}, {}, "header_name 'a)%b' is not letters"),
         ({"hash_policies": [{"header": {"name": "x-user"}}]}, {}, {}, "header needs header_name"),
+        ({"hash_policies": [{"header": {"header_name": "u", "regex": 1}}]}, {}, {}, "header has no use for regex"),
+        (
+            {"hash_policies": [{"cookie": {"name": "u", "ttl": "soon"}}]},
+            {},
+            {},
+            "ttl 'soon' is not a number of seconds",
+        ),
     ],
 )
 def test_each_fault_is_said(

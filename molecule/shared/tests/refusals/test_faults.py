@@ -123,10 +123,9 @@ def test_an_edge_binary_with_another_checksum(refusal: Any) -> None:
 
 @pytest.mark.usefixtures("unharmed")
 def test_a_configuration_that_envoy_rejects(refusal: Any, machine: Any) -> None:
-    """The role cannot know every rule of Envoy's: here, how a duration is written."""
+    """The role cannot know every rule of Envoy's: here, what a path may hold."""
     files = "find /etc/stickyring-edge/xds -name '*.yaml' -exec sha256sum {} +"
     before = machine("edge1").check_output(files)
-    policies = [{"cookie": {"name": "user", "ttl": "soon"}, "terminal": True}]
-    output = refusal("playbooks/edge.yml", {"stickyring_edge_hash_policies": policies})
-    assert "Duration" in output, "Envoy's own message is missing"
+    output = refusal("playbooks/edge.yml", {"stickyring_edge_health_check_path": "/health\nz"})
+    assert "HttpHealthCheckValidationError.Path" in output, "Envoy's own message is missing"
     assert machine("edge1").check_output(files) == before

@@ -127,8 +127,7 @@ def test_nobody_notices_what_is_no_listener_and_no_restart(
     """A renewed certificate, another policy at the list's end, other timeouts of routes and clusters."""
     before, since = processes(), time.monotonic()
     assert {serial(edge) for edge in edges} == {serial_of(listener(edges[0])["tls"]["certificate"])}
-    *policies, last = edges[0].variables["stickyring_edge_hash_policies"]
-    policies += [last | {"terminal": True}, {"connection_properties": {"source_ip": True}}]
+    policies = edges[0].variables["stickyring_edge_hash_policies"] + [{"connection_properties": {"source_ip": True}}]
     changes = {
         "stickyring_edge_hash_policies": policies,
         "stickyring_edge_connect_timeout": 3,
