@@ -47,7 +47,7 @@ class Node:
 
     def connect(self, key: str | None, age: float = 2 * SETTLING_SECONDS, upgraded: bool = True) -> Session:
         sid = f"sid{len(self.sessions)}"
-        socket = FakeSocket(sid, upgraded, lambda: self.left.append((time.monotonic(), key)))
+        socket: Any = FakeSocket(sid, upgraded, lambda: self.left.append((time.monotonic(), key)))
         self.sockets[socket.sid] = socket
         engine: Any = SimpleNamespace(sockets=self.sockets)
         session = Session(engine, socket, key, began=time.monotonic() - age)

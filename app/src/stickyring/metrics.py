@@ -6,7 +6,7 @@ disconnect, or a binary attachment. Pings and the handshake itself are not messa
 
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info, PlatformCollector, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
@@ -21,14 +21,21 @@ class Queue(Protocol):
     def empty(self) -> bool:
         """Whether none waits."""
 
-    def put(self, item: "Packet") -> None:
-        """Have one more wait."""
+    def put(self, item: "Packet | None") -> None:
+        """Have one more wait; None says that none follows."""
+
+    def get(self, block: bool = True, timeout: float | None = None) -> "Packet | None":
+        """Take the next one, waiting for it."""
+
+    def task_done(self) -> None:
+        """Say that one which was taken is dealt with."""
 
 
 class EngineSession(Protocol):
     """What is used of one session of python-engineio, `engineio.Socket`."""
 
     sid: str
+    connected: bool
     upgraded: bool
     upgrading: bool
     closing: bool
@@ -37,6 +44,13 @@ class EngineSession(Protocol):
     @property
     def queue(self) -> Queue:
         """The packets that wait."""
+
+    # The two that a `Session` puts its own in place of.
+    poll: Callable[[], list["Packet"]]
+    handle_post_request: Callable[[dict[str, Any]], None]
+
+    def receive(self, packet: "Packet") -> None:
+        """Deal with a packet from the client."""
 
     def check_ping_timeout(self) -> bool:
         """Whether the client still answers pings; its end, if it does not."""
@@ -60,6 +74,18 @@ class Engine(Protocol):
     sockets: dict[str, EngineSession]
     handlers: dict[str, Callable[..., object]]
     send_packet: Callable[[str, Packet], None]
+    max_http_buffer_size: float
+    ping_interval: float
+    ping_timeout: float
+
+    def get_queue_empty_exception(self) -> type[Exception]:
+        """What a queue raises when nothing comes in time."""
+
+    def sleep(self, seconds: float) -> None:
+        """Let others run."""
+
+    def start_background_task(self, target: Callable[..., object], *args: object) -> object:
+        """Run something beside this."""
 
     def on(self, event: str, handler: Callable[..., object]) -> None:
         """Set the handler of `connect`, `message` or `disconnect`."""
@@ -76,12 +102,17 @@ def node_registry(node_name: str) -> CollectorRegistry:
     return registry
 
 
+FAILURES = ("packet", "body", "unread", "unjoined", "handler")
+"""Why a node ends a session for an error: a packet that cannot be decoded or that a client may not send; a body that is
+too long or incomplete; a client that does not read; one that joins no namespace; a connect handler that fails."""
+
+
 class EngineMetrics:
     """The counters of one Engine.IO server; whoever sees an event increments them.
 
     Labels: `transport` is polling, websocket or other (a transport that the client made up); `direction` is received or
-    sent; `reason` is capacity or draining (503), protocol (400: older than Engine.IO 4), unauthorized (401) or
-    bad_request (400).
+    sent; `reason` of a session that failed is one of FAILURES, of a handshake capacity or draining (503), protocol
+    (400: older than Engine.IO 4), unauthorized (401) or bad_request (400).
     """
 
     def __init__(self, engine: Engine, max_connections: int, registry: CollectorRegistry) -> None:
@@ -102,15 +133,23 @@ class EngineMetrics:
             ["transport"],
             registry=registry,
         )
+        failed = Counter(
+            "stickyring_sessions_failed", "Sessions that the node ended for an error.", ["reason"], registry=registry
+        )
         messages = Counter("stickyring_messages", "Engine.IO messages.", ["transport", "direction"], registry=registry)
         # Looked up once: these are incremented often. A metric that is there at 0 also makes rates right.
         self.accepted = {transport: accepted.labels(transport) for transport in TRANSPORTS}
         self.received = {transport: messages.labels(transport, "received") for transport in TRANSPORTS}
         self.sent = {transport: messages.labels(transport, "sent") for transport in TRANSPORTS}
+        self._failed = {reason: failed.labels(reason) for reason in FAILURES}
         for transport in TRANSPORTS:
             self.refused.labels(transport, "capacity")
             self.refused.labels(transport, "draining")
             self.unknown_sessions.labels(transport)
+
+    def count_failure(self, reason: str) -> None:
+        """Count a session that the node ended, for one of FAILURES."""
+        self._failed[reason].inc()
 
 
 class MoveMetrics:

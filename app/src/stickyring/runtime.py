@@ -2,6 +2,8 @@
 
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
@@ -11,6 +13,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from stickyring.drain import Drain
 from stickyring.metrics import TRANSPORTS, Engine, EngineMetrics, MoveMetrics, Packet, node_registry
+from stickyring.packets import HandlerError, check_packets
 from stickyring.sessions import SESSION_VARIABLE, Session, SessionWebSocket, key_of
 from stickyring.websocket import SOCKET_VARIABLE, Server, WebSocket, refusal
 
@@ -25,6 +28,10 @@ RETRY_AFTER_SECONDS = 5
 ELSEWHERE_HEADER = "x-stickyring-elsewhere"
 """On an answer with it, the edge tries the next node of the ring at once."""
 MOVED = b'"This session has moved: connect again"'
+FAILED = b'"This session has ended for an error"'
+NOOP = b"6"
+JOIN_SECONDS = 45.0
+"""How long a client may take to join a namespace (the Socket.IO packet CONNECT); `connectTimeout` of socket.io."""
 
 
 class Runtime:
@@ -114,6 +121,11 @@ class SocketIOGate:
     A session is in `sessions` from its connect event to its disconnect event. WebSockets are those of
     `stickyring.websocket`, which the engine finds where its asynchronous mode has its own; that name is not public, and
     the engine's version is pinned. What the application sends goes to them at once where nothing waits before it.
+    Each session receives POSTs and hands out packets in place of the engine, and `stickyring.packets` says what may be
+    in them.
+
+    Whatever fails while a request, a packet or a WebSocket of a session is handled ends the session at once, and its
+    client gets an error. So does JOIN_SECONDS without a namespace.
 
     A handshake is a GET without `sid`. Above `max_connections` sessions, one of protocol 4 gets 503 with Retry-After
     before the engine sees it. Older protocols are left to the engine, which answers 400 and says so.
@@ -140,10 +152,15 @@ class SocketIOGate:
         self._sessions = sessions
         self._drain = drain
         self._max_connections = max_connections
-        self._engine: Engine = application.engineio_app.eio
+        self._server: socketio.Server = application.engineio_app
+        self._engine: Engine = self._server.eio
+        check_packets(self._server)
         # The only way to have python-engineio take another WebSocket.
         self._engine._async = {**self._engine._async, "websocket": _choose_websocket(self._engine._async["websocket"])}
         self._metrics = EngineMetrics(self._engine, max_connections, registry)
+        # Who has to have joined when, the first one first.
+        self._arrivals: deque[tuple[float, str]] = deque()
+        self._watches_arrivals = False
         self._watch()
 
     @property
@@ -164,23 +181,30 @@ class SocketIOGate:
         if session is not None:
             environ[SESSION_VARIABLE] = session
             session.note(environ)
-        stranger = sid is not None and sid not in self._engine.sockets
+        stranger = sid is not None and session is None
         if stranger:
+            # The engine keeps one that has ended until its next round, and fails on a POST for it.
+            self._engine.sockets.pop(sid or "", None)
             self._metrics.unknown_sessions.labels(_transport_label(query)).inc()
-        if (stranger and key_of(environ) is not None) or (self._drain.active and sid not in self._engine.sockets):
+        if (stranger and key_of(environ) is not None) or (self._drain.active and session is None):
             if sid is None and environ["REQUEST_METHOD"] == "GET":
                 self._metrics.refused.labels(_transport_label(query), "draining").inc()
             return _refuse(start_response, [(ELSEWHERE_HEADER, "1")])
         if environ.get("HTTP_UPGRADE", "").lower() == "websocket":
             if environ[SOCKET_VARIABLE] is None:
                 return self._pass_on(environ, start_response)
-            if refused := refusal(environ):
+            refused = refusal(environ)
+            if refused is None and session is not None and session.socket.upgrading:
+                refused = "400 Bad Request", []  # one at a time
+            if refused:
                 if sid is None:
                     self._metrics.refused.labels(_transport_label(query), "bad_request").inc()
                 return _answer(start_response, *refused, b"")
         if sid is None and environ["REQUEST_METHOD"] == "GET":
             return self._handshake(environ, start_response, _transport_label(query), _parameter(query, "EIO") or "")
         answer = self._poll(session, environ) if session is not None and _is_a_poll(environ) else self._ask(environ)
+        if session is not None and session.failed == "body" and answer[0].startswith("400"):
+            answer = "413 Content Too Large", *answer[1:]
         return _answer(start_response, *answer)
 
     def _pass_on(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
@@ -195,7 +219,14 @@ class SocketIOGate:
             begun.append((status, [*headers]))
             return lambda _: None
 
-        body = b"".join(self._application(environ, begin))
+        try:
+            body = b"".join(self._application(environ, begin))
+        except OSError:
+            raise  # a WebSocket whose client has gone, which knows what that means
+        except Exception as error:
+            if (session := environ.get(SESSION_VARIABLE)) is not None:
+                session.fail("packet", error)
+            raise
         if not begun:
             # What gunicorn takes for the end of a connection, of which nothing more is to be read or written.
             raise StopIteration
@@ -208,8 +239,13 @@ class SocketIOGate:
             status, headers, body = self._ask(environ)
         finally:
             session.end_poll()
-        if session.moved and not body:
-            return "410 Gone", [*headers, ("Cache-Control", "no-store")], MOVED
+        if session.ended and not body:
+            if session.moved:
+                return "410 Gone", [*headers, ("Cache-Control", "no-store")], MOVED
+            if session.failed:
+                return "400 Bad Request", [*headers, ("Cache-Control", "no-store")], FAILED
+            # Its client has closed it.
+            return status, headers, NOOP
         return status, headers, body
 
     def _handshake(
@@ -238,9 +274,12 @@ class SocketIOGate:
                 transport = _transport_label(environ.get("QUERY_STRING", ""))
                 metrics.accepted[transport].inc()
                 polling = None if transport == "websocket" else threading.Lock()
-                sessions[sid] = session = Session(engine, engine.sockets[sid], polling=polling)
-                environ[SESSION_VARIABLE] = session
+                socket = engine.sockets[sid]
+                session = Session(engine, socket, polling=polling, on_failure=metrics.count_failure)
                 session.note(environ)
+                session.stand_in()
+                sessions[sid] = environ[SESSION_VARIABLE] = session
+                self._expect_to_join(sid)
                 log.debug("connected", extra={"sid": sid, "transport": transport})
             return answer
 
@@ -250,17 +289,25 @@ class SocketIOGate:
             if (session := sessions.get(sid)) is None or not session.takes(data):
                 return None
             metrics.received[session.transport].inc()
-            return message(sid, data)
+            try:
+                return message(sid, data)
+            except Exception as error:
+                session.fail("handler" if isinstance(error, HandlerError) else "packet", error)
+                return None
 
         def on_disconnect(sid: str, *reason: str) -> object:
-            sessions.pop(sid, None)
+            session = sessions.pop(sid, None)
             log.debug("disconnected", extra={"sid": sid, "reason": " ".join(reason)})
-            return disconnect(sid, *reason)
+            try:
+                return disconnect(sid, *reason)
+            finally:
+                if session is not None:
+                    session.stand_back()
 
         def counting_send_packet(sid: str, packet: Packet) -> None:
             if (session := sessions.get(sid)) is not None:
                 metrics.sent[session.transport].inc()
-            if session is None or not session.send_at_once(packet):
+            if session is None or (not session.send_at_once(packet) and session.has_room_for(packet)):
                 send_packet(sid, packet)
             if session is not None:
                 session.sent(packet.data)
@@ -269,6 +316,25 @@ class SocketIOGate:
         engine.on("message", on_message)
         engine.on("disconnect", on_disconnect)
         engine.send_packet = counting_send_packet
+
+    def _expect_to_join(self, sid: str) -> None:
+        self._arrivals.append((time.monotonic() + JOIN_SECONDS, sid))
+        if not self._watches_arrivals:
+            self._watches_arrivals = True
+            self._engine.start_background_task(self._end_who_never_join)
+
+    def _end_who_never_join(self) -> None:
+        while True:
+            while self._arrivals and self._arrivals[0][0] <= time.monotonic():
+                _, sid = self._arrivals.popleft()
+                if (session := self._sessions.get(sid)) is not None and not self._has_joined(sid):
+                    session.fail("unjoined")
+            due = self._arrivals[0][0] if self._arrivals else time.monotonic() + JOIN_SECONDS
+            self._engine.sleep(max(due - time.monotonic(), 0))
+
+    def _has_joined(self, sid: str) -> bool:
+        manager = self._server.manager
+        return any(manager.sid_from_eio_sid(sid, namespace) for namespace in [*manager.get_namespaces()])
 
 
 def _choose_websocket(other: Callable[..., "WSGIApplication"]) -> Callable[..., "WSGIApplication"]:

@@ -1,0 +1,164 @@
+"""What a client may send: checks of payloads and packets where python-engineio and python-socketio let errors pass.
+
+Both log an error in what a client sends and go on: a POST is answered with OK though its packets are gone, and a
+client that waits for its place in a namespace waits for ever. Here an error is raised, and whoever calls ends the
+session, so that the client knows. Rules: Engine.IO protocol revision 4, Socket.IO protocol revision 5.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import socketio
+import socketio.packet
+from engineio.packet import Packet as EnginePacket
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+log = logging.getLogger(__name__)
+
+SEPARATOR = "\x1e"
+FROM_CLIENT = frozenset("134b")
+"""How a client's packets begin: CLOSE, PONG, MESSAGE, and a binary MESSAGE in base64."""
+LIFECYCLE_EVENTS = ("connect", "disconnect")
+"""An application handles them like events of a client, and no client may send them."""
+ATTACHMENTS = 10
+"""How many messages of the largest size the attachments of one event may fill: socket.io takes 10 attachments."""
+ATTACHMENT_BYTES = 100
+"""What an attachment takes beside its content: empty ones take room as well."""
+
+
+class TooLongError(ValueError):
+    """A body is longer than `maxPayload`, which every client is told."""
+
+
+class HandlerError(Exception):
+    """The application's connect handler has failed, and the client is in none of the namespaces that it asked for."""
+
+
+def body_of(environ: "WSGIEnvironment", longest: int) -> str:
+    """Return the body of a POST, also of one without Content-Length (chunked); `longest` is in bytes.
+
+    Raises:
+        TooLongError: it is longer.
+        ValueError: it ended before its length was reached, or is not UTF-8.
+        Exception: what the server raises for a connection that is lost or chunks that are none.
+    """
+    declared = environ.get("CONTENT_LENGTH")
+    if not declared and not environ.get("wsgi.input_terminated"):
+        return ""  # PEP 3333: nothing says where it would end
+    length = int(declared) if declared else longest + 1
+    if declared and length > longest:
+        raise TooLongError
+    body: bytes = environ["wsgi.input"].read(length)
+    if len(body) > longest:
+        raise TooLongError
+    if declared and len(body) < length:
+        raise ValueError("the body has ended early")
+    return body.decode()
+
+
+def packets_of(body: str) -> Iterator[EnginePacket]:
+    """Return a payload's packets; none of an empty one. There may be as many as find room in it.
+
+    Raises:
+        ValueError: a client may not send one of them.
+        Exception: the JSON module's, or RecursionError.
+    """
+    for encoded in body.split(SEPARATOR) if body else ():
+        if encoded[:1] not in FROM_CLIENT:
+            raise ValueError("not a packet of a client's")
+        yield EnginePacket(encoded_packet=encoded)
+
+
+def check_packets(server: socketio.Server) -> None:
+    """Have a Socket.IO server raise an error for each packet that is none, and keep the application's errors apart.
+
+    What event handlers and callbacks raise is logged; the session goes on, as it always did with `async_handlers`.
+    A disconnect handler that fails no longer keeps others from running and the client from being forgotten. The names
+    that begin with an underscore are those that python-socketio's own admin instrumentation replaces, and their like.
+    """
+    server.packet_class = _checked(server.packet_class, ATTACHMENTS * int(server.eio.max_http_buffer_size))
+    trigger_event, handle_connect = server._trigger_event, server._handle_connect
+
+    def connect_or_raise(*args: object) -> None:
+        try:
+            handle_connect(*args)
+        except Exception as error:
+            log.exception("a connect handler has failed")
+            raise HandlerError from error
+
+    def trigger_and_log(event: str, namespace: str, *args: object) -> object:
+        if event != "disconnect":
+            return trigger_event(event, namespace, *args)
+        try:
+            return trigger_event(event, namespace, *args)
+        except Exception:
+            log.exception("a disconnect handler has failed")
+            return None
+
+    server._handle_connect = connect_or_raise
+    server._trigger_event = trigger_and_log
+    server._handle_event_internal = _logging("an event handler has failed", server._handle_event_internal)
+    server._handle_ack = _logging("the callback of an acknowledgement has failed", server._handle_ack)
+
+
+def _logging(message: str, call: Callable[..., object]) -> Callable[..., None]:
+    """Return a call whose errors are logged and end there."""
+
+    def call_and_log(*args: object) -> None:
+        try:
+            call(*args)
+        except Exception:
+            log.exception(message)
+
+    return call_and_log
+
+
+def _checked(packet_class: Any, longest: int) -> Any:  # noqa: ANN401 - python-socketio has no types
+    """Return a packet class that decodes only what a client may send; `longest` bounds attachments, in bytes."""
+
+    class CheckedPacket(packet_class):
+        packet_type: int
+
+        def decode(self, encoded_packet: str | bytes) -> int:
+            self.attached = 0
+            attachments: int = super().decode(encoded_packet) or 0
+            match self.packet_type:
+                case socketio.packet.EVENT | socketio.packet.BINARY_EVENT:
+                    valid = _is_an_event(self.data)
+                    if not attachments:
+                        # A client that says 0 attachments: there is nothing to wait for.
+                        self.packet_type = socketio.packet.EVENT
+                case socketio.packet.ACK | socketio.packet.BINARY_ACK:
+                    # Numbers begin at 1; behind 0, python-socketio keeps the counter of a client's numbers.
+                    valid = isinstance(self.data, list) and isinstance(self.id, int) and self.id > 0
+                    if not attachments:
+                        self.packet_type = socketio.packet.ACK
+                case socketio.packet.CONNECT | socketio.packet.DISCONNECT:
+                    valid = True
+                case _:
+                    valid = False
+            if not valid:
+                raise ValueError("not a packet of a client's")
+            return attachments
+
+        def add_attachment(self, attachment: object) -> bool:
+            if not isinstance(attachment, bytes):
+                raise TypeError("text where an attachment is due")
+            self.attached += len(attachment) + ATTACHMENT_BYTES
+            if self.attached > longest:
+                raise TooLongError
+            return bool(super().add_attachment(attachment))
+
+    return CheckedPacket
+
+
+def _is_an_event(data: object) -> bool:
+    match data:
+        case [str(name), *_]:
+            return name not in LIFECYCLE_EVENTS
+        case [int() | float(), *_]:
+            return True
+    return False
