@@ -89,6 +89,11 @@ serves: {description: "Where what is linked and configured is kept, if it has se
 last_served: {description: "That, or where the youngest that has served is kept", type: str, returned: success}
 previous: {description: "Where what served before the youngest is kept, or empty", type: str, returned: success}
 next_use: {description: "Seconds that are after each at which something began to serve", type: int, returned: success}
+moving:
+  description: Where instances listen that run and are wanted at another address or port
+  type: list
+  elements: str
+  returned: success
 behind: {description: "Wanted instances not started from what is linked", type: list, elements: int, returned: success}
 superfluous:
   description: What is too much below releases, namely releases that are too many or never served, and older settings
@@ -331,7 +336,7 @@ def history(module: AnsibleModule, releases: Path, release: str, unit: Path, env
 
 
 def started_from(pid: str) -> tuple[Path, Path, dict[str, str]]:
-    """Return from what a process of the service was started: the release, its Python, and the digests.
+    """Return from what a process of the service was started: the release, its Python, and the environment.
 
     All of it is the process's own, which neither a clock that is set nor a file that is written later changes.
     """
@@ -343,7 +348,14 @@ def started_from(pid: str) -> tuple[Path, Path, dict[str, str]]:
         words = [word.partition("=") for word in (process / "environ").read_text(errors="replace").split("\0")]
     except (OSError, IndexError):
         return Path(), Path(), {}
-    return release, python, {name: value for name, _, value in words if name in DIGESTS}
+    return release, python, {name: value for name, _, value in words}
+
+
+def moving(wanted: dict[str, Any], environments: dict[int, dict[str, str]]) -> list[str]:
+    """Return where those instances listen that run and are wanted elsewhere, as address:port."""
+    host = f"[{wanted['address']}]" if ":" in wanted["address"] else wanted["address"]
+    listening = {i: variables.get("STICKYRING_LISTEN", "") for i, variables in sorted(environments.items())}
+    return [place for i, place in listening.items() if place and place != f"{host}:{wanted['port'] + i - 1}"]
 
 
 def digests(*paths: Path) -> dict[str, str]:
@@ -463,8 +475,9 @@ def main() -> None:
     processes = {i: started_from(shown[i]["MainPID"]) for i in running}
 
     def runs_what_is_there(instance: int) -> bool:
-        made, python, told = processes[instance]
+        made, python, variables = processes[instance]
         same_python = python == (made / "bin" / "python").resolve()
+        told = {name: variables[name] for name in DIGESTS if name in variables}
         return same_python and made == releases / release and told == digests(template, settings / f"{instance}.env")
 
     def up_to_date(instance: int) -> bool:
@@ -487,6 +500,7 @@ def main() -> None:
             i for i in sorted(running) if healthy(wanted["address"], wanted["port"] + i - 1, wanted["health_path"])
         ],
         "up_to_date": sorted(filter(up_to_date, running)),
+        "moving": moving(wanted, {i: variables for i, (_, _, variables) in processes.items() if i in instances}),
         "surplus": sorted((configured | running | enabled).difference(instances)),
     }
     found |= history(module, releases, release, template, settings / "1.env")

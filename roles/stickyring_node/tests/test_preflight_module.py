@@ -581,6 +581,24 @@ def test_a_python_that_was_replaced_by_an_update_of_its_package_is_the_same(host
     assert run(port=free_ports)["up_to_date"] == [1]
 
 
+@pytest.mark.parametrize(
+    ("address", "listens", "moving"),
+    [
+        ("127.0.0.1", "127.0.0.1:{}", []),
+        ("::1", "[::1]:{}", []),
+        ("127.0.0.1", "127.0.0.2:{}", ["127.0.0.2:{}"]),
+        ("127.0.0.1", "127.0.0.1:1024", ["127.0.0.1:1024"]),
+    ],
+)
+def test_an_instance_that_is_wanted_elsewhere_is_told(
+    host: Host, free_ports: int, address: str, listens: str, moving: list[str]
+) -> None:
+    installed(host)
+    second = free_ports + 1
+    host.shows({f"{SERVICE}@2.service": host.unit(2, STICKYRING_LISTEN=listens.format(second))})
+    assert run(port=free_ports, address=address)["moving"] == [place.format(second) for place in moving]
+
+
 def test_a_process_of_the_version_before_is_restarted_once(host: Host, free_ports: int) -> None:
     """Its unit and environment have no digests."""
     installed(host)
@@ -809,7 +827,8 @@ def test_a_systemctl_that_fails_ends_the_run(host: Host, free_ports: int) -> Non
     assert "no bus" in result["msg"]
 
 
-def test_check_mode_looks_too(host: Host, free_ports: int) -> None:
+def test_check_mode_looks_too(host: Host, free_ports: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.time, "time", lambda: 1.8e9)
     installed(host)
     host.shows({f"{SERVICE}@1.service": host.unit(1)})
     assert run(port=free_ports, _ansible_check_mode=True) == run(port=free_ports)
