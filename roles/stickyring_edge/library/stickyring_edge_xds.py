@@ -119,6 +119,16 @@ options:
       link:
         description: Target that the link is going to have.
         type: str
+  start_record:
+    description:
+      - File that holds O(start_digest) once Envoy was started from O(start_files), and something else while they are
+        written. Whoever runs this module writes it.
+      - Times of files would not do, since a clock may be set.
+    type: path
+  start_digest:
+    description: What tells O(start_files) from others.
+    type: str
+    default: ""
   may_end_websockets:
     description:
       - Whether to go on where websockets are open that end with it, because a listener that they came through changes
@@ -176,7 +186,11 @@ proven:
   returned: success
   type: bool
 up_to_date:
-  description: Whether O(unit) runs and was started after the last change of its file and of O(start_files).
+  description: Whether O(unit) runs, and runs on O(start_files).
+  returned: success
+  type: bool
+recorded:
+  description: Whether O(start_record) says so.
   returned: success
   type: bool
 enabled:
@@ -513,7 +527,6 @@ class Unit:
 
     def __init__(self, module: AnsibleModule) -> None:
         self.name: str | None = module.params["unit"]
-        self.start_files: list[str] = [file["path"] for file in module.params["start_files"]]
         self.module = module
         self.shown: dict[str, str] = {}
         self.look()
@@ -521,9 +534,7 @@ class Unit:
     def look(self) -> None:
         """Asks systemd."""
         if self.name:
-            properties = (
-                "ActiveState,UnitFileState,MainPID,NeedDaemonReload,FragmentPath,ExecMainStartTimestampMonotonic"
-            )
+            properties = "ActiveState,UnitFileState,MainPID,NeedDaemonReload"
             command = ["systemctl", "show", f"--property={properties}", self.name]
             output = self.module.run_command(command, check_rc=True)[1]
             self.shown = dict(line.split("=", 1) for line in output.splitlines())
@@ -537,14 +548,20 @@ class Unit:
         return self.shown.get("UnitFileState") == "enabled"
 
     def up_to_date(self) -> bool:
-        """Whether it runs on its unit file and the start files as they are on disk."""
+        """Whether it runs on the start files: nobody has begun to write them without having started it since.
+
+        Without a record it was deployed by a version that kept none.
+        """
+        record = self.module.params["start_record"]
         if not self.active() or self.shown["NeedDaemonReload"] == "yes":
             return False
-        # Counted back from now, so that a clock that was set after the start does not matter.
-        boot = time.time() - time.monotonic()
-        started = boot + int(self.shown["ExecMainStartTimestampMonotonic"]) / 1e6
-        paths = map(Path, [self.shown["FragmentPath"], *self.start_files])
-        return all(os.path.lexists(path) and path.lstat().st_mtime < started for path in paths)
+        return record is None or not Path(record).exists() or self.recorded()
+
+    def recorded(self) -> bool:
+        """Whether the record says that it was started from the start files."""
+        record = self.module.params["start_record"]
+        digest: str = self.module.params["start_digest"]
+        return record is not None and Path(record).exists() and Path(record).read_text() == digest
 
     def loopback_ports(self) -> list[int]:
         """Ports on 127.0.0.1 that its main process listens on."""
@@ -976,6 +993,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         "proven": False,
         "up_to_date": edge.unit.up_to_date(),
         "enabled": edge.unit.enabled(),
+        "recorded": edge.unit.recorded(),
         "differing": edge.differing,
     }
     if module.params["state"] == "proven":
@@ -1042,6 +1060,8 @@ def main() -> None:
                 "required_one_of": [("content", "link")],
                 "mutually_exclusive": [("content", "link")],
             },
+            "start_record": {"type": "path"},
+            "start_digest": {"type": "str", "default": ""},
             "may_end_websockets": {"type": "bool", "default": False},
         },
         supports_check_mode=True,

@@ -379,8 +379,6 @@ class Systemd:
         self.said = programs / "journal"
         self.said.touch()
         self.shown = programs / "unit"
-        self.unit = programs / "edge.service"
-        self.unit.touch()
         self.show()
         for name, command in (("journalctl", f"cat {self.said}"), ("systemctl", f"cat {self.shown}")):
             (programs / name).write_text(f"#!/bin/sh\n{command}\n")
@@ -388,14 +386,12 @@ class Systemd:
 
     def show(self, **properties: object) -> None:
         """Has systemctl say this, of a unit that does not run unless it is said."""
-        shown = {"ActiveState": "inactive", "MainPID": 0, "NeedDaemonReload": "no", "FragmentPath": self.unit}
-        shown |= {"ExecMainStartTimestampMonotonic": 0, **properties}
+        shown = {"ActiveState": "inactive", "MainPID": 0, "NeedDaemonReload": "no", **properties}
         self.shown.write_text("".join(f"{name}={value}\n" for name, value in shown.items()))
 
     def start(self, **properties: object) -> None:
-        """Has this process be the unit's, started now."""
-        started = time.monotonic_ns() // 1000
-        self.show(ActiveState="active", MainPID=os.getpid(), ExecMainStartTimestampMonotonic=started, **properties)
+        """Has this process be the unit's."""
+        self.show(ActiveState="active", MainPID=os.getpid(), **properties)
 
 
 @pytest.fixture
@@ -462,42 +458,37 @@ def test_nothing_is_written_below_an_envoy_that_runs_and_is_mute(
     assert not result["proven"]
 
 
-def test_a_process_is_up_to_date_until_what_it_starts_from_is_touched(
-    directory: Path, files: Files, envoy: FakeEnvoy, tmp_path: Path, systemd: Systemd
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    """Where it is noted what Envoy was started from."""
+    return tmp_path / "started-from"
+
+
+@pytest.mark.parametrize("clock", [-3600, 0, 3600])
+def test_a_process_is_up_to_date_once_it_is_noted_that_it_was_started_from_what_is_wanted(
+    directory: Path, files: Files, envoy: FakeEnvoy, record: Path, systemd: Systemd, clock: float
 ) -> None:
-    release, link = tmp_path / "release", tmp_path / "current"
-    release.mkdir()
-    link.symlink_to(release)
+    def told(noted: str) -> tuple[bool, bool]:
+        record.write_text(noted)
+        os.utime(record, (time.time() + clock,) * 2)
+        result = run(directory, files, envoy.port, unit="edge.service", start_record=str(record), start_digest="d1")
+        return result["up_to_date"], result["recorded"]
 
-    def up_to_date() -> bool:
-        result = run(
-            directory,
-            files,
-            envoy.port,
-            unit="edge.service",
-            start_files=[{"name": "binary", "path": str(link), "link": str(release)}],
-        )
-        answer: bool = result["up_to_date"]
-        return answer
-
-    assert not up_to_date()
-    later = time.time() + 60
+    assert told("d1") == (False, True)
     systemd.start()
-    # What the link leads to is as old as it is: to point it elsewhere makes another link.
-    os.utime(release, (later, later))
-    assert up_to_date()
+    assert told("d1") == (True, True)
+    assert told("pending") == (False, False)
+    assert told("d0") == (False, False)
     systemd.start(NeedDaemonReload="yes")
-    assert not up_to_date()
+    assert told("d1") == (False, True)
+
+
+def test_an_edge_of_the_version_before_which_noted_nothing_is_not_restarted(
+    directory: Path, files: Files, envoy: FakeEnvoy, record: Path, systemd: Systemd
+) -> None:
     systemd.start()
-    os.utime(link, (later, later), follow_symlinks=False)
-    assert not up_to_date()
-    link.unlink()
-    assert not up_to_date()
-    link.symlink_to(release)
-    systemd.start()
-    assert up_to_date()
-    os.utime(systemd.unit, (later, later))
-    assert not up_to_date()
+    result = run(directory, files, envoy.port, unit="edge.service", start_record=str(record), start_digest="d1")
+    assert (result["up_to_date"], result["recorded"]) == (True, False)
 
 
 def test_what_it_starts_from_is_named_where_it_differs(
@@ -534,22 +525,22 @@ def test_whether_it_starts_at_boot(
 
 
 def test_a_restart_that_an_earlier_run_left_undone_ends_websockets_too(
-    directory: Path, files: Files, envoy: FakeEnvoy, systemd: Systemd
+    directory: Path, files: Files, envoy: FakeEnvoy, record: Path, systemd: Systemd
 ) -> None:
+    started = {"unit": "edge.service", "start_record": str(record), "start_digest": "d1"}
     systemd.start()
-    run(directory, files, envoy.port, unit="edge.service")
-    later = time.time() + 60
-    os.utime(systemd.unit, (later, later))
+    run(directory, files, envoy.port, **started)
+    record.write_text("pending")
     # Nobody is there, so nobody is dropped.
-    assert not run(directory, files, envoy.port, unit="edge.service")["up_to_date"]
+    assert not run(directory, files, envoy.port, **started)["up_to_date"]
     envoy.stats |= {f"http.{name}.downstream_cx_upgrades_active": count for name, count in (("sticky", 3), ("x", 4))}
-    message = run(directory, files, envoy.port, unit="edge.service")["msg"]
+    message = run(directory, files, envoy.port, **started)["msg"]
     assert "Envoy's process is older than what it is started from: 7 open websockets end." in message
-    assert run(directory, files, envoy.port, unit="edge.service", may_end_websockets=True)["proven"]
+    assert run(directory, files, envoy.port, **started, may_end_websockets=True)["proven"]
     # A proof restarts nothing.
     assert run(directory, files, envoy.port, unit="edge.service", state="proven")["proven"]
-    os.utime(systemd.unit, (0, 0))
-    assert run(directory, files, envoy.port, unit="edge.service")["ends"] == ""
+    record.write_text("d1")
+    assert run(directory, files, envoy.port, **started)["ends"] == ""
 
 
 def test_a_refused_listener_that_is_tried_again_may_end_websockets(

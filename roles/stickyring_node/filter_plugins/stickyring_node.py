@@ -1,7 +1,8 @@
-"""Jinja filter of the role: what stands in the environment file of each instance."""
+"""Jinja filters of the role: what stands in the environment file of each instance, and what tells such texts apart."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 
@@ -26,12 +27,24 @@ def stickyring_node_environments(
 
 def _text(header: str, variables: dict[str, Any]) -> str:
     quoted = {key: str(value).replace("\\", "\\\\").replace('"', '\\"') for key, value in variables.items()}
-    return "\n".join([header.rstrip(), *(f'{key}="{value}"' for key, value in quoted.items()), ""])
+    lines = [header.rstrip(), *(f'{key}="{value}"' for key, value in quoted.items()), "STICKYRING_ENVIRONMENT=", ""]
+    return stickyring_node_with_digest("\n".join(lines), "STICKYRING_ENVIRONMENT")
+
+
+def stickyring_node_with_digest(text: str, variable: str) -> str:
+    """Return the text with its own SHA-256 as the value of a variable that has none in it.
+
+    Every process that starts from it has the variable, so that it tells of itself what it was started from.
+    """
+    return text.replace(f"{variable}=\n", f"{variable}={hashlib.sha256(text.encode()).hexdigest()}\n")
 
 
 class FilterModule:
-    """The role's filter."""
+    """The role's filters."""
 
     def filters(self) -> dict[str, Any]:
         """Name to function, as Ansible asks for them."""
-        return {"stickyring_node_environments": stickyring_node_environments}
+        return {
+            "stickyring_node_environments": stickyring_node_environments,
+            "stickyring_node_with_digest": stickyring_node_with_digest,
+        }

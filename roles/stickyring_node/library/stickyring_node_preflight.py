@@ -6,7 +6,6 @@ from __future__ import annotations  # a Python that is too old should be told so
 import errno
 import hashlib
 import http.client
-import os
 import pwd
 import re
 import socket
@@ -78,20 +77,34 @@ differing:
   type: list
   elements: str
   returned: success
-complete: {description: "Whether the wanted release is installed completely", type: bool, returned: success}
+complete:
+  description: Whether the wanted release is installed completely, and the host still has the Python that it is for
+  type: bool
+  returned: success
 application: {description: "What the installed unit serves, or empty", type: str, returned: success}
 current: {description: "Name of the release that is linked as current, or empty", type: str, returned: success}
-linked_at: {description: "When the current release was linked, in seconds, or 0", type: float, returned: success}
-kept: {description: "Whether the wanted release has its unit and environments beside it", type: bool, returned: success}
-last_served: {description: "The current release, or the youngest that served", type: str, returned: success}
-previous: {description: "What served before the youngest that did or is linked", type: str, returned: success}
-behind: {description: "Wanted instances not started since the link", type: list, elements: int, returned: success}
-superfluous: {description: "Releases that are too many, or never served", type: list, elements: str, returned: success}
+keep_in: {description: "Where below releases the wanted unit and environments are kept", type: str, returned: success}
+kept: {description: "Whether they are kept there", type: bool, returned: success}
+serves: {description: "Where what is linked and configured is kept, if it has served", type: str, returned: success}
+last_served: {description: "That, or where the youngest that has served is kept", type: str, returned: success}
+previous: {description: "Where what served before the youngest is kept, or empty", type: str, returned: success}
+next_use: {description: "Seconds that are after each at which something began to serve", type: int, returned: success}
+moving:
+  description: Where instances listen that run and are wanted at another address or port
+  type: list
+  elements: str
+  returned: success
+behind: {description: "Wanted instances not started from what is linked", type: list, elements: int, returned: success}
+superfluous:
+  description: What is too much below releases, namely releases that are too many or never served, and older settings
+  type: list
+  elements: str
+  returned: success
 enabled: {description: "Instances that start at boot", type: list, elements: int, returned: success}
 running: {description: "Instances that run", type: list, elements: int, returned: success}
 healthy: {description: "Those that answer the health path with 200", type: list, elements: int, returned: success}
 up_to_date:
-  description: Instances that run from the wanted unit, environment and release, started after these were written
+  description: Instances whose processes were started from the wanted unit, environment, release and Python
   type: list
   elements: int
   returned: success
@@ -142,7 +155,9 @@ ACCOUNT = ("/nonexistent", "/usr/sbin/nologin")
 OWNER = (0, 0)
 MODES = {".service": 0o644, ".env": 0o600}
 KEPT = "served"
-"""Below a release, the folder with the unit and the environments that it last served with."""
+"""Below a release, what the folders begin with that have a unit and environments that it served with."""
+DIGESTS = ("STICKYRING_UNIT", "STICKYRING_ENVIRONMENT")
+"""Variables of a process that tell which unit and which environment file it was started from, and stand in these."""
 ROOT = Path("/")
 PROGRAMS = Path("/usr/bin")
 PROC = Path("/proc")
@@ -251,11 +266,102 @@ def as_wanted(path: Path, sha256: str) -> bool:
     return made == (*OWNER, MODES[path.suffix]) and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
-def served(releases: Path) -> dict[str, float]:
-    """Return ``{release: when it last became what serves}`` of the complete ones, in seconds, the youngest first."""
-    kept = [folder for folder in releases.glob(f"*/{KEPT}") if (folder.parent / ".complete").is_file()]
-    times = {folder.parent.name: folder.stat().st_mtime for folder in kept}
-    return dict(sorted(times.items(), key=lambda item: item[1], reverse=True))
+def runs(module: AnsibleModule, release: Path) -> bool:
+    """Return whether a release is complete, and its Python, which a new version of Debian takes away, still has it."""
+    python = release / "bin" / "python"
+    if not (release / ".complete").is_file() or not python.exists():
+        return False
+    code, _, _ = module.run_command([str(python), "-I", "-c", "import stickyring"], cwd="/")
+    return bool(code == 0)
+
+
+def settings_key(unit: str, environment: str) -> str:
+    """Return what tells the settings of a release apart, from the SHA-256 of the unit and of the first environment."""
+    return hashlib.sha256(f"{unit}{environment}".encode()).hexdigest()[:12]
+
+
+def key_of(unit: Path, environment: Path) -> str:
+    """Return the same of files, empty if one is missing."""
+    if not unit.is_file() or not environment.is_file():
+        return ""
+    return settings_key(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in (unit, environment)))
+
+
+def served(module: AnsibleModule, releases: Path, service: str) -> dict[tuple[str, str], Path]:
+    """Return ``{(release, key of its settings): folder}`` of what has served and still runs, the youngest first."""
+    usable = [release for release in releases.glob("*") if any(release.glob(f"{KEPT}*")) and runs(module, release)]
+    folders = [folder for release in usable for folder in release.glob(f"{KEPT}*")]
+    folders.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    found: dict[tuple[str, str], Path] = {}
+    for folder in folders:
+        found.setdefault((folder.parent.name, key_of(folder / f"{service}@.service", folder / "1.env")), folder)
+    return found
+
+
+def history(module: AnsibleModule, releases: Path, release: str, unit: Path, environment: Path) -> dict[str, Any]:
+    """Return what has served on the host, what is kept of it, and what of that is too much; paths are below releases.
+
+    release: the one that is linked; unit, environment: the files that instances start from, as they are.
+    """
+    wanted = module.params
+    own_key = settings_key(*(wanted["files"][f"/{path.relative_to(ROOT)}"] for path in (unit, environment)))
+    kept = releases / wanted["release"] / f"{KEPT}-{own_key}"
+    found = served(module, releases, wanted["service"])
+    order = [*found.values()]
+    serves = found.get((release, key_of(unit, environment)))
+    last_served = serves or next(iter(order), None)
+    # Rolled back to or not, what serves now comes before what served after it.
+    by_use = sorted(order, key=lambda folder: folder != last_served)
+    others = dict.fromkeys(folder.parent.name for folder in by_use if folder.parent.name != wanted["release"])
+    staying = {wanted["release"], *[*others][: wanted["releases_kept"] - 1]}
+    older = [
+        folder
+        for name in sorted(staying)
+        for folder in [one for one in by_use if one.parent.name == name and one != kept][wanted["releases_kept"] - 1 :]
+    ]
+    present = {path.name for path in releases.iterdir()} if releases.is_dir() else set()
+
+    def below_releases(folder: Path | None) -> str:
+        return str(folder.relative_to(releases)) if folder else ""
+
+    return {
+        "keep_in": below_releases(kept),
+        "kept": all(as_wanted(kept / Path(path).name, sha256) for path, sha256 in wanted["files"].items()),
+        "serves": below_releases(serves),
+        "last_served": below_releases(last_served),
+        "previous": below_releases(next(iter(order[serves is not None :]), None)),
+        "next_use": int(max([time.time(), *(folder.stat().st_mtime + 1 for folder in order)])),
+        "superfluous": sorted(present - staying) + [below_releases(folder) for folder in older],
+    }
+
+
+def started_from(pid: str) -> tuple[Path, Path, dict[str, str]]:
+    """Return from what a process of the service was started: the release, its Python, and the environment.
+
+    All of it is the process's own, which neither a clock that is set nor a file that is written later changes.
+    """
+    process = PROC / pid
+    try:
+        # The first word of the command is that of the script's first line.
+        release = Path((process / "cmdline").read_text().split("\0")[0]).parents[1]
+        python = Path(str((process / "exe").readlink()).removesuffix(" (deleted)"))
+        words = [word.partition("=") for word in (process / "environ").read_text(errors="replace").split("\0")]
+    except (OSError, IndexError):
+        return Path(), Path(), {}
+    return release, python, {name: value for name, _, value in words}
+
+
+def moving(wanted: dict[str, Any], environments: dict[int, dict[str, str]]) -> list[str]:
+    """Return where those instances listen that run and are wanted elsewhere, as address:port."""
+    host = f"[{wanted['address']}]" if ":" in wanted["address"] else wanted["address"]
+    listening = {i: variables.get("STICKYRING_LISTEN", "") for i, variables in sorted(environments.items())}
+    return [place for i, place in listening.items() if place and place != f"{host}:{wanted['port'] + i - 1}"]
+
+
+def digests(*paths: Path) -> dict[str, str]:
+    """Return the digests that stand in the files."""
+    texts = "\n".join(path.read_text() for path in paths if path.is_file())
+    return dict(re.findall(rf'^(?:Environment=)?({"|".join(DIGESTS)})="?(\w+)"?$', texts, re.MULTILINE))
 
 
 def account_problem(service: str) -> str | None:
@@ -287,7 +393,7 @@ def healthy(address: str, port: int, path: str) -> bool:
 def units(module: AnsibleModule, service: str, instances: list[int]) -> dict[int, dict[str, str]]:
     """Return ``{instance: properties}`` as systemd sees the instances given and all others of the service."""
     names = [f"{service}@{instance}.service" for instance in instances]
-    properties = "Id,ActiveState,UnitFileState,NeedDaemonReload,ExecMainStartTimestampMonotonic"
+    properties = "Id,ActiveState,UnitFileState,NeedDaemonReload,MainPID"
     command = ["systemctl", "show", f"--property={properties}", *names, f"{service}@*.service"]
     _, output, _ = module.run_command(command, check_rc=True)
     shown = {}
@@ -325,11 +431,6 @@ def judged(module: AnsibleModule, python: Path) -> tuple[bool, list[str]]:
     return code != 0, [f"{python} is {version.strip() or 'broken'}: {LOWEST_PYTHON} or newer is needed"]
 
 
-def changed_at(*paths: Path) -> float:
-    """Return when the youngest of the files (or links themselves) was written, in seconds; never, if one is missing."""
-    return max(path.lstat().st_mtime if os.path.lexists(path) else float("inf") for path in paths)
-
-
 def main() -> None:
     """Look, and answer as an Ansible module does."""
     module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
@@ -349,7 +450,8 @@ def main() -> None:
     if account:
         problems.append(account)
     lacks_venv = False
-    if not stamp.is_file():
+    complete = runs(module, stamp.parent)
+    if not complete:
         lacks_venv, problem = judged(module, PROGRAMS / wanted["python"])
         problems += problem
     elif stamp.read_text().strip() != wanted["made_from"]:
@@ -364,50 +466,44 @@ def main() -> None:
     shown = units(module, service, sorted(configured.union(instances)))
     running = {i for i, unit in shown.items() if unit["ActiveState"] == "active"}
     enabled = {i for i, unit in shown.items() if unit["UnitFileState"] == "enabled"}
-    # Counted back from now, so that a clock that was set after the start does not matter.
-    boot = time.time() - time.monotonic()
-    started = {i: boot + int(shown[i]["ExecMainStartTimestampMonotonic"]) / 1e6 for i in running}
     template = ROOT / "etc/systemd/system" / f"{service}@.service"
-    serves = re.search(r'^ExecStart=.* "(.+)"$', template.read_text() if template.is_file() else "", re.MULTILINE)
+    command = re.search(r'^ExecStart=.* "(.+)"$', template.read_text() if template.is_file() else "", re.MULTILINE)
     linked = current.readlink() if current.is_symlink() else Path()
     release = linked.name if linked.parent == Path("releases") else ""
     differing = {path for path, sha256 in wanted["files"].items() if not as_wanted(ROOT / path.lstrip("/"), sha256)}
 
-    kept = releases / wanted["release"] / KEPT
-    have_served = served(releases)
-    last_served = release if release in have_served else next(iter(have_served), "")
-    # Rolled back to or not, what serves now comes before what served after it.
-    by_use = sorted(have_served, key=lambda name: name != last_served)
-    staying = [name for name in by_use if name != wanted["release"]][: wanted["releases_kept"] - 1]
-    present = {path.name for path in releases.iterdir()} if releases.is_dir() else set()
+    processes = {i: started_from(shown[i]["MainPID"]) for i in running}
+
+    def runs_what_is_there(instance: int) -> bool:
+        made, python, variables = processes[instance]
+        same_python = python == (made / "bin" / "python").resolve()
+        told = {name: variables[name] for name in DIGESTS if name in variables}
+        return same_python and made == releases / release and told == digests(template, settings / f"{instance}.env")
 
     def up_to_date(instance: int) -> bool:
         files = [template, settings / f"{instance}.env"]
         written = differing.isdisjoint(f"/{path.relative_to(ROOT)}" for path in files)
         loaded = shown[instance]["NeedDaemonReload"] == "no" and release == wanted["release"]
-        return written and loaded and started[instance] > changed_at(stamp, current, *files)
+        return complete and written and loaded and runs_what_is_there(instance)
 
     found = {
         "lacks_venv": lacks_venv,
         "prepared": prepared(service, settings),
         "differing": sorted(differing),
-        "complete": stamp.is_file(),
-        "application": serves[1] if serves else "",
+        "complete": complete,
+        "application": command[1] if command else "",
         "current": release,
-        "linked_at": current.lstat().st_mtime if current.is_symlink() else 0,
-        "kept": all(as_wanted(kept / Path(path).name, sha256) for path, sha256 in wanted["files"].items()),
-        "last_served": last_served,
-        "previous": "".join([*have_served][release in have_served :][:1]),
-        "behind": sorted(i for i in instances if i not in running or started[i] <= changed_at(current)),
-        "superfluous": sorted(present - {wanted["release"], *staying}),
+        "behind": sorted(i for i in instances if i not in running or not runs_what_is_there(i)),
         "enabled": sorted(enabled),
         "running": sorted(running),
         "healthy": [
             i for i in sorted(running) if healthy(wanted["address"], wanted["port"] + i - 1, wanted["health_path"])
         ],
         "up_to_date": sorted(filter(up_to_date, running)),
+        "moving": moving(wanted, {i: variables for i, (_, _, variables) in processes.items() if i in instances}),
         "surplus": sorted((configured | running | enabled).difference(instances)),
     }
+    found |= history(module, releases, release, template, settings / "1.env")
     module.exit_json(condition=condition(found, wanted), **found)
 
 

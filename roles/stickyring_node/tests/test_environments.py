@@ -1,6 +1,7 @@
 """The environment files of the instances, read back as systemd reads them."""
 
 import importlib.util
+import re
 import shlex
 from pathlib import Path
 
@@ -23,7 +24,10 @@ def test_each_instance_has_its_own_port_name_and_socket_beside_what_all_share() 
     files = plugin.stickyring_node_environments(
         [1, 2], service="chat", host="[2001:db8::1]", port=7001, name="node1", shared=shared, header="# managed"
     )
-    assert {path: read(text) for path, text in files.items()} == {
+    said = {path: read(text) for path, text in files.items()}
+    digests = [one.pop("STICKYRING_ENVIRONMENT") for one in said.values()]
+    assert len(set(digests)) == len(digests)
+    assert said == {
         f"/etc/chat/{instance}.env": {
             "STICKYRING_LISTEN": f"[2001:db8::1]:{7000 + instance}",
             "STICKYRING_NODE_NAME": f"node1-{instance}",
@@ -33,3 +37,10 @@ def test_each_instance_has_its_own_port_name_and_socket_beside_what_all_share() 
         }
         for instance in (1, 2)
     }
+
+
+def test_a_text_has_the_digest_of_its_content() -> None:
+    digest = plugin.stickyring_node_with_digest
+    assert digest("A=1\nD=\n", "D") == digest("A=1\nD=\n", "D")
+    assert digest("A=1\nD=\n", "D") != digest("A=2\nD=\n", "D")
+    assert re.fullmatch(r"A=1\nD=[0-9a-f]{64}\n", digest("A=1\nD=\n", "D"))

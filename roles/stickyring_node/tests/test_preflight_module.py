@@ -35,10 +35,11 @@ SERVICE = "stickyring-test"
 REQUIREMENTS = hashlib.sha256(b"click==8.0").hexdigest()
 UNIT = f"/etc/systemd/system/{SERVICE}@.service"
 SETTINGS = f"/etc/{SERVICE}"
+RELEASE = "1.0+abc_D-1"
 FILES = {
-    UNIT: f'[Service]\nExecStart=/opt/{SERVICE}/current/bin/stickyring serve "chat:app"\n',
-    f"{SETTINGS}/1.env": "N=1\n",
-    f"{SETTINGS}/2.env": "N=2\n",
+    UNIT: f'Environment=STICKYRING_UNIT=a1\nExecStart=/opt/{SERVICE}/current/bin/stickyring serve "chat:app"\n',
+    f"{SETTINGS}/1.env": 'N="1"\nSTICKYRING_ENVIRONMENT=b1\n',
+    f"{SETTINGS}/2.env": 'N="2"\nSTICKYRING_ENVIRONMENT=b2\n',
 }
 GOOD: dict[str, Any] = {
     "service": SERVICE,
@@ -50,7 +51,7 @@ GOOD: dict[str, Any] = {
     "max_connections": 10000,
     "limit_nofile": 10100,
     "environment": ["REDIS_URL", "_x1"],
-    "release": "1.0+abc_D-1",
+    "release": RELEASE,
     "made_from": REQUIREMENTS,
     "python": "python3",
     "releases_kept": 3,
@@ -78,6 +79,7 @@ class Host:
         self.programs = folder / "bin"
         self.programs.mkdir()
         self.asked = folder / "asked"
+        self.processes = folder / "proc"
         self.accounts: dict[str, pwd.struct_passwd] = {}
         self.shows({})
         self.has_python("3.11.2")
@@ -99,13 +101,45 @@ class Host:
         (self.programs / "shown").write_text("\n\n".join(blocks))
         self.program("systemctl", f'echo "$@" >"{self.asked}"; cat "{self.programs / "shown"}"')
 
-    def write(self, path: str, text: str = "", age: float = 0) -> Path:
-        """A file that was written that many seconds ago."""
+    def write(self, path: str, text: str = "") -> Path:
         file = self.root / path.lstrip("/")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-        self.age(file, age)
         return file
+
+    def release(self, name: str) -> Path:
+        """A release that is complete and runs; its Python is this host's python3."""
+        folder = self.write(f"opt/{SERVICE}/releases/{name}/.complete", REQUIREMENTS).parent
+        (folder / "bin").mkdir(exist_ok=True)
+        (folder / "bin" / "python").symlink_to(self.programs / "python3")
+        return folder
+
+    def unit(
+        self,
+        instance: int = 1,
+        *,
+        enabled: bool = True,
+        edited: bool = False,
+        release: str = RELEASE,
+        python: Path | None = None,
+        **digests: str,
+    ) -> dict[str, str]:
+        """What systemctl shows of an instance that runs; its process was started from what is given, or from FILES."""
+        pid = str(1000 + instance)
+        process = self.processes / pid
+        process.mkdir(parents=True, exist_ok=True)
+        interpreter = self.root / "opt" / SERVICE / "releases" / release / "bin" / "python"
+        (process / "cmdline").write_text(f"{interpreter}\0/opt/{SERVICE}/current/bin/stickyring\0serve\0")
+        told = {"STICKYRING_UNIT": "a1", "STICKYRING_ENVIRONMENT": f"b{instance}"} | digests
+        (process / "environ").write_text("\0".join(f"{name}={value}" for name, value in {"N": "1", **told}.items()))
+        (process / "exe").unlink(missing_ok=True)
+        (process / "exe").symlink_to(python or self.programs / "python3")
+        return {
+            **unit(enabled=enabled),
+            "MainPID": pid,
+            "ActiveState": "active",
+            "NeedDaemonReload": "yes" if edited else "no",
+        }
 
     def age(self, path: Path, age: float) -> None:
         os.utime(path, (time.time() - age,) * 2, follow_symlinks=False)
@@ -120,6 +154,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(preflight, "ROOT", made.root)
     monkeypatch.setattr(preflight, "OWNER", (os.getuid(), os.getgid()))
     monkeypatch.setattr(preflight, "PROGRAMS", made.programs)
+    monkeypatch.setattr(preflight, "PROC", made.processes)
     monkeypatch.setattr(preflight.pwd, "getpwnam", made.getpwnam)
     monkeypatch.setenv("PATH", str(made.programs), prepend=":")
     return made
@@ -300,8 +335,10 @@ def test_another_python_that_is_too_old_is_refused_by_its_name(host: Host, free_
 
 
 def test_python_is_not_asked_where_the_release_is_complete(host: Host, free_ports: int) -> None:
-    host.write(f"opt/{SERVICE}/releases/{GOOD['release']}/.complete", f"{REQUIREMENTS}\n")
+    host.release(RELEASE)
     host.has_python("3.9.2", venv=False)
+    (host.root / f"opt/{SERVICE}/releases/{RELEASE}/bin/python").unlink()
+    (host.root / f"opt/{SERVICE}/releases/{RELEASE}/bin/python").symlink_to(host.program("release-python", ":"))
     result = run(port=free_ports)
     assert not result.get("failed"), result
     assert result["lacks_venv"] is False
@@ -339,7 +376,7 @@ def test_a_surplus_that_is_kept_is_no_reason_to_restart() -> None:
 
 
 def test_a_release_of_the_same_name_with_other_content_is_refused(host: Host, free_ports: int) -> None:
-    host.write(f"opt/{SERVICE}/releases/{GOOD['release']}/.complete", f"{REQUIREMENTS}\n")
+    host.release(RELEASE)
     assert run(port=free_ports)["complete"] is True
     result = run(port=free_ports, made_from="other")
     assert f"release {GOOD['release']} was installed from other content" in result["msg"]
@@ -469,44 +506,42 @@ def test_all_problems_of_the_host_are_said_at_once(host: Host, listening: int) -
     assert not host.asked.exists()
 
 
-def unit(active: bool = True, enabled: bool = True, started: float = 0, edited: bool = False) -> dict[str, str]:
-    """What systemctl shows of a unit that was started that many seconds ago."""
+def unit(enabled: bool = True) -> dict[str, str]:
+    """What systemctl shows of an instance that does not run."""
     return {
-        "ExecMainStartTimestampMonotonic": str(int((time.monotonic() - started) * 1e6)) if active else "0",
-        "ActiveState": "active" if active else "inactive",
+        "MainPID": "0",
+        "ActiveState": "inactive",
         "UnitFileState": "enabled" if enabled else "disabled",
-        "NeedDaemonReload": "yes" if edited else "no",
+        "NeedDaemonReload": "no",
     }
 
 
-def installed(host: Host, age: float) -> None:
-    """A host on which everything that is wanted was written that many seconds ago."""
+def installed(host: Host) -> None:
+    """A host on which everything is as wanted."""
     for path, text in FILES.items():
-        host.write(path, text, age).chmod(0o644 if path == UNIT else 0o600)
-    host.write(f"opt/{SERVICE}/releases/{GOOD['release']}/.complete", REQUIREMENTS, age)
-    current = host.root / "opt" / SERVICE / "current"
-    current.symlink_to(f"releases/{GOOD['release']}")
-    host.age(current, age)
+        host.write(path, text).chmod(0o644 if path == UNIT else 0o600)
+    host.release(RELEASE)
+    (host.root / "opt" / SERVICE / "current").symlink_to(f"releases/{RELEASE}")
 
 
 def test_what_is_installed_and_runs_is_told(host: Host, free_ports: int) -> None:
-    installed(host, age=100)
-    host.write(f"{SETTINGS}/3.env", age=100)
+    installed(host)
+    host.write(f"{SETTINGS}/3.env")
     host.write(f"etc/{SERVICE}/notes.env", "no instance")
     host.shows(
         {
-            f"{SERVICE}@1.service": unit(started=50),
-            f"{SERVICE}@2.service": unit(active=False),
-            f"{SERVICE}@3.service": unit(active=False, enabled=False),
-            f"{SERVICE}@7.service": unit(started=50, enabled=False),
-            f"{SERVICE}@x.service": unit(started=50),
-            f"other-{SERVICE}@9.service": unit(started=50),
+            f"{SERVICE}@1.service": host.unit(1),
+            f"{SERVICE}@2.service": unit(),
+            f"{SERVICE}@3.service": unit(enabled=False),
+            f"{SERVICE}@7.service": host.unit(7, enabled=False),
+            f"{SERVICE}@x.service": host.unit(8),
+            f"other-{SERVICE}@9.service": host.unit(9),
         }
     )
     result = run(port=free_ports)
     assert result["application"] == "chat:app"
     assert result["complete"]
-    assert result["current"] == GOOD["release"]
+    assert result["current"] == RELEASE
     assert result["differing"] == []
     assert result["surplus"] == [3, 7]
     assert result["enabled"] == [1, 2]
@@ -516,31 +551,84 @@ def test_what_is_installed_and_runs_is_told(host: Host, free_ports: int) -> None
     assert asked[2:] == [f"{SERVICE}@{i}.service" for i in ("1", "2", "3", "*")]
 
 
+@pytest.mark.parametrize("clock", [-3600, 0, 3600])
 @pytest.mark.parametrize(
-    ("younger", "up_to_date"),
+    ("other", "up_to_date"),
     [
-        (None, [1, 2]),
-        (f"etc/systemd/system/{SERVICE}@.service", []),
-        (f"opt/{SERVICE}/current", []),
-        (f"etc/{SERVICE}/2.env", [1]),
-        (f"opt/{SERVICE}/releases/{GOOD['release']}/.complete", []),
+        ({}, [1, 2]),
+        ({"release": "0.9"}, [1]),
+        ({"STICKYRING_UNIT": "a0"}, [1]),
+        ({"STICKYRING_ENVIRONMENT": "b1"}, [1]),
+        ({"python": Path("/usr/bin/python3.7 (deleted)")}, [1]),
     ],
 )
-def test_an_instance_that_is_older_than_what_it_runs_from_is_out_of_date(
-    host: Host, free_ports: int, younger: str | None, up_to_date: list[int]
+def test_a_process_is_up_to_date_that_was_started_from_what_is_wanted_whatever_the_clock_says(
+    host: Host, free_ports: int, clock: float, other: dict[str, Any], up_to_date: list[int]
 ) -> None:
-    installed(host, age=100)
-    host.shows({f"{SERVICE}@{i}.service": unit(started=50) for i in (1, 2)})
-    if younger:
-        host.age(host.root / younger, 10)
-    assert run(port=free_ports)["up_to_date"] == up_to_date
+    installed(host)
+    host.shows({f"{SERVICE}@1.service": host.unit(1), f"{SERVICE}@2.service": host.unit(2, **other)})
+    for path in host.root.rglob("*"):
+        os.utime(path, (time.time() + clock,) * 2, follow_symlinks=False)
+    result = run(port=free_ports)
+    assert result["up_to_date"] == up_to_date
+    assert result["behind"] == [i for i in (1, 2) if i not in up_to_date]
+
+
+def test_a_python_that_was_replaced_by_an_update_of_its_package_is_the_same(host: Host, free_ports: int) -> None:
+    installed(host)
+    replaced = Path(f"{host.programs / 'python3'} (deleted)")
+    host.shows({f"{SERVICE}@1.service": host.unit(1, python=replaced)})
+    assert run(port=free_ports)["up_to_date"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("address", "listens", "moving"),
+    [
+        ("127.0.0.1", "127.0.0.1:{}", []),
+        ("::1", "[::1]:{}", []),
+        ("127.0.0.1", "127.0.0.2:{}", ["127.0.0.2:{}"]),
+        ("127.0.0.1", "127.0.0.1:1024", ["127.0.0.1:1024"]),
+    ],
+)
+def test_an_instance_that_is_wanted_elsewhere_is_told(
+    host: Host, free_ports: int, address: str, listens: str, moving: list[str]
+) -> None:
+    installed(host)
+    second = free_ports + 1
+    host.shows({f"{SERVICE}@2.service": host.unit(2, STICKYRING_LISTEN=listens.format(second))})
+    assert run(port=free_ports, address=address)["moving"] == [place.format(second) for place in moving]
+
+
+def test_a_process_of_the_version_before_is_restarted_once(host: Host, free_ports: int) -> None:
+    """Its unit and environment have no digests."""
+    installed(host)
+    shown = host.unit(1)
+    (host.processes / shown["MainPID"] / "environ").write_text("N=1")
+    host.shows({f"{SERVICE}@1.service": shown})
+    assert run(port=free_ports)["up_to_date"] == []
+    # It is what is linked, and so what serves, until the role has written its own.
+    for path, text in FILES.items():
+        host.write(path, "".join(line for line in text.splitlines(keepends=True) if "STICKYRING" not in line))
+    assert 1 not in run(port=free_ports)["behind"]
 
 
 def test_an_instance_whose_unit_systemd_has_not_read_again_is_out_of_date(host: Host, free_ports: int) -> None:
     """Also because of a drop-in, which is no file of the role's."""
-    installed(host, age=100)
-    host.shows({f"{SERVICE}@1.service": unit(started=50), f"{SERVICE}@2.service": unit(started=50, edited=True)})
+    installed(host)
+    host.shows({f"{SERVICE}@1.service": host.unit(1), f"{SERVICE}@2.service": host.unit(2, edited=True)})
     assert run(port=free_ports)["up_to_date"] == [1]
+
+
+def test_a_release_whose_python_is_gone_is_made_anew(host: Host, free_ports: int) -> None:
+    """As after an upgrade of Debian in place: what runs goes on, the host's own Python cannot import the release."""
+    installed(host)
+    host.shows({f"{SERVICE}@1.service": host.unit(1)})
+    assert run(port=free_ports)["complete"]
+    python = host.root / "opt" / SERVICE / "releases" / RELEASE / "bin" / "python"
+    for gone in (lambda: host.program("python3", '[ "$1" != -I ] && echo 3.13.5'), python.unlink):
+        gone()
+        result = run(port=free_ports)
+        assert (result["complete"], result["up_to_date"], result["condition"]) == (False, [], "outdated")
 
 
 class Health(BaseHTTPRequestHandler):
@@ -567,8 +655,8 @@ def test_an_instance_is_healthy_when_it_says_so(host: Host, path: str, healthy: 
 
 @pytest.mark.parametrize("lost", [f"etc/systemd/system/{SERVICE}@.service", f"opt/{SERVICE}/current"])
 def test_an_instance_whose_files_are_gone_is_out_of_date(host: Host, free_ports: int, lost: str) -> None:
-    installed(host, age=100)
-    host.shows({f"{SERVICE}@1.service": unit(started=50)})
+    installed(host)
+    host.shows({f"{SERVICE}@1.service": host.unit(1)})
     (host.root / lost).unlink()
     result = run(port=free_ports)
     assert result["running"] == [1]
@@ -584,26 +672,24 @@ def edit(path: Path) -> None:
 def test_a_file_that_is_not_as_wanted_is_told_and_its_instances_are_out_of_date(
     host: Host, free_ports: int, path: str, change: Callable[[Path], None], up_to_date: list[int]
 ) -> None:
-    installed(host, age=100)
-    host.shows({f"{SERVICE}@{i}.service": unit(started=50) for i in (1, 2)})
+    installed(host)
+    host.shows({f"{SERVICE}@{i}.service": host.unit(i) for i in (1, 2)})
     file = host.root / path.lstrip("/")
     change(file)
-    if file.exists():
-        host.age(file, 100)
     result = run(port=free_ports)
     assert result["differing"] == [path]
     assert result["up_to_date"] == up_to_date
 
 
 def test_a_file_of_another_owner_is_told(host: Host, free_ports: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(host, age=100)
+    installed(host)
     monkeypatch.setattr(preflight, "OWNER", (os.getuid(), os.getgid() + 1))
     assert run(port=free_ports)["differing"] == sorted(FILES)
 
 
 def test_an_instance_of_another_release_is_out_of_date(host: Host, free_ports: int) -> None:
-    installed(host, age=100)
-    host.shows({f"{SERVICE}@1.service": unit(started=50)})
+    installed(host)
+    host.shows({f"{SERVICE}@1.service": host.unit(1)})
     assert run(port=free_ports)["up_to_date"] == [1]
     result = run(port=free_ports, release="2.0")
     assert (result["current"], result["complete"], result["up_to_date"]) == (GOOD["release"], False, [])
@@ -613,31 +699,42 @@ def test_an_instance_of_another_release_is_out_of_date(host: Host, free_ports: i
 def test_account_and_folder_are_prepared_only_as_the_role_makes_them(
     host: Host, free_ports: int, mode: int, prepared: bool
 ) -> None:
-    installed(host, age=100)
+    installed(host)
     (host.root / SETTINGS.lstrip("/")).chmod(mode)
     assert not run(port=free_ports)["prepared"]
     host.accounts[SERVICE] = account(SERVICE, *preflight.ACCOUNT)
     assert run(port=free_ports)["prepared"] == prepared
 
 
+def serves_with(host: Host, release: str, settings: str, age: float | None = None) -> str:
+    """Link and configure it, as what began to serve that many seconds ago, if ever. Returns the folder that has it."""
+    current = host.root / "opt" / SERVICE / "current"
+    current.unlink(missing_ok=True)
+    current.symlink_to(f"releases/{release}")
+    folder = f"{release}/served-{settings}"
+    for path in (UNIT, f"{SETTINGS}/1.env"):
+        host.write(path, settings)
+        if age is not None:
+            host.write(f"opt/{SERVICE}/releases/{folder}/{Path(path).name}", settings)
+    if age is not None:
+        host.age(host.root / "opt" / SERVICE / "releases" / folder, age)
+    return folder
+
+
 def test_what_has_served_is_told_by_its_age(host: Host, free_ports: int) -> None:
     """Four that have served, of which one is current; one that never did, and one that is incomplete."""
-    installed(host, age=100)
-    for age, release in enumerate(("young", "current", "old", "oldest", "never", "incomplete"), 1):
-        folder = f"opt/{SERVICE}/releases/{release}"
-        if release != "incomplete":
-            host.write(f"{folder}/.complete", REQUIREMENTS)
-        host.write(f"{folder}/served/1.env")
-        host.age(host.root / folder / "served", age * 10)
-    (host.root / f"opt/{SERVICE}/releases/never/served/1.env").unlink()
-    (host.root / f"opt/{SERVICE}/releases/never/served").rmdir()
-    current = host.root / "opt" / SERVICE / "current"
+    releases = ("incomplete", "never", "oldest", "old", "current", "young")
+    for name in releases:
+        host.release(name)
+    for age, name in enumerate(reversed(releases), 1):
+        serves_with(host, name, "a", None if name == "never" else age * 10)
+    (host.root / f"opt/{SERVICE}/releases/incomplete/.complete").unlink()
 
     def told(linked: str, **changed: object) -> tuple[str, str, list[str]]:
-        current.unlink()
-        current.symlink_to(f"releases/{linked}")
+        serves_with(host, linked, "a")
         result = run(port=free_ports, **changed)
-        return result["last_served"], result["previous"], result["superfluous"]
+        names = [result[name].partition("/")[0] for name in ("last_served", "previous")]
+        return *names, result["superfluous"]
 
     too_many = ["incomplete", "never", "old", "oldest"]
     assert told("young") == ("young", "current", too_many)
@@ -649,49 +746,78 @@ def test_what_has_served_is_told_by_its_age(host: Host, free_ports: int) -> None
     assert told("current", releases_kept=9)[2] == ["incomplete", "never"]
 
 
-def test_a_release_that_alone_has_served_has_none_before(host: Host, free_ports: int) -> None:
-    installed(host, age=100)
-    host.write(f"opt/{SERVICE}/releases/{GOOD['release']}/served/1.env")
-    result = run(port=free_ports)
-    assert (result["last_served"], result["previous"]) == (GOOD["release"], "")
+def test_what_served_before_is_the_same_release_with_other_settings(host: Host, free_ports: int) -> None:
+    host.release("1.0")
+    host.release("2.0")
+    first = serves_with(host, "1.0", "a", 30)
+    assert run(port=free_ports, release="2.0")["previous"] == ""
+    second = serves_with(host, "2.0", "a", 20)
+    third = serves_with(host, "2.0", "b", 10)
+    result = run(port=free_ports, release="2.0")
+    assert (result["serves"], result["last_served"], result["previous"]) == (third, third, second)
+    assert not result["superfluous"]
+    # Rolled back to; and then what was before it, since nothing else has served meanwhile.
+    serves_with(host, "2.0", "a")
+    result = run(port=free_ports, release="2.0")
+    assert (result["serves"], result["previous"]) == (second, second)
+    # What is written and has not served is nothing to go back to.
+    serves_with(host, "2.0", "c")
+    result = run(port=free_ports, release="2.0")
+    assert (result["serves"], result["last_served"], result["previous"]) == ("", third, third)
+    assert first.startswith("1.0/")
 
 
-def test_an_instance_that_runs_from_before_the_link_is_told(host: Host, free_ports: int) -> None:
-    installed(host, age=100)
-    host.shows({f"{SERVICE}@1.service": unit(started=50), f"{SERVICE}@2.service": unit(started=150)})
-    assert run(port=free_ports)["behind"] == [2]
-    host.shows({f"{SERVICE}@2.service": unit(started=50), f"{SERVICE}@1.service": unit(active=False)})
-    assert run(port=free_ports)["behind"] == [1]
+def test_settings_that_are_too_many_are_told(host: Host, free_ports: int) -> None:
+    host.release(RELEASE)
+    *older, old, serves = (serves_with(host, RELEASE, name, 100 - age) for age, name in enumerate("abcd"))
+    result = run(port=free_ports, releases_kept=3)
+    assert (result["serves"], result["previous"], result["superfluous"]) == (serves, old, older[::-1])
+
+
+def test_what_begins_to_serve_is_younger_than_all_whatever_the_clock_says(host: Host, free_ports: int) -> None:
+    host.release(RELEASE)
+    assert run(port=free_ports)["next_use"] == pytest.approx(time.time(), abs=10)
+    serves_with(host, RELEASE, "a", -3600)
+    assert run(port=free_ports)["next_use"] == pytest.approx(time.time() + 3601, abs=10)
+
+
+def test_a_release_whose_python_is_gone_is_nothing_to_go_back_to(host: Host, free_ports: int) -> None:
+    for age, name in ((20, "1.0"), (10, "2.0")):
+        host.release(name)
+        serves_with(host, name, "a", age)
+    assert run(port=free_ports, release="2.0")["previous"].startswith("1.0/")
+    (host.root / "opt" / SERVICE / "releases/1.0/bin/python").unlink()
+    assert run(port=free_ports, release="2.0")["previous"] == ""
+
+
+def test_what_the_version_before_has_kept_is_found(host: Host, free_ports: int) -> None:
+    """One folder a release, whose name has no settings in it."""
+    host.release(RELEASE)
+    folder = host.root / "opt" / SERVICE / "releases" / serves_with(host, RELEASE, "a", 10)
+    folder.rename(folder.with_name("served"))
+    assert run(port=free_ports)["serves"] == f"{RELEASE}/served"
 
 
 def test_a_release_keeps_what_it_serves_with(host: Host, free_ports: int) -> None:
-    installed(host, age=100)
-    assert not run(port=free_ports)["kept"]
+    installed(host)
+    result = run(port=free_ports)
+    assert not result["kept"]
+    assert result["keep_in"].startswith(f"{RELEASE}/served-")
     for path, text in FILES.items():
-        copy = host.write(f"opt/{SERVICE}/releases/{GOOD['release']}/served/{Path(path).name}", text)
+        copy = host.write(f"opt/{SERVICE}/releases/{result['keep_in']}/{Path(path).name}", text)
         copy.chmod(0o644 if path == UNIT else 0o600)
-    assert run(port=free_ports)["kept"]
+    result = run(port=free_ports)
+    assert (result["kept"], result["serves"]) == (True, result["keep_in"])
     copy.write_text("something else")
     assert not run(port=free_ports)["kept"]
 
 
 def test_a_link_to_elsewhere_is_no_release(host: Host, free_ports: int) -> None:
-    installed(host, age=100)
+    installed(host)
     current = host.root / "opt" / SERVICE / "current"
     current.unlink()
     current.symlink_to("/srv/1.0")
     assert run(port=free_ports)["current"] == ""
-
-
-def test_a_clock_that_was_set_does_not_matter(host: Host, free_ports: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    ahead = time.time() + 3600
-    installed(host, age=100)
-    for path in [*host.root.rglob("*.env"), *host.root.rglob("*.service"), host.root / "opt" / SERVICE / "current"]:
-        os.utime(path, (ahead - 100,) * 2, follow_symlinks=False)
-    host.shows({f"{SERVICE}@1.service": unit(started=50)})
-    assert run(port=free_ports)["up_to_date"] == []
-    monkeypatch.setattr(preflight.time, "time", lambda: ahead)
-    assert run(port=free_ports)["up_to_date"] == [1]
 
 
 def test_a_systemctl_that_fails_ends_the_run(host: Host, free_ports: int) -> None:
@@ -701,9 +827,10 @@ def test_a_systemctl_that_fails_ends_the_run(host: Host, free_ports: int) -> Non
     assert "no bus" in result["msg"]
 
 
-def test_check_mode_looks_too(host: Host, free_ports: int) -> None:
-    installed(host, age=100)
-    host.shows({f"{SERVICE}@1.service": unit(started=50)})
+def test_check_mode_looks_too(host: Host, free_ports: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.time, "time", lambda: 1.8e9)
+    installed(host)
+    host.shows({f"{SERVICE}@1.service": host.unit(1)})
     assert run(port=free_ports, _ansible_check_mode=True) == run(port=free_ports)
 
 

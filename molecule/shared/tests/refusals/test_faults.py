@@ -113,6 +113,15 @@ def test_a_port_that_is_in_use_on_a_node(refusal: Any, taken_port: int) -> None:
 
 
 @pytest.mark.usefixtures("unharmed")
+def test_another_port_for_nodes_that_serve(refusal: Any, hosts: Any) -> None:
+    now = hosts["node1"].variables
+    output = refusal("playbooks/nodes.yml", {"stickyring_node_port": 8101})
+    place = f"{now['stickyring_address']}:{now['stickyring_node_port']}"
+    assert f"node1 serves users at {place}; the inventory says {now['stickyring_address']}:8101." in output
+    assert "playbooks/remove_node.yml -e node=node1, then site.yml" in output
+
+
+@pytest.mark.usefixtures("unharmed")
 def test_an_edge_binary_with_another_checksum(refusal: Any) -> None:
     meant = "0" * 64
     found = (ARTIFACTS / "envoy-1.40.0" / "envoy.sha256").read_text().split()[0]

@@ -95,9 +95,16 @@ def test_what_was_edited_by_hand_is_as_the_inventory_says_again(machine: Any, de
 
 
 def test_a_run_that_was_killed_before_a_restart_is_finished(machine: Any, deploy: Any, processes: Any) -> None:
+    file = "/etc/stickyring-node/1.env"
+    # What such a run leaves: a process that was started from another environment.
+    machine("node2").check_output(
+        f"cp -p {file} /root && sed -i '/^STICKYRING_ENVIRONMENT=/s/=.*/=0/' {file} && systemctl restart {UNIT}"
+        f" && mv /root/1.env {file}"
+    )
+    # Its clock was ahead when it was deployed: no reason to restart.
+    machine("node3").check_output(f"touch --date=tomorrow {file} /etc/systemd/system/stickyring-node@.service")
+    machine("node3").check_output("systemctl daemon-reload")
     before = processes()
-    # What such a run leaves: an environment that is younger than the process.
-    machine("node2").check_output("touch /etc/stickyring-node/1.env")
     deploy()
     after = processes()
     assert [name for name in after if after[name] != before[name]] == ["node2"]

@@ -1,0 +1,74 @@
+"""A host that freezes or vanishes ends a run within a minute, and no other host is touched after that."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ENDED_SECONDS = 60
+NAMESPACE = Path("/run/stickyring-lab/mount")
+PODMAN = [*(["nsenter", f"--mount={NAMESPACE}"] if NAMESPACE.exists() else []), "podman", "--cgroup-manager=cgroupfs"]
+FAULTS = {
+    "freezes": (["pause", "{}"], ["unpause", "{}"]),
+    "vanishes": (
+        ["exec", "{}", "ip", "link", "set", "eth0", "down"],
+        ["exec", "{}", "ip", "link", "set", "eth0", "up"],
+    ),
+}
+
+
+def podman(command: str, host: str) -> None:
+    subprocess.run([*PODMAN, *command.format(f"stickyring-{host}").split()], check=True, timeout=30)
+
+
+@contextmanager
+def lost(host: str, fault: str) -> Iterator[None]:
+    """The host freezes or vanishes, and is back after the block."""
+    begin, end = FAULTS[fault]
+    podman(begin, host)
+    try:
+        yield
+    finally:
+        podman(end, host)
+
+
+@pytest.mark.parametrize(("fault", "playbook"), [("freezes", "playbooks/rolling_update.yml"), ("vanishes", "site.yml")])
+def test_a_node_that_is_lost_while_it_restarts_is_the_last_that_is_touched(
+    started: Any, inventory: Path, serving: Any, nodes: Any, fault: str, playbook: str
+) -> None:
+    first, *others = [node.name for node in nodes]
+    setting = f"stickyring_node_environment={{{{ {{'LOST': '{fault}'}} }}}}"
+    before = serving()
+    with started("ansible-playbook", "-i", inventory, playbook, "-e", setting) as process:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "stickyring_node : Start the instances anew]" in line:
+                break
+        with lost(first, fault):
+            since = time.monotonic()
+            said += process.stdout.readlines()
+            assert process.wait() != 0, said
+            assert time.monotonic() - since < ENDED_SECONDS, said
+    reason, ended = said[-2:]
+    assert f"{first} could not be reached at `stickyring_node : " in reason
+    assert "State of the lost host: It was being restarted" in ended
+    after = serving()
+    assert {name: after[name] for name in others} == {name: before[name] for name in others}
+
+
+def test_an_edge_that_is_lost_from_the_start_keeps_site_yml_from_touching_anything(
+    run: Any, edge: Any, machine: Any
+) -> None:
+    with lost(edge.name, "freezes"):
+        said = run("site.yml", "-e", "stickyring_node_release=untouched", fails=True)
+    reason = said.split("REASON")[-1]
+    assert f"{edge.name} could not be reached at `Reach the host`" in reason
+    assert "State of the lost host: Nothing was changed on any host." in reason
+    assert not machine("node1").file("/opt/stickyring-node/releases/untouched").exists

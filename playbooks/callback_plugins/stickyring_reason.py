@@ -1,0 +1,73 @@
+"""Ansible callback: the last lines of a run that fails are its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ansible.executor.stats import AggregateStats
+from ansible.executor.task_result import CallbackTaskResult
+from ansible.plugins.callback import CallbackBase
+
+DOCUMENTATION = r"""
+name: stickyring_reason
+type: aggregate
+short_description: Say last why a run has failed
+description:
+  - After the recap, which hosts could not be reached and which have failed, at which task and why.
+  - What a rescue has dealt with is not repeated. Without a failure it says nothing.
+"""
+
+
+class CallbackModule(CallbackBase):
+    """Keeps the last failure of each host until the end."""
+
+    CALLBACK_VERSION = 2.0
+    CALLBACK_TYPE = "aggregate"
+    CALLBACK_NAME = "stickyring_reason"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: dict[str, str] = {}
+
+    def v2_runner_on_failed(self, result: CallbackTaskResult, ignore_errors: bool = False) -> None:
+        """Keeps why a task has failed; its host's earlier failures were rescued."""
+        if not ignore_errors:
+            self._keep(result, f"failed at `{result.task.get_name()}`: {' '.join(_messages(result.result))}")
+
+    def v2_runner_on_unreachable(self, result: CallbackTaskResult) -> None:
+        """Keeps at which task a host, or the one that the task was delegated to, could not be reached."""
+        if not result.task.ignore_unreachable:
+            asked = result.result.get("_ansible_delegated_vars", {}).get("ansible_delegated_host")
+            towards = f" towards {asked}" if asked else ""
+            said = " ".join(_messages(result.result))
+            self._keep(result, f"could not be reached at `{result.task.get_name()}`{towards}: {said}")
+
+    def _keep(self, result: CallbackTaskResult, reason: str) -> None:
+        host = result.host.get_name()
+        # Again at the end: the order is that of the last events.
+        self.reasons.pop(host, None)
+        self.reasons[host] = reason
+
+    def v2_playbook_on_stats(self, stats: AggregateStats) -> None:
+        """Says it."""
+        hosts: dict[str, list[str]] = {}
+        for host, reason in self.reasons.items():
+            if host in stats.failures or host in stats.dark:
+                hosts.setdefault(reason, []).append(host)
+        if hosts:
+            self._display.banner("REASON")
+        for reason, same in hosts.items():
+            self._display.display(f"{', '.join(same)} {reason}", color="red")
+
+
+def _messages(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a task's result, or those of its failed items, say in words."""
+    failed = [one for one in result.get("results", []) if one.get("failed") or one.get("unreachable")]
+    for one in failed:
+        yield from _messages(one)
+    if failed:
+        return
+    yield str(result.get("msg", "")).strip()
+    if "rc" in result:
+        yield str(result.get("stderr") or result.get("stdout") or "").strip()

@@ -1,0 +1,94 @@
+"""A host that cannot be reached any more ends the run: no later batch and no later play touches another host."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+PLAYBOOKS = Path(__file__).parents[1]
+ANSIBLE = Path(sys.executable).parent / "ansible-playbook"
+# b cannot be reached, the others are this machine.
+HOSTS = """\
+nodes: {{hosts: {{a: , b: {{ansible_connection: ssh, ansible_host: 127.0.0.1, ansible_port: {port}}}, c: , d: }}}}
+edge: {{hosts: {{e: }}}}
+all: {{vars: {{ansible_connection: local, ansible_python_interpreter: "{python}"}}}}
+"""
+RUN = """\
+- hosts: nodes
+  gather_facts: false
+  any_errors_fatal: true
+  serial: {share}
+  tasks:
+    - ansible.builtin.import_tasks: {playbooks}/tasks/require_every_host.yml
+    - ansible.builtin.command: touch {folder}/{{{{ inventory_hostname }}}}
+    - ansible.builtin.command: touch {folder}/{{{{ inventory_hostname }}}}-last
+  vars: &state
+    __stickyring_lost_state: It was being restarted.
+- ansible.builtin.import_playbook: {playbooks}/require_every_host.yml
+  vars: *state
+- hosts: edge
+  gather_facts: false
+  tasks:
+    - ansible.builtin.command: touch {folder}/{{{{ inventory_hostname }}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("share", "limit", "touched"),
+    [
+        ("1", "all", {"a", "a-last"}),
+        # The last batch is followed by the other plays.
+        ("1", "a,b,edge", {"a", "a-last"}),
+        ("2", "all", {"a"}),
+    ],
+    ids=["serial", "last", "share"],
+)
+def test_nothing_is_touched_after_a_host_was_lost(
+    tmp_path: Path, closed_port: int, share: str, limit: str, touched: set[str]
+) -> None:
+    folder = tmp_path / "touched"
+    folder.mkdir()
+    inventory, playbook = tmp_path / "hosts.yml", tmp_path / "run.yml"
+    inventory.write_text(HOSTS.format(port=closed_port, python=sys.executable))
+    playbook.write_text(RUN.format(share=share, playbooks=PLAYBOOKS, folder=folder))
+    done = subprocess.run(
+        [ANSIBLE, "-i", inventory, "--limit", f"localhost,{limit}", playbook],
+        env=os.environ | {"ANSIBLE_CONFIG": str(PLAYBOOKS.parent / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0, done.stdout
+    assert {path.name for path in folder.iterdir()} == touched, done.stdout
+    lost, ended = done.stdout.strip().splitlines()[-2:]
+    assert lost.startswith("b could not be reached at `ansible.builtin.command`: ")
+    assert "failed at `Require every host of this run`: A host of this run could not be reached any more" in ended
+    assert "State of the lost host: It was being restarted." in ended
+
+
+def test_every_batch_of_the_playbooks_looks_whether_a_host_was_lost() -> None:
+    serial = [
+        (path.name, play)
+        for path in sorted(PLAYBOOKS.glob("*.yml"))
+        for play in yaml.safe_load(path.read_text())
+        if "serial" in play and path.name != "require_every_host.yml"
+    ]
+    assert {name for name, _ in serial} == {"edge.yml", "nodes.yml", "rollback.yml"}
+    for name, play in serial:
+        first = [*play.get("pre_tasks", []), *play.get("tasks", [])][0]
+        assert first["ansible.builtin.import_tasks"] == "tasks/require_every_host.yml", name
+        plays = [one.get("ansible.builtin.import_playbook") for one in yaml.safe_load((PLAYBOOKS / name).read_text())]
+        assert "require_every_host.yml" in plays[plays.index(None) :], name
