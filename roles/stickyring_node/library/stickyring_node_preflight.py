@@ -266,13 +266,15 @@ def as_wanted(path: Path, sha256: str) -> bool:
     return made == (*OWNER, MODES[path.suffix]) and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
-def runs(module: AnsibleModule, release: Path) -> bool:
-    """Return whether a release is complete, and its Python, which a new version of Debian takes away, still has it."""
-    python = release / "bin" / "python"
-    if not (release / ".complete").is_file() or not python.exists():
-        return False
-    code, _, _ = module.run_command([str(python), "-I", "-c", "import stickyring"], cwd="/")
-    return bool(code == 0)
+def runs(release: Path) -> bool:
+    """Return whether a release is complete and still has its Python.
+
+    A new version of Debian takes that away: the link leads to another one, which looks for packages in another folder.
+    """
+    python = (release / "bin" / "python").resolve()
+    name = re.match(r"[a-z]+[\d.]+", python.name)
+    packages = release.glob(f"lib/{name[0]}*/site-packages/stickyring") if name else []
+    return (release / ".complete").is_file() and python.is_file() and any(packages)
 
 
 def settings_key(unit: str, environment: str) -> str:
@@ -287,9 +289,9 @@ def key_of(unit: Path, environment: Path) -> str:
     return settings_key(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in (unit, environment)))
 
 
-def served(module: AnsibleModule, releases: Path, service: str) -> dict[tuple[str, str], Path]:
+def served(releases: Path, service: str) -> dict[tuple[str, str], Path]:
     """Return ``{(release, key of its settings): folder}`` of what has served and still runs, the youngest first."""
-    usable = [release for release in releases.glob("*") if any(release.glob(f"{KEPT}*")) and runs(module, release)]
+    usable = [release for release in releases.glob("*") if runs(release)]
     folders = [folder for release in usable for folder in release.glob(f"{KEPT}*")]
     folders.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
     found: dict[tuple[str, str], Path] = {}
@@ -298,15 +300,14 @@ def served(module: AnsibleModule, releases: Path, service: str) -> dict[tuple[st
     return found
 
 
-def history(module: AnsibleModule, releases: Path, release: str, unit: Path, environment: Path) -> dict[str, Any]:
+def history(wanted: dict[str, Any], releases: Path, release: str, unit: Path, environment: Path) -> dict[str, Any]:
     """Return what has served on the host, what is kept of it, and what of that is too much; paths are below releases.
 
     release: the one that is linked; unit, environment: the files that instances start from, as they are.
     """
-    wanted = module.params
     own_key = settings_key(*(wanted["files"][f"/{path.relative_to(ROOT)}"] for path in (unit, environment)))
     kept = releases / wanted["release"] / f"{KEPT}-{own_key}"
-    found = served(module, releases, wanted["service"])
+    found = served(releases, wanted["service"])
     order = [*found.values()]
     serves = found.get((release, key_of(unit, environment)))
     last_served = serves or next(iter(order), None)
@@ -450,7 +451,7 @@ def main() -> None:
     if account:
         problems.append(account)
     lacks_venv = False
-    complete = runs(module, stamp.parent)
+    complete = runs(stamp.parent)
     if not complete:
         lacks_venv, problem = judged(module, PROGRAMS / wanted["python"])
         problems += problem
@@ -503,7 +504,7 @@ def main() -> None:
         "moving": moving(wanted, {i: variables for i, (_, _, variables) in processes.items() if i in instances}),
         "surplus": sorted((configured | running | enabled).difference(instances)),
     }
-    found |= history(module, releases, release, template, settings / "1.env")
+    found |= history(wanted, releases, release, template, settings / "1.env")
     module.exit_json(condition=condition(found, wanted), **found)
 
 

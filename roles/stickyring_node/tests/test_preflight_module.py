@@ -83,6 +83,7 @@ class Host:
         self.accounts: dict[str, pwd.struct_passwd] = {}
         self.shows({})
         self.has_python("3.11.2")
+        self.program("python3.11", "")
 
     def program(self, name: str, script: str) -> Path:
         path = self.programs / name
@@ -108,10 +109,11 @@ class Host:
         return file
 
     def release(self, name: str) -> Path:
-        """A release that is complete and runs; its Python is this host's python3."""
+        """A release that is complete and runs."""
         folder = self.write(f"opt/{SERVICE}/releases/{name}/.complete", REQUIREMENTS).parent
-        (folder / "bin").mkdir(exist_ok=True)
-        (folder / "bin" / "python").symlink_to(self.programs / "python3")
+        for part in ("bin", "lib/python3.11/site-packages/stickyring"):
+            (folder / part).mkdir(parents=True)
+        (folder / "bin" / "python").symlink_to(self.programs / "python3.11")
         return folder
 
     def unit(
@@ -133,7 +135,7 @@ class Host:
         told = {"STICKYRING_UNIT": "a1", "STICKYRING_ENVIRONMENT": f"b{instance}"} | digests
         (process / "environ").write_text("\0".join(f"{name}={value}" for name, value in {"N": "1", **told}.items()))
         (process / "exe").unlink(missing_ok=True)
-        (process / "exe").symlink_to(python or self.programs / "python3")
+        (process / "exe").symlink_to(python or self.programs / "python3.11")
         return {
             **unit(enabled=enabled),
             "MainPID": pid,
@@ -337,8 +339,6 @@ def test_another_python_that_is_too_old_is_refused_by_its_name(host: Host, free_
 def test_python_is_not_asked_where_the_release_is_complete(host: Host, free_ports: int) -> None:
     host.release(RELEASE)
     host.has_python("3.9.2", venv=False)
-    (host.root / f"opt/{SERVICE}/releases/{RELEASE}/bin/python").unlink()
-    (host.root / f"opt/{SERVICE}/releases/{RELEASE}/bin/python").symlink_to(host.program("release-python", ":"))
     result = run(port=free_ports)
     assert not result.get("failed"), result
     assert result["lacks_venv"] is False
@@ -576,7 +576,7 @@ def test_a_process_is_up_to_date_that_was_started_from_what_is_wanted_whatever_t
 
 def test_a_python_that_was_replaced_by_an_update_of_its_package_is_the_same(host: Host, free_ports: int) -> None:
     installed(host)
-    replaced = Path(f"{host.programs / 'python3'} (deleted)")
+    replaced = Path(f"{host.programs / 'python3.11'} (deleted)")
     host.shows({f"{SERVICE}@1.service": host.unit(1, python=replaced)})
     assert run(port=free_ports)["up_to_date"] == [1]
 
@@ -620,13 +620,15 @@ def test_an_instance_whose_unit_systemd_has_not_read_again_is_out_of_date(host: 
 
 
 def test_a_release_whose_python_is_gone_is_made_anew(host: Host, free_ports: int) -> None:
-    """As after an upgrade of Debian in place: what runs goes on, the host's own Python cannot import the release."""
+    """As after an upgrade of Debian in place: what runs goes on, and the link leads to another Python or to none."""
     installed(host)
     host.shows({f"{SERVICE}@1.service": host.unit(1)})
     assert run(port=free_ports)["complete"]
     python = host.root / "opt" / SERVICE / "releases" / RELEASE / "bin" / "python"
-    for gone in (lambda: host.program("python3", '[ "$1" != -I ] && echo 3.13.5'), python.unlink):
-        gone()
+    python.unlink()
+    for other in ("python3.13", "nothing"):
+        python.unlink(missing_ok=True)
+        python.symlink_to(host.program(other, "") if other != "nothing" else host.programs / other)
         result = run(port=free_ports)
         assert (result["complete"], result["up_to_date"], result["condition"]) == (False, [], "outdated")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -72,3 +73,13 @@ def test_an_edge_that_is_lost_from_the_start_keeps_site_yml_from_touching_anythi
     assert f"{edge.name} could not be reached at `Reach the host`" in reason
     assert "State of the lost host: Nothing was changed on any host." in reason
     assert not machine("node1").file("/opt/stickyring-node/releases/untouched").exists
+
+
+def test_a_second_run_is_told_and_one_that_was_killed_is_forgotten(started: Any, inventory: Path, run: Any) -> None:
+    with started("ansible-playbook", "-i", inventory, "site.yml") as first:
+        assert any("TASK [Refuse a second run]" in line for line in first.stdout)
+        assert f"Another run is changing these hosts: on {os.uname().nodename}, process {first.pid}, of" in run(
+            "playbooks/rebalance.yml", fails=True
+        )
+        first.kill()
+    run("playbooks/rebalance.yml")
