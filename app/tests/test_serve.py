@@ -77,6 +77,7 @@ def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.Mo
         "max_connections": 10000,
         "drain_timeout": 30,
         "control_path": None,
+        "edges_path": None,
         "replace": False,
         "watchdog": None,
         "log_level": "info",

@@ -33,7 +33,7 @@ with_control = click.option(
 
 
 @click.command()
-@click.option("--key", help="Only the sessions of this user, by the key as it stands on the wire.")
+@click.option("--key", help="Only the sessions of this user.")
 @with_control
 def sessions(*, key: str | None, path: Path) -> None:
     """Print who is connected to a node of this host, as JSON.

@@ -113,7 +113,7 @@ class Ring(ABC):
         return _HashRing(cluster, members, least, most)
 
     def owner(self, key: str) -> str:
-        """Return the name of the member that owns `key`, the raw value as it stands on the wire."""
+        """Return the name of the member that owns `key`, which has no percent-encoding."""
         return self.owners((key,))[0]
 
     @abstractmethod
@@ -252,7 +252,7 @@ def _normalized(members: Iterable[Member]) -> dict[str, float]:
 
 
 def _hash(key: str) -> int:
-    # Surrogates stand for bytes that are no UTF-8: what came over the wire is hashed as it came.
+    # Surrogates stand for bytes that are no UTF-8: they are hashed as they came.
     return xxh64_intdigest(key.encode("utf-8", "surrogateescape"))
 
 

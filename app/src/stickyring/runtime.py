@@ -12,6 +12,7 @@ import socketio
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from stickyring.drain import Drain
+from stickyring.forwarded import Edges
 from stickyring.metrics import TRANSPORTS, Engine, EngineMetrics, MoveMetrics, Packet, node_registry
 from stickyring.packets import HandlerError, check_packets
 from stickyring.sessions import SESSION_VARIABLE, Session, SessionWebSocket, key_of
@@ -24,9 +25,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENGINE_IO_PROTOCOL = "4"
-RETRY_AFTER_SECONDS = 5
+RETRY_LATER = ("Retry-After", "5")
 ELSEWHERE_HEADER = "x-stickyring-elsewhere"
 """On an answer with it, the edge tries the next node of the ring at once."""
+NO_SNIFFING = ("X-Content-Type-Options", "nosniff")
+JSON = [("Content-Type", "application/json")]
+UNKNOWN_SESSION = b'{"code":1,"message":"Session ID unknown"}'
+BAD_REQUEST = b'{"code":3,"message":"Bad request"}'
+"""Engine.IO's own errors, as Node.js writes them."""
 MOVED = b'"This session has moved: connect again"'
 FAILED = b'"This session has ended for an error"'
 NOOP = b"6"
@@ -44,11 +50,16 @@ class Runtime:
     A `socketio.WSGIApp` stands behind a `SocketIOGate`. One that another WSGI application hides inside itself is not
     seen, and served as any other.
 
+    The application sees the scheme and the address of the client where an edge tells them (`stickyring.forwarded`).
+
     `sessions` holds the open sessions by their Engine.IO id; there are none without a gate. `move_metrics`
     counts those that are sent elsewhere. `drain` empties the node.
     """
 
-    def __init__(self, application: "WSGIApplication", *, node_name: str, max_connections: int) -> None:
+    def __init__(
+        self, application: "WSGIApplication", *, node_name: str, max_connections: int, edges: Edges | None = None
+    ) -> None:
+        self._edges = edges or Edges()
         registry = node_registry(node_name)
         self.sessions: dict[str, Session] = {}
         self.move_metrics = MoveMetrics(registry)
@@ -62,6 +73,10 @@ class Runtime:
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Serve one request."""
+        self._edges.tell(environ)
+        if self._gate is not None and environ["PATH_INFO"] == self._gate.path.rstrip("/"):
+            # As some clients ask (Swift, Dart), and as Node.js answers.
+            environ["PATH_INFO"] = self._gate.path
         match environ["PATH_INFO"]:
             case "/healthz":
                 return _text(start_response, "200 OK", "ok")
@@ -132,8 +147,11 @@ class SocketIOGate:
 
     While the node is drained, handshakes are sent on: they get 503 with ELSEWHERE_HEADER. So is, at any time, a request
     of a session that is not here, if its user has a key: after a node has gone, come or come back, the session of a
-    client that polls is on the next node of the ring until a rebalance ends it, and lives on there. Without a key there
-    is no such order, and the engine answers 400.
+    client that polls is on the next node of the ring until a rebalance ends it, and lives on there. If no node has it,
+    the last answer, the protocol's 400, is the client's. Without a key there is no such order, and the engine answers
+    400.
+
+    JSONP polling, which runs what comes in the page, is refused; protocol 4 has none.
 
     A poll that ends because its session was moved is answered with 410: the one answer after which every client, of
     JavaScript and of Python, takes the connection for lost and makes a new one.
@@ -181,31 +199,42 @@ class SocketIOGate:
         if session is not None:
             environ[SESSION_VARIABLE] = session
             session.note(environ)
-        stranger = sid is not None and session is None
-        if stranger:
-            # The engine keeps one that has ended until its next round, and fails on a POST for it.
-            self._engine.sockets.pop(sid or "", None)
-            self._metrics.unknown_sessions.labels(_transport_label(query)).inc()
-        if (stranger and key_of(environ) is not None) or (self._drain.active and session is None):
-            if sid is None and environ["REQUEST_METHOD"] == "GET":
-                self._metrics.refused.labels(_transport_label(query), "draining").inc()
-            return _refuse(start_response, [(ELSEWHERE_HEADER, "1")])
-        if environ.get("HTTP_UPGRADE", "").lower() == "websocket":
-            if environ[SOCKET_VARIABLE] is None:
-                return self._pass_on(environ, start_response)
-            refused = refusal(environ)
-            if refused is None and session is not None and session.socket.upgrading:
-                refused = "400 Bad Request", []  # one at a time
-            if refused:
-                if sid is None:
-                    self._metrics.refused.labels(_transport_label(query), "bad_request").inc()
-                return _answer(start_response, *refused, b"")
+        if (refused := self._refusal(environ, query, sid, session)) is not None:
+            return _answer(start_response, *refused)
+        if environ[SOCKET_VARIABLE] is None and _is_a_websocket(environ):
+            return self._pass_on(environ, start_response)
         if sid is None and environ["REQUEST_METHOD"] == "GET":
             return self._handshake(environ, start_response, _transport_label(query), _parameter(query, "EIO") or "")
         answer = self._poll(session, environ) if session is not None and _is_a_poll(environ) else self._ask(environ)
         if session is not None and session.failed == "body" and answer[0].startswith("400"):
             answer = "413 Content Too Large", *answer[1:]
         return _answer(start_response, *answer)
+
+    def _refusal(
+        self, environ: "WSGIEnvironment", query: str, sid: str | None, session: Session | None
+    ) -> tuple[str, list[tuple[str, str]], bytes] | None:
+        """Return status, headers and body for a request that the engine must not see; else None."""
+        if session is None and sid is not None:
+            # The engine keeps one that has ended until its next round, and fails on a POST for it.
+            self._engine.sockets.pop(sid, None)
+            self._metrics.unknown_sessions.labels(_transport_label(query)).inc()
+            if self._drain.active or key_of(environ) is not None:
+                return "400 Bad Request", [*JSON, (ELSEWHERE_HEADER, "1")], UNKNOWN_SESSION
+        elif session is None and self._drain.active:
+            if environ["REQUEST_METHOD"] == "GET":
+                self._metrics.refused.labels(_transport_label(query), "draining").inc()
+            return "503 Service Unavailable", [(ELSEWHERE_HEADER, "1"), RETRY_LATER], b""
+        if _parameter(query, "j") is not None:
+            return "400 Bad Request", JSON, BAD_REQUEST
+        if environ[SOCKET_VARIABLE] is None or not _is_a_websocket(environ):
+            return None
+        if session is not None and session.socket.upgrading:
+            return "400 Bad Request", [], b""  # one at a time
+        if refused := refusal(environ):
+            if sid is None:
+                self._metrics.refused.labels(_transport_label(query), "bad_request").inc()
+            return *refused, b""
+        return None
 
     def _pass_on(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         answer: Iterable[bytes] = self._application(environ, start_response)
@@ -254,7 +283,7 @@ class SocketIOGate:
         supported = protocol == ENGINE_IO_PROTOCOL
         if supported and self.full:
             self._metrics.refused.labels(transport, "capacity").inc()
-            return _refuse(start_response, [("Retry-After", str(RETRY_AFTER_SECONDS))])
+            return _refuse(start_response, [RETRY_LATER])
         # One that is accepted is counted at the engine's connect event.
         status, headers, body = self._ask(environ)
         if not status.startswith("200"):
@@ -367,6 +396,10 @@ def _transport_label(query: str) -> str:
     return transport if transport in TRANSPORTS else "other"
 
 
+def _is_a_websocket(environ: "WSGIEnvironment") -> bool:
+    return bool(environ.get("HTTP_UPGRADE", "").lower() == "websocket")
+
+
 def _is_a_poll(environ: "WSGIEnvironment") -> bool:
     if environ["REQUEST_METHOD"] != "GET" or "HTTP_UPGRADE" in environ:
         return False
@@ -376,8 +409,9 @@ def _is_a_poll(environ: "WSGIEnvironment") -> bool:
 def _answer(
     start_response: "StartResponse", status: str, headers: list[tuple[str, str]], body: bytes
 ) -> Iterable[bytes]:
-    # With its length: without, gunicorn sends a body in three pieces.
-    start_response(status, [*headers, ("Content-Length", str(len(body)))])
+    # With its length: without, gunicorn sends a body in three pieces. Some have what a user has sent, which no browser is
+    # to take for a page.
+    start_response(status, [*headers, NO_SNIFFING, ("Content-Length", str(len(body)))])
     return [body]
 
 

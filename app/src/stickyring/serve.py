@@ -43,6 +43,8 @@ KEEPALIVE_SECONDS = 75
 GRACEFUL_SECONDS = 3
 """Requests end in milliseconds; a poll or a WebSocket does not end by itself, and waiting longer helps neither."""
 HUNG_SECONDS = 30
+LARGEST_FIELD = 65536
+MOST_FIELDS = 200
 LISTENING, DRAINED = b"l", b"d"
 TICK_SECONDS = 0.1
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
@@ -63,6 +65,7 @@ class Settings:
     max_connections: int
     drain_timeout: float
     control: Path | None
+    edges: Path | None
     watchdog: float | None
     log_level: str
 
@@ -153,6 +156,15 @@ def default_node_name() -> str:
     help="Unix socket for `stickyring sessions`, `rebalance`, `drain` and `undrain`; none without it.",
 )
 @click.option(
+    "--edges",
+    "edges_path",
+    type=click.Path(path_type=Path),
+    envvar="STICKYRING_EDGES",
+    show_envvar=True,
+    help="File with the IP addresses of the edges, one a line, read again while the node serves: who is believed about "
+    "scheme and address of a client. [default: loopback]",
+)
+@click.option(
     "--replace",
     is_flag=True,
     help="Take the place of the process that serves --control, on its listening socket.",
@@ -182,6 +194,7 @@ def serve(
     max_connections: int,
     drain_timeout: float,
     control_path: Path | None,
+    edges_path: Path | None,
     replace: bool,
     watchdog: float | None,
     log_level: str,
@@ -210,7 +223,16 @@ def serve(
       STICKYRING_LISTEN='[::1]:8001' stickyring serve 'chat.server:create(debug=False)'
     """
     settings = Settings(
-        application, address, node_name, worker_class, max_connections, drain_timeout, control_path, watchdog, log_level
+        application,
+        address,
+        node_name,
+        worker_class,
+        max_connections,
+        drain_timeout,
+        control_path,
+        edges_path,
+        watchdog,
+        log_level,
     )
     logs.configure(log_level, node_name)
     # The application runs in the worker, a child of this process.
@@ -267,6 +289,11 @@ class Node(BaseApplication):
             "worker_class": self._worker_class,
             "worker_connections": 1_000_000,  # no cap: at its limit connections hang, those of health checks too
             "keepalive": KEEPALIVE_SECONDS,
+            # Above what an edge lets through, which is 32 KiB and 100 fields; it adds a few.
+            "limit_request_line": 0,
+            "limit_request_field_size": LARGEST_FIELD,
+            "limit_request_fields": MOST_FIELDS,
+            "forwarded_allow_ips": "",  # stickyring.forwarded knows whom to believe
             "graceful_timeout": GRACEFUL_SECONDS,
             # For a worker that hangs. systemd's watchdog waits as long as the unit says; and with 0 here every class
             # beats twice a second.
@@ -310,6 +337,7 @@ class Node(BaseApplication):
         # Imported here, because python-socketio and the metrics' locks have to see the standard library as the worker
         # class has patched it.
         from stickyring.control import Control, ControlServer  # noqa: PLC0415
+        from stickyring.forwarded import Edges  # noqa: PLC0415
         from stickyring.runtime import Runtime  # noqa: PLC0415
 
         try:
@@ -318,7 +346,8 @@ class Node(BaseApplication):
             log.debug("the application cannot be loaded", exc_info=True)
             self._refuse(f"cannot load {self._settings.application}: {_describe(error)}")
         name = self._settings.node_name
-        runtime = Runtime(application, node_name=name, max_connections=self._settings.max_connections)
+        edges = Edges(self._settings.edges)
+        runtime = Runtime(application, node_name=name, max_connections=self._settings.max_connections, edges=edges)
         incumbent = Incumbent(self._worker, runtime.drain, self._retired)
         if self._control is not None:
             control = Control(name, runtime.sessions, runtime.move_metrics, runtime.drain, incumbent)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from socket import SHUT_RDWR
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 from engineio.exceptions import EngineIOError, QueueEmpty
 from engineio.packet import NOOP
@@ -31,9 +30,7 @@ log = logging.getLogger(__name__)
 
 # Request headers of the edge's, as the WSGI environ names them.
 KEY_VARIABLE = "HTTP_X_STICKYRING_KEY"
-"""`x-stickyring-key`: what the edge hashed; decoded, if it came from the query."""
-QUERY_VARIABLE = "HTTP_X_STICKYRING_QUERY"
-"""`x-stickyring-query`: the query parameters that the edge looks for a key in, `name1,name2`, the first one first."""
+"""`x-stickyring-key`: what the edge has hashed."""
 CLUSTER_VARIABLE = "HTTP_X_STICKYRING_CLUSTER"
 """`x-stickyring-cluster`: the edge's cluster by which the request came; each has a ring of its own."""
 SESSION_VARIABLE = "stickyring.session"
@@ -391,20 +388,8 @@ def _size(packet: Packet) -> int:
 
 
 def key_of(environ: dict[str, object]) -> str | None:
-    """Return the key that the edge hashed for a request, as it stands on the wire; None without one.
-
-    The edge says what it took from the query decoded, and hashed it as it came: of the parameters that it looks at, the
-    one that decodes to the key tells. A key that none of them decodes to came from elsewhere, and as it is.
-    """
-    key = _on_the_wire(environ, KEY_VARIABLE)
-    if not key:
-        return None
-    parameters = [parameter.partition("=") for parameter in _on_the_wire(environ, "QUERY_STRING").split("&")]
-    for wanted in _on_the_wire(environ, QUERY_VARIABLE).split(","):
-        raw = next((value for name, _, value in parameters if name == wanted), "")
-        if unquote(raw, errors="surrogateescape") == key:
-            return raw
-    return key
+    """Return the key that the edge hashed for a request; None without one."""
+    return _on_the_wire(environ, KEY_VARIABLE) or None
 
 
 def _on_the_wire(environ: dict[str, object], variable: str) -> str:

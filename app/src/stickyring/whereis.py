@@ -16,7 +16,7 @@ EPILOG = """\b
 Examples:
   stickyring whereis alice
   stickyring whereis alice --live
-  stickyring whereis a%20b --inventory inventory/production
+  stickyring whereis alice@example.com --inventory inventory/production
 
 \b
 Exit status: 0 when all agree; 1 when the edges disagree, a session is not where the ring has its user, or a host gave
@@ -39,8 +39,8 @@ class Unknown(click.ClickException):
 def whereis(*, user: str, live: bool, inventory: str | None) -> None:
     """Tell which node user ID is on, as the edges' rings have it now.
 
-    ID is the key as it stands on the wire, percent-encoding and all. Run it in the project's folder: edges, and with
-    --live nodes, are asked over SSH, as by any playbook.
+    ID is the user's id as the application knows it, without percent-encoding. Run it in the project's folder: edges,
+    and with --live nodes, are asked over SSH, as by any playbook.
     """
     if not PLAYBOOK.is_file():
         raise Unknown(f"there is no {PLAYBOOK} here: run this in the project's folder")

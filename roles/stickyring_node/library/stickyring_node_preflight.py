@@ -47,7 +47,7 @@ options:
   drain_timeout: {type: int, required: true}
   watchdog: {type: int, required: true}
   log_level: {type: str, required: true, choices: [debug, info, warning, error, critical]}
-  files: {description: "SHA-256 of the unit and of every environment, by path", type: dict, required: true}
+  files: {description: "SHA-256 of what the instances start from and read, by path", type: dict, required: true}
 attributes:
   check_mode: {support: full}
 author: stickyring
@@ -57,7 +57,7 @@ RETURN = r"""
 condition:
   description:
     - C(idle), if nothing runs on the host; C(outdated), if something is not as wanted; C(unhealthy), if only the
-      health of an instance is not; C(current), if it needs nothing.
+      health of an instance is not, or a file that needs no restart; C(current), if it needs nothing.
   type: str
   returned: success
 surplus:
@@ -153,7 +153,7 @@ HEALTH_SECONDS = 3
 ACCOUNT = ("/nonexistent", "/usr/sbin/nologin")
 # Of the files that instances start from, as user and group; an environment is for nobody else to read.
 OWNER = (0, 0)
-MODES = {".service": 0o644, ".env": 0o600}
+MODES = {".service": 0o644, ".env": 0o600, "": 0o644}
 KEPT = "served"
 """Below a release, what the folders begin with that have a unit and environments that it served with."""
 DIGESTS = ("STICKYRING_UNIT", "STICKYRING_ENVIRONMENT")
@@ -415,7 +415,7 @@ def condition(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     started = instances.issubset(found["up_to_date"]) and instances.issubset(found["enabled"])
     if not installed or not started or (found["surplus"] and not wanted["keep_surplus"]):
         return "outdated"
-    return "current" if instances.issubset(found["healthy"]) else "unhealthy"
+    return "current" if instances.issubset(found["healthy"]) and not found["differing"] else "unhealthy"
 
 
 def judged(module: AnsibleModule, python: Path) -> tuple[bool, list[str]]:

@@ -347,7 +347,7 @@ def test_python_is_not_asked_where_the_release_is_complete(host: Host, free_port
 AS_WANTED: dict[str, Any] = {
     **dict.fromkeys(("complete", "prepared", "kept"), True),
     **{name: [1, 2] for name in ("running", "up_to_date", "enabled", "healthy")},
-    **{name: [] for name in ("superfluous", "surplus")},
+    **{name: [] for name in ("superfluous", "surplus", "differing")},
 }
 
 
@@ -361,6 +361,7 @@ AS_WANTED: dict[str, Any] = {
         *[({name: [1]}, "outdated") for name in ("up_to_date", "enabled")],
         ({"superfluous": ["1.0"]}, "outdated"),
         ({"surplus": [3]}, "outdated"),
+        ({"differing": ["/etc/stickyring-node/edges"]}, "unhealthy"),
         ({"healthy": [2]}, "unhealthy"),
         ({"healthy": [2], "enabled": [2]}, "outdated"),
     ],

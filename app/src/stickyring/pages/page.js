@@ -5,8 +5,7 @@ const part = (name) => document.querySelector(`[data-testid="${name}"]`);
 
 /**
  * The id of this user: the one in the page's address, so that a link can be shared; else the one that this browser
- * keeps; else a new one. Only characters that no client percent-encodes are taken, because the edge hashes the id as it
- * stands on the wire.
+ * keeps; else a new one. Only characters that no client percent-encodes are taken: they look the same in every log.
  */
 function clientId() {
   const usable = (id) => id !== null && /^[A-Za-z0-9._~-]{1,64}$/.test(id);

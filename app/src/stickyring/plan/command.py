@@ -52,7 +52,7 @@ class RingType(click.ParamType[Ring | None]):
 
 
 class IdsType(click.ParamType[list[str]]):
-    """A file with an id a line, as ids stand on the wire. One that is there twice counts once, an empty line never."""
+    """A file with an id a line, without percent-encoding. One that is there twice counts once, an empty line never."""
 
     name = "file"
 

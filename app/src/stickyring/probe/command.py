@@ -19,7 +19,7 @@ MOST_SESSIONS = 200_000
 SPARE_FILES = 100
 GARBAGE_THRESHOLD = 50_000
 
-# RFC 3986, unreserved: what no client and no edge ever rewrites. An edge hashes the id as it stands on the wire.
+# RFC 3986, unreserved: what no client and no edge ever rewrites.
 PLAIN_ID = re.compile(r"[A-Za-z0-9._~-]+")
 # RFC 9110, token.
 TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")

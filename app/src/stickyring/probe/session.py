@@ -211,7 +211,7 @@ class Session:
 
     def _url(self, transport: str, sid: str | None = None) -> URL:
         session = "" if sid is None else f"&sid={sid}"
-        # Already encoded: an edge hashes the id as it stands on the wire, so nothing may rewrite it.
+        # Already encoded, so that what is asked is what was typed.
         return URL(f"{self._base_url}&transport={transport}{session}", encoded=True)
 
     async def _open_polling(self) -> None:
