@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,23 @@ def test_the_plan_of_a_listener_without_its_certificate_is_refused() -> None:
         refused = run(*command, "-e", json.dumps({"stickyring_edge_listeners": [listener]}))
         assert refused.returncode != 0
         assert f"edge1: listener sticky: {message}" in " ".join(refused.stdout.split())
+
+
+def test_the_certificates_of_the_readme_can_lie_in_the_inventory(tmp_path: Path) -> None:
+    """Its example as it stands, in a copy of the example inventory."""
+    inventory = tmp_path / "production"
+    shutil.copytree(PROJECT / "inventory" / "example", inventory)
+    (example,) = re.findall(r"^```yaml\n# group_vars/edge.yml\n(stickyring_edge_listeners.*?)^```", README, re.M | re.S)
+    with (inventory / "group_vars" / "edge.yml").open("a") as file:
+        file.write(example)
+    for place in ("tls", "."):
+        (inventory / place).mkdir(exist_ok=True)
+        pair = ["chain.pem", "key.pem"]
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+        command += ["-subj", "/CN=chat.example.com", "-out", pair[0], "-keyout", pair[1]]
+        subprocess.run(command, cwd=inventory / place, capture_output=True, check=True)
+    done = run(PROGRAMS / "ansible-playbook", "-i", inventory, "playbooks/preflight.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (inventory / "tls" / "key.pem").unlink()
+    refused = run(PROGRAMS / "ansible-playbook", "-i", inventory, "playbooks/preflight.yml")
+    assert f"tls.key {inventory}/tls/key.pem is no file on the controller" in " ".join(refused.stdout.split())

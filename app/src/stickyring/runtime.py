@@ -228,13 +228,12 @@ class SocketIOGate:
             return "400 Bad Request", JSON, BAD_REQUEST
         if environ[SOCKET_VARIABLE] is None or not _is_a_websocket(environ):
             return None
-        if session is not None and session.socket.upgrading:
-            return "400 Bad Request", [], b""  # one at a time
-        if refused := refusal(environ):
-            if sid is None:
-                self._metrics.refused.labels(_transport_label(query), "bad_request").inc()
-            return *refused, b""
-        return None
+        refused = refusal(environ)
+        if refused is None and session is not None and session.socket.upgrading:
+            refused = "400 Bad Request", []  # one at a time
+        if refused and sid is None:
+            self._metrics.refused.labels(_transport_label(query), "bad_request").inc()
+        return (*refused, b"") if refused else None
 
     def _pass_on(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         answer: Iterable[bytes] = self._application(environ, start_response)
@@ -409,8 +408,8 @@ def _is_a_poll(environ: "WSGIEnvironment") -> bool:
 def _answer(
     start_response: "StartResponse", status: str, headers: list[tuple[str, str]], body: bytes
 ) -> Iterable[bytes]:
-    # With its length: without, gunicorn sends a body in three pieces. Some have what a user has sent, which no browser is
-    # to take for a page.
+    # With its length: without, gunicorn sends a body in three pieces. Some have what a user has sent, which no browser
+    # is to take for a page.
     start_response(status, [*headers, NO_SNIFFING, ("Content-Length", str(len(body)))])
     return [body]
 

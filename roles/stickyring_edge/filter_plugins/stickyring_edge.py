@@ -54,6 +54,37 @@ MAGLEV_TABLE = 65537
 NOBODY: Data = {"name": "nobody", "address": "127.0.0.1", "port": 1, "weight": 1}
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PING_INTERVAL = 25
+# The lowest and the highest value of every variable that is a number; a float where fractions are meant.
+RANGES: dict[str, tuple[float, float]] = {
+    "ring_points_per_weight": (1, LARGEST_RING),
+    "health_check_interval": (0.1, 3600.0),
+    "health_check_jitter": (0.0, 3600.0),
+    "health_check_timeout": (0.1, 3600.0),
+    "health_check_unhealthy_threshold": (1, 1000),
+    "health_check_healthy_threshold": (1, 1000),
+    "route_timeout": (0.0, 86400.0),
+    "request_timeout": (0.0, 86400.0),
+    "request_headers_timeout": (0.0, 86400.0),
+    "downstream_idle_timeout": (0.0, 86400.0),
+    "connect_timeout": (0.1, 3600.0),
+    "upstream_idle_timeout": (0.0, 86400.0),
+    "upstream_user_timeout": (0.0, 3600.0),
+    "upstream_keepalive_time": (1, 32767),
+    "upstream_keepalive_interval": (1, 32767),
+    "upstream_keepalive_probes": (1, 127),
+    "circuit_breaker_max_connections": (1, 2**32 - 1),
+    "circuit_breaker_max_requests": (1, 2**32 - 1),
+    "circuit_breaker_max_pending_requests": (1, 2**32 - 1),
+    "max_connections": (1, 2**29),
+    "max_heap_mib": (64, 2**24),
+    "limit_nofile": (1024, 2**30),
+    "connection_buffer_kib": (1, 2**20),
+    "max_request_body_bytes": (1, 2**32 - 1),
+    "trusted_hops": (0, 100),
+    "admin_port": (1024, 65535),
+    "load_timeout": (1, 3600),
+    "healthy_timeout": (0, 86400),
+}
 
 
 def _repeated(values: list[Any]) -> list[Any]:
@@ -73,6 +104,24 @@ def _canonical(address: str) -> str:
     return str(ipaddress.ip_address(address)) if _is_address(address) else address
 
 
+def _range_problems(settings: Data) -> list[str]:
+    """What is no number, or none that can be meant; texts count as they come from the command line and INI files."""
+    problems = []
+    for name, (low, high) in RANGES.items():
+        value = settings[f"stickyring_edge_{name}"]
+        whole = isinstance(low, int)
+        fraction = "" if whole else r"(\.[0-9]+)?"
+        if not re.fullmatch(rf"-?(0|[1-9][0-9]*){fraction}", str(value)) or not low <= float(value) <= high:
+            kind = "whole number" if whole else "number"
+            problems.append(f"stickyring_edge_{name} is {value!r}: give a {kind} from {low:.10g} to {high:.10g}.")
+    return problems
+
+
+def stickyring_edge_duration(seconds: float | str) -> str:
+    """Seconds in the notation of Envoy's google.protobuf.Duration, the same for a number and its text."""
+    return f"{float(seconds):.9f}".rstrip("0").rstrip(".") + "s"
+
+
 def _number_problems(settings: Data) -> list[str]:
     problems = []
     files, connections = (int(settings[f"stickyring_edge_{name}"]) for name in ("limit_nofile", "max_connections"))
@@ -86,8 +135,6 @@ def _number_problems(settings: Data) -> list[str]:
             f"stickyring_edge_route_timeout {settings['stickyring_edge_route_timeout']} would end long polls: more than"
             f" {PING_INTERVAL}, the ping interval of Engine.IO, is needed."
         )
-    if int(settings["stickyring_edge_trusted_hops"]) < 0:
-        problems.append("stickyring_edge_trusted_hops is 0 or more.")
     return problems
 
 
@@ -161,6 +208,9 @@ def stickyring_edge_problems(settings: Data, pems: dict[str, str], sha256: str |
     listeners: list[Data] = settings["stickyring_edge_listeners"]
     clusters: list[Data] = settings["stickyring_edge_clusters"]
     hash_policies: list[Data] = settings["stickyring_edge_hash_policies"]
+    # Whatever reckons with them takes them for numbers.
+    if problems := _range_problems(settings):
+        return problems
     points = int(settings["stickyring_edge_ring_points_per_weight"])
     problems = _number_problems(settings)
     if sha256 is not None and not SHA256.fullmatch(sha256):
@@ -255,7 +305,7 @@ def _listener(item: Data, common: Data) -> Data:
     return {
         "@type": TYPE + "envoy.config.listener.v3.Listener",
         "name": item["name"],
-        "address": {"socket_address": {"address": item.get("address", "0.0.0.0"), "port_value": item["port"]}},
+        "address": {"socket_address": {"address": item.get("address", "0.0.0.0"), "port_value": int(item["port"])}},
         **common["listener"],
         "filter_chains": [chain],
     }
@@ -451,7 +501,7 @@ def _endpoint(item: Data, weight: int) -> Data:
     return {
         "endpoint": {
             "hostname": item["name"],
-            "address": {"socket_address": {"address": item["address"], "port_value": item["port"]}},
+            "address": {"socket_address": {"address": item["address"], "port_value": int(item["port"])}},
         },
         "metadata": {"filter_metadata": {"envoy.lb": {"hash_key": item["name"]}}},
         "load_balancing_weight": weight,
@@ -556,6 +606,7 @@ class FilterModule:
             "stickyring_edge_pem_paths": stickyring_edge_pem_paths,
             "stickyring_edge_private_keys": stickyring_edge_private_keys,
             "stickyring_edge_problems": stickyring_edge_problems,
+            "stickyring_edge_duration": stickyring_edge_duration,
             "stickyring_edge_files": stickyring_edge_files,
             "stickyring_edge_served_ring": stickyring_edge_served_ring,
             "stickyring_edge_wanted_ring": stickyring_edge_wanted_ring,

@@ -350,13 +350,34 @@ def test_good_variables_have_no_problem() -> None:
         ({"sha256": "0" * 63}, "is not 64 hexadecimal digits in lower case"),
         ({"limit_nofile": 39999}, "stickyring_edge_limit_nofile 39999 is too low"),
         ({"route_timeout": 25}, "stickyring_edge_route_timeout 25 would end long polls"),
-        ({"trusted_hops": -1}, "stickyring_edge_trusted_hops is 0 or more"),
+        ({"trusted_hops": -1}, "stickyring_edge_trusted_hops is -1: give a whole number from 0 to 100."),
+        ({"request_timeout": -0.5}, "stickyring_edge_request_timeout is -0.5: give a number from 0 to 86400."),
+        ({"connect_timeout": 0}, "stickyring_edge_connect_timeout is 0: give a number from 0.1 to 3600."),
+        ({"load_timeout": "2.5"}, "stickyring_edge_load_timeout is '2.5': give a whole number from 1 to 3600."),
+        ({"max_heap_mib": 1e3}, "stickyring_edge_max_heap_mib is 1000.0: give a whole number from 64"),
+        ({"max_connections": "1e3"}, "stickyring_edge_max_connections is '1e3': give a whole number"),
+        ({"healthy_timeout": True}, "stickyring_edge_healthy_timeout is True: give a whole number"),
+        ({"route_timeout": float("inf")}, "stickyring_edge_route_timeout is inf: give a number"),
         ({"admin_port": 9002}, "listener sticky: port 9002 on 0.0.0.0 is that of stickyring_edge_admin_port"),
         ({"admin_port": 9001}, "listener single: port 9001 on 127.0.0.1 is that of stickyring_edge_admin_port"),
     ],
 )
 def test_each_fault_of_a_single_value_is_said(others: dict[str, Any], words: str) -> None:
     assert words in judge(**others)
+
+
+def test_every_number_has_a_range_of_its_kind() -> None:
+    options = yaml.safe_load((ROLE / "meta" / "argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
+    numbers = {name: option["type"] for name, option in options.items() if option["type"] in {"int", "float"}}
+    ranges = {f"stickyring_edge_{name}": type(low).__name__ for name, (low, _) in edge.RANGES.items()}
+    assert ranges == numbers
+
+
+@pytest.mark.parametrize(
+    ("seconds", "duration"), [(2, "2s"), ("2", "2s"), (60.0, "60s"), ("0.5", "0.5s"), (1e5, "100000s"), (0, "0s")]
+)
+def test_a_duration_is_the_same_for_every_spelling(seconds: float | str, duration: str) -> None:
+    assert edge.stickyring_edge_duration(seconds) == duration
 
 
 @pytest.mark.parametrize(
