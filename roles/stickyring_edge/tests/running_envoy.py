@@ -77,15 +77,20 @@ class Edge:
         return files, {"certificates/safe.yaml": certificate.key}
 
 
-def compose(folder: Path, names: Sequence[str], certificate: Certificate, variables: dict[str, Any]) -> dict[str, Any]:
-    """What the role makes of listeners with these names, of which the last one ends TLS, and of other variables."""
+def compose(
+    folder: Path, names: Sequence[str], certificate: Certificate, variables: dict[str, Any], **settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What the role makes of listeners with these names and of other variables.
+
+    The last listener ends TLS; `settings` has what else a listener has, by its name.
+    """
     play, given = folder / "play.yml", folder / "variables.json"
     play.write_text(PLAY)
     # A play finds templates beside itself, a role's own tasks in the role.
     (folder / "templates").symlink_to(ROLE / "templates")
     *ports, admin = free_ports(len(names) + 1)
     listeners: list[dict[str, Any]] = [
-        {"name": name, "port": port, "cluster": "nodes", "address": "127.0.0.1"}
+        {"name": name, "port": port, "cluster": "nodes", "address": "127.0.0.1", **settings.get(name, {})}
         for name, port in zip(names, ports, strict=True)
     ]
     listeners[-1]["tls"] = {"certificate": str(certificate.chain_path), "key": str(certificate.key_path)}

@@ -1,0 +1,500 @@
+"""Real nodes behind what the role composes: which node a request reaches, what is turned away, what lives on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import socketio
+from certificates import Certificate, make_certificate
+from fake_envoy import load
+from running_envoy import START_SECONDS, Edge, compose, free_ports, running, xds
+from stickyring.ring import Ring
+
+filters = load("filter_plugins/stickyring_edge.py")
+
+PROGRAMS = Path(sys.executable).parent
+NODES = ("node1-1", "node2-1", "node3-1")
+LISTENERS = ("sticky", "unkeyed", "safe")
+# The role's are 30, 10, 300 and 30 s.
+TIMEOUTS = ("request_timeout", "request_headers_timeout", "downstream_idle_timeout", "upstream_idle_timeout")
+TIMEOUT_SECONDS = 1
+LARGEST_MESSAGE = 1_000_000
+MEGABYTE = 1_000_000
+CALL_SECONDS = 30
+APPLICATION = """
+import os, socketio
+server = socketio.Server(async_mode="eventlet", async_handlers=False)
+server.on("message", lambda sid, data: data)
+inner = socketio.WSGIApp(server)
+def other(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [f"{environ['wsgi.url_scheme']} {environ['REMOTE_ADDR']}".encode()]
+application = socketio.WSGIApp(server, other)
+"""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A `stickyring serve`: its port, and what its control socket tells."""
+
+    name: str
+    port: int
+    control: Path
+
+    def ask(self, *arguments: str, text: str | None = None) -> dict[str, Any]:
+        command, *options = arguments
+        done = subprocess.run(
+            [PROGRAMS / "stickyring", command, "--control", self.control, *options],
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    def keys(self) -> list[str | None]:
+        return [session["key"] for session in self.ask("sessions")["sessions"]]
+
+
+@contextmanager
+def serving(folder: Path, name: str, port: int) -> Iterator[Node]:
+    (folder / "echoing.py").write_text(APPLICATION)
+    node = Node(name, port, folder / f"{name}.sock")
+    command = [PROGRAMS / "stickyring", "serve", "echoing:application", "--listen", f"127.0.0.1:{port}"]
+    with (folder / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--node-name", name, "--control", node.control, "--drain-timeout", "0"],
+            cwd=folder,
+            env={"PATH": os.environ["PATH"]},
+            stderr=log,
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while b'"message": "serving' not in (folder / f"{name}.log").read_bytes():
+            assert process.poll() is None, (folder / f"{name}.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield node
+    finally:
+        process.terminate()
+        process.wait(START_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("edge")
+
+
+@pytest.fixture(scope="module")
+def certificate(folder: Path) -> Certificate:
+    return make_certificate(folder)
+
+
+@pytest.fixture(scope="module")
+def nodes(folder: Path) -> Iterator[dict[str, Node]]:
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(serving(folder, name, port))
+            for name, port in zip(NODES, free_ports(len(NODES)), strict=True)
+        }
+
+
+@pytest.fixture(scope="module")
+def edge(folder: Path, certificate: Certificate, nodes: dict[str, Node]) -> Iterator[Edge]:
+    """With short timeouts, and everything logged at once."""
+    endpoints = [{"name": one.name, "address": "127.0.0.1", "port": one.port} for one in nodes.values()]
+    variables: dict[str, Any] = {f"stickyring_edge_{name}": TIMEOUT_SECONDS for name in TIMEOUTS}
+    variables["stickyring_edge_clusters"] = [{"name": "nodes", "endpoints": endpoints}]
+    composed = compose(folder, LISTENERS, certificate, variables, unkeyed={"hash_policies": []})
+    with running(folder, composed, "--file-flush-interval-msec", "50") as running_edge:
+        yield running_edge
+
+
+@pytest.fixture(scope="module")
+def ring(edge: Edge) -> Ring:
+    """The ring that Envoy serves, as `stickyring whereis` and `rebalance` take it."""
+    return Ring.load(ring_document(edge))
+
+
+def ring_document(edge: Edge) -> dict[str, Any]:
+    answer = xds.Admin(edge.ports["admin"]).get("/config_dump?include_eds&name_regex=nodes")
+    document: dict[str, Any] = filters.stickyring_edge_served_ring("nodes", answer)
+    return document
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    def header(self, name: str) -> str | None:
+        return next((value for key, value in self.headers if key == name), None)
+
+
+def ask(port: int, head: bytes, body: bytes = b"") -> Answer:
+    """What a request gets, whose head is as it stands here: without the blank line, and asked to close at the end."""
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        received = b""
+        # Of a head that is too long, Envoy does not read the rest.
+        with suppress(ConnectionResetError, BrokenPipeError):
+            client.sendall(head.replace(b"\n", b"\r\n") + b"\r\nConnection: close\r\n\r\n" + body)
+        with suppress(ConnectionResetError):
+            while more := client.recv(65536):
+                received += more
+    while received.startswith(b"HTTP/1.1 1"):
+        received = received.partition(b"\r\n\r\n")[2]
+    top, _, rest = received.partition(b"\r\n\r\n")
+    status, *lines = top.decode("latin-1").split("\r\n")
+    headers = [(name.lower(), value) for name, _, value in (line.partition(": ") for line in lines)]
+    if ("transfer-encoding", "chunked") in headers:
+        rest = rest.partition(b"\r\n")[2].partition(b"\r\n")[0]
+    return Answer(int(status.split()[1]), headers, rest)
+
+
+def handshake(edge: Edge, case: str, query: str = "", *headers: bytes, listener: str = "sticky") -> Answer:
+    """A polling handshake whose path names the case, so that the log's line is found."""
+    target = f"/socket.io/{case}?EIO=4&transport=polling{query}".encode()
+    lines = b"".join(b"\n" + header for header in headers)
+    return ask(edge.ports[listener], b"GET " + target + b" HTTP/1.1\nHost: edge" + lines)
+
+
+def logged(folder: Path, case: str) -> dict[str, Any]:
+    """The access log's line of a case."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        for line in (folder / "log").read_text().splitlines():
+            if line.startswith("{") and f'"/socket.io/{case}"' in line:
+                found: dict[str, Any] = json.loads(line)
+                return found
+        assert time.monotonic() < deadline, f"no line of {case}"
+        time.sleep(0.05)
+
+
+def parameter(value: str) -> tuple[str, tuple[bytes, ...]]:
+    return f"&client_id={value}", ()
+
+
+def header(*values: str) -> tuple[str, tuple[bytes, ...]]:
+    return "", tuple(f"x-client-id: {value}".encode() for value in values)
+
+
+def cookie(*values: str) -> tuple[str, tuple[bytes, ...]]:
+    return "", tuple(f"cookie: {value}".encode() for value in values)
+
+
+# What a client sends, and the key that it is.
+SPELLINGS: list[tuple[tuple[str, tuple[bytes, ...]], str]] = [
+    (parameter("alice"), "alice"),
+    (parameter("%61lice"), "alice"),
+    (parameter("a@b"), "a@b"),
+    (parameter("a%40b"), "a@b"),
+    (parameter("a%20b"), "a b"),
+    (parameter("a+b"), "a+b"),
+    (parameter("a%2Bb"), "a+b"),
+    (parameter("caf%c3%a9"), "café"),
+    (parameter("caf%C3%A9"), "café"),
+    (parameter("%F0%9F%98%80"), "😀"),
+    (parameter("a:/,;b"), "a:/,;b"),
+    (parameter("a%3A%2F%2C%3Bb"), "a:/,;b"),
+    (parameter("100%25"), "100%"),
+    (parameter("100%2541"), "100%41"),
+    (parameter("a%26b%3Dc"), "a&b=c"),
+    (parameter("%22quoted%22%5C"), '"quoted"\\'),
+    (parameter("first&client_id=second"), "first"),
+    (("&client%5Fid=alice", ()), "alice"),
+    (("&Client_id=other&client_id=alice", ()), "alice"),
+    ((parameter("query")[0], header("header")[1]), "query"),
+    ((parameter("")[0], header("header")[1]), "header"),
+    (header("alice"), "alice"),
+    (header("café"), "café"),
+    (header("a%40b"), "a%40b"),
+    (header("  padded\t "), "padded"),
+    (header("first", "second"), "first"),
+    (cookie("stickyring=alice"), "alice"),
+    (cookie('stickyring="alice"'), "alice"),
+    (cookie("other=1; stickyring=alice; stickyring=bob"), "alice"),
+    (cookie("other=1", "stickyring=alice"), "alice"),
+    (("", (*header("")[1], *cookie("stickyring=alice")[1])), "alice"),
+]
+
+
+@pytest.fixture(scope="module")
+def asked(edge: Edge) -> list[tuple[str, str, Answer]]:
+    """Every spelling with its case, its key, and what it got; their sessions stay open."""
+    return [
+        (f"spelling-{number}", key, handshake(edge, f"spelling-{number}", query, *headers))
+        for number, ((query, headers), key) in enumerate(SPELLINGS)
+    ]
+
+
+def test_what_is_hashed_logged_told_and_computed_is_one_key(
+    asked: list[tuple[str, str, Answer]], folder: Path, nodes: dict[str, Node], ring: Ring
+) -> None:
+    known = {name: node.keys() for name, node in nodes.items()}
+    for case, key, answer in asked:
+        assert answer.status == 200, (case, key, answer)
+        node = answer.header("x-served-by")
+        assert node == ring.owner(key), (case, key)
+        assert logged(folder, case)["key"] == key
+        assert key in known[str(node)], (case, key)
+        assert answer.header("set-cookie") is None, "whoever has a key needs no cookie"
+    assert {key for keys in known.values() for key in keys} == {key for _, key in SPELLINGS}
+    assert len({answer.header("x-served-by") for _, _, answer in asked}) == len(NODES)
+
+
+def test_nobody_is_asked_to_leave_who_is_where_the_edge_sends_them(
+    asked: list[tuple[str, str, Answer]], edge: Edge, nodes: dict[str, Node]
+) -> None:
+    """The control is a ring on which one of them is missing."""
+    document = ring_document(edge)
+    for _ in range(2):
+        for node in nodes.values():
+            done = node.ask("rebalance", "--ring", "-", text=json.dumps(document))
+            assert (done["asked"], done["returned"]) == (0, 0)
+            assert done["staying"] > 0
+    without = document | {"members": document["members"][:-1]}
+    assert nodes[NODES[-1]].ask("rebalance", "--ring", "-", text=json.dumps(without))["to_move"] > 0
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["%00", "a%0Ab", "a%0D%0Ab", "%7F", "a%1Fb", "%20a", "a%20", "%C2%A0%C2%85", "%FF%FE", "caf%C3", "%ED%A0%80"],
+)
+def test_what_cannot_be_a_key_gets_a_400_that_says_so(edge: Edge, value: str) -> None:
+    refused = handshake(edge, "refused", f"&client_id={value}")
+    assert refused.status == 400
+    assert "user id" in json.loads(refused.body)["message"]
+    assert refused.header("x-served-by") in {None, ""}
+
+
+def test_a_key_that_a_client_claims_is_not_believed(edge: Edge, folder: Path, ring: Ring) -> None:
+    answer = handshake(edge, "forged", "&client_id=honest", b"x-stickyring-key: forged", b"x-stickyring-cluster: x")
+    assert answer.header("x-served-by") == ring.owner("honest")
+    assert logged(folder, "forged")["key"] == "honest"
+    handshake(edge, "forged-unkeyed", "", b"x-stickyring-key: forged", listener="unkeyed")
+    assert logged(folder, "forged-unkeyed")["key"] in {None, "-", ""}
+
+
+def visitors(port: int, count: int) -> list[tuple[str | None, str | None]]:
+    """Cookie and node of visitors who share a connection, as behind a proxy that keeps connections."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    found = []
+    for _ in range(count):
+        connection.request("GET", "/healthz")
+        answer = connection.getresponse()
+        answer.read()
+        found.append((answer.headers["set-cookie"], answer.headers["x-served-by"]))
+    connection.close()
+    return found
+
+
+def test_visitors_of_one_connection_get_cookies_of_their_own(edge: Edge) -> None:
+    """The control is the cookie that Envoy itself makes up, from the connection's addresses."""
+    first = visitors(edge.ports["sticky"], 100)
+    assert len({cookie for cookie, _ in first}) == 100
+    # More than 100, for chance alone leaves the bound in one of twenty hundreds.
+    spread = Counter(node for _, node in first + visitors(edge.ports["sticky"], 900))
+    assert spread.keys() == set(NODES)
+    assert max(spread.values()) <= 1.3 * 1000 / len(NODES), spread
+
+    files = deepcopy(edge.files)
+    [routes] = files["routes/sticky.yaml"]
+    *_, everybody = routes["virtual_hosts"][0]["routes"]
+    everybody["route"]["hash_policy"] = [{"cookie": {"name": "stickyring", "ttl": "0s"}}]
+    del everybody["response_headers_to_add"]
+    assert "failed" not in edge.give(files)
+    try:
+        assert len(set(visitors(edge.ports["sticky"], 100))) == 1
+    finally:
+        assert "failed" not in edge.give(edge.files)
+
+
+def test_a_cookie_brings_its_visitor_back_and_is_plain(edge: Edge, ring: Ring) -> None:
+    """Quotes would be escaped by Python's cookie jar, and the value hashed another way."""
+    for listener, secure in (("sticky", False), ("safe", True)):
+        [(issued, node)] = (
+            visitors(edge.ports[listener], 1) if listener == "sticky" else [secure_visitor(edge.ports["safe"])]
+        )
+        assert issued is not None
+        value, *attributes = issued.removeprefix("stickyring=").split("; ")
+        assert value.replace("-", "").isalnum()
+        assert attributes == ["Path=/", *(["Secure"] if secure else []), "HttpOnly", "SameSite=Lax"]
+        assert ring.owner(value) == node
+        back = handshake(edge, f"back-{listener}", "", f"cookie: stickyring={value}".encode())
+        assert (back.header("x-served-by"), back.header("set-cookie")) == (node, None)
+
+
+def secure_visitor(port: int) -> tuple[str | None, str | None]:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with context.wrap_socket(socket.create_connection(("127.0.0.1", port), 10)) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: edge\r\nConnection: close\r\n\r\n")
+        text = b"".join(iter(lambda: client.recv(65536), b"")).decode()
+    headers = dict(line.split(": ", 1) for line in text.split("\r\n\r\n")[0].split("\r\n")[1:])
+    return headers.get("set-cookie"), headers.get("x-served-by")
+
+
+POLL = "/socket.io/?EIO=4&transport=polling&client_id=alice"
+LONG_QUERY = "&pad=" + "x" * 12_000
+MANY_HEADERS = "".join(f"\nx-header-{number}: 1" for number in range(80))
+# The head of a request, and the status that it gets.
+HEADS: dict[str, tuple[str, int]] = {
+    "HTTP/1.0 with a host": (f"GET {POLL} HTTP/1.0\nHost: edge", 200),
+    "HTTP/1.0 without one": (f"GET {POLL} HTTP/1.0\nAccept: */*", 200),
+    "a health checker": ("GET /healthz HTTP/1.0\nUser-Agent: checker", 200),
+    "Apache HttpClient": (f"GET {POLL} HTTP/1.1\nHost: edge\nUpgrade: TLS/1.2", 200),
+    "a header with an underscore": (f"GET {POLL} HTTP/1.1\nHost: edge\nmy_header: 1", 200),
+    "a long query": (f"GET {POLL}{LONG_QUERY} HTTP/1.1\nHost: edge", 200),
+    "many headers": (f"GET {POLL} HTTP/1.1\nHost: edge{MANY_HEADERS}", 200),
+    "a long header": (f"GET {POLL} HTTP/1.1\nHost: edge\nx-token: {'t' * 20_000}", 200),
+    "a head beyond the limit": (f"GET {POLL} HTTP/1.1\nHost: edge\nx-token: {'t' * 33_000}", 431),
+    "too many headers": (f"GET {POLL} HTTP/1.1\nHost: edge{MANY_HEADERS}{MANY_HEADERS.replace('r-', 'r-b')}", 431),
+    "no last slash": (f"GET {POLL.replace('/?', '?')} HTTP/1.1\nHost: edge", 200),
+    "two slashes": (f"GET /{POLL} HTTP/1.1\nHost: edge", 200),
+    "an absolute target": (f"GET http://edge{POLL} HTTP/1.1\nHost: edge", 200),
+    "a port in the host": (f"GET {POLL} HTTP/1.1\nHost: edge:9002", 200),
+    "preflight": (f"OPTIONS {POLL} HTTP/1.1\nHost: edge\nOrigin: http://edge\nAccess-Control-Request-Method: GET", 200),
+    "an unknown session": (f"GET {POLL}&sid=unknown HTTP/1.1\nHost: edge", 400),
+    "an unknown session's packet": (f"POST {POLL}&sid=unknown HTTP/1.1\nHost: edge\nContent-Length: 1", 400),
+    "JSONP": (f"GET {POLL}&j=0 HTTP/1.1\nHost: edge", 400),
+    "an unknown transport": (f"GET {POLL.replace('polling', 'pigeon')} HTTP/1.1\nHost: edge", 400),
+    "metrics": ("GET /metrics HTTP/1.1\nHost: edge", 404),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_whom_the_edge_turns_away(edge: Edge, head: str) -> None:
+    text, status = HEADS[head]
+    answer = ask(edge.ports["sticky"], text.encode(), b"3" if text.startswith("POST") else b"")
+    assert answer.status == status, answer
+    assert not [name for name, _ in answer.headers if name.startswith("x-stickyring")], "an internal header is out"
+    if "unknown session" in head:
+        assert json.loads(answer.body) == {"code": 1, "message": "Session ID unknown"}
+    elif status == 200 and "/socket.io" in text and not text.startswith("OPTIONS"):
+        assert b'"sid"' in answer.body
+        assert answer.header("x-content-type-options") == "nosniff"
+
+
+def test_a_header_with_an_underscore_does_not_reach_a_node(edge: Edge, folder: Path, ring: Ring) -> None:
+    """Applications take it for the one with a dash, of which the edge says what it is."""
+    answer = handshake(edge, "underscore", "&client_id=honest", b"x_stickyring_key: forged")
+    assert answer.header("x-served-by") == ring.owner("honest")
+
+
+@pytest.mark.parametrize(("listener", "scheme"), [("sticky", "http"), ("safe", "https")])
+def test_the_application_sees_scheme_and_address_of_the_client(edge: Edge, listener: str, scheme: str) -> None:
+    async def look() -> str:
+        url = f"{scheme}://127.0.0.1:{edge.ports[listener]}/page"
+        forged = {"X-Forwarded-For": "203.0.113.9", "X-Forwarded-Proto": "ftp", "x-stickyring-client": "203.0.113.9"}
+        async with aiohttp.ClientSession() as session, session.get(url, headers=forged, ssl=False) as answer:
+            return await answer.text()
+
+    assert asyncio.run(look()) == f"{scheme} 127.0.0.1"
+
+
+async def connected(edge: Edge, listener: str, drops: list[str]) -> socketio.AsyncClient:
+    """A websocket of a user; each end of it is noted."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context))
+    client = socketio.AsyncClient(http_session=session, reconnection=False)
+    client.on("disconnect", lambda reason: drops.append(str(reason)))
+    scheme = "https" if listener == "safe" else "http"
+    url = f"{scheme}://127.0.0.1:{edge.ports[listener]}?client_id=alice"
+    await client.connect(url, transports=["websocket"])
+    return client
+
+
+async def talk(edge: Edge, listener: str, total: int, size: int, together: int) -> tuple[int, list[str]]:
+    """Sends so many bytes in messages of that size, each answered with itself; bytes that came back, and drops."""
+    drops: list[str] = []
+    client = await connected(edge, listener, drops)
+    text, back = "x" * size, 0
+
+    async def exchange(count: int) -> None:
+        nonlocal back
+        for _ in range(count):
+            answer = await client.call("message", text, timeout=CALL_SECONDS)
+            back += len(answer)
+
+    talking = [asyncio.ensure_future(exchange(total // size // together)) for _ in range(together)]
+    while not drops and not all(one.done() for one in talking):
+        await asyncio.wait(talking, timeout=0.1)
+    for one in talking:
+        one.cancel()
+    await asyncio.gather(*talking, return_exceptions=bool(drops))
+    result = back, [*drops]
+    await client.shutdown()
+    await client.eio.http.close()
+    return result
+
+
+# What stands around a message of the largest size: `42["message","..."]` with an id.
+LARGEST_TEXT = LARGEST_MESSAGE - 100
+
+
+@pytest.mark.parametrize("listener", ["sticky", "safe"])
+@pytest.mark.parametrize(("size", "together"), [(10_000, 20), (LARGEST_TEXT, 2)], ids=["small", "largest"])
+def test_fifty_megabytes_each_way_over_one_websocket(edge: Edge, listener: str, size: int, together: int) -> None:
+    total = 50 * MEGABYTE
+    back, drops = asyncio.run(talk(edge, listener, total, size, together))
+    assert drops == []
+    assert back >= total - together * size
+
+
+def test_the_body_limit_in_the_websockets_chain_would_end_them(edge: Edge) -> None:
+    """The control of the test above."""
+    files = deepcopy(edge.files)
+    [listener] = [one for one in files["listeners.yaml"] if one["name"] == "sticky"]
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    manager["upgrade_configs"] = [{"upgrade_type": "websocket"}]
+    assert any(one["name"].endswith("body_size_limit") for one in manager["http_filters"])
+    assert "failed" not in edge.give(files, may_end_websockets=True)
+    try:
+        back, drops = asyncio.run(talk(edge, "sticky", 2 * MEGABYTE, 10_000, 1))
+        assert drops
+        assert back < 2 * MEGABYTE
+    finally:
+        assert "failed" not in edge.give(edge.files, may_end_websockets=True)
+
+
+@pytest.mark.parametrize("listener", ["sticky", "safe"])
+def test_a_silent_websocket_outlives_every_timeout_of_the_edge(edge: Edge, listener: str) -> None:
+    """The control is a connection without a request, which the same timeouts end."""
+
+    async def live() -> tuple[str, list[str]]:
+        drops: list[str] = []
+        client = await connected(edge, listener, drops)
+        with socket.create_connection(("127.0.0.1", edge.ports["unkeyed"])) as idle:
+            idle.settimeout(10 * TIMEOUT_SECONDS)
+            began = time.monotonic()
+            assert await asyncio.to_thread(idle.recv, 1) == b""
+        await asyncio.sleep(max(0, 3 * TIMEOUT_SECONDS - (time.monotonic() - began)))
+        answer = await client.call("message", "still here", timeout=10)
+        seen = [*drops]
+        await client.shutdown()
+        await client.eio.http.close()
+        return answer, seen
+
+    assert asyncio.run(live()) == ("still here", [])
