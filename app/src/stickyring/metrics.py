@@ -104,7 +104,7 @@ def node_registry(node_name: str) -> CollectorRegistry:
 
 FAILURES = ("packet", "too_long", "unread", "unjoined", "handler")
 """Why a node ends a session for an error: a packet that cannot be decoded or that a client may not send; a body or
-attachments that are too long; a client that does not read; one that joins no namespace; a connect handler that fails."""
+attachments that are too long; a client that does not read or that joins no namespace; a connect handler that fails."""
 
 
 class EngineMetrics:
