@@ -1,6 +1,7 @@
 """Messages with an id: handled once, sent until acknowledged; in threads, and on a node that drains and dies."""
 
 import asyncio
+import copy
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import socketio
 from conftest import STICKYRING, ServeProcess, serving, wait_until
 
+from stickyring import delivery
 from stickyring.delivery import Received, Sender
 
 CLIENT = Path(__file__).with_name("sending_client.mjs")
@@ -96,6 +98,77 @@ def test_a_message_before_the_last_one_is_neither_handled_nor_acknowledged() -> 
     handler.event("a", "later", message_id(3))
     assert handler.event("a", "earlier", message_id(2)) is handler.not_acknowledged
     assert [data for data, _ in handler.calls] == [("later",)]
+
+
+def name(number: int) -> str:
+    return f"{number:016}"
+
+
+def is_remembered(handler: Handler, sender: str) -> bool:
+    """Whether a repetition of the sender's first message is recognised; otherwise it is handled again."""
+    handled = len(handler.calls)
+    handler.event("somebody else", "hello", message_id(1, sender))
+    return len(handler.calls) == handled
+
+
+def test_who_makes_senders_up_displaces_none_of_others() -> None:
+    handler = Handler(senders=20_000)
+    handler.event("honest", "hello", message_id(1))
+    for number in range(20_100):
+        handler.event("attacker", "hello", message_id(1, name(number)))
+    assert is_remembered(handler, NAME)
+    assert is_remembered(handler, name(20_099))
+    assert is_remembered(handler, name(20_100 - delivery.SENDERS_OF_A_CONNECTION))
+    assert not is_remembered(handler, name(20_099 - delivery.SENDERS_OF_A_CONNECTION))
+
+
+def test_a_sender_that_comes_back_is_one_of_its_new_connection() -> None:
+    handler = Handler(senders=100)
+    for connection in range(1000):
+        for counter in (connection, connection + 1):
+            handler.event(f"connection {connection}", "hello", message_id(max(counter, 1)))
+    assert len(handler.calls) == 1000
+    for number in range(delivery.SENDERS_OF_A_CONNECTION):
+        handler.event("connection 998", "hello", message_id(1, name(number)))
+    assert handler.event("connection 999", "hello", message_id(1000)) == "answer 1000"
+
+
+@pytest.mark.parametrize("answer", ["x" * 100_000, [["x" * 50_000], {"x" * 50_000: None}], b"x" * 100_000])
+def test_large_acknowledgements_take_no_more_than_64_mib(answer: object) -> None:
+    received = Received(socketio.Server())
+    calls: list[str] = []
+
+    def answer_at_length(sid: str, text: str, message_id: str = "") -> object:
+        calls.append(message_id)
+        return copy.deepcopy(answer)
+
+    event = received.once(answer_at_length)
+    for number in range(1000):
+        assert event(f"connection {number}", "hello", message_id(1, name(number))) == answer
+    event("another", "hello", message_id(1, name(999)))
+    event("another", "hello", message_id(1, name(400)))
+    assert len(calls) == 1000, "within 64 MiB"
+    event("another", "hello", message_id(1, name(300)))
+    assert len(calls) == 1001, "beyond"
+
+
+def test_few_messages_wait_for_their_turn_and_others_are_left_to_be_repeated() -> None:
+    gate = threading.Event()
+    handler = Handler(before=lambda: gate.wait(10))
+    answers: list[object] = []
+
+    def send() -> None:
+        answers.append(handler.event("a", "hello", message_id(1)))
+
+    threads = [threading.Thread(target=send) for _ in range(delivery.WAITING_TURNS + 11)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(answers) == 10, "ten are turned away")
+    assert answers == [handler.not_acknowledged] * 10
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert answers[10:] == ["answer 1"] * (delivery.WAITING_TURNS + 1)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ A message can be handled twice, both times with its id, when the process dies be
 is killed if systemd stops the unit while its next process is taking its place), when the handler takes longer than that
 while its user is sent to another node, when the connection is cut or the node hangs before the acknowledgement has
 arrived and the user comes back on another node (a node that hung may then handle it late), and when more senders than
-`Received` remembers were here in between. An application that must not do anything twice stores the id together with
-the effect.
+`Received` remembers were here, or used the same connection, in between. An application that must not do anything twice
+stores the id together with the effect.
 
 Not promised: that an event from the server arrives (Socket.IO: at most once), any order between senders, anything about
 a message whose sender has given it up or is gone, nor anything to a sender with two messages under way: the earlier one
@@ -38,9 +38,10 @@ import functools
 import itertools
 import re
 import secrets
+import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,12 @@ MESSAGE_ID = re.compile(r"(?P<sender>[A-Za-z0-9]{16,64})-(?P<counter>[1-9][0-9]{
 SENDERS = 20_000
 """Twice the connections that a node takes by default. A repetition comes within seconds after the connection that it
 replaces, so it is enough to remember those who were here just now."""
+SENDERS_OF_A_CONNECTION = 32
+"""A client is one sender, and a page may have several. One that makes senders up displaces its own only."""
+ANSWER_BYTES = 64 * 1024 * 1024
+"""What the acknowledgements may take in all: 3 KB for each sender, and a client can have large ones kept."""
+WAITING_TURNS = 16
+"""How many messages of one sender may wait for their turn: it repeats one every ten seconds or so."""
 ACK_TIMEOUT_SECONDS = 10.0
 """A lost connection is noticed as such. This is for an acknowledgement that fails to come over a living one, because
 the handler failed or takes long. More than the four seconds in which a node that sends its users away is silent."""
@@ -60,6 +67,16 @@ the handler failed or takes long. More than the four seconds in which a node tha
 class _Turn:
     lock: threading.Lock
     users: int = 0
+
+
+@dataclass(slots=True)
+class _Last:
+    """The last message of a sender: over which connection it came, and how many bytes the answer takes."""
+
+    counter: int
+    answer: object
+    sid: str
+    size: int
 
 
 class Received:
@@ -77,12 +94,18 @@ class Received:
     Of each sender the counter and the acknowledgement of its last message are kept, in the process's memory. One object
     may stand before several events: a sender counts all its messages together. Handlers are functions, in green threads
     or in real ones, and have to end: what else their sender sends waits for them.
+
+    What is kept is bounded, whatever clients send: SENDERS_OF_A_CONNECTION are remembered of those that used a
+    connection last, and ANSWER_BYTES of acknowledgements in all; who was not heard of for the longest time is forgotten
+    first. Beyond WAITING_TURNS, a message is neither handled nor acknowledged, and its sender repeats it.
     """
 
     def __init__(self, server: socketio.Server, senders: int = SENDERS) -> None:
         self._not_acknowledged = server.not_handled
         self._senders = senders
-        self._last: OrderedDict[str, tuple[int, object]] = OrderedDict()
+        self._last: OrderedDict[str, _Last] = OrderedDict()
+        self._of_connection: dict[str, dict[str, None]] = {}
+        self._bytes = 0
         self._turns: dict[str, _Turn] = {}
         self._lock = threading.Lock()
 
@@ -102,38 +125,70 @@ class Received:
             if found is None:
                 return handler(sid, *data)
             sender, counter = found["sender"], int(found["counter"])
-            with self._turn(sender):
-                last, answer = self._last.get(sender, (0, None))
-                if counter < last:
+            with self._turn(sender) as its_turn:
+                if not its_turn:
                     return self._not_acknowledged
-                if counter > last:
+                last = self._last.get(sender)
+                if last is not None and counter < last.counter:
+                    return self._not_acknowledged
+                if last is not None and counter == last.counter:
+                    answer = last.answer
+                else:
                     answer = handler(sid, *data[:-1], message_id=data[-1])
-                self._keep(sender, counter, answer)
+                self._keep(sender, _Last(counter, answer, sid, _size(answer)))
                 return answer
 
         return handle
 
     @contextmanager
-    def _turn(self, sender: str) -> Iterator[None]:
-        """Wait until nothing of this sender is being handled, and have others wait."""
+    def _turn(self, sender: str) -> Iterator[bool]:
+        """Wait until nothing of this sender is being handled, and have others wait; False if too many do already."""
         with self._lock:
             turn = self._turns.setdefault(sender, _Turn(threading.Lock()))
-            turn.users += 1
+            takes_part = turn.users <= WAITING_TURNS
+            turn.users += takes_part
+        if not takes_part:
+            yield False
+            return
         try:
             with turn.lock:
-                yield
+                yield True
         finally:
             with self._lock:
                 turn.users -= 1
                 if not turn.users:
                     del self._turns[sender]
 
-    def _keep(self, sender: str, counter: int, answer: object) -> None:
+    def _keep(self, sender: str, last: _Last) -> None:
         with self._lock:
-            self._last[sender] = (counter, answer)
-            self._last.move_to_end(sender)
-            if len(self._last) > self._senders:
-                self._last.popitem(last=False)
+            if sender in self._last:
+                self._forget(sender)
+            self._last[sender] = last
+            self._bytes += last.size
+            of_connection = self._of_connection.setdefault(last.sid, {})
+            of_connection[sender] = None
+            if len(of_connection) > SENDERS_OF_A_CONNECTION:
+                self._forget(next(iter(of_connection)))
+            while len(self._last) > self._senders or (self._bytes > ANSWER_BYTES and len(self._last) > 1):
+                self._forget(next(iter(self._last)))
+
+    def _forget(self, sender: str) -> None:
+        last = self._last.pop(sender)
+        self._bytes -= last.size
+        of_connection = self._of_connection[last.sid]
+        del of_connection[sender]
+        if not of_connection:
+            del self._of_connection[last.sid]
+
+
+def _size(answer: object) -> int:
+    """Return about how many bytes an acknowledgement takes."""
+    parts: Iterable[object] = ()
+    if isinstance(answer, dict):
+        parts = itertools.chain(answer, answer.values())
+    elif isinstance(answer, list | tuple):
+        parts = answer
+    return sys.getsizeof(answer) + sum(map(_size, parts))
 
 
 class Sender:

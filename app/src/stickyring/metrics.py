@@ -102,9 +102,9 @@ def node_registry(node_name: str) -> CollectorRegistry:
     return registry
 
 
-FAILURES = ("packet", "body", "unread", "unjoined", "handler")
-"""Why a node ends a session for an error: a packet that cannot be decoded or that a client may not send; a body that is
-too long or incomplete; a client that does not read; one that joins no namespace; a connect handler that fails."""
+FAILURES = ("packet", "too_long", "unread", "unjoined", "handler")
+"""Why a node ends a session for an error: a packet that cannot be decoded or that a client may not send; a body or
+attachments that are too long; a client that does not read or that joins no namespace; a connect handler that fails."""
 
 
 class EngineMetrics:

@@ -82,11 +82,15 @@ def check_packets(server: socketio.Server) -> None:
     server.packet_class = _checked(server.packet_class, ATTACHMENTS * int(server.eio.max_http_buffer_size))
     trigger_event, handle_connect = server._trigger_event, server._handle_connect
 
-    def connect_or_raise(*args: object) -> None:
+    def connect_or_raise(engine_sid: str, namespace: str | None, data: object) -> None:
         try:
-            handle_connect(*args)
+            handle_connect(engine_sid, namespace, data)
         except Exception as error:
             log.exception("a connect handler has failed")
+            # As for one who is refused: half connected, nothing would ever be forgotten of him.
+            namespace = namespace or "/"
+            if sid := server.manager.sid_from_eio_sid(engine_sid, namespace):
+                server.manager.disconnect(sid, namespace, ignore_queue=True)
             raise HandlerError from error
 
     def trigger_and_log(event: str, namespace: str, *args: object) -> object:

@@ -206,7 +206,7 @@ class SocketIOGate:
         if sid is None and environ["REQUEST_METHOD"] == "GET":
             return self._handshake(environ, start_response, _transport_label(query), _parameter(query, "EIO") or "")
         answer = self._poll(session, environ) if session is not None and _is_a_poll(environ) else self._ask(environ)
-        if session is not None and session.failed == "body" and answer[0].startswith("400"):
+        if session is not None and session.failed == "too_long" and answer[0].startswith("400"):
             answer = "413 Content Too Large", *answer[1:]
         return _answer(start_response, *answer)
 

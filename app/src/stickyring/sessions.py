@@ -178,7 +178,7 @@ class Session:
             with _bounded(environ.get(SOCKET_VARIABLE), self.engine.ping_timeout):
                 body = body_of(environ, int(self.engine.max_http_buffer_size))
         except Exception as error:
-            self.fail("body", error)
+            self.fail("packet", error)
             raise EngineIOError from error
         try:
             for number, packet in enumerate(packets_of(body), start=1):
@@ -193,6 +193,8 @@ class Session:
         except Exception as error:
             self.fail("packet", error)
             raise EngineIOError from error
+        # Not left to the engine, which would wait for the client to read what is in the queue.
+        self.fail(self.failed)
         raise EngineIOError("the session has ended, maybe before the last packet")
 
     def poll(self) -> list[Packet]:
@@ -250,11 +252,10 @@ class Session:
 
     def fail(self, reason: str, error: BaseException | None = None) -> None:
         """End it at once for an error, `reason` being one of `metrics.FAILURES`; its client gets an error as well."""
-        if self.ended or self.failed:
+        if self.ended:
             return
-        if isinstance(error, TooLongError):
-            reason = "body"
-        self._note_failure(reason, error)
+        if not self.failed:
+            self._note_failure("too_long" if isinstance(error, TooLongError) else reason, error)
         self._close(FAILED)
 
     def lose(self) -> None:
@@ -264,7 +265,7 @@ class Session:
 
     def _note_failure(self, reason: str, error: BaseException | None = None) -> None:
         self.failed = reason
-        if self.websocket is not None and reason in {"packet", "body"}:
+        if self.websocket is not None and reason in {"packet", "too_long"}:
             self.websocket.blame(PROTOCOL_ERROR)
         self.on_failure(reason)
         log.debug("failed", extra={"sid": self.socket.sid, "reason": reason, "error": repr(error)})
@@ -365,6 +366,9 @@ class SessionWebSocket(WebSocket):
             session.socket.upgrading = False
 
     def _close(self, status: int | None = None) -> None:
+        if self._session.websocket is self:
+            # Before anything is sent, for which the client would have to read.
+            self._session.lose()
         # The session's end has it closed as well: who comes first says why.
         super()._close(self._status if status is None else status)
 

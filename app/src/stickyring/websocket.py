@@ -68,6 +68,9 @@ def _frame(opcode: int, payload: bytes) -> bytes:
 
 def refusal(environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]]] | None:
     """Return status and headers for a handshake that cannot be answered with a WebSocket (section 4.2); else None."""
+    # python-engineio takes the handshake for a poll without it.
+    if "upgrade" not in environ.get("HTTP_CONNECTION", "").lower().replace(" ", "").split(","):
+        return "400 Bad Request", []
     if environ.get("HTTP_SEC_WEBSOCKET_VERSION") != VERSION:
         return "426 Upgrade Required", [("Sec-WebSocket-Version", VERSION)]
     if not environ.get("HTTP_SEC_WEBSOCKET_KEY"):
