@@ -36,8 +36,8 @@ def take(lock: Path, machine: str = "here", process: int = 100) -> str:
         # Its process is gone: it was killed, or has failed.
         ("here 300 of you", 0, False),
         # Whether that of another machine is gone cannot be known.
-        ("there 300 of you", 29 * 60, True),
-        ("there 300 of you", 31 * 60, False),
+        ("there 300 of you", 14 * 60, True),
+        ("there 300 of you", 16 * 60, False),
         # A clock that was set back makes it no older.
         ("there 300 of you", -3600, True),
     ],
