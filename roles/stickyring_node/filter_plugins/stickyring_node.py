@@ -1,9 +1,115 @@
-"""Jinja filters of the role: what stands in the environment file of each instance, and what tells such texts apart."""
+"""Jinja filters of the role: its variables judged, and what stands in the environment file of each instance."""
 
 from __future__ import annotations
 
 import hashlib
+import ipaddress
+import re
+from collections.abc import Iterator
 from typing import Any
+
+# What no unit file, shell, folder or header gives a meaning of its own: the values stand in all of these.
+TEXTS = {
+    "service": (
+        r"[a-z][a-z0-9-]{0,30}",
+        "also names a user: lower case letters, digits and hyphens, beginning with a letter, 31 at most",
+    ),
+    "application": (
+        r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(\([^\"\\%$\n]*\))?",
+        'is neither module:attribute nor module:factory(), or holds one of " \\ % $',
+    ),
+    "release": (r"[A-Za-z0-9][A-Za-z0-9._+-]*", "may hold letters, digits and . _ + - only"),
+    "name": (
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}",
+        "may hold letters, digits and . _ - only: rename the host in the inventory, or give it a stickyring_node_name",
+    ),
+    "worker_class": (r"[A-Za-z_][\w.:#-]*", "is no worker class in gunicorn's notation"),
+    "health_path": (r"/[!-~]*", "does not begin with /, or holds more than visible ASCII characters"),
+    "index_url": (r"[!-~]*", "holds more than visible ASCII characters"),
+    "python": (r"python3|pypy3", "is neither python3 nor pypy3"),
+    "log_level": (r"debug|info|warning|error|critical", "is none of debug, info, warning, error and critical"),
+}
+RANGES = {
+    "instances": (1, 64),
+    "port": (1024, 65535),
+    "start_timeout": (1, 3600),
+    "watchdog": (0, 3600),
+    "proving_time": (0, 3600),
+    "releases_kept": (2, 1000),
+    "max_connections": (1, 2**29),
+    "drain_timeout": (0, 86400),
+    "limit_nofile": (1024, 2**30),
+}
+BOOLEANS = ("prove", "surge", "keep_surplus")
+VARIABLE = r"[A-Za-z_]\w*"
+DESCRIPTORS_BESIDE_CONNECTIONS = 100
+BEATS = 3
+"""Seconds of the shortest watchdog: a process beats once a second."""
+
+
+def stickyring_node_mistakes(variables: dict[str, Any]) -> list[str]:
+    """Return what is wrong with the role's variables, whatever the host, one sentence each without its full stop.
+
+    variables: those to judge, by their names without the role's prefix. Numbers and booleans may be texts.
+    """
+    return [f"stickyring_node_{mistake}" for mistake in _mistakes(variables)]
+
+
+def _mistakes(variables: dict[str, Any]) -> Iterator[str]:
+    for name, (pattern, fault) in TEXTS.items():
+        value = variables.get(name, "")
+        if name in variables and not re.fullmatch(pattern, "" if value is None else str(value), re.ASCII):
+            yield f"{name} {value!r} {fault}"
+    if "address" in variables and not _is_address(variables["address"]):
+        yield (
+            f"address {variables['address']!r} is no IP address: give stickyring_address the one that the edge reaches"
+            " the host at"
+        )
+    for name in BOOLEANS:
+        if str(variables.get(name, "no")).lower() not in {"true", "false", "yes", "no", "on", "off", "1", "0"}:
+            yield f"{name} is {variables[name]!r}: give true or false"
+    yield from _mistakes_of_numbers(variables)
+    yield from _mistakes_of_the_environment(variables.get("environment", {}))
+
+
+def _mistakes_of_numbers(variables: dict[str, Any]) -> Iterator[str]:
+    numbers = {}
+    for name, (low, high) in RANGES.items():
+        value = str(variables.get(name, low))
+        if re.fullmatch(r"0|[1-9][0-9]*", value) and low <= int(value) <= high:
+            numbers[name] = int(value) if name in variables else None
+        else:
+            yield f"{name} is {variables[name]!r}: give a whole number from {low} to {high}"
+    watchdog, port, instances = (numbers.get(name) for name in ("watchdog", "port", "instances"))
+    if watchdog and watchdog < BEATS:
+        yield f"watchdog is {watchdog}: give {BEATS} or more, or 0 for none; a process beats once a second"
+    if port and instances and port + instances - 1 > 65535:
+        yield f"port {port} leaves the range up to 65535 with {instances} instances"
+    files, connections = numbers.get("limit_nofile"), numbers.get("max_connections")
+    if files and connections and files < connections + DESCRIPTORS_BESIDE_CONNECTIONS:
+        yield (
+            f"limit_nofile {files} is too low: {connections} connections (stickyring_node_max_connections) and"
+            f" {DESCRIPTORS_BESIDE_CONNECTIONS} files beside must fit"
+        )
+
+
+def _mistakes_of_the_environment(environment: object) -> Iterator[str]:
+    if not isinstance(environment, dict):
+        yield f"environment is {environment!r}: give names with values, {{NAME: value}}"
+        return
+    for name in environment:
+        if not re.fullmatch(VARIABLE, str(name), re.ASCII):
+            yield f"environment: {name!r} cannot name an environment variable"
+        elif name.startswith("STICKYRING_"):
+            yield f"environment: {name} belongs to the runtime, which has variables of the role instead"
+
+
+def _is_address(text: object) -> bool:
+    try:
+        ipaddress.ip_address(str(text))
+    except ValueError:
+        return False
+    return True
 
 
 def stickyring_node_environments(
@@ -45,6 +151,7 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         """Name to function, as Ansible asks for them."""
         return {
+            "stickyring_node_mistakes": stickyring_node_mistakes,
             "stickyring_node_environments": stickyring_node_environments,
             "stickyring_node_with_digest": stickyring_node_with_digest,
         }

@@ -11,7 +11,6 @@ import re
 import socket
 import stat
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +23,23 @@ short_description: Look at a host before a node service is installed or changed
 description:
   - Reads what is installed and what runs. Changes nothing.
   - Fails when the host cannot take the service, naming every cause, so that nothing running was touched by then.
-  - Its options are the role's variables without their prefix, see the role's argument_specs. Some are only judged.
+  - Its options are the role's variables without their prefix, see the role's argument_specs.
 options:
   service: {type: str, required: true}
-  application: {type: str, required: true}
   address: {type: str, required: true}
   port: {type: int, required: true}
   instances: {type: int, required: true}
   health_path: {type: str, required: true}
-  max_connections: {type: int, required: true}
-  limit_nofile: {type: int, required: true}
-  environment: {description: "Names of the further environment variables", type: list, elements: str, required: true}
   release: {type: str, required: true}
   made_from: {description: "SHA-256 of what the release is made from", type: str, required: true}
   python: {type: str, required: true, choices: [python3, pypy3]}
   releases_kept: {type: int, required: true}
   keep_surplus: {type: bool, required: true}
-  surge: {type: bool, required: true}
-  prove: {type: bool, required: true}
-  proving_time: {type: int, required: true}
-  start_timeout: {type: int, required: true}
-  drain_timeout: {type: int, required: true}
-  watchdog: {type: int, required: true}
-  log_level: {type: str, required: true, choices: [debug, info, warning, error, critical]}
+  mistakes:
+    description: What is wrong with the role's variables, for which the host is refused and not looked at
+    type: list
+    elements: str
+    required: true
   files: {description: "SHA-256 of the unit and of every environment, by path", type: dict, required: true}
 attributes:
   check_mode: {support: full}
@@ -120,34 +113,18 @@ PYTHON_TELLS = (
 )
 OPTIONS = {
     "service": {"type": "str", "required": True},
-    "application": {"type": "str", "required": True},
     "address": {"type": "str", "required": True},
     "port": {"type": "int", "required": True},
     "instances": {"type": "int", "required": True},
     "health_path": {"type": "str", "required": True},
-    "max_connections": {"type": "int", "required": True},
-    "limit_nofile": {"type": "int", "required": True},
-    "environment": {"type": "list", "elements": "str", "required": True},
     "release": {"type": "str", "required": True},
     "made_from": {"type": "str", "required": True},
     "python": {"type": "str", "required": True, "choices": ["python3", "pypy3"]},
     "releases_kept": {"type": "int", "required": True},
     "keep_surplus": {"type": "bool", "required": True},
-    "surge": {"type": "bool", "required": True},
-    "prove": {"type": "bool", "required": True},
-    "proving_time": {"type": "int", "required": True},
-    "start_timeout": {"type": "int", "required": True},
-    "drain_timeout": {"type": "int", "required": True},
-    "watchdog": {"type": "int", "required": True},
-    "log_level": {"type": "str", "required": True, "choices": ["debug", "info", "warning", "error", "critical"]},
+    "mistakes": {"type": "list", "elements": "str", "required": True},
     "files": {"type": "dict", "required": True},
 }
-# What no unit file, shell or folder gives a meaning of its own: the values stand in all three.
-APPLICATION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(\([^\"\\%$\n]*\))?"
-SERVICE = r"[a-z][a-z0-9-]{0,30}"
-RELEASE = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
-VARIABLE = r"[A-Za-z_]\w*"
-DESCRIPTORS_BESIDE_CONNECTIONS = 100
 HEALTH_SECONDS = 3
 # As the role makes the account: an account that differs would be rewritten.
 ACCOUNT = ("/nonexistent", "/usr/sbin/nologin")
@@ -162,43 +139,6 @@ ROOT = Path("/")
 PROGRAMS = Path("/usr/bin")
 PROC = Path("/proc")
 TCP_LISTEN = "0A"
-
-
-def mistakes(wanted: dict[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the variables themselves, on whatever host."""
-    if not re.fullmatch(SERVICE, wanted["service"]):
-        yield (
-            f"stickyring_node_service {wanted['service']!r} also names a user:"
-            " lower case letters, digits and hyphens, beginning with a letter, 31 at most"
-        )
-    if not re.fullmatch(APPLICATION, wanted["application"], re.ASCII):
-        yield (
-            f"stickyring_node_application {wanted['application']!r} is neither module:attribute nor module:factory(),"
-            ' or holds one of " \\ % $'
-        )
-    if not re.fullmatch(RELEASE, wanted["release"]):
-        yield f"stickyring_node_release {wanted['release']!r} may hold letters, digits and . _ + - only"
-    if wanted["instances"] < 1:
-        yield f"stickyring_node_instances is {wanted['instances']}: give 1 or more, or remove the host's line"
-    if wanted["port"] < 1024 or wanted["port"] + wanted["instances"] - 1 > 65535:
-        yield (
-            f"stickyring_node_port {wanted['port']} leaves the range from 1024 to 65535"
-            f" with {wanted['instances']} instances"
-        )
-    if wanted["releases_kept"] < 2:
-        yield f"stickyring_node_releases_kept is {wanted['releases_kept']}: with less than 2 there is no way back"
-    if not wanted["health_path"].startswith("/"):
-        yield f"stickyring_node_health_path {wanted['health_path']!r} does not begin with /"
-    if wanted["limit_nofile"] < wanted["max_connections"] + DESCRIPTORS_BESIDE_CONNECTIONS:
-        yield (
-            f"stickyring_node_limit_nofile {wanted['limit_nofile']} is too low: {wanted['max_connections']} connections"
-            f" (stickyring_node_max_connections) and {DESCRIPTORS_BESIDE_CONNECTIONS} files beside must fit"
-        )
-    for name in wanted["environment"]:
-        if not re.fullmatch(VARIABLE, name, re.ASCII):
-            yield f"stickyring_node_environment: {name!r} cannot name an environment variable"
-        elif name.startswith("STICKYRING_"):
-            yield f"stickyring_node_environment: {name} belongs to the runtime, which has variables of the role instead"
 
 
 def listeners(port: int) -> set[tuple[int, str, str]]:
@@ -437,9 +377,8 @@ def main() -> None:
     wanted = module.params
     service, instances = wanted["service"], range(1, wanted["instances"] + 1)
 
-    problems = list(mistakes(wanted))
-    if problems:
-        refuse(module, problems)
+    if wanted["mistakes"]:
+        refuse(module, wanted["mistakes"])
 
     home, settings = ROOT / "opt" / service, ROOT / "etc" / service
     releases, current = home / "releases", home / "current"
