@@ -112,27 +112,37 @@ def _is_address(text: object) -> bool:
     return True
 
 
-def stickyring_node_environments(
-    instances: list[int], *, service: str, host: str, port: int, name: str, shared: dict[str, Any], header: str
+def stickyring_node_variables(
+    instance: int, *, service: str, host: str, port: int, name: str, shared: dict[str, Any]
 ) -> dict[str, str]:
-    """Return ``{path: text}`` in the notation of systemd.exec(5), EnvironmentFile.
+    """Return the environment variables of an instance.
 
     host: address of a URL, an IPv6 one in brackets. port: of instance 1. name: of the node. shared: variables that all
-    instances have. header: a comment that opens each text.
+    instances have.
     """
-
-    def own(instance: int) -> dict[str, str]:
-        return {
-            "STICKYRING_LISTEN": f"{host}:{port + instance - 1}",
-            "STICKYRING_NODE_NAME": f"{name}-{instance}",
-            "STICKYRING_CONTROL": f"/run/{service}/{instance}/control.sock",
-        }
-
-    return {f"/etc/{service}/{instance}.env": _text(header, own(instance) | shared) for instance in instances}
+    own = {
+        "STICKYRING_LISTEN": f"{host}:{port + instance - 1}",
+        "STICKYRING_NODE_NAME": f"{name}-{instance}",
+        "STICKYRING_CONTROL": f"/run/{service}/{instance}/control.sock",
+    }
+    return own | {key: str(value) for key, value in shared.items()}
 
 
-def _text(header: str, variables: dict[str, Any]) -> str:
-    quoted = {key: str(value).replace("\\", "\\\\").replace('"', '\\"') for key, value in variables.items()}
+def stickyring_node_environments(
+    instances: list[int], *, header: str, service: str, **common: object
+) -> dict[str, str]:
+    """Return ``{path: text}`` in the notation of systemd.exec(5), EnvironmentFile, for stickyring_node_variables.
+
+    header: a comment that opens each text.
+    """
+    return {
+        f"/etc/{service}/{instance}.env": _text(header, stickyring_node_variables(instance, service=service, **common))
+        for instance in instances
+    }
+
+
+def _text(header: str, variables: dict[str, str]) -> str:
+    quoted = {key: value.replace("\\", "\\\\").replace('"', '\\"') for key, value in variables.items()}
     lines = [header.rstrip(), *(f'{key}="{value}"' for key, value in quoted.items()), "STICKYRING_ENVIRONMENT=", ""]
     return stickyring_node_with_digest("\n".join(lines), "STICKYRING_ENVIRONMENT")
 
@@ -152,6 +162,7 @@ class FilterModule:
         """Name to function, as Ansible asks for them."""
         return {
             "stickyring_node_mistakes": stickyring_node_mistakes,
+            "stickyring_node_variables": stickyring_node_variables,
             "stickyring_node_environments": stickyring_node_environments,
             "stickyring_node_with_digest": stickyring_node_with_digest,
         }
