@@ -223,6 +223,17 @@ def test_the_account_that_the_role_made_is_taken(host: Host, free_ports: int) ->
     assert not run(port=free_ports).get("failed")
 
 
+def test_a_host_without_user_namespaces_is_refused(host: Host, free_ports: int) -> None:
+    allowed = host.processes / "sys" / "user" / "max_user_namespaces"
+    allowed.parent.mkdir(parents=True)
+    allowed.write_text("0\n")
+    result = run(port=free_ports)
+    assert result["failed"]
+    assert result["msg"].startswith("Nothing was changed. user.max_user_namespaces is 0 on this host")
+    allowed.write_text("31000\n")
+    assert not run(port=free_ports).get("failed")
+
+
 def test_a_real_account_is_found() -> None:
     assert "the account root exists" in preflight.account_problem("root")
     assert preflight.account_problem("stickyring-nobody-has-this") is None

@@ -1,11 +1,14 @@
-"""The task that loads an application before anything is touched, on this machine, with applications that misbehave."""
+"""Tasks that run programs, on this machine: with applications that misbehave, and instances that do not stay."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -112,3 +115,35 @@ def test_it_has_the_environment_that_the_unit_gives_it(said: dict[str, dict[str,
     assert environment["NUMBER"] == "1"
     assert environment["HOME"] == "/nonexistent"
     assert "ONLY_HERE" not in environment
+
+
+@pytest.mark.parametrize(
+    ("instance", "stays"), [("sleep 60 & wait", True), ("while sleep 0.5; do :; done", False), ("exit 0", False)]
+)
+def test_an_instance_is_watched_without_programs_that_debian_may_lack(
+    tmp_path: Path, instance: str, stays: bool
+) -> None:
+    """A worker that has died is another child of its master. `pgrep` is not there, as on a minimal Debian."""
+    text = (ROLE / "tasks" / "restart.yml").read_text().partition("- name: Watch whether they stay")[2]
+    text = textwrap.dedent(text.partition("cmd: |\n")[2].partition("      changed_when")[0])
+    text = text.replace("{{ __stickyring_node_units | join(' ') }}", "x@1.service")
+    text = text.replace("{{ stickyring_node_proving_time }}", "3")
+    assert "{{" not in text
+    for program in ("sleep", "seq", "cat"):
+        (tmp_path / program).symlink_to(str(shutil.which(program)))
+    with subprocess.Popen(["sh", "-c", instance], start_new_session=True) as master:
+        (tmp_path / "systemctl").write_text(f"#!/bin/sh\necho {master.pid}\n")
+        (tmp_path / "systemctl").chmod(0o755)
+        if instance == "exit 0":
+            master.wait()
+        else:
+            children = Path(f"/proc/{master.pid}/task/{master.pid}/children")
+            while not children.read_text():
+                assert master.poll() is None
+        done = subprocess.run(
+            ["/bin/sh", "-c", text], env={"PATH": str(tmp_path)}, capture_output=True, timeout=60, check=False
+        )
+        if master.poll() is None:
+            os.killpg(master.pid, signal.SIGKILL)
+    assert (done.returncode == 0) == stays, (done.stdout, done.stderr)
+    assert stays or b"It ended" in done.stdout
