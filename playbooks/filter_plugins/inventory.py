@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from ansible.errors import AnsibleUndefinedVariable
+from jinja2 import UndefinedError
 
 
 def endpoints(
@@ -59,19 +63,55 @@ def problems(
     for host in hosts:
         found += _unknown_variables(host, hostvars[host], known_variables)
 
-    without_address = [host for host in hosts if "stickyring_address" not in hostvars[host]]
+    without_address = [host for host in hosts if not _address(hostvars[host])]
     found += [
-        f"{host}: stickyring_address is not set: give the address that the edge reaches it at."
+        f"{host}: stickyring_address is not set, or refers to what is not: give the address that the edge reaches it"
+        " at."
         for host in without_address
     ]
     if without_address:
         return found
 
+    found += [
+        f"{host}: its address is {_address(hostvars[host])!r}, and Envoy looks up no names: give stickyring_address the"
+        " IP address that the edge reaches it at. ansible_host may stay a name."
+        for host in nodes
+        if not _is_ip(_address(hostvars[host]))
+    ]
     found += _not_numbers(nodes, hostvars)
+    found += _not_a_share(hostvars, nodes)
     if found:
         return found
     both = [host for host in nodes if host in edges]
     return [*_repeated(hosts, nodes, hostvars), *_shared_ports(both, hostvars, defaults)]
+
+
+def _address(variables: Mapping[str, Any]) -> str:
+    """The host's stickyring_address; empty where it has none, or one that is made of a variable that is not set."""
+    try:
+        return str(variables["stickyring_address"])
+    except (KeyError, AnsibleUndefinedVariable, UndefinedError):
+        return ""
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _not_a_share(hostvars: Mapping[str, Mapping[str, Any]], nodes: Sequence[str]) -> list[str]:
+    """Ansible takes 0 for all hosts at once."""
+    shares = {str(hostvars[host].get("share", 1)) for host in nodes}
+    good = re.compile(r"[1-9][0-9]*|([1-9]|[1-9][0-9]|100)%")
+    return [
+        f"share is {share!r}: give the number of nodes that may restart at the same time, 1 or more, or a part of them,"
+        " 25% for example."
+        for share in sorted(shares)
+        if not good.fullmatch(share)
+    ]
 
 
 def _unknown_variables(host: str, variables: Mapping[str, Any], known_variables: Iterable[str]) -> list[str]:
@@ -102,7 +142,7 @@ def _not_numbers(nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]
 def _repeated(hosts: Sequence[str], nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
     by_address = defaultdict(list)
     for host in hosts:
-        by_address[hostvars[host]["stickyring_address"]].append(host)
+        by_address[_address(hostvars[host])].append(host)
     by_name = defaultdict(list)
     for host in nodes:
         by_name[hostvars[host].get("stickyring_node_name", host)].append(host)

@@ -66,6 +66,27 @@ def test_a_host_without_an_address_is_named() -> None:
     assert message.startswith("node3: stickyring_address is not set")
 
 
+@pytest.mark.parametrize("address", ["node3.example.com", "localhost", "192.0.2.300"])
+def test_a_name_instead_of_an_address_is_refused_with_the_remedy(address: str) -> None:
+    (message,) = judge(node2={"stickyring_address": address})
+    assert message.startswith(
+        f"node2: its address is {address!r}, and Envoy looks up no names: give stickyring_address"
+    )
+    # Only the probe asks for an edge, and looks up its name.
+    assert judge(edge1={"stickyring_address": address}) == []
+
+
+@pytest.mark.parametrize("share", [0, "0%", "-1", "101%", "x"])
+def test_a_share_of_no_node_is_refused(share: object) -> None:
+    (message,) = judge(node1={"share": share})
+    assert message.startswith(f"share is '{share}': give the number of nodes")
+
+
+@pytest.mark.parametrize("share", [1, "2", "25%", "100%"])
+def test_a_share_of_nodes_is_taken(share: object) -> None:
+    assert judge(node1={"share": share}) == []
+
+
 def test_a_port_is_free_to_be_used_again_on_another_host() -> None:
     assert judge(node1={"stickyring_node_port": 9002}) == []
 

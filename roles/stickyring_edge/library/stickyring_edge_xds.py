@@ -979,8 +979,21 @@ class Edge:
         return "The previous files are back in place and Envoy has loaded them: what served before serves on"
 
 
+def expect_user_namespaces() -> None:
+    """Raises NotApplied where systemd could not start the unit."""
+    allowed = PROC / "sys/user/max_user_namespaces"
+    if allowed.is_file() and allowed.read_text().strip() == "0":
+        raise NotApplied(
+            "user.max_user_namespaces is 0 on this host, so systemd cannot start a unit with PrivateUsers: raise it,"
+            " for example sysctl -w user.max_user_namespaces=10000, and in /etc/sysctl.d for good"
+            ". Nothing that serves was changed."
+        )
+
+
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Does what the parameters ask; the module's result."""
+    if module.params["unit"] and module.params["state"] == "present":
+        expect_user_namespaces()
     keys = module.params["private_keys"]
     files = [XdsFile(path, with_key(resources, keys.get(path))) for path, resources in module.params["files"].items()]
     edge = Edge(module, files)

@@ -607,3 +607,15 @@ def test_a_certificate_is_proven_by_its_version(directory: Path, with_certificat
     envoy.stats["sds.sticky.version_text"] = "older"
     message = run(directory, with_certificate, envoy.port, private_keys=keys, state="proven")["msg"]
     assert "certificates/sticky.yaml: Envoy is at version older" in message
+
+
+def test_a_host_without_user_namespaces_is_refused_before_a_file_is_written(
+    directory: Path, files: Files, closed_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = tmp_path / "proc" / "sys" / "user" / "max_user_namespaces"
+    allowed.parent.mkdir(parents=True)
+    allowed.write_text("0\n")
+    monkeypatch.setattr(xds, "PROC", tmp_path / "proc")
+    refused = run(directory, files, closed_port, unit="stickyring-edge.service")
+    assert "user.max_user_namespaces is 0 on this host" in refused["msg"]
+    assert not directory.exists()

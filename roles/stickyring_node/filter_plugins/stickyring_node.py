@@ -60,35 +60,40 @@ def _mistakes(variables: dict[str, Any]) -> Iterator[str]:
         value = variables.get(name, "")
         if name in variables and not re.fullmatch(pattern, "" if value is None else str(value), re.ASCII):
             yield f"{name} {value!r} {fault}"
-    numbers = {}
-    for name, (low, high) in RANGES.items():
-        if name not in variables:
-            continue
-        value = str(variables[name])
-        if re.fullmatch(r"0|[1-9][0-9]*", value) and low <= int(value) <= high:
-            numbers[name] = int(value)
-        else:
-            yield f"{name} is {variables[name]!r}: give a whole number from {low} to {high}"
-    for name in BOOLEANS:
-        if str(variables.get(name, "no")).lower() not in {"true", "false", "yes", "no", "on", "off", "1", "0"}:
-            yield f"{name} is {variables[name]!r}: give true or false"
     if "address" in variables and not _is_address(variables["address"]):
         yield (
             f"address {variables['address']!r} is no IP address: give stickyring_address the one that the edge reaches"
             " the host at"
         )
-    if 0 < numbers.get("watchdog", 0) < BEATS:
-        yield f"watchdog is {numbers['watchdog']}: give {BEATS} or more, or 0 for none; a process beats once a second"
-    if {"port", "instances"} <= numbers.keys() and numbers["port"] + numbers["instances"] - 1 > 65535:
-        yield f"port {numbers['port']} leaves the range up to 65535 with {numbers['instances']} instances"
-    if {"limit_nofile", "max_connections"} <= numbers.keys():
-        files, connections = numbers["limit_nofile"], numbers["max_connections"]
-        if files < connections + DESCRIPTORS_BESIDE_CONNECTIONS:
-            yield (
-                f"limit_nofile {files} is too low: {connections} connections (stickyring_node_max_connections) and"
-                f" {DESCRIPTORS_BESIDE_CONNECTIONS} files beside must fit"
-            )
-    environment = variables.get("environment", {})
+    for name in BOOLEANS:
+        if str(variables.get(name, "no")).lower() not in {"true", "false", "yes", "no", "on", "off", "1", "0"}:
+            yield f"{name} is {variables[name]!r}: give true or false"
+    yield from _mistakes_of_numbers(variables)
+    yield from _mistakes_of_the_environment(variables.get("environment", {}))
+
+
+def _mistakes_of_numbers(variables: dict[str, Any]) -> Iterator[str]:
+    numbers = {}
+    for name, (low, high) in RANGES.items():
+        value = str(variables.get(name, low))
+        if re.fullmatch(r"0|[1-9][0-9]*", value) and low <= int(value) <= high:
+            numbers[name] = int(value) if name in variables else None
+        else:
+            yield f"{name} is {variables[name]!r}: give a whole number from {low} to {high}"
+    watchdog, port, instances = (numbers.get(name) for name in ("watchdog", "port", "instances"))
+    if watchdog and watchdog < BEATS:
+        yield f"watchdog is {watchdog}: give {BEATS} or more, or 0 for none; a process beats once a second"
+    if port and instances and port + instances - 1 > 65535:
+        yield f"port {port} leaves the range up to 65535 with {instances} instances"
+    files, connections = numbers.get("limit_nofile"), numbers.get("max_connections")
+    if files and connections and files < connections + DESCRIPTORS_BESIDE_CONNECTIONS:
+        yield (
+            f"limit_nofile {files} is too low: {connections} connections (stickyring_node_max_connections) and"
+            f" {DESCRIPTORS_BESIDE_CONNECTIONS} files beside must fit"
+        )
+
+
+def _mistakes_of_the_environment(environment: object) -> Iterator[str]:
     if not isinstance(environment, dict):
         yield f"environment is {environment!r}: give names with values, {{NAME: value}}"
         return
@@ -107,27 +112,37 @@ def _is_address(text: object) -> bool:
     return True
 
 
-def stickyring_node_environments(
-    instances: list[int], *, service: str, host: str, port: int, name: str, shared: dict[str, Any], header: str
+def stickyring_node_variables(
+    instance: int, *, service: str, host: str, port: int, name: str, shared: dict[str, Any]
 ) -> dict[str, str]:
-    """Return ``{path: text}`` in the notation of systemd.exec(5), EnvironmentFile.
+    """Return the environment variables of an instance.
 
     host: address of a URL, an IPv6 one in brackets. port: of instance 1. name: of the node. shared: variables that all
-    instances have. header: a comment that opens each text.
+    instances have.
     """
-
-    def own(instance: int) -> dict[str, str]:
-        return {
-            "STICKYRING_LISTEN": f"{host}:{port + instance - 1}",
-            "STICKYRING_NODE_NAME": f"{name}-{instance}",
-            "STICKYRING_CONTROL": f"/run/{service}/{instance}/control.sock",
-        }
-
-    return {f"/etc/{service}/{instance}.env": _text(header, own(instance) | shared) for instance in instances}
+    own = {
+        "STICKYRING_LISTEN": f"{host}:{port + instance - 1}",
+        "STICKYRING_NODE_NAME": f"{name}-{instance}",
+        "STICKYRING_CONTROL": f"/run/{service}/{instance}/control.sock",
+    }
+    return own | {key: str(value) for key, value in shared.items()}
 
 
-def _text(header: str, variables: dict[str, Any]) -> str:
-    quoted = {key: str(value).replace("\\", "\\\\").replace('"', '\\"') for key, value in variables.items()}
+def stickyring_node_environments(
+    instances: list[int], *, header: str, service: str, **common: object
+) -> dict[str, str]:
+    """Return ``{path: text}`` in the notation of systemd.exec(5), EnvironmentFile, for stickyring_node_variables.
+
+    header: a comment that opens each text.
+    """
+    return {
+        f"/etc/{service}/{instance}.env": _text(header, stickyring_node_variables(instance, service=service, **common))
+        for instance in instances
+    }
+
+
+def _text(header: str, variables: dict[str, str]) -> str:
+    quoted = {key: value.replace("\\", "\\\\").replace('"', '\\"') for key, value in variables.items()}
     lines = [header.rstrip(), *(f'{key}="{value}"' for key, value in quoted.items()), "STICKYRING_ENVIRONMENT=", ""]
     return stickyring_node_with_digest("\n".join(lines), "STICKYRING_ENVIRONMENT")
 
@@ -147,6 +162,7 @@ class FilterModule:
         """Name to function, as Ansible asks for them."""
         return {
             "stickyring_node_mistakes": stickyring_node_mistakes,
+            "stickyring_node_variables": stickyring_node_variables,
             "stickyring_node_environments": stickyring_node_environments,
             "stickyring_node_with_digest": stickyring_node_with_digest,
         }

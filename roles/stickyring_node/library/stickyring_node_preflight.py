@@ -305,6 +305,17 @@ def digests(*paths: Path) -> dict[str, str]:
     return dict(re.findall(rf'^(?:Environment=)?({"|".join(DIGESTS)})="?(\w+)"?$', texts, re.MULTILINE))
 
 
+def namespace_problem() -> str | None:
+    """Return why no unit of the role can start, or nothing."""
+    allowed = PROC / "sys/user/max_user_namespaces"
+    if not allowed.is_file() or allowed.read_text().strip() != "0":
+        return None
+    return (
+        "user.max_user_namespaces is 0 on this host, so systemd cannot start a unit with PrivateUsers: raise it,"
+        " for example sysctl -w user.max_user_namespaces=10000, and in /etc/sysctl.d for good"
+    )
+
+
 def account_problem(service: str) -> str | None:
     """Return whose login the role would rewrite if it made the service's account, or nothing."""
     try:
@@ -386,9 +397,7 @@ def main() -> None:
     stamp = releases / wanted["release"] / ".complete"
     found = (port_problem(wanted["address"], wanted["port"] + i - 1, f"{service}@{i}.service") for i in instances)
     problems = sorted({problem for problem in found if problem})
-    account = account_problem(service)
-    if account:
-        problems.append(account)
+    problems += filter(None, [account_problem(service), namespace_problem()])
     lacks_venv = False
     complete = runs(stamp.parent)
     if not complete:

@@ -1,0 +1,125 @@
+"""What cannot be meant is refused in a sentence, at every entry point, before a host is contacted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+PROJECT = Path(__file__).parents[2]
+ANSIBLE = Path(sys.executable).parent / "ansible-playbook"
+# Nobody answers at these addresses, and no task may ask them.
+INVENTORY = """\
+edge: {{hosts: {{edge1: {{ansible_host: 192.0.2.1}}}}}}
+nodes: {{hosts: {{{nodes}}}}}
+all: {{vars: {{stickyring_address: "{{{{ ansible_host }}}}", stickyring_node_application: "chat:app"}}}}
+"""
+GOOD = "Node1.Example.COM: {ansible_host: 192.0.2.11}, node2: {ansible_host: 192.0.2.12}"
+
+
+def run(folder: Path, playbook: Path | str, *arguments: str, nodes: str = GOOD) -> tuple[int, str]:
+    """The status and what was said, on one line."""
+    inventory = folder / "hosts.yml"
+    inventory.write_text(INVENTORY.format(nodes=nodes))
+    done = subprocess.run(
+        [ANSIBLE, "-i", inventory, playbook, *arguments],
+        cwd=PROJECT,
+        env=os.environ | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+def first_import(playbook: str) -> list[str]:
+    """The playbooks that it imports before anything of its own that contacts a host."""
+    plays = yaml.safe_load((PROJECT / playbook).read_text())
+    return [play["ansible.builtin.import_playbook"] for play in plays if "ansible.builtin.import_playbook" in play][:1]
+
+
+@pytest.mark.parametrize(
+    "playbook", ["site", "plan", "rebalance", "remove_node", "rollback", "rolling_update", "verify"]
+)
+def test_every_entry_point_judges_the_inventory_first(playbook: str) -> None:
+    assert [
+        Path(path).name for path in first_import("site.yml" if playbook == "site" else f"playbooks/{playbook}.yml")
+    ] == ["preflight.yml"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [
+        (
+            "node1: , node2: ",
+            ["node1: stickyring_address is not set, or refers to what is not", "node2: stickyring_address"],
+        ),
+        (
+            "node1: {ansible_host: node1.example.com}",
+            ["Envoy looks up no names: give stickyring_address the IP address"],
+        ),
+        (
+            '"chat 1": {ansible_host: 192.0.2.9}, "a@b": {ansible_host: "::2"}, "2001:db8::1": {ansible_host: "::3"}',
+            [
+                "stickyring_node_name 'chat 1' may hold letters, digits and . _ - only: rename the host",
+                "stickyring_node_name 'a@b' may hold letters",
+                "stickyring_node_name '2001:db8::1' may hold letters",
+            ],
+        ),
+    ],
+    ids=["bare", "dns", "names"],
+)
+def test_a_node_that_cannot_serve_is_refused(tmp_path: Path, nodes: str, words: list[str]) -> None:
+    status, said = run(tmp_path, "playbooks/preflight.yml", nodes=nodes)
+    assert status != 0
+    assert all(one in said for one in words), said
+
+
+def test_a_name_of_mixed_case_is_taken(tmp_path: Path) -> None:
+    status, said = run(tmp_path, "playbooks/preflight.yml")
+    assert status == 0, said
+
+
+def test_every_fault_of_the_variables_is_said_at_once(tmp_path: Path) -> None:
+    given = ("stickyring_node_watchdog=1", "stickyring_node_drain_timeout=-1", "stickyring_node_service=")
+    status, said = run(tmp_path, "playbooks/verify.yml", *(word for one in given for word in ("-e", one)))
+    assert status != 0
+    assert all(one.split("=")[0] in said for one in given)
+    assert "Read the ring" not in said
+
+
+def test_a_node_is_not_removed_from_a_cluster_without_a_ring(tmp_path: Path) -> None:
+    clusters = [{"name": "nodes", "lb_policy": "ROUND_ROBIN", "endpoints": []}]
+    given = ["-e", "node=node2", "-e", json.dumps({"stickyring_edge_clusters": clusters})]
+    status, said = run(tmp_path, "playbooks/remove_node.yml", *given)
+    assert status != 0
+    assert "The cluster nodes has lb_policy ROUND_ROBIN" in said
+    assert "Delete the line of node2 from the group `nodes`, run site.yml" in said
+    assert "Judge the inventory" not in said
+
+
+@pytest.mark.parametrize(
+    ("service", "words"),
+    [
+        ("", "stickyring_node_service '' also names a user"),
+        ("../tmp", "stickyring_node_service '../tmp' also names a user"),
+        # Debian's own, of which check mode would only say that it is removed.
+        ("apt", "/etc/apt was not made by this role: correct stickyring_node_service"),
+    ],
+)
+def test_a_removal_by_the_role_alone_does_not_reach_beyond_its_service(
+    tmp_path: Path, service: str, words: str
+) -> None:
+    playbook = tmp_path / "remove.yml"
+    tasks = [{"ansible.builtin.import_role": {"name": "stickyring_node", "tasks_from": "remove"}}]
+    playbook.write_text(yaml.safe_dump([{"hosts": "localhost", "gather_facts": False, "tasks": tasks}]))
+    status, said = run(tmp_path, playbook, "--check", "-e", json.dumps({"stickyring_node_service": service}))
+    assert status != 0
+    assert words in said
+    assert "Stop them" not in said

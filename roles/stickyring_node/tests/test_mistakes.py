@@ -1,0 +1,137 @@
+"""The judgement of the role's variables."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROLE = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("stickyring_node", ROLE / "filter_plugins" / "stickyring_node.py")
+assert _spec is not None
+assert _spec.loader is not None
+node = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(node)
+
+OPTIONS = yaml.safe_load((ROLE / "meta" / "argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
+GOOD: dict[str, Any] = {
+    name.removeprefix("stickyring_node_"): value
+    for name, value in yaml.safe_load((ROLE / "defaults" / "main.yml").read_text()).items()
+}
+GOOD |= {"application": "chat:app", "address": "192.0.2.1", "release": "1.0+abc_D-1", "name": "node1", "instances": 2}
+
+
+def judge(**changed: object) -> list[str]:
+    found: list[str] = node.stickyring_node_mistakes(GOOD | changed)
+    return found
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"service": "a"},
+        {"service": "a" * 31},
+        {"application": "chat:app"},
+        {"application": "_a.b_c:_make('x', y=1)"},
+        {"port": 1024},
+        {"port": 65534},
+        {"port": 65535, "instances": 1},
+        {"instances": 1},
+        {"environment": {"REDIS_URL": "redis://x", "_x1": ""}},
+        {"name": "Node1.Example.COM"},
+        {"name": "192.0.2.1"},
+        {"address": "2001:db8::1"},
+        {"watchdog": 0, "drain_timeout": 0, "proving_time": "0"},
+        {"watchdog": 3},
+        {"prove": "no", "surge": "True", "start_timeout": "90"},
+        {"worker_class": "egg:gunicorn#sync"},
+        {"release": 1.4},
+    ],
+)
+def test_good_variables_have_no_mistake(changed: dict[str, Any]) -> None:
+    assert judge(**changed) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"service": ""}, "stickyring_node_service '' also names a user"),
+        ({"service": "Chat"}, "stickyring_node_service 'Chat' also names a user"),
+        ({"service": "1chat"}, "also names a user"),
+        ({"service": "chat@1"}, "also names a user"),
+        ({"service": "../chat"}, "also names a user"),
+        ({"service": "chat\n"}, "also names a user"),
+        ({"service": "a" * 32}, "31 at most"),
+        ({"application": "chat"}, "stickyring_node_application 'chat' is neither module:attribute nor"),
+        ({"application": "chat:app.wsgi"}, "is neither module:attribute"),
+        ({"application": "chat app:app"}, "is neither module:attribute"),
+        ({"application": 'chat:make("x")'}, 'holds one of " \\ % $'),
+        ({"application": "chat:make('%n')"}, 'holds one of " \\ % $'),
+        ({"application": "chat:make('$HOME')"}, 'holds one of " \\ % $'),
+        ({"application": "chat:make('a\\b')"}, 'holds one of " \\ % $'),
+        ({"release": ""}, "stickyring_node_release '' may hold letters"),
+        ({"release": ".."}, "stickyring_node_release '..' may hold letters"),
+        ({"release": "a/b"}, "may hold letters"),
+        ({"instances": 0}, "stickyring_node_instances is 0: give a whole number from 1 to 64"),
+        ({"instances": "-1"}, "stickyring_node_instances is '-1': give a whole number"),
+        ({"instances": 10**9}, "stickyring_node_instances is 1000000000: give a whole number"),
+        ({"port": 1023}, "stickyring_node_port is 1023: give a whole number from 1024 to 65535"),
+        ({"port": 65535}, "stickyring_node_port 65535 leaves the range up to 65535 with 2 instances"),
+        ({"releases_kept": 1}, "stickyring_node_releases_kept is 1"),
+        ({"health_path": "healthz"}, "stickyring_node_health_path 'healthz' does not begin with /"),
+        ({"limit_nofile": 10099}, "stickyring_node_limit_nofile 10099 is too low: 10000 connections"),
+        ({"name": "node 1"}, "stickyring_node_name 'node 1' may hold letters"),
+        ({"name": "chat@node1"}, "rename the host in the inventory, or give it a stickyring_node_name"),
+        ({"name": "2001:db8::1"}, "stickyring_node_name '2001:db8::1' may hold letters"),
+        ({"name": None}, "stickyring_node_name None may hold letters"),
+        ({"name": "knöten"}, "stickyring_node_name 'knöten' may hold letters"),
+        ({"address": "node1.example.com"}, "is no IP address: give stickyring_address the one"),
+        ({"watchdog": 1}, "stickyring_node_watchdog is 1: give 3 or more, or 0 for none"),
+        ({"watchdog": "-1"}, "stickyring_node_watchdog is '-1': give a whole number from 0"),
+        ({"drain_timeout": -1}, "stickyring_node_drain_timeout is -1: give a whole number from 0"),
+        ({"drain_timeout": 2.5}, "stickyring_node_drain_timeout is 2.5: give a whole number"),
+        ({"start_timeout": True}, "stickyring_node_start_timeout is True: give a whole number"),
+        ({"start_timeout": "010"}, "stickyring_node_start_timeout is '010': give a whole number"),
+        ({"proving_time": "$(reboot)"}, "stickyring_node_proving_time is '$(reboot)': give a whole number"),
+        ({"surge": "soon"}, "stickyring_node_surge is 'soon': give true or false"),
+        ({"log_level": "loud"}, "stickyring_node_log_level 'loud' is none of debug"),
+        ({"python": "python2"}, "stickyring_node_python 'python2' is neither python3 nor pypy3"),
+        ({"worker_class": "a b"}, "stickyring_node_worker_class 'a b' is no worker class"),
+        ({"health_path": "/a b"}, "stickyring_node_health_path '/a b' does not begin with /, or holds"),
+        ({"index_url": "http://a b"}, "stickyring_node_index_url 'http://a b' holds more than visible"),
+        ({"environment": "A=1"}, "stickyring_node_environment is 'A=1': give names with values"),
+        ({"environment": {"A-B": 1}}, "stickyring_node_environment: 'A-B' cannot name an environment variable"),
+        ({"environment": {"1A": 1}}, "stickyring_node_environment: '1A' cannot name"),
+        ({"environment": {"GOOD": 1, "STICKYRING_LISTEN": 1}}, "STICKYRING_LISTEN belongs to the runtime"),
+    ],
+)
+def test_each_mistake_is_said(changed: dict[str, Any], words: str) -> None:
+    [mistake] = judge(**changed)
+    assert words in mistake
+
+
+def test_every_option_is_judged_by_its_type() -> None:
+    """Ansible does not everywhere validate them by the argument_specs, and takes -1 and 10**9 for numbers as well."""
+    kinds = {"int": set(node.RANGES), "bool": set(node.BOOLEANS)}
+    for kind, judged in kinds.items():
+        assert {f"stickyring_node_{name}" for name in judged} == {
+            n for n, one in OPTIONS.items() if one["type"] == kind
+        }
+    chosen = {name: one["choices"] for name, one in OPTIONS.items() if "choices" in one}
+    assert chosen == {f"stickyring_node_{name}": node.TEXTS[name][0].split("|") for name in ("python", "log_level")}
+    # These are names of files on the controller, which nothing but Ansible reads.
+    files = {"requirements", "wheelhouse"}
+    judged_names = {*node.TEXTS, *node.RANGES, *node.BOOLEANS, "address", "environment"} | files
+    assert {f"stickyring_node_{name}" for name in judged_names} == set(OPTIONS)
+    composed = yaml.safe_load((ROLE / "vars" / "main.yml").read_text())["__stickyring_node_judged"]
+    assert {*composed, "release"} == judged_names - files
+
+
+def test_what_is_not_given_is_not_judged() -> None:
+    assert node.stickyring_node_mistakes({"service": "chat"}) == []
+    [mistake] = node.stickyring_node_mistakes({"service": ""})
+    assert mistake.startswith("stickyring_node_service '' also names a user")

@@ -1,0 +1,149 @@
+"""Tasks that run programs, on this machine: with applications that misbehave, and instances that do not stay."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROLE = Path(__file__).parents[1]
+SLEEP = ["sleep", f"7{os.getpid()}"]
+THREAD = "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()\n"
+APPLICATIONS = {
+    "good": "app = 1\n",
+    "thread": f"{THREAD}app = 1\n",
+    "process": f"import subprocess\nsubprocess.Popen({SLEEP}, start_new_session=True)\napp = 1\n",
+    "hanging": f"import subprocess\nsubprocess.Popen({SLEEP}, start_new_session=True).wait()\n",
+    "broken": f"{THREAD}raise OSError('no database')\n",
+    "asking": "import json, os\nraise OSError(json.dumps(dict(os.environ)))\n",
+}
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+    """What the task said of each application; as root, who may run a program as another user."""
+    folder = tmp_path_factory.mktemp("load")
+    (folder / "bin").mkdir()
+    python = folder / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexport PYTHONPATH={folder}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    for name, text in APPLICATIONS.items():
+        (folder / f"{name}.py").write_text(text)
+    [task] = [
+        one for one in yaml.safe_load((ROLE / "tasks" / "install.yml").read_text()) if one["name"].startswith("Load")
+    ]
+    tasks = [task | {"register": "done", "ignore_errors": True}]
+    tasks.append(
+        {
+            "ansible.builtin.copy": {
+                "content": "{{ done | to_json }}",
+                "dest": f"{folder}/{{{{ inventory_hostname }}}}.json",
+            }
+        }
+    )
+    files = [str(ROLE / part / "main.yml") for part in ("defaults", "vars")]
+    (folder / "run.yml").write_text(
+        yaml.safe_dump(
+            [{"hosts": "all", "gather_facts": False, "strategy": "free", "vars_files": files, "tasks": tasks}]
+        )
+    )
+    given = {
+        "stickyring_node_service": "root",
+        "stickyring_node_address": "192.0.2.1",
+        "stickyring_node_release": "1",
+        "stickyring_node_start_timeout": 6,
+        "stickyring_node_environment": {"CHAT": "a 'quoted' \"text\" $HOME", "NUMBER": 1},
+        "stickyring_node_state": {"current": "", "application": ""},
+        "__stickyring_node_release_path": str(folder),
+    }
+    hosts = {name: {"stickyring_node_application": f"{name}:app"} for name in APPLICATIONS}
+    everywhere = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
+    (folder / "hosts.yml").write_text(json.dumps({"all": {"hosts": hosts, "vars": everywhere}}))
+    began = time.monotonic()
+    subprocess.run(
+        [
+            Path(sys.executable).parent / "ansible-playbook",
+            "-i",
+            folder / "hosts.yml",
+            folder / "run.yml",
+            "-e",
+            json.dumps(given),
+        ],
+        env=os.environ | {"ANSIBLE_FILTER_PLUGINS": str(ROLE / "filter_plugins"), "ONLY_HERE": "1"},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert time.monotonic() - began < 60
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in APPLICATIONS}
+
+
+@pytest.mark.parametrize("name", ["good", "thread", "process"])
+def test_an_application_is_loaded_whatever_it_starts(said: dict[str, dict[str, object]], name: str) -> None:
+    assert said[name]["rc"] == 0, said[name]
+
+
+def test_an_application_that_hangs_is_given_up_in_a_sentence(said: dict[str, dict[str, object]]) -> None:
+    assert said["hanging"]["failed"]
+    assert "The application was not loaded within 6 s (stickyring_node_start_timeout)" in str(said["hanging"]["stderr"])
+
+
+def test_an_application_that_fails_says_why(said: dict[str, dict[str, object]]) -> None:
+    assert said["broken"]["rc"] == 1
+    assert str(said["broken"]["stderr"]).splitlines()[-1] == "OSError: no database"
+
+
+def test_no_process_is_left_behind(said: dict[str, dict[str, object]]) -> None:
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert "\0".join(SLEEP).encode() not in b"\n".join(commands)
+
+
+def test_it_has_the_environment_that_the_unit_gives_it(said: dict[str, dict[str, object]]) -> None:
+    environment = json.loads(str(said["asking"]["stderr"]).splitlines()[-1].removeprefix("OSError: "))
+    assert environment["STICKYRING_NODE_NAME"] == "asking-1"
+    assert environment["STICKYRING_LISTEN"] == "192.0.2.1:8001"
+    assert environment["CHAT"] == "a 'quoted' \"text\" $HOME"
+    assert environment["NUMBER"] == "1"
+    assert environment["HOME"] == "/nonexistent"
+    assert "ONLY_HERE" not in environment
+
+
+@pytest.mark.parametrize(
+    ("instance", "stays"), [("sleep 60 & wait", True), ("while sleep 0.5; do :; done", False), ("exit 0", False)]
+)
+def test_an_instance_is_watched_without_programs_that_debian_may_lack(
+    tmp_path: Path, instance: str, stays: bool
+) -> None:
+    """A worker that has died is another child of its master. `pgrep` is not there, as on a minimal Debian."""
+    text = (ROLE / "tasks" / "restart.yml").read_text().partition("- name: Watch whether they stay")[2]
+    text = textwrap.dedent(text.partition("cmd: |\n")[2].partition("      changed_when")[0])
+    text = text.replace("{{ __stickyring_node_units | join(' ') }}", "x@1.service")
+    text = text.replace("{{ stickyring_node_proving_time }}", "3")
+    assert "{{" not in text
+    for program in ("sleep", "seq", "cat"):
+        (tmp_path / program).symlink_to(str(shutil.which(program)))
+    with subprocess.Popen(["sh", "-c", instance], start_new_session=True) as master:
+        (tmp_path / "systemctl").write_text(f"#!/bin/sh\necho {master.pid}\n")
+        (tmp_path / "systemctl").chmod(0o755)
+        if instance == "exit 0":
+            master.wait()
+        else:
+            children = Path(f"/proc/{master.pid}/task/{master.pid}/children")
+            while not children.read_text():
+                assert master.poll() is None
+        done = subprocess.run(
+            ["/bin/sh", "-c", text], env={"PATH": str(tmp_path)}, capture_output=True, timeout=60, check=False
+        )
+        if master.poll() is None:
+            os.killpg(master.pid, signal.SIGKILL)
+    assert (done.returncode == 0) == stays, (done.stdout, done.stderr)
+    assert stays or b"It ended" in done.stdout
