@@ -65,6 +65,9 @@ def _mistakes(variables: dict[str, Any]) -> Iterator[str]:
             f"address {variables['address']!r} is no IP address: give stickyring_address the one that the edge reaches"
             " the host at"
         )
+    edges = variables.get("edges", [])
+    if not isinstance(edges, list) or not all(map(_is_address, edges)):
+        yield f"edges is {edges!r}: give a list of IP addresses"
     for name in BOOLEANS:
         if str(variables.get(name, "no")).lower() not in {"true", "false", "yes", "no", "on", "off", "1", "0"}:
             yield f"{name} is {variables[name]!r}: give true or false"

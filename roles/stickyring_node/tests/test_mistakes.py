@@ -45,6 +45,7 @@ def judge(**changed: object) -> list[str]:
         {"name": "Node1.Example.COM"},
         {"name": "192.0.2.1"},
         {"address": "2001:db8::1"},
+        {"edges": ["192.0.2.10", "2001:db8::10"]},
         {"watchdog": 0, "drain_timeout": 0, "proving_time": "0"},
         {"watchdog": 3},
         {"prove": "no", "surge": "True", "start_timeout": "90"},
@@ -59,6 +60,8 @@ def test_good_variables_have_no_mistake(changed: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
+        ({"edges": ["edge1.example.com"]}, "edges is ['edge1.example.com']: give a list of IP addresses"),
+        ({"edges": "192.0.2.10"}, "edges is '192.0.2.10': give a list"),
         ({"service": ""}, "stickyring_node_service '' also names a user"),
         ({"service": "Chat"}, "stickyring_node_service 'Chat' also names a user"),
         ({"service": "1chat"}, "also names a user"),
@@ -125,7 +128,7 @@ def test_every_option_is_judged_by_its_type() -> None:
     assert chosen == {f"stickyring_node_{name}": node.TEXTS[name][0].split("|") for name in ("python", "log_level")}
     # These are names of files on the controller, which nothing but Ansible reads.
     files = {"requirements", "wheelhouse"}
-    judged_names = {*node.TEXTS, *node.RANGES, *node.BOOLEANS, "address", "environment"} | files
+    judged_names = {*node.TEXTS, *node.RANGES, *node.BOOLEANS, "address", "edges", "environment"} | files
     assert {f"stickyring_node_{name}" for name in judged_names} == set(OPTIONS)
     composed = yaml.safe_load((ROLE / "vars" / "main.yml").read_text())["__stickyring_node_judged"]
     assert {*composed, "release"} == judged_names - files
