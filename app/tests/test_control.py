@@ -140,6 +140,7 @@ def test_a_rebalance_without_anybody_to_move(node: ServeProcess, folder: Path) -
     numbers = json.loads(done.stdout)
     assert numbers.pop("seconds") < 1
     expected = {"to_move": 0, "staying": 1, "without_key": 0, "asked": 0, "left": 0, "returned": 0}
+    expected |= {"users_asked": 0, "users_returned": 0}
     assert numbers == {"rate": 20, **expected}
     status, answer = ask(folder / "control", "POST", "/rebalance", json.dumps({"ring": RING}))
     assert (status, answer["running"]) == (202, False), "nobody need ask again whether it is over"
@@ -154,6 +155,7 @@ def test_a_rebalance_concerns_the_sessions_of_its_cluster(node: ServeProcess, fo
     done = invoke("rebalance", "--control", folder / "control", "--ring", folder / "ring.json")
     assert done.exit_code == 0, done.stderr
     expected = {"to_move": 2, "staying": 2, "without_key": 0, "asked": 2, "left": 2, "returned": 0}
+    expected |= {"users_asked": 2, "users_returned": 0}
     assert expected.items() <= json.loads(done.stdout).items()
     left = json.loads(invoke("sessions", "--control", folder / "control").stdout)["sessions"]
     assert [(session["key"], session["cluster"]) for session in left] == [("alice", "first_node"), (None, "first_node")]

@@ -9,8 +9,9 @@ one that refuses has `error`, a line of text.
                               202 as GET /rebalance; 400 no such thing; 409 one is running
     GET  /rebalance           200 {"running", "rate", "seconds" since it began, and numbers of sessions: "to_move",
                               "staying" and "without_key" when it began; "asked" so far; "left", those of them that are
-                              gone; "returned", here when it ended though the ring has them elsewhere}; only
-                              "running", false, if there was none since the node started
+                              gone; "returned", here when it ended though the ring has them elsewhere; and of users,
+                              "users_asked" and "users_returned"}; only "running", false, if there was none since the
+                              node started
     POST /drain               202 as GET /drain: nobody is taken in any more, and everybody is asked to leave
     POST /undrain             200 as GET /drain: users are taken in again; 409 the node is about to stop
     GET  /drain               200 {"draining", "drained": whether everybody has left, and numbers of sessions:

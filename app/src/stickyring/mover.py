@@ -33,7 +33,8 @@ class Move:
     because the edge has another ring than the caller, are not chased round and round: their sessions are counted.
 
     Numbers of sessions, also while it runs: `to_move` found so far, `asked`, `left` (asked, and ended), `returned` (at
-    the end here and should not be). `asked` may stay below `to_move`: the others left by themselves.
+    the end here and should not be). `asked` may stay below `to_move`: the others left by themselves. `users_asked` and
+    `users_returned` count the users of these sessions.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Move:
         self.asked = 0
         self.left = 0
         self.returned = 0
+        self.users_returned = 0
         self._sessions = sessions
         self._leaves = leaves
         self._on_asked = on_asked
@@ -62,6 +64,11 @@ class Move:
         return self._ended is None
 
     @property
+    def users_asked(self) -> int:
+        """How many users were asked so far."""
+        return len(self._asked_at)
+
+    @property
     def seconds(self) -> float:
         """How long it has taken so far, or took."""
         return (self._ended or time.monotonic()) - self._began
@@ -75,7 +82,8 @@ class Move:
             late = self._to_ask()
             self.to_move += sum(map(len, late))
             self._ask_all(late)
-            self.returned = sum(self._should_leave(session) for session in [*self._sessions.values()])
+            back = [session for session in [*self._sessions.values()] if self._should_leave(session)]
+            self.returned, self.users_returned = len(back), len({_user(session) for session in back})
         except Exception:
             log.exception("asking sessions to reconnect has failed")
         finally:

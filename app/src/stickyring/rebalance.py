@@ -87,6 +87,8 @@ class Rebalance:
             "asked": move.asked,
             "left": move.left,
             "returned": move.returned,
+            "users_asked": move.users_asked,
+            "users_returned": move.users_returned,
         }
 
     def _concerns(self, session: Session) -> bool:

@@ -597,6 +597,32 @@ def stickyring_edge_served_ring(name: str, config_dump: Data) -> Data:
     return _ring_document(cluster, members)
 
 
+def _key_rules(resource: Data) -> list[str]:
+    """How a route configuration finds and hashes a key, of the role's making or as Envoy tells it."""
+    settings = resource.get("typed_per_filter_config", {}).get("stickyring.key", {})
+    texts = [
+        f"{one.get('object_key')} {one['format_string']['text_format_source']['inline_string']}"
+        for one in settings.get("on_request_headers", [])
+    ]
+    routes = [
+        route["route"] for host in resource.get("virtual_hosts", []) for route in host["routes"] if "route" in route
+    ]
+    return [*texts, *sorted({json.dumps(route.get("hash_policy", []), sort_keys=True) for route in routes})]
+
+
+def stickyring_edge_rekeyed(files: dict[str, list[Data]], config_dump: Data) -> list[str]:
+    """Names of listeners that Envoy serves and that will find or hash the users' keys in another way.
+
+    ``files`` is what stickyring_edge_files has made, ``config_dump`` the admin interface's
+    /config_dump?resource=dynamic_route_configs.
+    """
+    served = {item["route_config"]["name"]: item["route_config"] for item in config_dump.get("configs", [])}
+    wanted = [resource for path, resources in files.items() if path.startswith("routes/") for resource in resources]
+    return [
+        one["name"] for one in wanted if one["name"] in served and _key_rules(one) != _key_rules(served[one["name"]])
+    ]
+
+
 class FilterModule:
     """The role's filters."""
 
@@ -608,6 +634,7 @@ class FilterModule:
             "stickyring_edge_problems": stickyring_edge_problems,
             "stickyring_edge_duration": stickyring_edge_duration,
             "stickyring_edge_files": stickyring_edge_files,
+            "stickyring_edge_rekeyed": stickyring_edge_rekeyed,
             "stickyring_edge_served_ring": stickyring_edge_served_ring,
             "stickyring_edge_wanted_ring": stickyring_edge_wanted_ring,
         }

@@ -372,6 +372,25 @@ def test_connections_beyond_the_limit_are_closed_at_once(edge: Edge, websocket: 
             opened.append(websocket("other"))
 
 
+def test_other_ways_to_find_a_key_are_told_by_listener(edge: Edge) -> None:
+    def told() -> list[str]:
+        dump = xds.Admin(edge.ports["admin"]).get("/config_dump?resource=dynamic_route_configs")
+        found: list[str] = filters.stickyring_edge_rekeyed(edge.files, dump)
+        return found
+
+    assert told() == []
+    files = deepcopy(edge.files)
+    [routes] = files["routes/plain.yaml"]
+    # As it was before keys were evaluated once.
+    for route in routes["virtual_hosts"][0]["routes"]:
+        if "route" in route:
+            route["route"]["hash_policy"] = [{"query_parameter": {"name": "client_id"}, "terminal": True}]
+    [other] = files["routes/other.yaml"]
+    del other["typed_per_filter_config"]["stickyring.key"]["on_request_headers"][1]
+    assert "failed" not in edge.give(files)
+    assert told() == ["plain", "other"]
+
+
 def test_the_served_ring_is_read_with_whoever_is_not_healthy(edge: Edge) -> None:
     files = deepcopy(edge.files)
     (path,) = [name for name in files if name.startswith("endpoints/")]
