@@ -30,7 +30,15 @@ def holding(node: str, *sessions: tuple[str, float]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Callable[..., Result]]:
+def commands() -> list[list[str]]:
+    """What was run."""
+    return []
+
+
+@pytest.fixture
+def found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, commands: list[list[str]]
+) -> Callable[..., Callable[..., Result]]:
     """Sets what the playbook finds; returns a function that runs the command."""
     (tmp_path / "playbooks").mkdir()
     (tmp_path / "playbooks" / "whereis.yml").touch()
@@ -38,6 +46,7 @@ def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Call
 
     def prepare(rings: dict[str, Any], nodes: dict[str, Any] | None = None) -> Callable[..., Result]:
         def play(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+            commands.append(command)
             asked = json.loads(command[command.index("--extra-vars") + 1])
             assert asked["id"] == "alice"
             folder = Path(asked["directory"])
@@ -57,6 +66,13 @@ def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Call
 def test_the_owner_is_that_of_the_ring(found: Any) -> None:
     result = found({"edge1": THREE, "edge2": THREE})()
     assert (result.exit_code, result.output) == (0, f"alice belongs to {HOME}\n")
+
+
+def test_options_after_two_hyphens_are_given_to_ansible(found: Any, commands: list[list[str]]) -> None:
+    assert found({"edge1": THREE})("--live", "--", "-K", "--ssh-common-args=-o ProxyJump=bastion").exit_code == 0
+    assert commands[0][-2:] == ["-K", "--ssh-common-args=-o ProxyJump=bastion"]
+    # And nothing else is: a misspelt option of ours is an error here.
+    assert found({"edge1": THREE})("--lvie").exit_code == 2
 
 
 def test_edges_that_disagree_are_named(found: Any) -> None:

@@ -74,8 +74,8 @@ def problems(
 
     found += [
         f"{host}: its address is {_address(hostvars[host])!r}, and Envoy looks up no names: give stickyring_address the"
-        " IP address that the edge reaches it at. ansible_host may stay a name."
-        for host in nodes
+        " IP address that edges and nodes know it by. ansible_host may stay a name."
+        for host in hosts
         if not _is_ip(_address(hostvars[host]))
     ]
     found += _not_numbers(nodes, hostvars)

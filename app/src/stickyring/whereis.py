@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ Examples:
   stickyring whereis alice
   stickyring whereis alice --live
   stickyring whereis alice@example.com --inventory inventory/production
+  stickyring whereis alice --live -- --ask-become-pass
 
 \b
 Exit status: 0 when all agree; 1 when the edges disagree, a session is not where the ring has its user, or a host gave
@@ -32,20 +34,22 @@ class Unknown(click.ClickException):
 
 @click.command(epilog=EPILOG)
 @click.argument("user", metavar="ID")
+@click.argument("options", metavar="[-- OPTIONS]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--live", is_flag=True, help="Ask the nodes as well which of them hold sessions of this user.")
 @click.option(
     "-i", "--inventory", type=click.Path(exists=True), help="As for ansible-playbook. [default: that of ansible.cfg]"
 )
-def whereis(*, user: str, live: bool, inventory: str | None) -> None:
+def whereis(*, user: str, options: tuple[str, ...], live: bool, inventory: str | None) -> None:
     """Tell which node user ID is on, as the edges' rings have it now.
 
     ID is the user's id as the application knows it, without percent-encoding. Run it in the project's folder: edges,
-    and with --live nodes, are asked over SSH, as by any playbook.
+    and with --live nodes, are asked over SSH, as by any playbook. OPTIONS, after --, are given to ansible-playbook: -k,
+    -K, --vault-password-file and others.
     """
     if not PLAYBOOK.is_file():
         raise Unknown(f"there is no {PLAYBOOK} here: run this in the project's folder")
     with tempfile.TemporaryDirectory() as folder:
-        answers = _ask(user, live, inventory, Path(folder))
+        answers = _ask(user, live, inventory, options, Path(folder))
     owners = {edge: _owner(edge, ring, user) for edge, ring in answers["rings"].items()}
     told = sorted(set(owners.values()))
     if len(told) == 1:
@@ -62,7 +66,7 @@ def whereis(*, user: str, live: bool, inventory: str | None) -> None:
     sys.exit(0 if agreed else 1)
 
 
-def _ask(user: str, live: bool, inventory: str | None, folder: Path) -> dict[str, Any]:
+def _ask(user: str, live: bool, inventory: str | None, options: Sequence[str], folder: Path) -> dict[str, Any]:
     """Return what the playbook found.
 
     {"rings": {edge: ring document}, "nodes": [answer of `stickyring sessions`, one an instance],
@@ -74,6 +78,7 @@ def _ask(user: str, live: bool, inventory: str | None, folder: Path) -> dict[str
     command = [str(Path(sys.executable).with_name("ansible-playbook")), str(PLAYBOOK)]
     command += ["--extra-vars", json.dumps({"id": user, "live": live, "directory": str(folder)})]
     command += ["--inventory", inventory] if inventory else []
+    command += options
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:

@@ -30,12 +30,16 @@ APPLICATIONS = {
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
-    """What the task said of each application; as root, who may run a program as another user."""
+    """What the task said of each application."""
     folder = tmp_path_factory.mktemp("load")
+    programs = {"python": f'export PYTHONPATH={folder}\nexec {sys.executable} "$@"'}
+    if os.getuid() != 0:
+        # As somebody who is root in a namespace of their own, and nobody else there.
+        programs |= {"unshare": 'exec /usr/bin/unshare --map-root-user "$@"', "runuser": 'shift 3\nexec "$@"'}
     (folder / "bin").mkdir()
-    python = folder / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nexport PYTHONPATH={folder}\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
+    for name, script in programs.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "bin" / name).chmod(0o755)
     for name, text in APPLICATIONS.items():
         (folder / f"{name}.py").write_text(text)
     [task] = [
@@ -78,7 +82,12 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object
             "-e",
             json.dumps(given),
         ],
-        env=os.environ | {"ANSIBLE_FILTER_PLUGINS": str(ROLE / "filter_plugins"), "ONLY_HERE": "1"},
+        env=os.environ
+        | {
+            "ANSIBLE_FILTER_PLUGINS": str(ROLE / "filter_plugins"),
+            "ONLY_HERE": "1",
+            "PATH": f"{folder}/bin:{os.environ['PATH']}",
+        },
         check=True,
         capture_output=True,
         timeout=120,
