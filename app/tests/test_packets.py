@@ -72,6 +72,18 @@ def no_json(sid):
 def ask(sid):
     server.emit("asked", to=sid, callback=fail)
 
+@server.event
+def end(sid):
+    server.start_background_task(server.eio.disconnect, server.manager.eio_sid_from_sid(sid, "/"))
+
+@server.event
+def turn_out(sid):
+    engine_sid = server.manager.eio_sid_from_sid(sid, "/")
+    try:
+        server.disconnect(server.manager.sid_from_eio_sid(engine_sid, "/leaving"), namespace="/leaving")
+    except RuntimeError as error:
+        return str(error)
+
 @server.on("connect", namespace="/closed")
 def connect_nobody(sid, environ):
     raise RuntimeError("a connect handler fails")
@@ -211,8 +223,7 @@ def left(node: ServeProcess) -> list[str]:
 @pytest.fixture(autouse=True)
 def everything_is_forgotten(node: ServeProcess) -> Iterator[None]:
     yield
-    # python-socketio's clients do not always say that they leave; that takes until the ping timeout, 28 s.
-    wait_until(lambda: connections(node) == 0, "every session has ended", seconds=45)
+    wait_until(lambda: connections(node) == 0, "every session has ended")
     wait_until(lambda: census(node) == (0, 0, 0), "the application has forgotten them")
 
 
@@ -262,7 +273,8 @@ def test_a_burst_of_the_python_client_arrives_whole_and_in_order(node: ServeProc
     for number in range(count):
         client.emit("note", number)
     assert client.call("noted", timeout=30) == expected(count)
-    client.disconnect()
+    client.emit("end")
+    client.wait()
 
 
 @pytest.mark.asyncio
@@ -274,7 +286,8 @@ async def test_a_burst_of_the_asynchronous_python_client_arrives_whole_and_in_or
     await client.connect(node.url, transports=["polling"])
     await asyncio.gather(*(client.emit("note", number) for number in range(count)))
     assert await client.call("noted", timeout=30) == expected(count)
-    await client.disconnect()
+    await client.emit("end")
+    await client.wait()
 
 
 @pytest.mark.asyncio
@@ -286,7 +299,8 @@ async def test_a_burst_to_the_python_client_arrives_whole(node: ServeProcess) ->
     await client.connect(node.url, transports=["polling"])
     await client.call("flood", 50, timeout=30)
     assert len(heard) == 50
-    await client.disconnect()
+    await client.emit("end")
+    await client.wait()
 
 
 def test_a_body_that_comes_in_chunks_is_read(node: ServeProcess) -> None:
@@ -441,6 +455,15 @@ def test_what_an_event_handler_raises_ends_no_session(node: ServeProcess) -> Non
     assert session.call("noted") == []
     assert len(node.logged("an event handler has failed")) >= 2
     assert len(node.logged("the callback of an acknowledgement has failed")) == 1
+    session.close()
+
+
+def test_a_disconnect_handler_that_fails_for_the_application_keeps_nothing(node: ServeProcess) -> None:
+    session = Polling(node)
+    assert session.post("40/leaving,") == 200
+    session.take("40/leaving,")
+    assert session.call("turn_out") == "a disconnect handler fails"
+    assert census(node) == (1, 1, 1)
     session.close()
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import socketio
-import socketio.packet
 from engineio.packet import Packet as EnginePacket
+from socketio.packet import ACK, BINARY_ACK, BINARY_EVENT, CONNECT, DISCONNECT, EVENT
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -80,30 +80,38 @@ def check_packets(server: socketio.Server) -> None:
     that begin with an underscore are those that python-socketio's own admin instrumentation replaces, and their like.
     """
     server.packet_class = _checked(server.packet_class, ATTACHMENTS * int(server.eio.max_http_buffer_size))
-    trigger_event, handle_connect = server._trigger_event, server._handle_connect
+    manager, disconnect = server.manager, server.disconnect
+    handle_connect, handle_disconnect = server._handle_connect, server._handle_disconnect
+
+    def forget(sid: str | None, namespace: str) -> None:
+        # As python-socketio does when a handler returns.
+        if sid is not None:
+            manager.disconnect(sid, namespace, ignore_queue=True)
 
     def connect_or_raise(engine_sid: str, namespace: str | None, data: object) -> None:
         try:
             handle_connect(engine_sid, namespace, data)
         except Exception as error:
             log.exception("a connect handler has failed")
-            # As for one who is refused: half connected, nothing would ever be forgotten of him.
-            namespace = namespace or "/"
-            if sid := server.manager.sid_from_eio_sid(engine_sid, namespace):
-                server.manager.disconnect(sid, namespace, ignore_queue=True)
+            forget(manager.sid_from_eio_sid(engine_sid, namespace or "/"), namespace or "/")
             raise HandlerError from error
 
-    def trigger_and_log(event: str, namespace: str, *args: object) -> object:
-        if event != "disconnect":
-            return trigger_event(event, namespace, *args)
+    def handle_disconnect_and_forget(engine_sid: str, namespace: str | None, reason: str | None = None) -> None:
         try:
-            return trigger_event(event, namespace, *args)
+            handle_disconnect(engine_sid, namespace, reason)
         except Exception:
             log.exception("a disconnect handler has failed")
-            return None
+            forget(manager.sid_from_eio_sid(engine_sid, namespace or "/"), namespace or "/")
 
-    server._handle_connect = connect_or_raise
-    server._trigger_event = trigger_and_log
+    def disconnect_and_forget(sid: str, namespace: str | None = None, ignore_queue: bool = False) -> None:
+        try:
+            disconnect(sid, namespace=namespace, ignore_queue=ignore_queue)
+        except Exception:
+            forget(sid, namespace or "/")
+            raise
+
+    server.disconnect = disconnect_and_forget
+    server._handle_connect, server._handle_disconnect = connect_or_raise, handle_disconnect_and_forget
     server._handle_event_internal = _logging("an event handler has failed", server._handle_event_internal)
     server._handle_ack = _logging("the callback of an acknowledgement has failed", server._handle_ack)
 
@@ -129,21 +137,20 @@ def _checked(packet_class: Any, longest: int) -> Any:  # noqa: ANN401 - python-s
         def decode(self, encoded_packet: str | bytes) -> int:
             self.attached = 0
             attachments: int = super().decode(encoded_packet) or 0
-            match self.packet_type:
-                case socketio.packet.EVENT | socketio.packet.BINARY_EVENT:
-                    valid = _is_an_event(self.data)
-                    if not attachments:
-                        # A client that says 0 attachments: there is nothing to wait for.
-                        self.packet_type = socketio.packet.EVENT
-                case socketio.packet.ACK | socketio.packet.BINARY_ACK:
-                    # Numbers begin at 1; behind 0, python-socketio keeps the counter of a client's numbers.
-                    valid = isinstance(self.data, list) and isinstance(self.id, int) and self.id > 0
-                    if not attachments:
-                        self.packet_type = socketio.packet.ACK
-                case socketio.packet.CONNECT | socketio.packet.DISCONNECT:
-                    valid = True
-                case _:
+            kind, data = self.packet_type, self.data
+            if kind in {EVENT, BINARY_EVENT}:
+                # Whoever says 0 attachments has nothing to be waited for.
+                self.packet_type = BINARY_EVENT if attachments else EVENT
+                if isinstance(data, list) and data and isinstance(data[0], str | int | float):
+                    valid = data[0] not in LIFECYCLE_EVENTS
+                else:
                     valid = False
+            elif kind in {ACK, BINARY_ACK}:
+                self.packet_type = BINARY_ACK if attachments else ACK
+                # Numbers begin at 1; behind 0, python-socketio keeps the counter of a client's numbers.
+                valid = isinstance(data, list) and isinstance(self.id, int) and self.id > 0
+            else:
+                valid = kind in {CONNECT, DISCONNECT}
             if not valid:
                 raise ValueError("not a packet of a client's")
             return attachments
@@ -157,12 +164,3 @@ def _checked(packet_class: Any, longest: int) -> Any:  # noqa: ANN401 - python-s
             return bool(super().add_attachment(attachment))
 
     return CheckedPacket
-
-
-def _is_an_event(data: object) -> bool:
-    match data:
-        case [str(name), *_]:
-            return name not in LIFECYCLE_EVENTS
-        case [int() | float(), *_]:
-            return True
-    return False
