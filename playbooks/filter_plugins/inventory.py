@@ -80,6 +80,12 @@ def problems(
     ]
     found += _not_numbers(nodes, hostvars)
     found += _not_a_share(hostvars, nodes)
+    found += [
+        f"{host}: stickyring_probe_options is {hostvars[host]['stickyring_probe_options']!r}: give a list, [--no-echo]"
+        " for example."
+        for host in edges
+        if not isinstance(hostvars[host].get("stickyring_probe_options", []), list)
+    ]
     if found:
         return found
     both = [host for host in nodes if host in edges]

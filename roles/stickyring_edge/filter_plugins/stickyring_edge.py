@@ -54,6 +54,7 @@ MAGLEV_TABLE = 65537
 NOBODY: Data = {"name": "nobody", "address": "127.0.0.1", "port": 1, "weight": 1}
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PING_INTERVAL = 25
+LOG_LEVELS = ("trace", "debug", "info", "warning", "error", "critical", "off")
 # The lowest and the highest value of every variable that is a number; a float where fractions are meant.
 RANGES: dict[str, tuple[float, float]] = {
     "ring_points_per_weight": (1, LARGEST_RING),
@@ -114,6 +115,32 @@ def _range_problems(settings: Data) -> list[str]:
         if not re.fullmatch(rf"-?(0|[1-9][0-9]*){fraction}", str(value)) or not low <= float(value) <= high:
             kind = "whole number" if whole else "number"
             problems.append(f"stickyring_edge_{name} is {value!r}: give a {kind} from {low:.10g} to {high:.10g}.")
+    return problems
+
+
+def _text_problems(settings: Data, clusters: list[Data]) -> list[str]:
+    """A text in place of a list would be taken for its letters, and a boolean in place of a level for a word."""
+    problems = []
+    paths = settings["stickyring_edge_private_paths"]
+    if not isinstance(paths, list):
+        problems.append(f"stickyring_edge_private_paths is {paths!r}: give a list, [/metrics] for example.")
+        paths = []
+    checked = {"stickyring_edge_health_check_path": settings["stickyring_edge_health_check_path"]}
+    checked |= {
+        f"cluster {item['name']}: health_path": item["health_path"] for item in clusters if "health_path" in item
+    }
+    problems += [
+        f"{where} {path!r} is no path: give / and what follows, in visible ASCII characters."
+        for where, path in [*checked.items(), *(("stickyring_edge_private_paths:", path) for path in paths)]
+        if not re.fullmatch(r"/[!-~]*", str(path))
+    ]
+    level = settings["stickyring_edge_log_level"]
+    if level not in LOG_LEVELS:
+        problems.append(f"stickyring_edge_log_level is {level!r}: give one of {', '.join(LOG_LEVELS)}, in quotes.")
+    for name in ("access_log", "may_end_websockets"):
+        value = settings[f"stickyring_edge_{name}"]
+        if str(value).lower() not in {"true", "false", "yes", "no", "on", "off", "1", "0"}:
+            problems.append(f"stickyring_edge_{name} is {value!r}: give true or false.")
     return problems
 
 
@@ -209,7 +236,7 @@ def stickyring_edge_problems(settings: Data, pems: dict[str, str], sha256: str |
     clusters: list[Data] = settings["stickyring_edge_clusters"]
     hash_policies: list[Data] = settings["stickyring_edge_hash_policies"]
     # Whatever reckons with them takes them for numbers.
-    if problems := _range_problems(settings):
+    if problems := _range_problems(settings) + _text_problems(settings, clusters):
         return problems
     points = int(settings["stickyring_edge_ring_points_per_weight"])
     problems = _number_problems(settings)

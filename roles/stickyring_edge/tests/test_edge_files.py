@@ -351,6 +351,11 @@ def test_good_variables_have_no_problem() -> None:
         ({"limit_nofile": 39999}, "stickyring_edge_limit_nofile 39999 is too low"),
         ({"route_timeout": 25}, "stickyring_edge_route_timeout 25 would end long polls"),
         ({"trusted_hops": -1}, "stickyring_edge_trusted_hops is -1: give a whole number from 0 to 100."),
+        ({"private_paths": "/metrics"}, "stickyring_edge_private_paths is '/metrics': give a list"),
+        ({"private_paths": ["metrics"]}, "stickyring_edge_private_paths: 'metrics' is no path"),
+        ({"health_check_path": "healthz"}, "stickyring_edge_health_check_path 'healthz' is no path"),
+        ({"log_level": False}, "stickyring_edge_log_level is False: give one of trace, debug"),
+        ({"access_log": "maybe"}, "stickyring_edge_access_log is 'maybe': give true or false."),
         ({"request_timeout": -0.5}, "stickyring_edge_request_timeout is -0.5: give a number from 0 to 86400."),
         ({"connect_timeout": 0}, "stickyring_edge_connect_timeout is 0: give a number from 0.1 to 3600."),
         ({"load_timeout": "2.5"}, "stickyring_edge_load_timeout is '2.5': give a whole number from 1 to 3600."),
@@ -366,11 +371,12 @@ def test_each_fault_of_a_single_value_is_said(others: dict[str, Any], words: str
     assert words in judge(**others)
 
 
-def test_every_number_has_a_range_of_its_kind() -> None:
+def test_every_number_has_a_range_of_its_kind_and_every_level_is_known() -> None:
     options = yaml.safe_load((ROLE / "meta" / "argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
     numbers = {name: option["type"] for name, option in options.items() if option["type"] in {"int", "float"}}
     ranges = {f"stickyring_edge_{name}": type(low).__name__ for name, (low, _) in edge.RANGES.items()}
     assert ranges == numbers
+    assert list(edge.LOG_LEVELS) == options["stickyring_edge_log_level"]["choices"]
 
 
 @pytest.mark.parametrize(
@@ -383,6 +389,7 @@ def test_a_duration_is_the_same_for_every_spelling(seconds: float | str, duratio
 @pytest.mark.parametrize(
     ("listener", "cluster", "endpoint", "words"),
     [
+        ({}, {"health_path": "ok"}, {}, "cluster nodes: health_path 'ok' is no path"),
         ({"name": "single"}, {}, {}, "listener single: the name is used twice"),
         ({"name": "a.b"}, {}, {}, "listener a.b: a name is letters"),
         ({"cluster": "none"}, {}, {}, "listener sticky: there is no cluster none"),
