@@ -498,3 +498,34 @@ def test_a_silent_websocket_outlives_every_timeout_of_the_edge(edge: Edge, liste
         return answer, seen
 
     assert asyncio.run(live()) == ("still here", [])
+
+
+async def user_without_cookies(edge: Edge) -> socketio.AsyncClient:
+    """Polls first, then upgrades; aiohttp keeps no cookie for a host that is an IP address."""
+    client = socketio.AsyncClient(reconnection=False)
+    await client.connect(f"http://127.0.0.1:{edge.ports['sticky']}")
+    return client
+
+
+def test_no_client_can_have_a_rebalance_ask_it_again_and_again(edge: Edge, nodes: dict[str, Node], ring: Ring) -> None:
+    """Neither one that keeps no cookie, and is another user to the edge with each request, nor one that claims to be."""
+    first = next(f"first-{number}" for number in range(100) if ring.owner(f"first-{number}") == NODES[0])
+    others = [f"other-{number}" for number in range(20)]
+    for number, other in enumerate(others):
+        sid = json.loads(handshake(edge, f"changing-{number}", f"&client_id={first}").body[1:])["sid"]
+        head = f"POST {POLL.replace('alice', other)}&sid={sid} HTTP/1.1\nHost: edge\nContent-Length: 2"
+        assert ask(edge.ports["sticky"], head.encode(), b"40").status == 200
+
+    async def asked() -> list[tuple[int, int]]:
+        clients = [await user_without_cookies(edge) for _ in range(12)]
+        document = json.dumps(ring_document(edge))
+        done = [await asyncio.to_thread(node.ask, "rebalance", "--ring", "-", text=document) for node in nodes.values()]
+        alive = all(client.connected for client in clients)
+        for client in clients:
+            await client.shutdown()
+        assert alive
+        return [(one["asked"], one["returned"]) for one in done]
+
+    assert asyncio.run(asked()) == [(0, 0)] * len(NODES)
+    assert first in nodes[NODES[0]].keys()
+    assert not set(others) & {key for node in nodes.values() for key in node.keys()}
