@@ -318,7 +318,7 @@ class Node(BaseApplication):
             log.debug("the application cannot be loaded", exc_info=True)
             self._refuse(f"cannot load {self._settings.application}: {_describe(error)}")
         name = self._settings.node_name
-        runtime = Runtime(application, node_name=name, max_connections=self._settings.max_connections)
+        self._runtime = runtime = Runtime(application, node_name=name, max_connections=self._settings.max_connections)
         incumbent = Incumbent(self._worker, runtime.drain, self._retired)
         if self._control is not None:
             control = Control(name, runtime.sessions, runtime.move_metrics, runtime.drain, incumbent)
@@ -380,7 +380,8 @@ class Node(BaseApplication):
             self._mention(b"READY=1")
         else:
             try:
-                self.successor.take_over(worker.ppid, self._settings.watchdog, self._tell_manager)
+                predecessor = self.successor.take_over(worker.ppid, self._settings.watchdog, self._tell_manager)
+                self._runtime.succeed(predecessor)
             except click.ClickException as error:
                 self._refuse(error.message)
         if self._manager_address:
