@@ -179,6 +179,7 @@ async def test_without_echo_an_application_may_have_any_serializer(serializer: s
 async def test_an_echo_in_msgpack_is_understood() -> None:
     async with deployed(by_parameter(), serializer="msgpack", node_header=None) as deployment:
         report = await probed(deployment, BRIEF, Dialect(msgpack=True))
+        assert deployment.events == ["disconnect: client disconnect"] * BRIEF.total
     assert report.sticky, report.verdict
     assert report.nodes_known_by == "texts of the application"
 

@@ -25,7 +25,7 @@ from stickyring.probe.transports import Polling, Transport, WebSocket
 
 # What a deployment that misbehaves can raise here; anything else is a fault of the probe and must be seen.
 ERRORS = (Failure, TimeoutError, aiohttp.ClientError, OSError, ValueError)
-CONNECT, EVENT = 0, 2
+CONNECT, DISCONNECT, EVENT = 0, 1, 2
 ECHO_EVERY = 5.0
 LONGEST_CLOSE = 5.0
 AGENT = f"stickyring-probe/{version('stickyring')}"
@@ -167,7 +167,7 @@ class Session:
     async def close(self) -> None:
         """Leave properly."""
         assert self._transport is not None
-        await self._step("close", self._transport.close())
+        await self._step("close", self._transport.close(self._packet(DISCONNECT)))
 
     async def abort(self) -> None:
         """Free what is still open; harmless after `close`."""

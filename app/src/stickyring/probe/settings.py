@@ -23,7 +23,7 @@ class Dialect:
     """How the deployment is spoken to.
 
     The id is sent as the query parameter `key_param`, or as the header `key_header`, or (both None) not at all. `event`
-    None means that the deployment has no echo. `msgpack` means that its server has `serializer="msgpack"`, or in Node.js
+    None means that the deployment has no echo. `msgpack` means that its server has `serializer="msgpack"`, in Node.js
     the parser socket.io-msgpack-parser. `timeout` is in seconds, for each step.
     """
 

@@ -81,8 +81,8 @@ class Transport(Protocol):
     async def receive(self) -> list[str | bytes]:
         """Wait for the next packets, at least one. Cancelling the wait loses none."""
 
-    async def close(self) -> None:
-        """Say goodbye and free the connection."""
+    async def close(self, farewell: str | bytes) -> None:
+        """Send a last packet and free the connection."""
 
     async def abort(self) -> None:
         """Free the connection at once."""
@@ -128,9 +128,9 @@ class Polling:
         async with self._http.get(self._url) as response:
             return [_from_text(packet) for packet in (await response.text("utf-8")).split(RECORD_SEPARATOR)]
 
-    async def close(self) -> None:
-        """Leave the namespace and close the session in one POST, as socket.io-client does."""
-        await self.send("41", "1")
+    async def close(self, farewell: str | bytes) -> None:
+        """Send it and close the session in one POST, as socket.io-client does."""
+        await self.send(farewell, "1")
         await self.abort()
 
     async def abort(self) -> None:
@@ -174,10 +174,10 @@ class WebSocket:
         ended = code is None or code == aiohttp.WSCloseCode.ABNORMAL_CLOSURE
         raise Failure("websocket cut without a close frame" if ended else f"websocket closed, code {code}")
 
-    async def close(self) -> None:
-        """Leave the namespace, then the closing handshake."""
+    async def close(self, farewell: str | bytes) -> None:
+        """Send it, then the closing handshake."""
         with contextlib.suppress(aiohttp.ClientError, ConnectionError):
-            await self._connection.send_str("41")
+            await self.send(farewell)
         await self._connection.close()
 
     async def abort(self) -> None:
