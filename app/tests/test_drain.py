@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from stickyring.drain import Drain
 from stickyring.metrics import MoveMetrics
+from stickyring.mover import PATIENCE_SECONDS
 from stickyring.serve import GRACEFUL_SECONDS
 
 APPLICATION = """
@@ -25,12 +26,20 @@ import os
 import eventlet
 import socketio
 
-server = socketio.Server(async_mode="eventlet", always_connect=True)
+server = socketio.Server(
+    async_mode="eventlet", always_connect=True, serializer=os.environ.get("SERIALIZER", "default")
+)
 
-@server.event
 def slow(sid, seconds):
     server.sleep(seconds)
     return "done"
+
+for namespace in ("/", "/room"):
+    server.on("slow", slow, namespace=namespace)
+
+@server.event
+def failing(sid, content):
+    raise ValueError(content)
 
 def page(environ, start_response):
     start_response("200 OK", [])
@@ -52,9 +61,9 @@ def node(tmp_path: Path) -> Iterator[Callable[..., ServeProcess]]:
     (tmp_path / "chat.py").write_text(APPLICATION)
     with ExitStack() as running:
 
-        def start(seconds: float = DEADLINE) -> ServeProcess:
+        def start(seconds: float = DEADLINE, **environment: Any) -> ServeProcess:
             arguments = ("chat:application", "--drain-timeout", str(seconds), "--control", "control")
-            return running.enter_context(serving(tmp_path, *arguments))
+            return running.enter_context(serving(tmp_path, *arguments, **environment))
 
         yield start
 
@@ -125,6 +134,36 @@ def test_what_is_under_way_ends_and_nobody_comes_in_meanwhile(node: Any) -> None
 
     asyncio.run(play())
     assert serve.process.wait(DEADLINE) == 0
+
+
+@pytest.mark.parametrize("serializer", ["default", "msgpack"])
+def test_acknowledgements_arrive_whatever_packets_are_made_of(node: Any, serializer: str) -> None:
+    serve = node(20, SERIALIZER=serializer)
+
+    async def connect(transport: str, namespace: str) -> socketio.AsyncClient:
+        client = socketio.AsyncClient(serializer=serializer, reconnection=False)
+        await client.connect(serve.url, transports=[transport], namespaces=[*{"/", namespace}], wait_timeout=10)
+        await client.emit("failing", b"no acknowledgement to wait for", callback=print)
+        return client
+
+    async def play() -> None:
+        kinds = [(transport, namespace) for transport in ("polling", "websocket") for namespace in ("/", "/room")]
+        clients = [await connect(*kind) for kind in kinds]
+        asking = asyncio.gather(
+            *(
+                client.call("slow", 2.5, namespace=namespace, timeout=10)
+                for client, (_, namespace) in zip(clients, kinds, strict=True)
+            )
+        )
+        await asyncio.sleep(1)
+        began = time.monotonic()
+        serve.process.send_signal(signal.SIGTERM)
+        assert await asking == ["done"] * len(kinds)
+        await asyncio.gather(*(client.wait() for client in clients))
+        assert time.monotonic() - began < 2 * PATIENCE_SECONDS, "and nothing else is waited for"
+
+    asyncio.run(play())
+    assert serve.process.wait(20) == 0
 
 
 def test_a_request_that_is_being_answered_ends(node: Any, tmp_path: Path) -> None:

@@ -338,7 +338,7 @@ class SocketIOGate:
         def on_message(sid: str, data: object) -> object:
             # A session can end between two packets of one payload, and a client can still be sending: what comes after
             # the end is nobody's.
-            if (session := sessions.get(sid)) is None or not session.takes(data):
+            if (session := sessions.get(sid)) is None or session.ended:
                 return None
             metrics.received[session.transport].inc()
             try:
@@ -361,13 +361,39 @@ class SocketIOGate:
                 metrics.sent[session.transport].inc()
             if session is None or (not session.send_at_once(packet) and session.has_room_for(packet)):
                 send_packet(sid, packet)
-            if session is not None:
-                session.sent(packet.data)
 
         engine.on("connect", on_connect)
         engine.on("message", on_message)
         engine.on("disconnect", on_disconnect)
         engine.send_packet = counting_send_packet
+        self._watch_acknowledgements()
+
+    def _watch_acknowledgements(self) -> None:
+        """Count what the application owes, where events are decoded: any serializer may have made them.
+
+        The two names are not public, and python-socketio's version is pinned.
+        """
+        server, manager, sessions = self._server, self._server.manager, self._sessions
+        handle, handle_and_answer = server._handle_event, server._handle_event_internal
+
+        def count_and_handle(eio_sid: str, namespace: str | None, id: int | None, data: object) -> None:
+            if id is not None and (session := sessions.get(eio_sid)) is not None:
+                inside = namespace or "/"
+                # Outside the namespace, nobody handles it.
+                if not manager.is_connected(manager.sid_from_eio_sid(eio_sid, inside), inside) or not session.takes():
+                    return
+            handle(eio_sid, namespace, id, data)
+
+        def handle_and_count(*event: object) -> None:
+            try:
+                handle_and_answer(*event)
+            finally:
+                eio_sid, id = str(event[2]), event[5]
+                if id is not None and (session := sessions.get(eio_sid)) is not None:
+                    session.handled()
+
+        server._handle_event = count_and_handle
+        server._handle_event_internal = handle_and_count
 
     def _expect_to_join(self, sid: str) -> None:
         self._arrivals.append((time.monotonic() + JOIN_SECONDS, sid))

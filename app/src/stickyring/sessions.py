@@ -6,7 +6,6 @@ A session is one of Engine.IO (protocol revision 4), which is one connection of 
 import contextlib
 import logging
 import math
-import re
 import sys
 import threading
 import time
@@ -53,10 +52,6 @@ PACKET_BYTES = 256
 """What a packet that waits takes beside its content."""
 UPGRADE_SECONDS = 10.0
 """How long a client may take to change its transport, as with socket.io; its polls do not wait meanwhile."""
-
-# Socket.IO protocol revision 5: type 2 or 5 (event), attachments, namespace, and the id of the wanted acknowledgement.
-WANTS_ANSWER = re.compile(r"[25](?:\d+-)?(?:/[^,]*,)?\d+\[")
-ANSWERS = ("3", "6")
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -153,22 +148,16 @@ class Session:
             return False
         return not self.socket.check_ping_timeout() or self.websocket.send_at_once(packet.encode())
 
-    def takes(self, data: object) -> bool:
-        """Note a message from the client; return whether the application gets it."""
-        if self.ended:
-            return False
-        if not isinstance(data, str) or not WANTS_ANSWER.match(data):
-            return True
-        # One with attachments (type 5) is taken in: without it, they would be taken for something else.
-        if not self.taking and data.startswith("2"):
+    def takes(self) -> bool:
+        """Note an event from the client that wants an acknowledgement; return whether the application gets it."""
+        if self.ended or not self.taking:
             return False
         self.unanswered += 1
         return True
 
-    def sent(self, data: object) -> None:
-        """Note a message to the client."""
-        if isinstance(data, str) and data.startswith(ANSWERS):
-            self.unanswered -= 1
+    def handled(self) -> None:
+        """Note that the acknowledgement is in the queue or sent, or that the application gives none."""
+        self.unanswered -= 1
 
     def take_in(self, environ: dict[str, Any]) -> None:
         """Receive the packets of a POST, all of them in their order; stands in for `Socket.handle_post_request`.

@@ -115,12 +115,15 @@ class Deployment:
             writer.transport.abort()
 
 
-def node_application(deployment: Deployment, name: str, echo: bool, quick_pings: bool) -> web.Application:
+def node_application(
+    deployment: Deployment, name: str, echo: bool, quick_pings: bool, serializer: str
+) -> web.Application:
     server = socketio.AsyncServer(
         async_mode="aiohttp",
         cors_allowed_origins="*",
         ping_interval=0.2 if quick_pings else 25,
         ping_timeout=2 if quick_pings else 20,
+        serializer=serializer,
     )
 
     async def connect(sid: str, environ: dict[str, Any]) -> None:
@@ -158,13 +161,14 @@ async def deployed(
     node_header: str | None = "x-served-by",
     echo: bool = True,
     quick_pings: bool = False,
+    serializer: str = "default",
 ) -> AsyncIterator[Deployment]:
     """Nodes node1-1, node2-1, ... and an edge on free loopback ports"""
     deployment = Deployment()
     async with contextlib.AsyncExitStack() as stack:
         ports = []
         for number in range(1, nodes + 1):
-            application = node_application(deployment, f"node{number}-1", echo, quick_pings)
+            application = node_application(deployment, f"node{number}-1", echo, quick_pings, serializer)
             # A poll that waits for nobody any more would hold up the end of the test for a ping interval.
             runner = web.AppRunner(application, access_log=None, shutdown_timeout=0, handler_cancellation=True)
             await runner.setup()

@@ -168,6 +168,22 @@ async def test_a_deployment_without_echo_and_names_is_judged_by_completion_alone
     assert report.verdict.startswith("not proven sticky: 8 of 8 sessions failed: 8 x timeout (echo)")
 
 
+@pytest.mark.parametrize("serializer", ["default", "msgpack"])
+async def test_without_echo_an_application_may_have_any_serializer(serializer: str) -> None:
+    async with deployed(by_parameter(), echo=False, serializer=serializer) as deployment:
+        report = await probed(deployment, BRIEF, Dialect(event=None, timeout=3))
+    assert report.sticky, report.verdict
+    assert len(report.total.round_trips) == BRIEF.total
+
+
+async def test_an_echo_in_msgpack_is_understood() -> None:
+    async with deployed(by_parameter(), serializer="msgpack", node_header=None) as deployment:
+        report = await probed(deployment, BRIEF, Dialect(msgpack=True))
+        assert deployment.events == ["disconnect: client disconnect"] * BRIEF.total
+    assert report.sticky, report.verdict
+    assert report.nodes_known_by == "texts of the application"
+
+
 async def test_only_one_node_is_said() -> None:
     async with deployed(astray(), nodes=1) as deployment:
         report = await probed(deployment, POLLING)

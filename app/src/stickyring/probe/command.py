@@ -107,7 +107,11 @@ class Refused(click.ClickException):
     help="Response header that names the node; where it is missing, texts like `node#NAME: welcome` do.",
 )
 @click.option("--event", default="message", show_default=True, help="Event that the application echoes.")
-@click.option("--no-echo", is_flag=True, help="The application has no echo: time an answer of Socket.IO itself.")
+@click.option(
+    "--no-echo",
+    is_flag=True,
+    help="The application has no echo: time an answer of Socket.IO, default serializer or msgpack.",
+)
 @click.option(
     "json_file", "--json", type=click.File("w", lazy=False), metavar="FILE", help="Write the figures to FILE."
 )
@@ -177,7 +181,7 @@ def probe(
         # Only here: a node installs the distribution without the extra, and `stickyring serve` must start there.
         from stickyring.probe.run import judge_and_measure, publish  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        if error.name not in ("aiohttp", "rich"):
+        if error.name not in ("aiohttp", "msgpack", "rich"):
             raise
         raise click.ClickException(f"{error.name} is not installed: pip install stickyring[probe]") from error
     # Nearly all that a request leaves behind frees itself; looking for the rest so often costs a fifth of the time.

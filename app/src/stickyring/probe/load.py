@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import aiohttp
 
 from stickyring.probe.failures import Failure
 from stickyring.probe.session import Record, Session, User
-from stickyring.probe.settings import Dialect, Shape
+from stickyring.probe.settings import Dialect, Manner, Shape
 from stickyring.probe.targets import Target
 from stickyring.probe.transports import connector
 
@@ -47,6 +48,8 @@ class Load:
         query = f"&{self._target.query}" if self._target.query else ""
         base_url = f"{self._target.origin}{self._dialect.path}?EIO=4{query}"
         async with connector(self._target) as connections, asyncio.TaskGroup() as sessions:
+            if self._dialect.event is None:
+                self._dialect = await self._find_dialect(connections, base_url)
             # Connection by connection, so that the sessions of one id are spread over the whole run.
             for number, user, manner in itertools.product(
                 range(1, self.shape.connections + 1), users, self.shape.manners
@@ -70,6 +73,30 @@ class Load:
         for task in self._opening:
             task.cancel()
         self._end_holds(0)
+
+    async def _find_dialect(self, connections: aiohttp.BaseConnector, base_url: str) -> Dialect:
+        """Return the dialect in which the server answers: nothing that it sends before says which one that is."""
+        user = User(self.shape.ids[0], aiohttp.DummyCookieJar(), contextlib.nullcontext())
+        for dialect in (self._dialect, dataclasses.replace(self._dialect, msgpack=True)):
+            session = Session(
+                connector=connections,
+                base_url=base_url,
+                dialect=dialect,
+                user=user,
+                manner=Manner.WEBSOCKET_FIRST,
+                connection=0,
+            )
+            try:
+                await session.open()
+                await session.close()
+            except Failure:
+                if not session.begun:
+                    break
+            else:
+                return dialect
+            finally:
+                await session.abort()
+        return self._dialect
 
     async def _session(self, session: Session) -> None:
         try:

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 import aiohttp
+import msgpack
 from aiohttp.abc import AbstractCookieJar
 from yarl import URL
 
@@ -24,6 +25,7 @@ from stickyring.probe.transports import Polling, Transport, WebSocket
 
 # What a deployment that misbehaves can raise here; anything else is a fault of the probe and must be seen.
 ERRORS = (Failure, TimeoutError, aiohttp.ClientError, OSError, ValueError)
+CONNECT, DISCONNECT, EVENT = 0, 1, 2
 ECHO_EVERY = 5.0
 LONGEST_CLOSE = 5.0
 AGENT = f"stickyring-probe/{version('stickyring')}"
@@ -107,6 +109,11 @@ class Session:
         self._awaited: str | None = None
         self._questions = 0
 
+    @property
+    def begun(self) -> bool:
+        """Whether the handshake has succeeded."""
+        return bool(self._sid)
+
     async def open(self) -> None:
         """Handshake, Socket.IO connect acknowledgement (packet 40) and, if so asked, the upgrade to WebSocket."""
         manner = self.record.manner
@@ -139,10 +146,10 @@ class Session:
         self._questions += 1
         if self._dialect.event is None:
             self._awaited = f"/stickyring-probe-{self._questions}"
-            packet, stage = f"40{self._awaited},", "answer"
+            packet, stage = self._packet(CONNECT, self._awaited), "answer"
         else:
             self._awaited = f"[{self._label} #{self._questions}]"
-            packet, stage = f"42{self._questions}{json.dumps([self._dialect.event, self._awaited])}", "echo"
+            packet, stage = self._packet(EVENT, data=[self._dialect.event, self._awaited]), "echo"
         begin = time.perf_counter()
         await self._step(stage, self._ask(packet))
         self.record.round_trips.append(time.perf_counter() - begin)
@@ -160,7 +167,7 @@ class Session:
     async def close(self) -> None:
         """Leave properly."""
         assert self._transport is not None
-        await self._step("close", self._transport.close())
+        await self._step("close", self._transport.close(self._packet(DISCONNECT)))
 
     async def abort(self) -> None:
         """Free what is still open; harmless after `close`."""
@@ -184,7 +191,7 @@ class Session:
         except ERRORS as error:
             raise Failure(cause(error, stage)) from error
 
-    async def _packets_before(self, when: float) -> list[str]:
+    async def _packets_before(self, when: float) -> list[str | bytes]:
         """The next packets, or none when the loop's clock reaches `when` first; no packet is lost by that."""
         assert self._transport is not None
         try:
@@ -223,11 +230,11 @@ class Session:
     async def _open_websocket(self) -> None:
         websocket = await WebSocket.open(self._http, self._url("websocket"), self._closing_time())
         self._transport = websocket
-        self._sid, self._upgrades = open_packet((await websocket.receive())[0])
+        self._sid, self._upgrades = open_packet(str((await websocket.receive())[0]))
 
     async def _connect(self) -> None:
         assert self._transport is not None
-        await self._transport.send("40")
+        await self._transport.send(self._packet(CONNECT))
         while not self._connected:
             await self._take()
 
@@ -256,7 +263,16 @@ class Session:
     def _closing_time(self) -> float:
         return min(self._dialect.timeout, LONGEST_CLOSE)
 
-    async def _ask(self, packet: str) -> None:
+    def _packet(self, kind: int, namespace: str = "/", data: list[str | None] | None = None) -> str | bytes:
+        """Return a Socket.IO packet as Engine.IO carries it; one with data wants an acknowledgement."""
+        if self._dialect.msgpack:
+            fields: dict[str, Any] = {"type": kind, "nsp": namespace}
+            packed: bytes = msgpack.packb(fields if data is None else fields | {"data": data, "id": self._questions})
+            return packed
+        inside = "" if namespace == "/" else f"{namespace},"
+        return f"4{kind}{inside}" if data is None else f"4{kind}{inside}{self._questions}{json.dumps(data)}"
+
+    async def _ask(self, packet: str | bytes) -> None:
         assert self._transport is not None
         await self._transport.send(packet)
         while self._awaited is not None:
@@ -266,34 +282,32 @@ class Session:
         assert self._transport is not None
         await self._act(await self._transport.receive())
 
-    async def _act(self, packets: list[str]) -> None:
+    async def _act(self, packets: list[str | bytes]) -> None:
         assert self._transport is not None
         for packet in packets:
             if packet == "2":
                 await self._transport.send("3")
             elif packet == "1":
                 raise Failure("session closed by the server")
+            elif isinstance(packet, bytes):
+                if self._dialect.msgpack:
+                    self._message(*_unpacked(packet))
             elif packet.startswith("4"):
-                self._message(packet)
+                self._message(*_parsed(packet))
 
-    def _message(self, packet: str) -> None:
-        match = SOCKETIO_PACKET.match(packet)
-        if match is None:
-            raise Failure(f"not a Socket.IO packet: {packet[:40]}")
-        kind, namespace, _, body = match.groups()
-        if namespace not in (None, "/"):
-            if namespace == self._awaited and kind in "04":
+    def _message(self, kind: int, namespace: str, content: Any) -> None:  # noqa: ANN401 - as it came
+        if namespace != "/":
+            if namespace == self._awaited and kind in (0, 4):
                 self._awaited = None
-        elif kind == "0":
+        elif kind == 0:
             self._connected = True
-        elif kind == "1":
+        elif kind == 1:
             raise Failure("disconnected by the server")
-        elif kind == "4":
-            content = json.loads(body or "null")
+        elif kind == 4:
             reason = content.get("message") if isinstance(content, dict) else content
             raise Failure(f"connect refused by the application: {reason}"[:120])
-        elif kind in "23":
-            for text in json.loads(body):
+        elif kind in (2, 3) and isinstance(content, list):
+            for text in content:
                 if isinstance(text, str):
                     self._heard(text)
 
@@ -304,6 +318,23 @@ class Session:
             self.record.spoken_nodes.add(match.group(1))
         if ours:
             self._awaited = None
+
+
+def _parsed(packet: str) -> tuple[int, str, Any]:
+    match = SOCKETIO_PACKET.match(packet)
+    if match is None:
+        raise Failure(f"not a Socket.IO packet: {packet[:40]}")
+    kind, namespace, _, body = match.groups()
+    # Attachments are not looked at: what an echo says is text.
+    return int(kind), namespace or "/", json.loads(body) if kind in "234" and body else None
+
+
+def _unpacked(packet: bytes) -> tuple[int, str, Any]:
+    try:
+        fields = msgpack.unpackb(packet)
+        return fields["type"], fields["nsp"], fields.get("data")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Failure("not a Socket.IO packet of msgpack") from error
 
 
 def open_packet(packet: str) -> tuple[str, list[str]]:

@@ -23,7 +23,8 @@ class Dialect:
     """How the deployment is spoken to.
 
     The id is sent as the query parameter `key_param`, or as the header `key_header`, or (both None) not at all. `event`
-    None means that the deployment has no echo. `timeout` is in seconds, for each step.
+    None means that the deployment has no echo. `msgpack` means that its server has `serializer="msgpack"`, in Node.js
+    the parser socket.io-msgpack-parser. `timeout` is in seconds, for each step.
     """
 
     path: str = "/socket.io/"
@@ -31,6 +32,7 @@ class Dialect:
     key_header: str | None = None
     node_header: str = "x-served-by"
     event: str | None = "message"
+    msgpack: bool = False
     timeout: float = 10.0
 
 

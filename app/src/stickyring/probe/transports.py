@@ -4,6 +4,7 @@ Protocol: Engine.IO revision 4, https://socket.io/docs/v4/engine-io-protocol/.
 """
 
 import asyncio
+import base64
 import contextlib
 import socket
 import struct
@@ -72,16 +73,16 @@ def connector(target: Target) -> aiohttp.TCPConnector:
 
 
 class Transport(Protocol):
-    """What a session needs: Engine.IO packets out, Engine.IO packets in."""
+    """What a session needs: Engine.IO packets out, Engine.IO packets in; bytes are binary messages."""
 
-    async def send(self, *packets: str) -> None:
+    async def send(self, *packets: str | bytes) -> None:
         """Send packets in order."""
 
-    async def receive(self) -> list[str]:
+    async def receive(self) -> list[str | bytes]:
         """Wait for the next packets, at least one. Cancelling the wait loses none."""
 
-    async def close(self) -> None:
-        """Say goodbye and free the connection."""
+    async def close(self, farewell: str | bytes) -> None:
+        """Send a last packet and free the connection."""
 
     async def abort(self) -> None:
         """Free the connection at once."""
@@ -93,13 +94,13 @@ class Polling:
     def __init__(self, http: aiohttp.ClientSession, url: URL) -> None:
         self._http = http
         self._url = url
-        self._poll: asyncio.Task[list[str]] | None = None
+        self._poll: asyncio.Task[list[str | bytes]] | None = None
 
-    async def send(self, *packets: str) -> None:
+    async def send(self, *packets: str | bytes) -> None:
         """POST the packets as one payload."""
         async with self._http.post(
             self._url,
-            data=RECORD_SEPARATOR.join(packets).encode(),
+            data=RECORD_SEPARATOR.join(map(_as_text, packets)).encode(),
             headers={"Content-Type": "text/plain;charset=UTF-8"},
         ) as response:
             await response.read()
@@ -114,7 +115,7 @@ class Polling:
         if self._poll is None:
             self._poll = asyncio.create_task(self._get())
 
-    async def receive(self) -> list[str]:
+    async def receive(self) -> list[str | bytes]:
         """Wait for the GET under way, or for a new one."""
         self.poll()
         poll = self._poll
@@ -123,13 +124,13 @@ class Polling:
         self._poll = None
         return poll.result()
 
-    async def _get(self) -> list[str]:
+    async def _get(self) -> list[str | bytes]:
         async with self._http.get(self._url) as response:
-            return (await response.text("utf-8")).split(RECORD_SEPARATOR)
+            return [_from_text(packet) for packet in (await response.text("utf-8")).split(RECORD_SEPARATOR)]
 
-    async def close(self) -> None:
-        """Leave the namespace and close the session in one POST, as socket.io-client does."""
-        await self.send("41", "1")
+    async def close(self, farewell: str | bytes) -> None:
+        """Send it and close the session in one POST, as socket.io-client does."""
+        await self.send(farewell, "1")
         await self.abort()
 
     async def abort(self) -> None:
@@ -141,7 +142,7 @@ class Polling:
 
 
 class WebSocket:
-    """One WebSocket, one Engine.IO packet in each text message."""
+    """One WebSocket, one Engine.IO packet in each message."""
 
     def __init__(self, connection: aiohttp.ClientWebSocketResponse) -> None:
         self._connection = connection
@@ -156,28 +157,37 @@ class WebSocket:
             own_socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
         return cls(connection)
 
-    async def send(self, *packets: str) -> None:
-        """Send each packet as a text message."""
+    async def send(self, *packets: str | bytes) -> None:
+        """Send each packet as a message, text or binary."""
         for packet in packets:
-            await self._connection.send_str(packet)
+            if isinstance(packet, bytes):
+                await self._connection.send_bytes(packet)
+            else:
+                await self._connection.send_str(packet)
 
-    async def receive(self) -> list[str]:
-        """The next text message; Failure when the server has ended the connection."""
-        while True:
-            message = await self._connection.receive()
-            if message.type is aiohttp.WSMsgType.TEXT:
-                return [message.data]
-            if message.type is not aiohttp.WSMsgType.BINARY:
-                code = self._connection.close_code
-                ended = code is None or code == aiohttp.WSCloseCode.ABNORMAL_CLOSURE
-                raise Failure("websocket cut without a close frame" if ended else f"websocket closed, code {code}")
+    async def receive(self) -> list[str | bytes]:
+        """The next message; Failure when the server has ended the connection."""
+        message = await self._connection.receive()
+        if message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+            return [message.data]
+        code = self._connection.close_code
+        ended = code is None or code == aiohttp.WSCloseCode.ABNORMAL_CLOSURE
+        raise Failure("websocket cut without a close frame" if ended else f"websocket closed, code {code}")
 
-    async def close(self) -> None:
-        """Leave the namespace, then the closing handshake."""
+    async def close(self, farewell: str | bytes) -> None:
+        """Send it, then the closing handshake."""
         with contextlib.suppress(aiohttp.ClientError, ConnectionError):
-            await self._connection.send_str("41")
+            await self.send(farewell)
         await self._connection.close()
 
     async def abort(self) -> None:
         """The closing handshake alone; at once when the connection is already down."""
         await self._connection.close()
+
+
+def _as_text(packet: str | bytes) -> str:
+    return packet if isinstance(packet, str) else "b" + base64.b64encode(packet).decode()
+
+
+def _from_text(packet: str) -> str | bytes:
+    return base64.b64decode(packet[1:]) if packet.startswith("b") else packet
