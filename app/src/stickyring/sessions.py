@@ -59,11 +59,11 @@ class Session:
     """One open session and what is known of it.
 
     `key` is the user: the first key that a request of this session carried, by which the edge placed it here, None if
-    none did; `cluster` is the edge's cluster of that request. `websocket` is what carries it, once something other than polls does. `unanswered` counts the
-    events whose acknowledgement the application still owes; while `taking` is false, it gets no more that want one.
-    `moved` says that the node ended the session to have it elsewhere, `failed` for which error it ended it, one of
-    `metrics.FAILURES`; `on_failure` is called with that. `polling` is locked while a poll is answered; a
-    session that began as a WebSocket has none.
+    none did; `cluster` is the edge's cluster of that request. `websocket` is what carries it, once something other than
+    polls does. `unanswered` counts the events whose acknowledgement the application still owes; while `taking` is
+    false, it gets no more that want one. `moved` says that the node ended the session to have it elsewhere, `failed`
+    for which error it ended it, one of `metrics.FAILURES`; `on_failure` is called with that. `polling` is locked while
+    a poll is answered; a session that began as a WebSocket has none.
     """
 
     engine: Engine
