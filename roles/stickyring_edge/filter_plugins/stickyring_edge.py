@@ -400,15 +400,18 @@ def _key_filters(policies: list[Data]) -> Data:
         text = {"text_format_source": {"inline_string": value}, "omit_empty_values": True}
         return {"object_key": key, "factory_key": factory, "skip_if_empty": True, "format_string": text}
 
+    # Whoever gets a cookie is named by it, whatever policies come after: none of them is asked.
+    issued = _issued_cookie(policies)
+    asked = policies[: [policy.get("cookie") for policy in policies].index(issued) + 1] if issued else policies
     # The first policy that finds something is the last one to be kept.
-    values = [kept(GIVEN, "envoy.string", _given(policy)) for policy in reversed(policies)]
-    if _issued_cookie(policies):
+    values = [kept(GIVEN, "envoy.string", _given(policy)) for policy in reversed(asked)]
+    if issued:
         # Random for each request, whatever connection it comes by.
         values.append(kept(KEY, "envoy.hashable_string", "%UNIQUE_ID%"))
     values.append(kept(KEY, "envoy.hashable_string", f"%FILTER_STATE({GIVEN}:PLAIN)%"))
     rules = [
         {"cookie": name, "on_header_present": {"metadata_namespace": "stickyring.cookie", "key": name}}
-        for name in (policy["cookie"]["name"] for policy in policies if "cookie" in policy)
+        for name in (policy["cookie"]["name"] for policy in asked if "cookie" in policy)
     ]
     settings = {
         "stickyring.key": {

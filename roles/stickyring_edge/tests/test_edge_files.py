@@ -262,6 +262,10 @@ def test_the_first_policy_that_finds_something_names_the_user() -> None:
     [rule] = settings["stickyring.cookies"]["request_rules"]
     assert rule["on_header_present"] == {"metadata_namespace": "stickyring.cookie", "key": "stickyring"}
 
+    more = [*POLICIES, {"cookie": {"name": "later"}}, {"connection_properties": {"source_ip": True}}]
+    [routes] = compose([LISTENERS[0] | {"hash_policies": more}])["routes/sticky.yaml"]
+    assert routes["typed_per_filter_config"] == settings, "whoever gives nothing before gets the cookie"
+
 
 @pytest.mark.parametrize(
     ("cookie", "tls", "issued"),
