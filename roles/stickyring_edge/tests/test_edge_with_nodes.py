@@ -72,7 +72,7 @@ class Node:
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer
 
-    def keys(self) -> list[str | None]:
+    def users(self) -> list[str | None]:
         return [session["key"] for session in self.ask("sessions")["sessions"]]
 
 
@@ -256,7 +256,7 @@ def asked(edge: Edge) -> list[tuple[str, str, Answer]]:
 def test_what_is_hashed_logged_told_and_computed_is_one_key(
     asked: list[tuple[str, str, Answer]], folder: Path, nodes: dict[str, Node], ring: Ring
 ) -> None:
-    known = {name: node.keys() for name, node in nodes.items()}
+    known = {name: node.users() for name, node in nodes.items()}
     for case, key, answer in asked:
         assert answer.status == 200, (case, key, answer)
         node = answer.header("x-served-by")
@@ -532,6 +532,6 @@ def test_no_client_can_have_a_rebalance_ask_it_again_and_again(edge: Edge, nodes
         return [(one["asked"], one["returned"]) for one in done]
 
     assert asyncio.run(asked()) == [(0, 0)] * len(NODES)
-    known = {name: set(node.keys()) for name, node in nodes.items()}
+    known = {name: set(node.users()) for name, node in nodes.items()}
     assert first in known[NODES[0]]
     assert not set(others) & set.union(*known.values())
