@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import socketio
 from conftest import DEADLINE_SECONDS, STICKYRING, ServeProcess, serving, wait_until
 
 from stickyring.control import ControlServer, Refusal
+from stickyring.delivery import Sender
 from stickyring.operate import ask
 
 APPLICATION = """
@@ -486,3 +488,72 @@ def test_systemd_hears_of_the_new_process_first(tmp_path: Path, refusing: bool, 
             replace(tmp_path, **environment)
             assert incumbent.heard == b"MAINPID=%d\nREADY=1" % master(tmp_path) + told
             end_what_serves(tmp_path)
+
+
+ORDERS = """
+import time
+
+import socketio
+from stickyring.delivery import Received
+
+server = socketio.Server(async_mode="eventlet", always_connect=True)
+received = Received(server)
+
+@server.event
+@received.once
+def order(sid, goods, message_id=None):
+    with open("orders", "a") as lines:
+        lines.write(goods + "\\\\n")
+    server.sleep(0.3)
+    return goods
+
+@server.event
+def typing(sid):
+    server.emit("seen", to=sid)
+
+application = socketio.WSGIApp(server)
+""".replace("\\\\", "\\")
+
+
+def test_users_who_poll_have_each_order_handled_once_whatever_else_they_send(tmp_path: Path) -> None:
+    """Each request of theirs may take a new connection, which reaches the new process."""
+    (tmp_path / "shop.py").write_text(ORDERS)
+    until = asyncio.Event()
+    bought: list[list[str]] = [[] for _ in range(USERS)]
+
+    async def buy(serve: ServeProcess, name: str, own: list[str]) -> None:
+        client = socketio.AsyncClient(reconnection_delay=0.1, reconnection_delay_max=0.5)
+        await client.connect(serve.url, transports=["polling"], wait_timeout=10)
+        sender = Sender(client)
+
+        async def type_on() -> None:
+            while True:
+                with contextlib.suppress(socketio.exceptions.BadNamespaceError):
+                    await client.emit("typing")
+                await asyncio.sleep(0.05)
+
+        typing = asyncio.create_task(type_on())
+        while not until.is_set():
+            goods = f"{name}-{len(own)}"
+            assert await sender.send("order", goods) == goods
+            own.append(goods)
+        typing.cancel()
+        await client.disconnect()
+
+    async def play() -> None:
+        buyers = [asyncio.create_task(buy(serve, f"user{number}", own)) for number, own in enumerate(bought)]
+        await asyncio.to_thread(wait_until, (tmp_path / "orders").exists, "they buy")
+        await asyncio.to_thread(replace, tmp_path, "shop:application")
+        assert await asyncio.to_thread(serve.process.wait, DEADLINE_SECONDS) == 0
+        before = [len(own) for own in bought]
+        goes_on = lambda: all(len(own) > then + 1 for own, then in zip(bought, before, strict=True))  # noqa: E731
+        await asyncio.to_thread(wait_until, goes_on, "all of them buy of the new process")
+        until.set()
+        await asyncio.gather(*buyers)
+
+    with serving(tmp_path, "shop:application", "--control", "control") as serve:
+        try:
+            asyncio.run(play())
+        finally:
+            end_what_serves(tmp_path)
+    assert sorted((tmp_path / "orders").read_text().splitlines()) == sorted(itertools.chain(*bought))

@@ -19,9 +19,10 @@ one that refuses has `error`, a line of text.
                               are gone; "requests" that are being answered}
     GET  /listener            200 {"process": id of the node's master}, and as ancillary data beside it (SCM_RIGHTS) the
                               descriptor of its listening socket; 409 the node could not be replaced now
-    POST /retire              202 {}: the node has left its listening socket to whoever asked, drains and ends; 409 it
-                              cannot, and goes on; it goes on, too, when whoever asked has hung up. Both are for
-                              `stickyring.takeover`
+    POST /retire              202 {"relay": name of an abstract Unix socket, on which it answers requests of its
+                              sessions meanwhile}: the node has left its listening socket to whoever asked, drains and
+                              ends; 409 it cannot, and goes on; it goes on, too, when whoever asked has hung up.
+                              Both are for `stickyring.takeover`
 """
 
 import json
@@ -108,8 +109,7 @@ class Control:
             case "GET", "/listener":
                 answer = self._incumbent.hand_over()
             case "POST", "/retire":
-                self._incumbent.retire()
-                status, answer = HTTPStatus.ACCEPTED, {}
+                status, answer = HTTPStatus.ACCEPTED, self._incumbent.retire()
             case _:
                 raise Refusal(HTTPStatus.NOT_FOUND, f"nothing answers {method} {parts.path} here")
         return status, answer

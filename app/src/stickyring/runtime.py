@@ -14,8 +14,9 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from stickyring.drain import Drain
 from stickyring.forwarded import Edges
 from stickyring.metrics import TRANSPORTS, Engine, EngineMetrics, MoveMetrics, Packet, node_registry
-from stickyring.packets import HandlerError, check_packets
+from stickyring.packets import HandlerError, body_of, check_packets
 from stickyring.sessions import SESSION_VARIABLE, Session, SessionWebSocket, key_of
+from stickyring.takeover import ELSEWHERE_HEADER, Predecessor
 from stickyring.websocket import SOCKET_VARIABLE, Server, WebSocket, refusal
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ log = logging.getLogger(__name__)
 
 ENGINE_IO_PROTOCOL = "4"
 RETRY_LATER = ("Retry-After", "5")
-ELSEWHERE_HEADER = "x-stickyring-elsewhere"
-"""On an answer with it, the edge tries the next node of the ring at once."""
 NO_SNIFFING = ("X-Content-Type-Options", "nosniff")
 JSON = [("Content-Type", "application/json")]
 UNKNOWN_SESSION = b'{"code":1,"message":"Session ID unknown"}'
@@ -91,6 +90,11 @@ class Runtime:
                 return self._application(environ, start_response)
             case _:
                 return _Answer(self._application, environ, start_response, self._requests)
+
+    def succeed(self, predecessor: Predecessor | None) -> None:
+        """Pass on to the process whose place this one has taken what is of its sessions."""
+        if self._gate is not None:
+            self._gate.predecessor = predecessor
 
     def _readiness(self, start_response: "StartResponse") -> Iterable[bytes]:
         if self.drain.active:
@@ -179,6 +183,7 @@ class SocketIOGate:
         # Who has to have joined when, the first one first.
         self._arrivals: deque[tuple[float, str]] = deque()
         self._watches_arrivals = False
+        self.predecessor: Predecessor | None = None
         self._watch()
 
     @property
@@ -191,6 +196,11 @@ class SocketIOGate:
         """Serve one request."""
         if not environ["PATH_INFO"].startswith(self.path):
             return self._pass_on(environ, start_response)
+        if self.predecessor is not None and (passed_on := self._ask_predecessor(self.predecessor, environ)):
+            return _answer(start_response, *passed_on)
+        return self._serve(environ, start_response)
+
+    def _serve(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         # Where python-engineio does not look: it would make a class for each request, for eventlet's WebSocket.
         environ[SOCKET_VARIABLE] = environ.pop("gunicorn.socket", None)
         query = environ.get("QUERY_STRING", "")
@@ -238,6 +248,20 @@ class SocketIOGate:
     def _pass_on(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         answer: Iterable[bytes] = self._application(environ, start_response)
         return answer
+
+    def _ask_predecessor(
+        self, predecessor: Predecessor, environ: "WSGIEnvironment"
+    ) -> tuple[str, list[tuple[str, str]], bytes] | None:
+        """Return what the process before this one says to a request of one of its sessions; None if it is none."""
+        sid = _parameter(environ.get("QUERY_STRING", ""), "sid")
+        # A WebSocket is not passed on: its client goes on with polls.
+        if sid is None or sid in self._sessions or "HTTP_UPGRADE" in environ:
+            return None
+        try:
+            body = body_of(environ, int(self._engine.max_http_buffer_size))
+        except Exception:  # whatever the server raises for a body that is none
+            return None
+        return predecessor.ask(environ, body.encode(), self._engine.ping_interval + self._engine.ping_timeout)
 
     def _ask(self, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]], bytes]:
         """Return status, headers and body of the application's answer; it does not return from a WebSocket."""

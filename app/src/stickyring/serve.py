@@ -347,7 +347,8 @@ class Node(BaseApplication):
             self._refuse(f"cannot load {self._settings.application}: {_describe(error)}")
         name = self._settings.node_name
         edges = Edges(self._settings.edges)
-        runtime = Runtime(application, node_name=name, max_connections=self._settings.max_connections, edges=edges)
+        limit = self._settings.max_connections
+        self._runtime = runtime = Runtime(application, node_name=name, max_connections=limit, edges=edges)
         incumbent = Incumbent(self._worker, runtime.drain, self._retired)
         if self._control is not None:
             control = Control(name, runtime.sessions, runtime.move_metrics, runtime.drain, incumbent)
@@ -409,7 +410,8 @@ class Node(BaseApplication):
             self._mention(b"READY=1")
         else:
             try:
-                self.successor.take_over(worker.ppid, self._settings.watchdog, self._tell_manager)
+                predecessor = self.successor.take_over(worker.ppid, self._settings.watchdog, self._tell_manager)
+                self._runtime.succeed(predecessor)
             except click.ClickException as error:
                 self._refuse(error.message)
         if self._manager_address:

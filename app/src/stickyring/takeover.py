@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,12 +25,18 @@ from stickyring.control_socket import ControlSocket
 from stickyring.operate import ask
 
 if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
     from stickyring.drain import Drain
 
 log = logging.getLogger(__name__)
 
 WAITING, COMMITTED, DONE = range(3)
 TAKEN = b"\0taken"
+ELSEWHERE_HEADER = "x-stickyring-elsewhere"
+"""On an answer with it, the edge tries the next node of the ring at once."""
+HOP_BY_HOP = frozenset({"HTTP_CONNECTION", "HTTP_KEEP_ALIVE", "HTTP_TE", "HTTP_TRANSFER_ENCODING", "HTTP_UPGRADE"})
+OF_THE_CONNECTION = frozenset({"connection", "content-length", "date", "server", "transfer-encoding"})
 RETIRE_SECONDS = 5
 """How long the incumbent may take to answer: the successor's worker waits for it, and must not be taken for hung."""
 
@@ -41,9 +48,10 @@ class CannotRetireError(Exception):
 class Incumbent:
     """The process that serves, as its worker stands for it.
 
-    Its worker class may have `retire()`, which accepts nothing more from its return on, and later has the master end as
-    by SIGTERM. Without it, the node can be restarted only. `retired` is a byte that its master sees too: 1 as soon as a
-    successor is given its place. `Drain.final` is true only later, and before every end: once the drain has begun.
+    Its worker class may have `retire()`, which accepts nothing more from its return on but what comes by the Unix
+    socket whose name it returns (`Predecessor`), and later has the master end as by SIGTERM. Without it, the node can
+    be restarted only. `retired` is a byte that its master sees too: 1 as soon as a successor is given its place.
+    `Drain.final` is true only later, and before every end: once the drain has begun.
     """
 
     def __init__(self, worker: Worker, drain: "Drain", retired: mmap.mmap) -> None:
@@ -60,16 +68,17 @@ class Incumbent:
         self._check()
         return {"process": self._worker.ppid, "listener": self._worker.sockets[0].fileno()}
 
-    def retire(self) -> None:
-        """Leave the listening socket to the successor, and end.
+    def retire(self) -> dict[str, Any]:
+        """Leave the listening socket to the successor, and end; return the answer to `POST /retire`.
 
         Raises:
             CannotRetireError: it cannot, and goes on.
         """
         self._check()
         self._retired[0] = 1
-        self._worker.retire()
+        name = self._worker.retire()
         log.info("replaced: accepting nothing more")
+        return {"relay": name}
 
     def _check(self) -> None:
         if not hasattr(self._worker, "retire"):
@@ -149,8 +158,12 @@ class Successor:
             self._there.send(cause.encode()[:4096])
         sys.exit(1)
 
-    def take_over(self, master: int, watchdog: float | None, tell_manager: Callable[[bytes], None]) -> None:
+    def take_over(
+        self, master: int, watchdog: float | None, tell_manager: Callable[[bytes], None]
+    ) -> "Predecessor | None":
         """Have the incumbent retire, and take its place; called by the worker, before it accepts anything.
+
+        Return it as the one that its sessions' requests are passed on to; None if it is of a release that takes none.
 
         `master` is the process id of its master, `watchdog` the seconds that systemd is to wait for a beat: 0 without
         end, None as long as so far. `tell_manager` tells systemd something, as sd_notify(3) has it, or raises OSError.
@@ -171,7 +184,7 @@ class Successor:
         except OSError as error:
             raise click.ClickException(f"systemd does not hear of the new process: {error.strerror}") from None
         try:
-            ask(self.control.path, "POST", "/retire", seconds=RETIRE_SECONDS)
+            answer = ask(self.control.path, "POST", "/retire", seconds=RETIRE_SECONDS)
         except click.ClickException:
             with suppress(OSError):
                 tell_manager(b"MAINPID=%d" % self._incumbent)
@@ -182,12 +195,65 @@ class Successor:
             self._there.send(TAKEN)
         except OSError:  # there is no way back, and users matter more
             log.exception("what follows from taking over has failed")
+        return Predecessor(answer["relay"]) if "relay" in answer else None
 
     def _is_abandoned(self) -> bool:
         try:
             return not self._there.recv(1, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
+
+
+class Predecessor:
+    """A process that was replaced, by the Unix socket on which it answers requests of its sessions until it ends.
+
+    A client that polls sends each request on whichever connection is free, and new connections reach the successor. To
+    refuse one would end the session while an acknowledgement is under way, and its event would be handled twice.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._address = f"\0{name}"
+
+    def ask(
+        self, environ: "WSGIEnvironment", body: bytes, seconds: float
+    ) -> tuple[str, list[tuple[str, str]], bytes] | None:
+        """Return status, headers and body of its answer to a request; None if it has ended, or has no such session.
+
+        It may be silent for so many seconds.
+        """
+        headers = {
+            name.removeprefix("HTTP_").replace("_", "-"): value
+            for name, value in environ.items()
+            if name.startswith("HTTP_") and name not in HOP_BY_HOP
+        }
+        headers |= {"CONTENT-LENGTH": str(len(body)), "CONNECTION": "close"}
+        if content_type := environ.get("CONTENT_TYPE"):
+            headers["CONTENT-TYPE"] = content_type
+        connection = _Relay(self._address, seconds)
+        try:
+            connection.request(environ["REQUEST_METHOD"], environ["RAW_URI"], body, headers)
+            answer = connection.getresponse()
+            content = answer.read()
+        except (OSError, HTTPException):
+            return None
+        finally:
+            connection.close()
+        if answer.getheader(ELSEWHERE_HEADER):
+            return None
+        kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in OF_THE_CONNECTION]
+        return f"{answer.status} {answer.reason}", kept, content
+
+
+class _Relay(HTTPConnection):
+    def __init__(self, address: str, seconds: float) -> None:
+        super().__init__("localhost", timeout=seconds)
+        self._address = address
+
+    def connect(self) -> None:
+        # Of the class that the module has by now: the worker class may have patched it after this one's import.
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._address)
 
 
 def _ask_for_listener(path: Path) -> tuple[socket.socket, int]:

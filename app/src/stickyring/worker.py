@@ -28,8 +28,11 @@ from stickyring.connection import Connection
 
 HEARTBEAT_SECONDS = 1.0
 ACCEPT_PAUSE_SECONDS = 0.2
+RELAY_BACKLOG = 2048
 RECOVERED_SECONDS = 1.0
 """How long nobody was refused when descriptors are said to be back."""
+SUCCESSORS_ADDRESS = "127.0.0.1"
+"""Whom a request seems to come from that the successor passes on; a Unix socket has no address."""
 LAST_REQUEST_SECONDS = 1.0
 """How long connections may take to bring their first or next request, when the worker retires."""
 TICK_SECONDS = 0.02
@@ -71,7 +74,7 @@ class EventletWorker(AsyncWorker):
     @property
     def _refusal(self) -> bytes:
         # Imported here: at the module's own import, the standard library is not patched yet.
-        from stickyring.runtime import ELSEWHERE_HEADER  # noqa: PLC0415
+        from stickyring.takeover import ELSEWHERE_HEADER  # noqa: PLC0415
 
         head = ("HTTP/1.1 503 Service Unavailable", f"{ELSEWHERE_HEADER}: 1", "Content-Length: 0", "Connection: close")
         return "\r\n".join([*head, "", ""]).encode()
@@ -94,17 +97,27 @@ class EventletWorker(AsyncWorker):
         with eventlet.Timeout(max(self.cfg.graceful_timeout - HEARTBEAT_SECONDS, 0), False):
             connections.waitall()
 
-    def retire(self) -> None:
+    def retire(self) -> str:
         """Leave the listening socket to another process, use up the connections, and have the master drain and end.
 
         What is accepted is answered, and each connection carries one more request at most, so that an edge that keeps
-        connections soon sends nothing here any more.
+        connections soon sends nothing here any more. Requests of sessions that are still here reach the other process
+        from now on: it passes them on to the Unix socket whose name is returned, in Linux's abstract namespace and
+        without the NUL byte that it begins with.
         """
         self._retired = True
         self._stop_accepting()
+        relayed = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        relayed.bind("")
+        relayed.listen(RELAY_BACKLOG)
+        listener = GreenSocket(relayed)
+        self._listeners = [listener]
+        self._acceptors = [eventlet.spawn(self._accept, listener, eventlet.GreenPool(self.worker_connections))]
         # Not the idle ones: a request that is on its way to one would meet it closed. After the next it is used up.
         self._let_requests_be_the_last()
         eventlet.spawn(self._end_when_all_are_heard)
+        name: bytes = relayed.getsockname()
+        return name[1:].decode()
 
     def _let_requests_be_the_last(self) -> None:
         """Have those that are being answered be their connections' last."""
@@ -187,7 +200,7 @@ class EventletWorker(AsyncWorker):
         """Serve one connection."""
         self._unheard.add(client)
         try:
-            super().handle(listener, client, address)
+            super().handle(listener, client, address or (SUCCESSORS_ADDRESS, 0))
         finally:
             self._unheard.discard(client)
             self._idle.discard(client)
@@ -201,6 +214,8 @@ class EventletWorker(AsyncWorker):
         self._requests.add(request)
         client.hold()
         try:
+            if isinstance(listener_name, bytes):
+                listener_name = (SUCCESSORS_ADDRESS, 0)
             answered = super().handle_request(listener_name, request, client, address)
         finally:
             self._requests.discard(request)
