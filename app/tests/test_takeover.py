@@ -537,6 +537,7 @@ def test_users_who_poll_have_each_order_handled_once_whatever_else_they_send(tmp
             goods = f"{name}-{len(own)}"
             assert await sender.send("order", goods) == goods
             own.append(goods)
+        assert not typing.done()
         typing.cancel()
         await client.disconnect()
 

@@ -48,6 +48,15 @@ class Client:
         masked = payload if mask == bytes(4) else bytes(byte ^ mask[at % 4] for at, byte in enumerate(payload))
         self.connection.sendall(bytes([first]) + length + mask + masked)
 
+    def send_in_part(self, first: int, payload: bytes, size: int, step: int | None = None) -> None:
+        """Send the beginning of a frame of that size, so many bytes at a time."""
+        mask = b"\x37\xfa\x21\x3d"
+        masked = bytes(byte ^ mask[at % 4] for at, byte in enumerate(payload))
+        length = bytes([0x80 | size]) if size < 126 else struct.pack("!BH", 0xFE, size)
+        data = bytes([first]) + length + mask + masked
+        for at in range(0, len(data), step or len(data)):
+            self.connection.sendall(data[at : at + (step or len(data))])
+
     def frame(self) -> tuple[int, bytes]:
         """The next frame, as its first byte and its payload."""
         first, size = self._take(2)
@@ -369,6 +378,51 @@ def test_who_breaks_the_protocol_is_told_how(client: Client, sent: bytes, status
     client.connection.sendall(sent)
     assert client.frame() == (CLOSE, struct.pack("!H", status))
     assert client.ended()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param(b"4\xff", id="a byte that is never there"),
+        pytest.param("4żółć".encode() + b"\xf4\x90", id="above U+10FFFF"),
+        pytest.param(b"4\xed\xa0", id="a surrogate"),
+        pytest.param(b"4\xc0", id="overlong, 2 bytes"),
+        pytest.param(b"4\xe0\x80", id="overlong, 3 bytes"),
+        pytest.param(b"4\xce4", id="one byte of two"),
+    ],
+)
+@pytest.mark.parametrize("sent", ["in a piece", "in a later piece", "in a piece that is not whole", "byte by byte"])
+def test_a_text_that_can_no_longer_be_utf_8_is_refused_before_its_end(client: Client, bad: bytes, sent: str) -> None:
+    """RFC 6455, section 8.1; nothing follows, neither the frame's rest nor the message's."""
+    match sent:
+        case "in a piece":
+            client.send(0x01, bad)
+        case "in a later piece":
+            client.send(0x01, b"4")
+            client.send(PING, b"")
+            assert client.frame() == (PONG, b"")
+            client.send(0x00, bad)
+        case "in a piece that is not whole":
+            client.send_in_part(0x81, bad, 10_000)
+        case _:
+            client.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            client.send(0x01, b"4")
+            client.send_in_part(0x80, bad, 10_000, step=1)
+    assert client.frame() == (CLOSE, struct.pack("!H", 1007))
+    assert client.ended()
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_a_character_may_be_split_by_pieces_and_reads(client: Client, size: int) -> None:
+    client.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    content = message("żółć 𐍈 \U0010ffff" * 3)
+    pieces = [content[at : at + size] for at in range(0, len(content), size)]
+    for number, piece in enumerate(pieces):
+        first = (0x00 if number else 0x01) | (0x80 if number == len(pieces) - 1 else 0)
+        client.send_in_part(first, piece, len(piece), step=1)
+    assert client.frame() == echo("żółć 𐍈 \U0010ffff" * 3)
+    client.send(TEXT, message("next"))
+    assert client.frame() == echo("next")
 
 
 def test_a_close_is_answered_with_its_status(client: Client) -> None:

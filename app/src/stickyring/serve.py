@@ -347,9 +347,8 @@ class Node(BaseApplication):
             self._refuse(f"cannot load {self._settings.application}: {_describe(error)}")
         name = self._settings.node_name
         edges = Edges(self._settings.edges)
-        self._runtime = runtime = Runtime(
-            application, node_name=name, max_connections=self._settings.max_connections, edges=edges
-        )
+        limit = self._settings.max_connections
+        self._runtime = runtime = Runtime(application, node_name=name, max_connections=limit, edges=edges)
         incumbent = Incumbent(self._worker, runtime.drain, self._retired)
         if self._control is not None:
             control = Control(name, runtime.sessions, runtime.move_metrics, runtime.drain, incumbent)

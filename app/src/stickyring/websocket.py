@@ -6,6 +6,7 @@ has it off as well.
 """
 
 import base64
+import codecs
 import contextlib
 import hashlib
 import math
@@ -90,6 +91,9 @@ class WebSocket:
         self._server = server
         self._longest = int(server.max_http_buffer_size)
         self._buffer = b""
+        # The text that is coming in pieces, and how much of the frame that is coming it has been given.
+        self._text: codecs.IncrementalDecoder | None = None
+        self._checked = 0
         self._sending = threading.Lock()
         self._senders = 0  # including those that wait for the lock
         self._closing = False
@@ -211,7 +215,11 @@ class WebSocket:
             if size + len(parts) > self._longest:
                 raise _FailureError(TOO_BIG)
             parts.append(payload)
+            if kind == TEXT and (self._text is not None or not first & FINAL):
+                self._check(payload[self._checked :], final=bool(first & FINAL))
+                self._checked = 0
             if first & FINAL:
+                self._text = None
                 return _decoded(b"".join(parts)) if kind == TEXT else b"".join(parts)
         return None
 
@@ -251,8 +259,10 @@ class WebSocket:
             if size > self._longest:
                 raise _FailureError(TOO_BIG)
         end = begin + 4 + size
-        if len(self._buffer) < end and not self._receive_up_to(end):
-            return None
+        if len(self._buffer) < end:
+            text = first & OPCODE == TEXT or (first & OPCODE == CONTINUATION and self._text is not None)
+            if not (self._receive_text(begin, end) if text else self._receive_up_to(end)):
+                return None
         buffer = self._buffer
         self._buffer = buffer[end:]
         return first, _unmasked(buffer[begin + 4 : end], buffer[begin : begin + 4])
@@ -273,6 +283,39 @@ class WebSocket:
             missing -= len(received)
         self._buffer = b"".join(parts)
         return True
+
+    def _receive_text(self, begin: int, end: int) -> bool:
+        """Take in the rest of a frame of text whose mask begins there; refuse it once nothing can make it UTF-8."""
+        if len(self._buffer) < begin + 4 and not self._receive_up_to(begin + 4):
+            return False
+        key, received = self._buffer[begin : begin + 4], self._buffer[begin + 4 :]
+        parts, unchecked, missing = [self._buffer], [received], end - len(self._buffer)
+        while missing > 0:
+            # Where more is there already, it is all checked at once.
+            if len(received) < READ_BYTES:
+                turned = self._checked % 4
+                self._check(_unmasked(b"".join(unchecked), key[turned:] + key[:turned]))
+                unchecked = []
+            if not (received := self._read()):
+                return False
+            parts.append(received)
+            unchecked.append(received)
+            missing -= len(received)
+        self._buffer = b"".join(parts)
+        return True
+
+    def _check(self, payload: bytes, *, final: bool = False) -> None:
+        """Take more of a text; raise an error once nothing that may follow can make it UTF-8 (section 8.1)."""
+        if self._text is None:
+            self._text = codecs.getincrementaldecoder("utf-8")()
+        self._checked += len(payload)
+        try:
+            self._text.decode(payload, final)
+        except UnicodeDecodeError:
+            raise _FailureError(NOT_UTF8) from None
+        # Half a surrogate, for which Python waits to have all of it.
+        if b"\xed\xa0" <= self._text.getstate()[0] < b"\xee":
+            raise _FailureError(NOT_UTF8)
 
     def _read(self) -> bytes:
         return b"" if time.monotonic() > self._end else self.socket.recv(READ_BYTES)
