@@ -132,6 +132,14 @@ def test_every_fault_of_the_variables_is_said_at_once(tmp_path: Path) -> None:
     assert "Read the ring" not in said
 
 
+def test_a_plan_without_a_node_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """Names are compared as they are written."""
+    status, said = run(tmp_path, "playbooks/plan.yml", "-e", "node=node1.example.com")
+    assert status != 0
+    assert "node1.example.com is no host of the group `nodes`, which has Node1.Example.COM, node2." in said
+    assert "Fetch Envoy" not in said
+
+
 def test_a_node_is_not_removed_from_a_cluster_without_a_ring(tmp_path: Path) -> None:
     clusters = [{"name": "nodes", "lb_policy": "ROUND_ROBIN", "endpoints": []}]
     given = ["-e", "node=node2", "-e", json.dumps({"stickyring_edge_clusters": clusters})]
