@@ -91,9 +91,8 @@ class WebSocket:
         self._server = server
         self._longest = int(server.max_http_buffer_size)
         self._buffer = b""
-        # The text that is coming in pieces, and how much of the frame that is coming it has been given.
-        self._text: codecs.IncrementalDecoder | None = None
-        self._checked = 0
+        self._kind = CONTINUATION  # of the message that has begun, if one has
+        self._checker: codecs.IncrementalDecoder | None = None
         self._sending = threading.Lock()
         self._senders = 0  # including those that wait for the lock
         self._closing = False
@@ -199,7 +198,8 @@ class WebSocket:
 
     def _message(self) -> str | bytes | None:
         parts: list[bytes] = []
-        kind, size = CONTINUATION, 0
+        size = 0
+        self._kind, self._checker = CONTINUATION, None
         while (found := self._next()) is not None:
             first, payload = found
             opcode = first & OPCODE
@@ -207,20 +207,14 @@ class WebSocket:
                 if not self._go_on_after(opcode, payload):
                     return None
                 continue
-            if (opcode == CONTINUATION) != bool(kind) or opcode > BINARY:
-                raise _FailureError(PROTOCOL_ERROR)
-            kind = kind or opcode
+            self._kind = self._kind or opcode
             size += len(payload)
             # Pieces without content take room as well.
             if size + len(parts) > self._longest:
                 raise _FailureError(TOO_BIG)
             parts.append(payload)
-            if kind == TEXT and (self._text is not None or not first & FINAL):
-                self._check(payload[self._checked :], final=bool(first & FINAL))
-                self._checked = 0
             if first & FINAL:
-                self._text = None
-                return _decoded(b"".join(parts)) if kind == TEXT else b"".join(parts)
+                return _decoded(b"".join(parts)) if self._kind == TEXT else b"".join(parts)
         return None
 
     def _go_on_after(self, opcode: int, payload: bytes) -> bool:
@@ -247,7 +241,11 @@ class WebSocket:
         first, size = self._buffer[0], self._buffer[1] & LENGTH
         if first & RESERVED or not self._buffer[1] & MASKED:
             raise _FailureError(PROTOCOL_ERROR)
-        if first & CONTROL and (size > LONGEST_OF_CONTROL or not first & FINAL):
+        opcode = first & OPCODE
+        if opcode & CONTROL:
+            if size > LONGEST_OF_CONTROL or not first & FINAL:
+                raise _FailureError(PROTOCOL_ERROR)
+        elif (opcode == CONTINUATION) != bool(self._kind) or opcode > BINARY:
             raise _FailureError(PROTOCOL_ERROR)
         begin = 2
         if size > 125:
@@ -259,13 +257,16 @@ class WebSocket:
             if size > self._longest:
                 raise _FailureError(TOO_BIG)
         end = begin + 4 + size
-        if len(self._buffer) < end:
-            text = first & OPCODE == TEXT or (first & OPCODE == CONTINUATION and self._text is not None)
-            if not (self._receive_text(begin, end) if text else self._receive_up_to(end)):
-                return None
         buffer = self._buffer
+        text = (opcode or self._kind) == TEXT
+        if len(buffer) < end:
+            payload = self._receive_payload(begin, size, text)
+            return None if payload is None else (first, payload)
         self._buffer = buffer[end:]
-        return first, _unmasked(buffer[begin + 4 : end], buffer[begin : begin + 4])
+        payload = _unmasked(buffer[begin + 4 : end], buffer[begin : begin + 4])
+        if text and first != FINAL | TEXT:
+            self._check(payload)
+        return first, payload
 
     def _receive(self) -> bool:
         """Take in what comes; return False at the end of the connection."""
@@ -273,48 +274,37 @@ class WebSocket:
         self._buffer += received
         return bool(received)
 
-    def _receive_up_to(self, size: int) -> bool:
-        """Take in as much as that at least, which may be long."""
-        parts, missing = [self._buffer], size - len(self._buffer)
-        while missing > 0:
-            if not (received := self._read()):
-                return False
-            parts.append(received)
-            missing -= len(received)
-        self._buffer = b"".join(parts)
-        return True
-
-    def _receive_text(self, begin: int, end: int) -> bool:
-        """Take in the rest of a frame of text whose mask begins there; refuse it once nothing can make it UTF-8."""
-        if len(self._buffer) < begin + 4 and not self._receive_up_to(begin + 4):
-            return False
+    def _receive_payload(self, begin: int, size: int, text: bool) -> bytes | None:
+        """Return the payload of a frame that has not come whole; None at the end of the connection."""
+        while len(self._buffer) < begin + 4:
+            if not self._receive():
+                return None
         key, received = self._buffer[begin : begin + 4], self._buffer[begin + 4 :]
-        parts, unchecked, missing = [self._buffer], [received], end - len(self._buffer)
-        while missing > 0:
-            # Where more is there already, it is all checked at once.
-            if len(received) < READ_BYTES:
-                turned = self._checked % 4
-                self._check(_unmasked(b"".join(unchecked), key[turned:] + key[:turned]))
-                unchecked = []
+        parts: list[bytes] = []
+        missing = size
+        while True:
+            shift = (size - missing) % 4
+            part = _unmasked(received[:missing], key[shift:] + key[:shift])
+            if text:
+                self._check(part)
+            parts.append(part)
+            missing -= len(part)
+            if not missing:
+                self._buffer = received[len(part) :]
+                return b"".join(parts)
             if not (received := self._read()):
-                return False
-            parts.append(received)
-            unchecked.append(received)
-            missing -= len(received)
-        self._buffer = b"".join(parts)
-        return True
+                return None
 
-    def _check(self, payload: bytes, *, final: bool = False) -> None:
-        """Take more of a text; raise an error once nothing that may follow can make it UTF-8 (section 8.1)."""
-        if self._text is None:
-            self._text = codecs.getincrementaldecoder("utf-8")()
-        self._checked += len(payload)
+    def _check(self, part: bytes) -> None:
+        """Refuse a text as soon as what has come of it cannot become UTF-8 any more (section 8.1)."""
+        if self._checker is None:
+            self._checker = codecs.getincrementaldecoder("utf-8")()
         try:
-            self._text.decode(payload, final)
+            self._checker.decode(part)
         except UnicodeDecodeError:
             raise _FailureError(NOT_UTF8) from None
-        # Half a surrogate, for which Python waits to have all of it.
-        if b"\xed\xa0" <= self._text.getstate()[0] < b"\xee":
+        # Python's decoder waits for the third octet of a surrogate, which nothing can make right.
+        if b"\xed\xa0" <= self._checker.getstate()[0] < b"\xee":
             raise _FailureError(NOT_UTF8)
 
     def _read(self) -> bytes:
