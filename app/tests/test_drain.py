@@ -123,9 +123,11 @@ def test_what_is_under_way_ends_and_nobody_comes_in_meanwhile(node: Any) -> None
         assert serve.get("/readyz").status == serve.get(HANDSHAKE).status == 200
         serve.process.send_signal(signal.SIGTERM)
         wait_until(lambda: serve.get("/readyz").status == 503, "it says that it drains")
-        for path in (HANDSHAKE, f"{HANDSHAKE}&sid=unknown", "/socket.io/?EIO=4&transport=websocket&sid=unknown"):
+        # What the client gets if every node refuses it: come back later, or no such session.
+        unknown = f"{HANDSHAKE}&sid=unknown", "/socket.io/?EIO=4&transport=websocket&sid=unknown"
+        for path, status in {HANDSHAKE: 503, **dict.fromkeys(unknown, 400)}.items():
             refusal = serve.get(path)
-            assert (refusal.status, refusal.headers["x-stickyring-elsewhere"]) == (503, "1")
+            assert (refusal.status, refusal.headers["x-stickyring-elsewhere"]) == (status, "1")
         assert serve.get("/healthz").status == 200
         assert serve.metric("stickyring_draining") == 1
         assert serve.metric('stickyring_handshakes_refused_total{reason="draining",transport="polling"}') == 1

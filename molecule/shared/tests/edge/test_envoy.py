@@ -107,21 +107,20 @@ def test_the_balancing_is_by_ring(config: dict[str, Any], edge: Any) -> None:
         assert loaded["ring_hash_lb_config"]["minimum_ring_size"] == "1"
 
 
-def test_the_hash_policies_are_those_of_the_inventory(config: dict[str, Any], edge: Any) -> None:
+def test_every_request_is_hashed_by_its_key_where_the_inventory_names_users(config: dict[str, Any], edge: Any) -> None:
     loaded = {
-        one["route_config"]["name"]: [
-            route["route"].get("hash_policy", [])
-            for route in one["route_config"]["virtual_hosts"][0]["routes"]
-            if "route" in route
-        ]
-        for one in config["RoutesConfigDump"]["dynamic_route_configs"]
+        one["route_config"]["name"]: one["route_config"] for one in config["RoutesConfigDump"]["dynamic_route_configs"]
     }
     common = edge.variables["stickyring_edge_hash_policies"]
     for listener in edge.variables["stickyring_edge_listeners"]:
-        wanted = listener.get("hash_policies", common)
-        assert loaded[listener["name"]], "no route"
-        for policies in loaded[listener["name"]]:
-            assert policies == wanted
+        served, policies = loaded[listener["name"]], listener.get("hash_policies", common)
+        routes = [route["route"] for route in served["virtual_hosts"][0]["routes"] if "route" in route]
+        hashed = [{"filter_state": {"key": "stickyring.key"}}] if policies else []
+        assert routes, "no route"
+        assert [route.get("hash_policy", []) for route in routes] == [hashed] * len(routes)
+        values = served.get("typed_per_filter_config", {}).get("stickyring.key", {}).get("on_request_headers", [])
+        given = [one for one in values if one["object_key"] == "stickyring.given"]
+        assert len(given) == len(policies)
 
 
 def test_the_answer_names_the_node_that_served(edge_url: Any, edge: Any) -> None:
