@@ -73,7 +73,7 @@ def connect(node: ServeProcess, key: str | None, cluster: str | None = None) -> 
 
 
 def close(node: ServeProcess, sid: str) -> None:
-    assert node.get(f"/socket.io/?EIO=4&transport=polling&sid={sid}", method="POST", body="1").read() == b"OK"
+    assert node.get(f"/socket.io/?EIO=4&transport=polling&sid={sid}", method="POST", body="1").read() == b"ok"
 
 
 def test_sessions_tells_who_is_connected(node: ServeProcess, folder: Path) -> None:

@@ -118,7 +118,7 @@ class PollingSession:
         return self._node.get(self._path).read().decode().split("\x1e")
 
     def send(self, packet: str) -> None:
-        assert self._node.get(self._path, method="POST", body=packet).read() == b"OK"
+        assert self._node.get(self._path, method="POST", body=packet).read() == b"ok"
 
     def close(self) -> None:
         self.send("1")

@@ -146,6 +146,22 @@ def test_other_refusals_are_counted_and_clients_make_up_no_labels(runtime: Runti
     assert "pigeon" not in Answer(runtime, "/metrics").text
 
 
+@pytest.mark.parametrize(
+    ("method", "query"),
+    [("GET", {"EIO": "4"}), *((method, {"EIO": "4", "transport": "polling"}) for method in ("POST", "PUT", "HEAD"))],
+)
+def test_what_is_no_handshake_gets_a_400(runtime: Runtime, method: str, query: dict[str, str]) -> None:
+    assert Answer(runtime, "/socket.io/", method, **query).status == 400
+
+
+def test_packets_and_an_unknown_namespace_are_answered_as_the_protocol_has_it(runtime: Runtime) -> None:
+    sid = sid_of(handshake(runtime))
+    assert (request(runtime, sid, "40/nowhere,").text, request(runtime, sid).text) == (
+        "ok",
+        '44/nowhere,{"message":"Invalid namespace"}',
+    )
+
+
 def test_each_runtime_counts_for_itself(runtime: Runtime) -> None:
     server = socketio.Server(async_mode="threading", monitor_clients=False)
     other = Runtime(socketio.WSGIApp(server), node_name="node1-2", max_connections=CAP)

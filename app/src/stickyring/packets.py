@@ -23,6 +23,7 @@ FROM_CLIENT = frozenset("134b")
 """How a client's packets begin: CLOSE, PONG, MESSAGE, and a binary MESSAGE in base64."""
 LIFECYCLE_EVENTS = ("connect", "disconnect")
 """An application handles them like events of a client, and no client may send them."""
+UNKNOWN_NAMESPACE = {"message": "Invalid namespace"}
 ATTACHMENTS = 10
 """How many messages of the largest size the attachments of one event may fill: socket.io takes 10 attachments."""
 ATTACHMENT_BYTES = 100
@@ -82,11 +83,18 @@ def check_packets(server: socketio.Server) -> None:
     server.packet_class = _checked(server.packet_class, ATTACHMENTS * int(server.eio.max_http_buffer_size))
     manager, disconnect = server.manager, server.disconnect
     handle_connect, handle_disconnect = server._handle_connect, server._handle_disconnect
+    send_packet = server._send_packet
 
     def forget(sid: str | None, namespace: str) -> None:
         # As python-socketio does when a handler returns.
         if sid is not None:
             manager.disconnect(sid, namespace, ignore_queue=True)
+
+    def send_as_clients_read_it(engine_sid: str, packet: Any) -> None:  # noqa: ANN401 - python-socketio has no types
+        # socket.io-client takes `message` of it, and would say "undefined" of the text that python-socketio sends.
+        if packet.packet_type == socketio.packet.CONNECT_ERROR and isinstance(packet.data, str):
+            packet.data = UNKNOWN_NAMESPACE
+        send_packet(engine_sid, packet)
 
     def connect_or_raise(engine_sid: str, namespace: str | None, data: object) -> None:
         try:
@@ -110,7 +118,7 @@ def check_packets(server: socketio.Server) -> None:
             forget(sid, namespace or "/")
             raise
 
-    server.disconnect = disconnect_and_forget
+    server.disconnect, server._send_packet = disconnect_and_forget, send_as_clients_read_it
     server._handle_connect, server._handle_disconnect = connect_or_raise, handle_disconnect_and_forget
     server._handle_event_internal = _logging("an event handler has failed", server._handle_event_internal)
     server._handle_ack = _logging("the callback of an acknowledgement has failed", server._handle_ack)

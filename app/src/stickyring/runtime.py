@@ -218,7 +218,7 @@ class SocketIOGate:
         answer = self._poll(session, environ) if session is not None and _is_a_poll(environ) else self._ask(environ)
         if session is not None and session.failed == "too_long" and answer[0].startswith("400"):
             answer = "413 Content Too Large", *answer[1:]
-        return _answer(start_response, *answer)
+        return _answer(start_response, *_conforming(environ, answer))
 
     def _refusal(
         self, environ: "WSGIEnvironment", query: str, sid: str | None, session: Session | None
@@ -307,8 +307,11 @@ class SocketIOGate:
         if supported and self.full:
             self._metrics.refused.labels(transport, "capacity").inc()
             return _refuse(start_response, [RETRY_LATER])
-        # One that is accepted is counted at the engine's connect event.
-        status, headers, body = self._ask(environ)
+        # One that is accepted is counted at the engine's connect event. The engine takes polling for the default.
+        if supported and _parameter(environ.get("QUERY_STRING", ""), "transport") is None:
+            status, headers, body = "400 Bad Request", [*JSON], BAD_REQUEST
+        else:
+            status, headers, body = self._ask(environ)
         if not status.startswith("200"):
             reason = "unauthorized" if status.startswith("401") else "bad_request"
             self._metrics.refused.labels(transport, reason if supported else "protocol").inc()
@@ -453,6 +456,16 @@ def _is_a_poll(environ: "WSGIEnvironment") -> bool:
     if environ["REQUEST_METHOD"] != "GET" or "HTTP_UPGRADE" in environ:
         return False
     return _transport_label(environ.get("QUERY_STRING", "")) == "polling"
+
+
+def _conforming(
+    environ: "WSGIEnvironment", answer: tuple[str, list[tuple[str, str]], bytes]
+) -> tuple[str, list[tuple[str, str]], bytes]:
+    """Return an answer of the engine's in the words of the protocol."""
+    status, headers, body = answer
+    if environ["REQUEST_METHOD"] == "POST" and body == b"OK":
+        return status, headers, b"ok"
+    return "400 Bad Request" if status.startswith("405") else status, headers, body
 
 
 def _answer(
