@@ -158,11 +158,12 @@ def ask(port: int, head: bytes, body: bytes = b"") -> Answer:
         received = b""
         # Of a head that is too long, Envoy does not read the rest.
         with suppress(ConnectionResetError, BrokenPipeError):
-            client.sendall(head.replace(b"\n", b"\r\n") + b"\r\nConnection: close\r\n\r\n" + body)
+            wanted = b"Upgrade" if b"websocket" in head else b"close"
+            client.sendall(head.replace(b"\n", b"\r\n") + b"\r\nConnection: " + wanted + b"\r\n\r\n" + body)
         with suppress(ConnectionResetError):
-            while more := client.recv(65536):
+            while not received.startswith(b"HTTP/1.1 101") and (more := client.recv(65536)):
                 received += more
-    while received.startswith(b"HTTP/1.1 1"):
+    while received.startswith(b"HTTP/1.1 100"):
         received = received.partition(b"\r\n\r\n")[2]
     top, _, rest = received.partition(b"\r\n\r\n")
     status, *lines = top.decode("latin-1").split("\r\n")
@@ -361,6 +362,8 @@ def secure_visitor(port: int) -> tuple[str | None, str | None]:
 
 
 POLL = "/socket.io/?EIO=4&transport=polling&client_id=alice"
+WEBSOCKET = POLL.replace("polling", "websocket")
+UPGRADE = "\nUpgrade: websocket\nSec-WebSocket-Version: 13\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
 LONG_QUERY = "&pad=" + "x" * 12_000
 MANY_HEADERS = "".join(f"\nx-header-{number}: 1" for number in range(80))
 # The head of a request, and the status that it gets.
@@ -385,6 +388,15 @@ HEADS: dict[str, tuple[str, int]] = {
     "JSONP": (f"GET {POLL}&j=0 HTTP/1.1\nHost: edge", 400),
     "an unknown transport": (f"GET {POLL.replace('polling', 'pigeon')} HTTP/1.1\nHost: edge", 400),
     "metrics": ("GET /metrics HTTP/1.1\nHost: edge", 404),
+    "only the head": ("HEAD /page HTTP/1.1\nHost: edge", 200),
+    "a dot behind the host": (f"GET {POLL} HTTP/1.1\nHost: edge.", 200),
+    "an encoded path": (f"GET {POLL.replace('socket.io', 'socket%2Eio')} HTTP/1.1\nHost: edge", 200),
+    "a packet after 100 Continue": (
+        f"POST {POLL}&sid=unknown HTTP/1.1\nHost: edge\nExpect: 100-continue\nContent-Length: 1",
+        400,
+    ),
+    "a WebSocket": (f"GET {WEBSOCKET} HTTP/1.1\nHost: edge{UPGRADE}", 101),
+    "a WebSocket without the last slash": (f"GET {WEBSOCKET.replace('/?', '?')} HTTP/1.1\nHost: edge{UPGRADE}", 101),
 }
 
 
@@ -486,10 +498,15 @@ def test_the_body_limit_in_the_websockets_chain_would_end_them(edge: Edge) -> No
 
 @pytest.mark.parametrize("listener", ["sticky", "safe"])
 def test_a_silent_websocket_outlives_every_timeout_of_the_edge(edge: Edge, listener: str) -> None:
-    """The control is a connection without a request, which the same timeouts end."""
+    """Its route's too. The control is a connection without a request, which the same timeouts end."""
+    files = deepcopy(edge.files)
+    for route in files[f"routes/{listener}.yaml"][0]["virtual_hosts"][0]["routes"]:
+        if "route" in route:
+            route["route"]["timeout"] = f"{TIMEOUT_SECONDS}s"
 
     async def live() -> tuple[str, list[str]]:
         drops: list[str] = []
+        assert edge.give(files)["written"] == [f"routes/{listener}.yaml"]
         client = await connected(edge, listener, drops)
         with socket.create_connection(("127.0.0.1", edge.ports["unkeyed"])) as idle:
             idle.settimeout(10 * TIMEOUT_SECONDS)
@@ -502,7 +519,10 @@ def test_a_silent_websocket_outlives_every_timeout_of_the_edge(edge: Edge, liste
         await client.eio.http.close()
         return answer, seen
 
-    assert asyncio.run(live()) == ("still here", [])
+    try:
+        assert asyncio.run(live()) == ("still here", [])
+    finally:
+        assert "failed" not in edge.give(edge.files)
 
 
 async def user_without_cookies(edge: Edge) -> socketio.AsyncClient:
