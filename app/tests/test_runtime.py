@@ -128,6 +128,22 @@ def test_a_session_of_another_node_is_sent_on_if_its_user_has_a_key(
     assert pong.status == 200
 
 
+def test_a_key_that_was_made_up_for_a_request_leads_nowhere_else(runtime: Runtime) -> None:
+    environ = {"PATH_INFO": "/socket.io/", "QUERY_STRING": "EIO=4&transport=polling&sid=elsewhere"}
+    environ |= {"HTTP_X_STICKYRING_KEY": "random", "HTTP_X_STICKYRING_ISSUED": "1"}
+    setup_testing_defaults(environ)
+    begun: list[tuple[str, dict[str, str]]] = []
+
+    def begin(status: str, headers: list[tuple[str, str]], exc_info: object = None) -> Callable[[bytes], object]:
+        begun.append((status[:3], dict(headers)))
+        return lambda _: None
+
+    body = b"".join(runtime(environ, begin))
+    [(status, headers)] = begun
+    assert (status, body) == ("400", b'"Invalid session elsewhere"')
+    assert "x-stickyring-elsewhere" not in headers
+
+
 @pytest.mark.parametrize("protocol", ["3", "2", ""])
 def test_an_older_protocol_gets_a_400_that_says_so(runtime: Runtime, protocol: str) -> None:
     for _ in range(CAP + 1):

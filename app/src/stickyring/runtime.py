@@ -15,7 +15,7 @@ from stickyring.drain import Drain
 from stickyring.forwarded import Edges
 from stickyring.metrics import TRANSPORTS, Engine, EngineMetrics, MoveMetrics, Packet, node_registry
 from stickyring.packets import HandlerError, body_of, check_packets
-from stickyring.sessions import SESSION_VARIABLE, Session, SessionWebSocket, key_of
+from stickyring.sessions import ISSUED_VARIABLE, SESSION_VARIABLE, Session, SessionWebSocket, key_of
 from stickyring.takeover import ELSEWHERE_HEADER, Predecessor
 from stickyring.websocket import SOCKET_VARIABLE, Server, WebSocket, refusal
 
@@ -152,8 +152,8 @@ class SocketIOGate:
     While the node is drained, handshakes are sent on: they get 503 with ELSEWHERE_HEADER. So is, at any time, a request
     of a session that is not here, if its user has a key: after a node has gone, come or come back, the session of a
     client that polls is on the next node of the ring until a rebalance ends it, and lives on there. If no node has it,
-    the last answer, the protocol's 400, is the client's. Without a key there is no such order, and the engine answers
-    400.
+    the last answer, the protocol's 400, is the client's. Without a key, and with one that the edge has made up for this
+    request, there is no such order, and the engine answers 400.
 
     JSONP polling, which runs what comes in the page, is refused; protocol 4 has none.
 
@@ -228,7 +228,7 @@ class SocketIOGate:
             # The engine keeps one that has ended until its next round, and fails on a POST for it.
             self._engine.sockets.pop(sid, None)
             self._metrics.unknown_sessions.labels(_transport_label(query)).inc()
-            if self._drain.active or key_of(environ) is not None:
+            if self._drain.active or (key_of(environ) is not None and ISSUED_VARIABLE not in environ):
                 return "400 Bad Request", [*JSON, (ELSEWHERE_HEADER, "1")], UNKNOWN_SESSION
         elif session is None and self._drain.active:
             if environ["REQUEST_METHOD"] == "GET":

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 # Request headers of the edge's, as the WSGI environ names them.
 KEY_VARIABLE = "HTTP_X_STICKYRING_KEY"
 """`x-stickyring-key`: what the edge has hashed."""
+ISSUED_VARIABLE = "HTTP_X_STICKYRING_ISSUED"
+"""`x-stickyring-issued`: the edge has made the key up for this request, and the next one may have another."""
 CLUSTER_VARIABLE = "HTTP_X_STICKYRING_CLUSTER"
 """`x-stickyring-cluster`: the edge's cluster by which the request came; each has a ring of its own."""
 SESSION_VARIABLE = "stickyring.session"

@@ -30,6 +30,8 @@ LARGEST_RING = 8 * 1024 * 1024
 # What the edge tells the nodes, and nobody else does: the key that was hashed, the cluster whose ring that was for, the
 # client's address.
 NODE_HEADERS = ("x-stickyring-key", "x-stickyring-cluster", "x-stickyring-client")
+# Beside a key that the edge has made up for this very request.
+ISSUED_HEADER = "x-stickyring-issued"
 # Where a request's key is kept while Envoy handles it: what the client has given, and what is hashed, logged and told.
 GIVEN, KEY = "stickyring.given", "stickyring.key"
 # A key is UTF-8 without control characters (C0, DEL, C1), and without a blank at either end, which headers would lose.
@@ -456,7 +458,9 @@ def _routes(item: Data, common: Data) -> Data:
         "name": item["name"],
         **common["route_configuration"],
     }
-    resource["request_headers_to_remove"] = list(NODE_HEADERS)
+    # What a client claims is removed before a route adds its own.
+    resource["most_specific_header_mutations_wins"] = True
+    resource["request_headers_to_remove"] = [*NODE_HEADERS, ISSUED_HEADER]
     resource["request_headers_to_add"] = [
         {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
         for name, value in zip(
@@ -477,7 +481,10 @@ def _routes(item: Data, common: Data) -> Data:
         resource["typed_per_filter_config"] = _key_filters(policies)
         everything["route"]["hash_policy"] = [{"filter_state": {"key": KEY}}]
         cookie = _issued_cookie(policies)
-        added = {"response_headers_to_add": [_set_cookie(cookie, secure="tls" in item)]} if cookie else {}
+        added: Data = {}
+        if cookie:
+            added["request_headers_to_add"] = [{"header": {"key": ISSUED_HEADER, "value": "1"}}]
+            added["response_headers_to_add"] = [_set_cookie(cookie, secure="tls" in item)]
         routes = [
             {**everything, "match": _who_gives(GOOD_KEY)},
             {"match": _who_gives(ANY_KEY), "direct_response": {"status": 400, "body": {"inline_string": BAD_KEY}}},

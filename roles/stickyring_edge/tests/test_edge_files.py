@@ -241,7 +241,7 @@ def test_the_node_is_told_what_was_hashed_and_nothing_that_a_client_says() -> No
         "x-stickyring-cluster": "nodes",
         "x-stickyring-client": "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
     }
-    assert set(routes["request_headers_to_remove"]) == set(told)
+    assert set(routes["request_headers_to_remove"]) == {*told, "x-stickyring-issued"}
 
 
 def test_the_first_policy_that_finds_something_names_the_user() -> None:

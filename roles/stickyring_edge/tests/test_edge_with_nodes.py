@@ -351,6 +351,18 @@ def test_a_cookie_brings_its_visitor_back_and_is_plain(edge: Edge, ring: Ring) -
         assert (back.header("x-served-by"), back.header("set-cookie")) == (node, None)
 
 
+def test_without_an_id_or_a_cookie_requests_of_a_session_reach_different_nodes(edge: Edge) -> None:
+    """The negative control of every sticky session; with a cookie it goes on."""
+    opened = handshake(edge, "control")
+    sid, cookie = json.loads(opened.body[1:])["sid"], str(opened.header("set-cookie")).partition(";")[0]
+    target = f"POST /socket.io/?EIO=4&transport=polling&sid={sid} HTTP/1.1\nHost: edge\nContent-Length: 1"
+    forged = f"{target}\nx-stickyring-issued: 0"
+    found = Counter(ask(edge.ports["sticky"], forged.encode(), b"3").status for _ in range(30))
+    assert found.keys() == {200, 400}
+    with_cookie = f"{target}\ncookie: {cookie}"
+    assert {ask(edge.ports["sticky"], with_cookie.encode(), b"3").status for _ in range(10)} == {200}
+
+
 def secure_visitor(port: int) -> tuple[str | None, str | None]:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -526,14 +538,14 @@ def test_a_silent_websocket_outlives_every_timeout_of_the_edge(edge: Edge, liste
 
 
 async def user_without_cookies(edge: Edge) -> socketio.AsyncClient:
-    """Polls first, then upgrades; aiohttp keeps no cookie for a host that is an IP address."""
+    """Of aiohttp, which keeps no cookie for a host that is an IP address; with polls it could not even connect."""
     client = socketio.AsyncClient(reconnection=False)
-    await client.connect(f"http://127.0.0.1:{edge.ports['sticky']}")
+    await client.connect(f"http://127.0.0.1:{edge.ports['sticky']}", transports=["websocket"])
     return client
 
 
 def test_no_client_can_have_a_rebalance_ask_it_again_and_again(edge: Edge, nodes: dict[str, Node], ring: Ring) -> None:
-    """Neither one that keeps no cookie, which has another key in each request, nor one that changes its id."""
+    """Neither one that keeps no cookie, nor one that changes its id."""
     first = next(f"first-{number}" for number in range(100) if ring.owner(f"first-{number}") == NODES[0])
     others = [f"other-{number}" for number in range(20)]
     for number, other in enumerate(others):

@@ -132,9 +132,11 @@ def test_an_edge_binary_with_another_checksum(refusal: Any) -> None:
 
 @pytest.mark.usefixtures("unharmed")
 def test_a_configuration_that_envoy_rejects(refusal: Any, machine: Any) -> None:
-    """The role cannot know every rule of Envoy's: here, what a path may hold."""
+    """The role cannot know every rule of Envoy's: here, which of its own words a header may hold."""
     files = "find /etc/stickyring-edge/xds -name '*.yaml' -exec sha256sum {} +"
     before = machine("edge1").check_output(files)
-    output = refusal("playbooks/edge.yml", {"stickyring_edge_health_check_path": "/health\nz"})
-    assert "HttpHealthCheckValidationError.Path" in output, "Envoy's own message is missing"
+    attributes = [{"name": "Comment", "value": "%NO_SUCH_WORD%"}]
+    policies = [{"cookie": {"name": "user", "ttl": "0s", "attributes": attributes}}]
+    output = refusal("playbooks/edge.yml", {"stickyring_edge_hash_policies": policies})
+    assert "Not supported field in StreamInfo: NO_SUCH_WORD" in output, "Envoy's own message is missing"
     assert machine("edge1").check_output(files) == before
