@@ -12,6 +12,11 @@ from typing import Any
 from ansible.errors import AnsibleUndefinedVariable
 from jinja2 import UndefinedError
 
+LISTS_OF_THE_PROBE = {
+    "stickyring_probe_options": "[--no-echo]",
+    "stickyring_probe_urls": '["https://chat.example.com"]',
+}
+
 
 def endpoints(
     hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
@@ -81,10 +86,10 @@ def problems(
     found += _not_numbers(nodes, hostvars)
     found += _not_a_share(hostvars, nodes)
     found += [
-        f"{host}: stickyring_probe_options is {hostvars[host]['stickyring_probe_options']!r}: give a list, [--no-echo]"
-        " for example."
+        f"{host}: {name} is {hostvars[host][name]!r}: give a list, {example} for example."
         for host in edges
-        if not isinstance(hostvars[host].get("stickyring_probe_options", []), list)
+        for name, example in LISTS_OF_THE_PROBE.items()
+        if not isinstance(hostvars[host].get(name, []), list)
     ]
     if found:
         return found

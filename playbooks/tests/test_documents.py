@@ -73,7 +73,7 @@ def test_the_certificates_of_the_readme_can_lie_in_the_inventory(tmp_path: Path)
     (example,) = re.findall(r"^```yaml\n# group_vars/edge.yml\n(stickyring_edge_listeners.*?)^```", README, re.M | re.S)
     with (inventory / "group_vars" / "edge.yml").open("a") as file:
         file.write(example)
-    for place in ("tls", "."):
+    for place in ("tls", "certs", "."):
         (inventory / place).mkdir(exist_ok=True)
         pair = ["chain.pem", "key.pem"]
         command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]

@@ -22,7 +22,7 @@ DEFAULTS = {
     "stickyring_edge_admin_port": 9901,
     "stickyring_edge_listeners": [{"name": "sticky", "port": 9002, "cluster": "nodes"}],
 }
-KNOWN = [*DEFAULTS, "stickyring_address", "stickyring_node_name", "stickyring_probe_options"]
+KNOWN = [*DEFAULTS, "stickyring_address", "stickyring_node_name", "stickyring_probe_options", "stickyring_probe_urls"]
 GROUPS = {"edge": ["edge1"], "nodes": ["node1", "node2"]}
 HOSTVARS: dict[str, dict[str, Any]] = {
     "edge1": {"stickyring_address": "198.51.100.10"},
@@ -92,6 +92,8 @@ def test_options_of_the_probe_that_are_no_list_are_refused() -> None:
     """Before all is deployed that it is to prove."""
     (message,) = judge(edge1={"stickyring_probe_options": "--no-echo"})
     assert message == "edge1: stickyring_probe_options is '--no-echo': give a list, [--no-echo] for example."
+    (message,) = judge(edge1={"stickyring_probe_urls": "http://x"})
+    assert message.startswith("edge1: stickyring_probe_urls is 'http://x': give a list")
 
 
 def test_a_port_is_free_to_be_used_again_on_another_host() -> None:
