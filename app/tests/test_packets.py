@@ -520,9 +520,7 @@ def test_after_an_upgrade_that_was_abandoned_polls_wait_again(
         assert upgrade.raw.frame()[1] == b"3probe"
         assert session.poll() == (200, "6")
         # One at a time.
-        other = RawWebSocket(node, query=f"&sid={session.sid}")
-        assert other.head[0] == "HTTP/1.1 400 Bad Request"
-        other.connection.close()
+        assert Frames(node, f"&sid={session.sid}").status() == 1002
     leave(upgrade)
 
     polls = []
@@ -543,6 +541,10 @@ def test_after_an_upgrade_that_was_abandoned_polls_wait_again(
     again.send('427["noted"]')
     while (frame := again.raw.frame()) != (TEXT, b"437[[]]"):
         assert frame == (TEXT, b"6")
+    # It goes on beside another one, which is closed.
+    assert Frames(node, f"&sid={session.sid}").status() == 1002
+    again.send('428["noted"]')
+    assert again.raw.frame() == (TEXT, b"438[[]]")
     again.vanish()
 
 

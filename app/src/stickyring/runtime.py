@@ -17,7 +17,7 @@ from stickyring.metrics import TRANSPORTS, Engine, EngineMetrics, MoveMetrics, P
 from stickyring.packets import HandlerError, body_of, check_packets
 from stickyring.sessions import ISSUED_VARIABLE, SESSION_VARIABLE, Session, SessionWebSocket, key_of
 from stickyring.takeover import ELSEWHERE_HEADER, Predecessor
-from stickyring.websocket import SOCKET_VARIABLE, Server, WebSocket, refusal
+from stickyring.websocket import PROTOCOL_ERROR, SOCKET_VARIABLE, Server, WebSocket, refusal
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
@@ -211,8 +211,13 @@ class SocketIOGate:
             session.note(environ)
         if (refused := self._refusal(environ, query, sid, session)) is not None:
             return _answer(start_response, *refused)
-        if environ[SOCKET_VARIABLE] is None and _is_a_websocket(environ):
-            return self._pass_on(environ, start_response)
+        if _is_a_websocket(environ):
+            if environ[SOCKET_VARIABLE] is None:
+                return self._pass_on(environ, start_response)
+            if session is not None and (session.socket.upgrading or session.socket.upgraded):
+                # One at a time. Node.js opens the other one as well, and closes it.
+                WebSocket(lambda websocket: websocket.fail(PROTOCOL_ERROR), self._engine)(environ, start_response)
+                raise StopIteration
         if sid is None and environ["REQUEST_METHOD"] == "GET":
             return self._handshake(environ, start_response, _transport_label(query), _parameter(query, "EIO") or "")
         answer = self._poll(session, environ) if session is not None and _is_a_poll(environ) else self._ask(environ)
@@ -239,8 +244,6 @@ class SocketIOGate:
         if environ[SOCKET_VARIABLE] is None or not _is_a_websocket(environ):
             return None
         refused = refusal(environ)
-        if refused is None and session is not None and session.socket.upgrading:
-            refused = "400 Bad Request", []  # one at a time
         if refused and sid is None:
             self._metrics.refused.labels(_transport_label(query), "bad_request").inc()
         return (*refused, b"") if refused else None
