@@ -337,7 +337,8 @@ def test_another_request_does_not_take_over_what_is_sent(node: ServeProcess, con
     client.send(TEXT, b"40")
     assert {client.frame()[1][:2] for _ in range(2)} == {b"40", b"42"}
     intruder = connect(query=f"&sid={sid}")
-    assert intruder.head[0] == "HTTP/1.1 400 BAD REQUEST"
+    assert intruder.head[0] == "HTTP/1.1 101 Switching Protocols"
+    assert intruder.frame() == (CLOSE, struct.pack("!H", 1002))
     client.send(TEXT, message("still here"))
     assert client.frame() == echo("still here")
 
