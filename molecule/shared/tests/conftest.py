@@ -50,7 +50,8 @@ def keep_seconds(reporter: Any) -> None:
     """Keeps how long each test has taken, with its fixtures, for molecule/proof.py; by suite."""
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for report in (one for reports in reporter.stats.values() for one in reports if hasattr(one, "duration")):
-        seconds[Path(report.fspath).parent.name][report.nodeid.rpartition("/")[2]] += report.duration
+        file, _, test = report.nodeid.partition("::")
+        seconds[Path(file).parent.name][f"{Path(file).name}::{test}"] += report.duration
     with SUITES.open("a") as file:
         for suite, steps in seconds.items():
             scenario = os.environ.get("MOLECULE_SCENARIO_NAME", "")
