@@ -1,0 +1,93 @@
+"""What runs the scenarios: its table, its end, and what it says of a failure. Molecule is a stub here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+MOLECULE = Path(__file__).parents[1]
+STUB = """#!/bin/sh
+echo "$@" >> commands
+case "$1" in destroy) exit 0 ;; esac
+printf 'INFO     \\033[32mdefault\\033[0m ➜ create: Executing\\n'
+printf 'INFO     default ➜ create: Executed: Successful\\n'
+steps='["test_a.py::test_x", 2.0], ["test_a.py::test_y", 0.5]'
+echo '{"scenario": "default", "suite": "nodes", "seconds": 2.5, "steps": ['"$steps"']}' >> .artifacts/suites.jsonl
+[ -z "$FAILS" ] || { echo '  | FAILED ../shared/tests/nodes/test_a.py::test_x - assert'; echo '  | because'; exit 2; }
+"""
+
+
+@pytest.fixture
+def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The program in a project of its own."""
+    spec = importlib.util.spec_from_file_location("proof", MOLECULE / "proof.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, path in (("MOLECULE", "molecule"), ("README", "molecule/README.md"), ("ARTIFACTS", ".artifacts")):
+        monkeypatch.setattr(module, name, tmp_path / path)
+    monkeypatch.setattr(module, "LOG", tmp_path / ".artifacts" / "molecule.log")
+    monkeypatch.setattr(module, "SUITES", tmp_path / ".artifacts" / "suites.jsonl")
+    (tmp_path / "molecule" / "shared" / "tests" / "nodes").mkdir(parents=True)
+    (tmp_path / "molecule" / "shared" / "tests" / "nodes" / "test_a.py").write_text('"""Nodes serve.\n\nMore."""\n')
+    (tmp_path / "molecule" / "README.md").write_text("before\n\n" + "\nold\n".join(module.MARKS) + "\nafter\n")
+    stub = tmp_path / "bin" / "molecule"
+    stub.parent.mkdir()
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stub.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAILS", "")
+    return module
+
+
+def test_it_writes_what_each_suite_proves(
+    proof: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        proof.main()
+    text = (tmp_path / "molecule" / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| default")]
+    assert "| default | nodes | Nodes serve. | 2 | 2 |" in rows
+    assert any(row.startswith("| default | create | Makes the hosts.") for row in rows)
+    told = capsys.readouterr().out
+    assert told.index("2.0 s  test_a.py::test_x") < told.index("0.5 s  test_a.py::test_y")
+
+
+def test_a_failure_ends_it_and_is_shown_last(
+    proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAILS", "1")
+    with pytest.raises(SystemExit) as ended:
+        proof.main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().out
+    assert "test_a.py::test_x - assert" in told[told.index("What failed:") :]
+    assert "because" in told[told.index("What failed:") :]
+    assert "old" in (tmp_path / "molecule" / "README.md").read_text()
+
+
+def test_every_scenario_is_run_once(proof: ModuleType) -> None:
+    assert sorted([*proof.SAME_HOSTS, *proof.OTHERS]) == sorted(
+        file.parent.name for file in MOLECULE.glob("*/molecule.yml")
+    )
+
+
+def test_those_that_share_hosts_deploy_the_same_inventory(proof: ModuleType) -> None:
+    for name in proof.SAME_HOSTS:
+        config = yaml.safe_load((MOLECULE / name / "molecule.yml").read_text())
+        assert config["ansible"]["executor"]["args"]["ansible_playbook"] == [
+            "--inventory=${MOLECULE_PROJECT_DIRECTORY}/inventory/lab"
+        ]
+
+
+def test_it_can_be_run_as_a_program() -> None:
+    assert os.access(MOLECULE / "proof.py", os.X_OK)
