@@ -24,8 +24,9 @@ FAULTS = {
 }
 
 
-def podman(command: str, host: str) -> None:
-    subprocess.run([*PODMAN, *command.format(f"stickyring-{host}").split()], check=True, timeout=30)
+def podman(command: list[str], host: str) -> None:
+    words = [word.format(f"stickyring-{host}") for word in command]
+    subprocess.run([*PODMAN, *words], check=True, timeout=30)
 
 
 @contextmanager

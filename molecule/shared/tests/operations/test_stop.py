@@ -12,7 +12,7 @@ import pytest
 from stickyring.rebalance import HANDSHAKES_A_SECOND
 
 UNIT = "stickyring-node@1.service"
-CLIENTS = 150
+CLIENTS = 120
 TOLD_SECONDS = 10
 HEALTH_CHECK_SECONDS = 2
 BACK_SECONDS = 20
