@@ -38,7 +38,6 @@ import functools
 import itertools
 import re
 import secrets
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -56,6 +55,8 @@ SENDERS_OF_A_CONNECTION = 32
 """A client is one sender, and a page may have several. One that makes senders up displaces its own only."""
 ANSWER_BYTES = 64 * 1024 * 1024
 """What the acknowledgements may take in all: 3 KB for each sender, and a client can have large ones kept."""
+OBJECT_BYTES = 64
+"""What a value takes beside its content."""
 WAITING_TURNS = 16
 """How many messages of one sender may wait for their turn: it repeats one every ten seconds or so."""
 ACK_TIMEOUT_SECONDS = 10.0
@@ -188,7 +189,8 @@ def _size(answer: object) -> int:
         parts = itertools.chain(answer, answer.values())
     elif isinstance(answer, list | tuple):
         parts = answer
-    return sys.getsizeof(answer) + sum(map(_size, parts))
+    # Not sys.getsizeof(), which PyPy does not have.
+    return OBJECT_BYTES + (len(answer) if isinstance(answer, str | bytes) else 0) + sum(map(_size, parts))
 
 
 class Sender:

@@ -6,7 +6,6 @@ A session is one of Engine.IO (protocol revision 4), which is one connection of 
 import contextlib
 import logging
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -384,7 +383,8 @@ def _bounded(connection: Any, seconds: float) -> Iterator[None]:  # noqa: ANN401
 
 
 def _size(packet: Packet) -> int:
-    return sys.getsizeof(packet.data) + PACKET_BYTES
+    # Not sys.getsizeof(), which PyPy does not have.
+    return (len(packet.data) if isinstance(packet.data, str | bytes) else 0) + PACKET_BYTES
 
 
 def key_of(environ: dict[str, object]) -> str | None:
