@@ -70,12 +70,12 @@ def test_only_writable_and_executable_memory_is_allowed_beyond_the_sandbox(machi
 
 def test_it_says_nothing_but_json(machine: Any, nodes: Any) -> None:
     """Python warns on the same stream, and eventlet of locks that it has not patched."""
+    look = (
+        f'main=$(systemctl show {UNIT} -P MainPID); processes="$main $(cat /proc/$main/task/$main/children)";'
+        f" journalctl --unit {UNIT} $(printf ' _PID=%s' $processes) --output=cat --no-pager"
+    )
     for node in nodes:
-        said = (
-            machine(node.name)
-            .check_output(f"journalctl --unit {UNIT} _PID=$(systemctl show {UNIT} -P MainPID) --output=cat --no-pager")
-            .splitlines()
-        )
+        said = machine(node.name).check_output(look).splitlines()
         assert said
         assert [json.loads(line)["node"] for line in said] == [f"{node.name}-1"] * len(said)
 
