@@ -1,6 +1,7 @@
 """The eventlet worker under gunicorn, over real connections."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -95,6 +96,34 @@ def test_it_outlives_running_out_of_descriptors(
         connection.close()
     wait_until(lambda: answers(node) and node.logged("accepting connections again"), "the node answers again")
     assert len(node.logged("accepting connections again")) == 1
+
+
+def test_without_descriptors_nobody_new_is_taken_in_on_a_connection_that_is_open(
+    serve: Callable[..., ServeProcess],
+) -> None:
+    """Such a session's next request would come on a new connection, and be refused."""
+    node = serve("stickyring.echo:create_application()", descriptors=DESCRIPTORS)
+    kept = node.connect()
+
+    def asked(query: str) -> tuple[int, str | None, bytes]:
+        kept.request("GET", f"/socket.io/?EIO=4&transport=polling{query}")
+        answer = kept.getresponse()
+        return answer.status, answer.getheader("x-stickyring-elsewhere"), answer.read()
+
+    status, elsewhere, body = asked("")
+    assert (status, elsewhere) == (200, None)
+    sid = json.loads(body[1:])["sid"]
+    host, _, port = node.address.partition(":")
+    held = [socket.create_connection((host, int(port))) for _ in range(DESCRIPTORS)]
+    wait_until(lambda: node.logged("refusing connections for now"), "the node is exhausted")
+    assert asked("") == (503, "1", b"")
+    kept.request("POST", f"/socket.io/?EIO=4&transport=polling&sid={sid}", "40")
+    assert kept.getresponse().read() == b"ok"
+    assert asked(f"&sid={sid}")[:2] == (200, None), "who is here stays"
+    for connection in held:
+        connection.close()
+    wait_until(lambda: asked("")[0] == 200, "it takes sessions again")
+    assert node.metric('stickyring_handshakes_refused_total{reason="descriptors",transport="polling"}') >= 1
 
 
 def test_a_slow_request_does_not_hold_up_others(node: ServeProcess) -> None:

@@ -111,8 +111,8 @@ class EngineMetrics:
     """The counters of one Engine.IO server; whoever sees an event increments them.
 
     Labels: `transport` is polling, websocket or other (a transport that the client made up); `direction` is received or
-    sent; `reason` of a session that failed is one of FAILURES, of a handshake capacity or draining (503), protocol
-    (400: older than Engine.IO 4), unauthorized (401) or bad_request (400).
+    sent; `reason` of a session that failed is one of FAILURES, of a handshake capacity, draining or descriptors (503),
+    protocol (400: older than Engine.IO 4), unauthorized (401) or bad_request (400).
     """
 
     def __init__(self, engine: Engine, max_connections: int, registry: CollectorRegistry) -> None:
@@ -145,6 +145,7 @@ class EngineMetrics:
         for transport in TRANSPORTS:
             self.refused.labels(transport, "capacity")
             self.refused.labels(transport, "draining")
+            self.refused.labels(transport, "descriptors")
             self.unknown_sessions.labels(transport)
 
     def count_failure(self, reason: str) -> None:

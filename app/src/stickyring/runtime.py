@@ -96,6 +96,11 @@ class Runtime:
         if self._gate is not None:
             self._gate.predecessor = predecessor
 
+    def heed(self, exhausted: Callable[[], bool]) -> None:
+        """Take no new sessions while the worker says that it has no descriptors left."""
+        if self._gate is not None:
+            self._gate.exhausted = exhausted
+
     def _readiness(self, start_response: "StartResponse") -> Iterable[bytes]:
         if self.drain.active:
             return _text(start_response, "503 Service Unavailable", "draining")
@@ -149,11 +154,13 @@ class SocketIOGate:
     A handshake is a GET without `sid`. Above `max_connections` sessions, one of protocol 4 gets 503 with Retry-After
     before the engine sees it. Older protocols are left to the engine, which answers 400 and says so.
 
-    While the node is drained, handshakes are sent on: they get 503 with ELSEWHERE_HEADER. So is, at any time, a request
-    of a session that is not here, if its user has a key: after a node has gone, come or come back, the session of a
-    client that polls is on the next node of the ring until a rebalance ends it, and lives on there. If no node has it,
-    the last answer, the protocol's 400, is the client's. Without a key, and with one that the edge has made up for this
-    request, there is no such order, and the engine answers 400.
+    While the node is drained, or its worker `exhausted`, handshakes are sent on: they get 503 with ELSEWHERE_HEADER.
+    (Such a worker answers on the connections that it has, and refuses new ones. A session made here on an old one would
+    end with its next request on a new one.) So is, at any time, a request of a session that is not here, if its user
+    has a key: after a node has gone, come or come back, the session of a client that polls is on the next node of the
+    ring until a rebalance ends it, and lives on there. If no node has it, the last answer, the protocol's 400, is the
+    client's. Without a key, and with one that the edge has made up for this request, there is no such order, and the
+    engine answers 400.
 
     JSONP polling, which runs what comes in the page, is refused; protocol 4 has none.
 
@@ -184,6 +191,7 @@ class SocketIOGate:
         self._arrivals: deque[tuple[float, str]] = deque()
         self._watches_arrivals = False
         self.predecessor: Predecessor | None = None
+        self.exhausted: Callable[[], bool] = lambda: False
         self._watch()
 
     @property
@@ -235,9 +243,10 @@ class SocketIOGate:
             self._metrics.unknown_sessions.labels(_transport_label(query)).inc()
             if self._drain.active or (key_of(environ) is not None and ISSUED_VARIABLE not in environ):
                 return "400 Bad Request", [*JSON, (ELSEWHERE_HEADER, "1")], UNKNOWN_SESSION
-        elif session is None and self._drain.active:
+        elif session is None and (self._drain.active or self.exhausted()):
             if environ["REQUEST_METHOD"] == "GET":
-                self._metrics.refused.labels(_transport_label(query), "draining").inc()
+                reason = "draining" if self._drain.active else "descriptors"
+                self._metrics.refused.labels(_transport_label(query), reason).inc()
             return "503 Service Unavailable", [(ELSEWHERE_HEADER, "1"), RETRY_LATER], b""
         if _parameter(query, "j") is not None:
             return "400 Bad Request", JSON, BAD_REQUEST

@@ -349,7 +349,10 @@ class Node(BaseApplication):
         edges = Edges(self._settings.edges)
         limit = self._settings.max_connections
         self._runtime = runtime = Runtime(application, node_name=name, max_connections=limit, edges=edges)
-        incumbent = Incumbent(self._worker, runtime.drain, self._retired)
+        # Only ours has it: other worker classes let connections wait.
+        worker = self._worker
+        runtime.heed(lambda: getattr(worker, "exhausted", False))
+        incumbent = Incumbent(worker, runtime.drain, self._retired)
         if self._control is not None:
             control = Control(name, runtime.sessions, runtime.move_metrics, runtime.drain, incumbent)
             server = ControlServer(self._control.listener, control)

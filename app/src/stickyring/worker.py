@@ -8,6 +8,7 @@ try the next node.
 
 import contextlib
 import errno
+import math
 import os
 import platform
 import signal
@@ -60,6 +61,7 @@ class EventletWorker(AsyncWorker):
         self._idle: set[Connection] = set()
         self._requests: set[Request] = set()
         self._spare: int | None = None
+        self._refused_at = -math.inf
 
     def init_process(self) -> None:
         """Make the standard library cooperative before the application is imported; the master stays as it is."""
@@ -70,6 +72,11 @@ class EventletWorker(AsyncWorker):
         # sendfile(2) in the standard library refuses sockets that do not block, and all of eventlet's are such.
         self.cfg.set("sendfile", False)
         super().init_process()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether connections are being refused, because descriptors have run out."""
+        return time.monotonic() < self._refused_at + RECOVERED_SECONDS
 
     @property
     def _refusal(self) -> bytes:
@@ -150,8 +157,7 @@ class EventletWorker(AsyncWorker):
 
     def _accept(self, listener: GreenSocket, connections: eventlet.GreenPool) -> None:
         """Give every connection a green thread, for ever; one line when descriptors run out, one when they are back."""
-        exhausted = False
-        refused_at = 0.0
+        warned = False
         while True:
             try:
                 client, address = listener.fd.accept()
@@ -161,15 +167,15 @@ class EventletWorker(AsyncWorker):
             except OSError as error:
                 # Anything else (ECONNABORTED, a network error of the peer's) concerns the one connection that is gone.
                 if error.errno in OUT_OF_RESOURCES:
-                    if not exhausted:
+                    if not warned:
                         self.log.warning("refusing connections for now: %s", error.strerror)
-                    exhausted, refused_at = True, time.monotonic()
+                    warned, self._refused_at = True, time.monotonic()
                     # Others run meanwhile, who may give descriptors back.
                     eventlet.sleep(0 if self._refuse(listener.fd) else ACCEPT_PAUSE_SECONDS)
                 continue
-            if exhausted and time.monotonic() > refused_at + RECOVERED_SECONDS:
+            if warned and not self.exhausted:
                 self.log.warning("accepting connections again")
-                exhausted = False
+                warned = False
             connections.spawn_n(self.handle, listener, Connection(client), address)
 
     def _refuse(self, listener: socket.socket) -> bool:

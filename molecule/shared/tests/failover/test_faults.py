@@ -195,7 +195,8 @@ def exhausted(machine: Any, nodes: Any) -> Iterator[Callable[[], str]]:
 def test_exhausted_descriptors(residents: Residents, exhausted: Callable[[], str]) -> None:
     """Who has a WebSocket stays, and the edge passes on what the node refuses.
 
-    A request of a session that polls may be among that; the Python client notices when its poll ends.
+    A request of a session that polls may be among that. The Python client notices when its poll ends, after the ping
+    interval at most, and then comes to a node that has descriptors.
     """
     on_websockets = [one for one in residents if one.transports == ["websocket"]]
     since = time.monotonic() - 2 * PAUSE_SECONDS
