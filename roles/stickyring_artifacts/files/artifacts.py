@@ -270,18 +270,17 @@ def fetch_envoy(directory: Path, working: Path, lock: Path, architecture: str) -
 
 
 def main() -> None:
-    """Build one artifact; print ``built`` or ``up to date``."""
+    """Build the artifacts whose lock is given; print a line for each: ``built`` or ``up to date``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--architecture", choices=("x86_64", "aarch64"), required=True)
-    commands = parser.add_subparsers(dest="artifact", required=True)
-    wheelhouse = commands.add_parser("wheelhouse")
-    wheelhouse.add_argument("--project", type=Path, action="append", required=True)
-    wheelhouse.add_argument("--lock", type=Path, required=True)
-    wheelhouse.add_argument("--python-version", action="append", required=True)
-    envoy = commands.add_parser("envoy")
-    envoy.add_argument("--lock", type=Path, required=True)
+    parser.add_argument("--wheelhouse", type=Path, metavar="LOCK")
+    parser.add_argument("--project", type=Path, action="append", default=[])
+    parser.add_argument("--python-version", action="append", default=[])
+    parser.add_argument("--envoy", type=Path, metavar="LOCK")
     arguments = parser.parse_args()
+    if arguments.wheelhouse and not (arguments.project and arguments.python_version):
+        parser.error("--wheelhouse wants --project and --python-version")
 
     directory: Path = arguments.directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -289,19 +288,21 @@ def main() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for leftover in directory.glob(f"{WORKING_PREFIX}*"):
             shutil.rmtree(leftover)
-        with tempfile.TemporaryDirectory(prefix=WORKING_PREFIX, dir=directory) as working:
-            if arguments.artifact == "wheelhouse":
+        if arguments.wheelhouse:
+            with tempfile.TemporaryDirectory(prefix=WORKING_PREFIX, dir=directory) as working:
                 built = build_wheelhouse(
                     directory,
                     Path(working),
                     projects=arguments.project,
-                    lock=arguments.lock,
+                    lock=arguments.wheelhouse,
                     python_versions=arguments.python_version,
                     architecture=arguments.architecture,
                 )
-            else:
-                built = fetch_envoy(directory, Path(working), arguments.lock, arguments.architecture)
-    print("built" if built else "up to date")
+            print("wheelhouse built" if built else "wheelhouse up to date")
+        if arguments.envoy:
+            with tempfile.TemporaryDirectory(prefix=WORKING_PREFIX, dir=directory) as working:
+                built = fetch_envoy(directory, Path(working), arguments.envoy, arguments.architecture)
+            print("envoy built" if built else "envoy up to date")
 
 
 if __name__ == "__main__":

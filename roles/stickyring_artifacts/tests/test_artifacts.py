@@ -89,11 +89,11 @@ class Workshop:
             (to / f"{name}-{pinned[2]}-py3-none-any.whl").write_bytes(packed)
 
     def arguments(self, artifact: str) -> list[str]:
-        common = ["artifacts.py", "--directory", str(self.directory), "--architecture", self.architecture, artifact]
+        common = ["artifacts.py", "--directory", str(self.directory), "--architecture", self.architecture]
         if artifact == "envoy":
-            return [*common, "--lock", str(self.envoy_lock)]
+            return [*common, "--envoy", str(self.envoy_lock)]
         versions = [word for version in self.python_versions for word in ("--python-version", version)]
-        return [*common, "--project", str(self.project), "--lock", str(self.lock), *versions]
+        return [*common, "--project", str(self.project), "--wheelhouse", str(self.lock), *versions]
 
     def contents(self) -> dict[str, bytes]:
         """Everything that was made."""
@@ -125,7 +125,9 @@ def make(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         monkeypatch.setattr("sys.argv", workshop.arguments(artifact))
         capsys.readouterr()
         artifacts.main()
-        return capsys.readouterr().out.strip()
+        said = capsys.readouterr().out.strip()
+        assert said.startswith(f"{artifact} ")
+        return said.removeprefix(f"{artifact} ")
 
     return made
 
@@ -148,6 +150,16 @@ def test_what_is_up_to_date_is_left_alone(workshop: Workshop, make: Make) -> Non
     assert [make("wheelhouse"), make("envoy")] == ["up to date", "up to date"]
     assert workshop.doings == doings == ["build", "pip", "pip"]
     assert workshop.contents() == before
+
+
+def test_both_are_made_in_one_go(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", workshop.arguments("wheelhouse") + workshop.arguments("envoy")[5:])
+    artifacts.main()
+    assert capsys.readouterr().out == "wheelhouse built\nenvoy built\n"
+    artifacts.main()
+    assert capsys.readouterr().out == "wheelhouse up to date\nenvoy up to date\n"
 
 
 @pytest.mark.parametrize(
@@ -466,7 +478,7 @@ def test_two_runs_wait_for_each_other(
     for thread in (first, second):
         thread.join(DEADLINE)
         assert not thread.is_alive()
-    assert capsys.readouterr().out.split("\n") == ["built", "up to date", ""]
+    assert capsys.readouterr().out.split("\n") == ["wheelhouse built", "wheelhouse up to date", ""]
     assert workshop.doings.count("build") == 1
 
 
