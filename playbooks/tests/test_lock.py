@@ -19,10 +19,16 @@ def lock(tmp_path: Path) -> Path:
 
 def take(lock: Path, machine: str = "here", process: int = 100) -> str:
     """What a run is told that finds processes 100 and 200 on its machine; nothing if it has the lock."""
-    script = TAKE["ansible.builtin.shell"]["cmd"].replace("/run/stickyring.lock", str(lock))
-    variables = {"MACHINE": machine, "PROCESS": str(process), "PROCESSES": "1 100 200", "ABOUT": "of me"}
-    assert variables.keys() == TAKE["environment"].keys()
-    done = subprocess.run(["sh", "-c", script], env=os.environ | variables, capture_output=True, text=True, check=True)
+    script = TAKE["ansible.builtin.raw"].replace("/run/stickyring.lock", str(lock))
+    for template, value in {
+        "{{ __machine | quote }}": machine,
+        "{{ __process }}": str(process),
+        "{{ __processes | quote }}": "'1 100 200'",
+        "{{ __user | quote }}": "me",
+    }.items():
+        assert template in script
+        script = script.replace(template, value)
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
     return done.stdout
 
 

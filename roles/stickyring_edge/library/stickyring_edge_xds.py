@@ -43,8 +43,9 @@ options:
       - V(present) writes the files.
       - V(proven) changes nothing. It fails when the files differ from what is wanted, naming them and showing the
         difference in diff mode, and when the admin interface does not answer within O(timeout) or Envoy is not at them.
+      - V(compared) changes nothing, waits for nothing, and tells with RV(in_order) whether there is anything to do.
     type: str
-    choices: [present, proven]
+    choices: [present, proven, compared]
     default: present
   directory:
     description: Directory of the files; made when missing, with one level of sub-directories.
@@ -88,6 +89,7 @@ options:
   healthy_timeout:
     description:
       - With V(proven), seconds to wait until Envoy finds every endpoint healthy; 0 asks nothing.
+      - With V(compared), 0 asks nothing, too.
       - With V(present), seconds until those that Envoy does not have yet must answer this host with 200, or nothing is
         written; 0 asks nothing. Its users would otherwise be moved to the others first.
     type: int
@@ -129,6 +131,11 @@ options:
     description: What tells O(start_files) from others.
     type: str
     default: ""
+  needed:
+    description: Further files that have to be there to be RV(in_order).
+    type: list
+    elements: path
+    default: []
   may_end_websockets:
     description:
       - Whether to go on where websockets are open that end with it, because a listener that they came through changes
@@ -201,6 +208,16 @@ differing:
   description: Names of those of O(start_files) that are not as they are going to be.
   returned: success
   type: list
+in_order:
+  description:
+    - Whether files, folders, owners and modes are as wanted, O(needed) is there, and Envoy starts at boot, was started
+      from O(start_files), and runs on the files, with open ports and, where that is asked for, healthy endpoints.
+  returned: success with V(compared)
+  type: bool
+served:
+  description: Clusters and endpoints of the running Envoy, as its admin interface's config_dump tells them.
+  returned: success with V(proven), and with V(compared) where all is in order
+  type: dict
 ends:
   description: What ends how many open websockets, as C(the binary changes: 214 open websockets end); empty when none.
   returned: success with V(present)
@@ -765,9 +782,13 @@ class Edge:
         finally:
             self.module.check_mode = checking
 
+    def directories(self) -> list[Path]:
+        """The directory and those of the files below it."""
+        return sorted({self.directory, *((self.directory / file.path).parent for file in self.files)})
+
     def make_directories(self) -> None:
-        """Makes the directory and those of the files below it."""
-        for directory in sorted({self.directory, *((self.directory / file.path).parent for file in self.files)}):
+        """Makes them."""
+        for directory in self.directories():
             directory.mkdir(parents=True, exist_ok=True)
             self.own(directory, "0755")
 
@@ -900,6 +921,39 @@ class Edge:
             self.timeout = self.module.params["healthy_timeout"]
             self.wait("Waiting until Envoy finds every endpoint healthy", self.health_problems)
 
+    def in_order(self) -> bool:
+        """Whether there is nothing to do and nothing to wait for."""
+        unit = self.unit
+        if not (self.running and unit.enabled() and unit.up_to_date() and unit.recorded() and not self.differing):
+            return False
+        try:
+            return self.as_wanted() and not self.problems_at_once()
+        except (NotApplied, OSError):
+            return False
+
+    def as_wanted(self) -> bool:
+        """Whether every file and folder is there as it is going to be, and no other."""
+        if not all(Path(path).is_file() for path in self.module.params["needed"]):
+            return False
+        if self.changed_files() or self.strangers():
+            return False
+        self.module.check_mode = True
+        folders = [Path(self.module.params["start_record"]).parent, *self.directories()]
+        return not any(
+            [self.own(folder, "0755") for folder in folders]
+            + [self.own_file(self.directory / file.path, file.text(self.header)) for file in self.files]
+        )
+
+    def problems_at_once(self) -> list[str]:
+        """What would be waited for: the files loaded, ports open and, where that is asked for, endpoints healthy."""
+        problems = self.problems(self.files) + [line for file in self.files for line in file.port_problems()]
+        return problems + (self.health_problems() if self.module.params["healthy_timeout"] else [])
+
+    def served(self) -> dict[str, list[Resource]]:
+        """The clusters and endpoints that Envoy has, in the form of its config_dump."""
+        dump = self.admin.dump()
+        return {"configs": [dump[part] for part in ("ClustersConfigDump", "EndpointsConfigDump") if part in dump]}
+
     def difference(self, texts: dict[str, str]) -> list[dict[str, str]]:
         """Files and their texts as Ansible shows them under --diff, of those with private keys only the version."""
 
@@ -1009,13 +1063,16 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         "recorded": edge.unit.recorded(),
         "differing": edge.differing,
     }
+    if module.params["state"] == "compared":
+        in_order = edge.in_order()
+        return result | {"in_order": in_order, "proven": in_order} | ({"served": edge.served()} if in_order else {})
     if module.params["state"] == "proven":
         edge.prove_files()
         if not edge.running:
             edge.expect_an_answer()
         edge.prove()
         edge.prove_healthy()
-        return result | {"proven": True}
+        return result | {"proven": True, "served": edge.served()}
 
     changed = edge.changed_files()
     strangers = edge.strangers()
@@ -1048,7 +1105,7 @@ def main() -> None:
     """Runs as an Ansible module."""
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["present", "proven"], "default": "present"},
+            "state": {"type": "str", "choices": ["present", "proven", "compared"], "default": "present"},
             "directory": {"type": "path", "required": True},
             "files": {"type": "dict", "required": True},
             "private_keys": {"type": "dict", "default": {}, "no_log": True},
@@ -1075,6 +1132,7 @@ def main() -> None:
             },
             "start_record": {"type": "path"},
             "start_digest": {"type": "str", "default": ""},
+            "needed": {"type": "list", "elements": "path", "default": []},
             "may_end_websockets": {"type": "bool", "default": False},
         },
         supports_check_mode=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -522,6 +523,103 @@ def test_whether_it_starts_at_boot(
 ) -> None:
     systemd.start(UnitFileState=state)
     assert run(directory, files, envoy.port, unit="edge.service")["enabled"] is enabled
+
+
+@pytest.fixture
+def compare(
+    directory: Path, files: Files, envoy: FakeEnvoy, record: Path, systemd: Systemd, tmp_path: Path
+) -> Callable[[], dict[str, Any]]:
+    """Asks whether all is in order, which it is at first."""
+    tmp_path.chmod(0o755)
+    (tmp_path / "envoy").touch()
+    (tmp_path / "current").symlink_to("releases/1")
+    record.write_text("d1")
+    systemd.start(UnitFileState="enabled")
+    run(directory, files, envoy.port)
+
+    def compared() -> dict[str, Any]:
+        before, began = contents(directory), time.monotonic()
+        result = run(
+            directory,
+            files,
+            envoy.port,
+            state="compared",
+            timeout=60,
+            healthy_timeout=60,
+            unit="edge.service",
+            start_files=[{"name": "binary", "path": str(tmp_path / "current"), "link": "releases/1"}],
+            start_record=str(record),
+            start_digest="d1",
+            needed=[str(tmp_path / "envoy")],
+        )
+        assert time.monotonic() - began < 10, "it waits"
+        assert not result["changed"]
+        assert contents(directory) == before
+        return result
+
+    return compared
+
+
+def test_what_is_in_order_is_said_to_be_with_what_it_serves(compare: Callable[[], dict[str, Any]]) -> None:
+    result = compare()
+    assert (result["in_order"], result["proven"]) == (True, True)
+    sections = [section["@type"] for section in result["served"]["configs"]]
+    assert sections == ["a.ClustersConfigDump", "a.EndpointsConfigDump"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda tmp_path: (tmp_path / "etc/xds/routes/sticky.yaml").unlink(),
+        lambda tmp_path: (tmp_path / "etc/xds/clusters.yaml").write_text("else"),
+        lambda tmp_path: (tmp_path / "etc/xds/clusters.yaml").chmod(0o600),
+        lambda tmp_path: (tmp_path / "etc/xds/routes").chmod(0o700),
+        lambda tmp_path: tmp_path.chmod(0o700),
+        lambda tmp_path: (tmp_path / "etc/xds/stranger.yaml").touch(),
+        lambda tmp_path: (tmp_path / "envoy").unlink(),
+        lambda tmp_path: (tmp_path / "current").unlink(),
+        lambda tmp_path: (tmp_path / "started-from").write_text("pending"),
+        lambda tmp_path: (tmp_path / "started-from").unlink(),
+    ],
+)
+def test_what_is_not_in_order_on_disk(
+    compare: Callable[[], dict[str, Any]], tmp_path: Path, envoy: FakeEnvoy, fault: Callable[[Path], None]
+) -> None:
+    envoy.ignores_changes = True
+    assert compare()["in_order"]
+    fault(tmp_path)
+    result = compare()
+    assert (result["in_order"], result["proven"]) == (False, False)
+    assert "served" not in result
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda envoy, _: envoy.stats.update({"cluster_manager.cds.version_text": "older"}),
+        lambda envoy, _: envoy.unhealthy.add(8001),
+        lambda envoy, _: envoy.stop(),
+        lambda _, systemd: systemd.start(UnitFileState="disabled"),
+        lambda _, systemd: systemd.start(UnitFileState="enabled", NeedDaemonReload="yes"),
+        lambda _, systemd: systemd.show(UnitFileState="enabled"),
+    ],
+)
+def test_what_is_not_in_order_of_the_process(
+    compare: Callable[[], dict[str, Any]],
+    envoy: FakeEnvoy,
+    systemd: Systemd,
+    fault: Callable[[FakeEnvoy, Systemd], None],
+) -> None:
+    fault(envoy, systemd)
+    assert not compare()["in_order"]
+
+
+def test_a_port_that_is_closed_is_not_in_order(
+    compare: Callable[[], dict[str, Any]], directory: Path, files: Files, envoy: FakeEnvoy, closed_port: int
+) -> None:
+    files["listeners.yaml"][0]["address"]["socket_address"]["port_value"] = closed_port
+    run(directory, files, envoy.port)
+    assert not compare()["in_order"]
 
 
 def test_a_restart_that_an_earlier_run_left_undone_ends_websockets_too(
