@@ -1,4 +1,4 @@
-# Everything is made from a clean clone on Debian 12, as root: the lab needs it, and packages are installed.
+# Everything is made from a clean clone on Debian 12. The lab needs root; lint and unit do not, where their packages are there.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -7,12 +7,12 @@ MAKEFLAGS += --no-print-directory
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON_OUTSIDE_APP := playbooks roles molecule docs bench
 
-.PHONY: help demo proof down test lint unit molecule chaos bench lock screenshot
+.PHONY: help root demo proof down test lint unit molecule chaos bench lock screenshot
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: .venv/.installed ## Make the lab, deploy to it, prove that it is sticky (first time 3 minutes, then 1)
+demo: root .venv/.installed ## Make the lab, deploy to it, prove that it is sticky (first time 3 minutes, then 1)
 	@$(call say,Making the hosts of inventory/lab)
 	ansible-playbook molecule/shared/create.yml
 	@$(call say,Deploying to them)
@@ -32,10 +32,10 @@ proof:
 	  '  $(EDGE):9003/             all nodes, nothing to hash: it fails, as it must' \
 	  '`make down` removes it.'
 
-down: .venv/.installed ## Remove the lab: hosts, network, keys and images
+down: root .venv/.installed ## Remove the lab: hosts, network, keys and images
 	ansible-playbook molecule/shared/destroy.yml -e stickyring_lab_purge=true
 
-test: lint unit molecule ## Lint, unit tests, and all scenarios with a browser (about an hour; takes a running demo down)
+test: root lint unit molecule ## Lint, unit tests, and all scenarios with a browser (about an hour; takes a running demo down)
 
 lint: .venv/.installed ## Judge style, types, playbooks and roles without running them
 	cd app && ruff check && ruff format --check && mypy
@@ -51,16 +51,16 @@ unit: .venv/.installed ## Unit tests, without root and without the lab
 	pytest $(SIDE_BY_SIDE) playbooks
 	pytest $(SIDE_BY_SIDE) roles molecule/tests bench
 
-molecule: .venv/.installed ## All scenarios on real hosts, with a browser
+molecule: root .venv/.installed ## All scenarios on real hosts, with a browser
 	@$(call need,chromium:chromium)
 	molecule/proof.py
 
-chaos: .venv/.installed ## Play operations and faults on the lab in random order, under traffic (SEED=1 OPERATIONS=60)
+chaos: root .venv/.installed ## Play operations and faults on the lab in random order, under traffic (SEED=1 OPERATIONS=60)
 	ansible-playbook molecule/shared/create.yml
 	ansible-playbook site.yml
 	molecule/chaos.py --seed $(SEED) --operations $(OPERATIONS)
 
-bench: .venv/.installed ## Measure this stack (PARTS='nodes edges' or one of operations, faults; PROFILE=quick: 5 minutes; full: 40)
+bench: root .venv/.installed ## Measure this stack (PARTS='nodes edges' or one of operations, faults; PROFILE=quick: 5 minutes; full: 40)
 	@$(call need,node:nodejs npm:npm mmdebstrap:mmdebstrap)
 	python -m bench $(PARTS) --profile $(PROFILE)
 
@@ -81,19 +81,22 @@ PROFILE = quick
 COMPILE := --project app --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
 
 .venv/.installed: requirements.lock app/pyproject.toml app/hatch_build.py app/package-lock.json
-	@[ "$$(id -u)" = 0 ] || { echo "Run make as root: it installs packages and makes hosts." >&2; exit 1; }
 	@$(call need,python3:python3 npm:npm ssh:openssh-client jq:jq ip:iproute2)
-	@python3 -c 'import ensurepip' 2>/dev/null || $(call install,python3-venv)
+	@python3 -c 'import ensurepip' 2>/dev/null || $(call install, python3-venv)
 	@$(call say,Installing the controller into .venv (half a minute))
 	@python3 -m venv .venv
 	@pip install --quiet --require-hashes --requirement requirements.lock
 	@pip install --quiet --no-deps --no-build-isolation --editable app
 	@touch $@
 
+root:
+	@[ "$$(id -u)" = 0 ] || { echo "Run this as root: it makes hosts, and installs what they need." >&2; exit 1; }
+
 # need,COMMAND:PACKAGE ...: install the packages whose command is missing
 need = missing=; for pair in $(1); do command -v "$${pair%%:*}" >/dev/null || missing+=" $${pair\#\#*:}"; done; \
 	[ -z "$$missing" ] || $(call install,$$missing)
-install = { echo "Installing$(1)"; apt-get update -qq && apt-get install -qq --no-install-recommends $(1) >/dev/null; }
+install = { [ "$$(id -u)" = 0 ] || { echo "Missing here; as root: apt-get install$(1)" >&2; exit 1; }; \
+	echo "Installing$(1)"; apt-get update -qq && apt-get install -qq --no-install-recommends $(1) >/dev/null; }
 say = echo; echo "==> $(1)"
 comma := ,
 EDGE = http://$(shell .venv/bin/ansible-inventory --list | jq --raw-output "._meta.hostvars[.edge.hosts[0]].ansible_host")

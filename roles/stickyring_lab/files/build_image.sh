@@ -1,10 +1,11 @@
 #!/bin/sh
 # Builds the image of a lab host: a bare Debian that boots systemd and is reached over SSH, as a fresh VM is.
-# usage: build_image.sh SUITE TARBALL
+# usage: build_image.sh SUITE TARBALL [PACKAGE ...]
 # The mirror and the certificates are those of this machine.
 set -eu
 suite=$1
 tarball=$2
+shift 2
 
 mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' | head -n 1)
 [ -n "$mirror" ] || { echo "apt knows no Debian mirror: run apt-get update" >&2; exit 1; }
@@ -32,6 +33,7 @@ chmod +x "$hook"
 
 mmdebstrap --quiet --format=tar --variant=minbase \
     --include=systemd,systemd-sysv,dbus,openssh-server,python3,sudo,iproute2,ca-certificates,procps \
+    ${1:+--include="$*"} \
     --customize-hook="$hook \"\$1\"" \
     "$suite" "$tarball.partial" "$source"
 mv "$tarball.partial" "$tarball"
