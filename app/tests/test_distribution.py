@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -93,8 +92,7 @@ def test_wheel_is_reproducible(tree: Path) -> None:
 def test_sdist_carries_all_that_a_wheel_needs(tree: Path, tmp_path: Path) -> None:
     done = build(tree, "sdist")
     assert done.returncode == 0, done.stderr
-    with tarfile.open(built(tree, "*.tar.gz")) as sdist:
-        sdist.extractall(tmp_path / "unpacked", filter="data")
+    shutil.unpack_archive(built(tree, "*.tar.gz"), tmp_path / "unpacked")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     assert build(unpacked, PATH="/nonexistent").returncode == 0, "the script came along, so npm is not needed"
 

@@ -213,7 +213,7 @@ def envoy_binary() -> Path:
     made = subprocess.run(
         [
             *(sys.executable, ARTIFACTS / "artifacts.py", "--directory", directory),
-            *("--architecture", platform.machine(), "envoy", "--lock", lock),
+            *("--architecture", platform.machine(), "--envoy", lock),
         ],
         capture_output=True,
         text=True,

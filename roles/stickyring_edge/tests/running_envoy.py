@@ -126,7 +126,7 @@ def running(folder: Path, composed: dict[str, Any], *options: str) -> Iterator[E
     made = subprocess.run(
         [
             *(sys.executable, ARTIFACTS / "artifacts.py", "--directory", PROJECT / ".artifacts"),
-            *("--architecture", platform.machine(), "envoy", "--lock", lock),
+            *("--architecture", platform.machine(), "--envoy", lock),
         ],
         capture_output=True,
         text=True,

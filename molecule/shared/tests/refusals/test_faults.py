@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import tarfile
 import zipfile
@@ -58,8 +59,7 @@ def refusal(inventory: Path, ansible: Any) -> Any:
 def broken_wheelhouse(tmp_path: Path) -> dict[str, str]:
     """The wheelhouse with a stickyring wheel that is none any more, and requirements that ask for that very file."""
     unpacked = tmp_path / "wheelhouse"
-    with tarfile.open(ARTIFACTS / "wheelhouse.tar") as archive:
-        archive.extractall(unpacked, filter="data")
+    shutil.unpack_archive(ARTIFACTS / "wheelhouse.tar", unpacked)
     (wheel,) = (unpacked / "stickyring").glob("*.whl")
     good = hashlib.sha256(wheel.read_bytes()).hexdigest()
     with zipfile.ZipFile(wheel, "w") as archive:
