@@ -6,6 +6,7 @@ MAKEFLAGS += --no-print-directory
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON_OUTSIDE_APP := playbooks roles molecule docs bench
+PLUGINS := $(wildcard roles/*/library/*.py roles/*/filter_plugins/*.py roles/*/files/*.py playbooks/*_plugins/*.py molecule/*.py docs/*.py)
 
 .PHONY: help root demo proof down test lint unit molecule chaos bench lock screenshot
 
@@ -42,6 +43,10 @@ lint: .venv/.installed ## Judge style, types, playbooks and roles without runnin
 	ruff check --config app/pyproject.toml $(PYTHON_OUTSIDE_APP)
 	ruff format --check --config app/pyproject.toml $(PYTHON_OUTSIDE_APP)
 	mypy --config-file app/pyproject.toml bench
+	MYPYPATH=molecule/shared/tests mypy --config-file app/pyproject.toml $(PLUGINS)
+	# Apart: each folder of tests has modules of the same names.
+	for tests in roles/*/tests playbooks/tests molecule/tests; do \
+	  MYPYPATH=$$tests mypy --config-file app/pyproject.toml $$tests; done
 	yamllint --strict .
 	ansible-lint
 

@@ -24,18 +24,16 @@ def _chat() -> socketio.WSGIApp:
     server = socketio.Server(**OPTIONS)
     for namespace in ("/", "/custom"):
 
-        @server.on("connect", namespace=namespace)
         def greet(sid: str, environ: dict[str, Any], auth: object, namespace: str = namespace) -> None:
             server.emit("auth", auth or {}, to=sid, namespace=namespace)
 
-    @server.on("message")
+        server.on("connect", greet, namespace)
+
     def answer(sid: str, *arguments: object) -> None:
         server.emit("message-back", arguments, to=sid)
 
-    @server.on("message-with-ack")
-    def acknowledge(sid: str, *arguments: object) -> tuple[object, ...]:
-        return arguments
-
+    server.on("message", answer)
+    server.on("message-with-ack", lambda sid, *arguments: arguments)
     return socketio.WSGIApp(server)
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 MOLECULE = Path(__file__).parent
 README = MOLECULE / "README.md"
@@ -76,7 +76,7 @@ def named(scenarios: Iterable[str]) -> list[str]:
     return [word for scenario in scenarios for word in ("--scenario-name", scenario)]
 
 
-def play(command: list[str], log: object) -> tuple[int, list[Row]]:
+def play(command: list[str], log: TextIO) -> tuple[int, list[Row]]:
     """Run a command, and show and keep its output; return its status, and a row for each action but the suites."""
     rows: list[Row] = []
     began = time.monotonic()
@@ -96,11 +96,11 @@ def play(command: list[str], log: object) -> tuple[int, list[Row]]:
     return process.returncode, rows
 
 
-def suite_row(suite: dict[str, object]) -> Row:
+def suite_row(suite: dict[str, Any]) -> Row:
     """Return the row of what the suites' conftest.py has kept of one."""
     folder = MOLECULE / "shared" / "tests" / str(suite["suite"])
     proves = " ".join(first_sentence(module) for module in sorted(folder.glob("test_*.py")))
-    return Row(str(suite["scenario"]), str(suite["suite"]), proves, len(suite["steps"]), float(suite["seconds"]))
+    return Row(str(suite["scenario"]), str(suite["suite"]), proves, len(suite["steps"]), suite["seconds"])
 
 
 def first_sentence(module: Path) -> str:

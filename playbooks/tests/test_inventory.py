@@ -36,7 +36,8 @@ def judge(groups: dict[str, list[str]] | None = None, **changes: dict[str, Any])
     hostvars = deepcopy(HOSTVARS)
     for host, variables in changes.items():
         hostvars.setdefault(host, {}).update(variables)
-    return inventory.problems(GROUPS if groups is None else groups, hostvars, DEFAULTS, KNOWN)
+    found: list[str] = inventory.problems(GROUPS if groups is None else groups, hostvars, DEFAULTS, KNOWN)
+    return found
 
 
 def test_a_good_inventory_has_no_problem() -> None:

@@ -26,11 +26,13 @@ EXAMPLES = {"stickyring_node_environment", "stickyring_node_wheelhouse"}
 
 def options(role: Path) -> dict[str, Any]:
     specs = yaml.safe_load((role / "meta" / "argument_specs.yml").read_text())["argument_specs"]
-    return specs["main"]["options"]
+    found: dict[str, Any] = specs["main"]["options"]
+    return found
 
 
 def defaults(role: Path) -> dict[str, Any]:
-    return yaml.safe_load((role / "defaults" / "main.yml").read_text())
+    found: dict[str, Any] = yaml.safe_load((role / "defaults" / "main.yml").read_text())
+    return found
 
 
 @pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)

@@ -38,7 +38,7 @@ class Host:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A run with a skip, or in which nothing passed, has not proven what its green would say."""
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
     keep_seconds(reporter)
     skipped, passed = (len(reporter.stats.get(outcome, [])) for outcome in ("skipped", "passed"))
     if session.exitstatus == pytest.ExitCode.OK and (skipped or not passed):

@@ -617,7 +617,7 @@ def stickyring_edge_served_ring(name: str, config_dump: Data) -> Data:
     assignments = [
         item["endpoint_config"] for item in sections.get("EndpointsConfigDump", {}).get("dynamic_endpoint_configs", [])
     ]
-    cluster = next((item for item in clusters if item["name"] == name), {})
+    cluster: Data = next((item for item in clusters if item["name"] == name), {})
     assignment = next((item for item in assignments if item["cluster_name"] == name), None)
     if cluster.get("lb_policy") not in RING_POLICIES or assignment is None:
         return {}

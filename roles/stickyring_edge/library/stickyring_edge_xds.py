@@ -644,7 +644,7 @@ class Edge:
     def leaving(self) -> list[dict[str, str]]:
         """Endpoints that Envoy has and that no file has any more, or has elsewhere: name and address of each."""
         wanted = {place for file in self.files if file.type == ENDPOINTS for place in file.endpoints()}
-        found = {}
+        found: dict[tuple[str, int], str] = {}
         for item in self.admin.dump().get("EndpointsConfigDump", {}).get("dynamic_endpoint_configs", []):
             found |= endpoints_of(item["endpoint_config"])
         return [
@@ -743,7 +743,7 @@ class Edge:
 
     def changing_listeners(self) -> dict[str, str]:
         """Listeners that Envoy may have and that do not stay as they are, and what happens to them."""
-        [file] = [file for file in self.files if file.type == LISTENER] or [None]
+        file = next((file for file in self.files if file.type == LISTENER), None)
         if file is None:
             return {}
         before, after = resource_texts(self.read(file.path) or ""), resource_texts(file.text(self.header))

@@ -137,7 +137,7 @@ def running(folder: Path, composed: dict[str, Any], *options: str) -> Iterator[E
     edge = Edge(folder, composed, composed["ports"])
     # Envoy wants to know by a file's name what is in it.
     bootstrap = (folder / "bootstrap.yaml.j2").rename(folder / "bootstrap.yaml")
-    command = [
+    command: list[str | Path] = [
         *(PROJECT / ".artifacts" / f"envoy-{version}" / "envoy", "--config-path", bootstrap),
         *("--disable-hot-restart", "--reject-unknown-dynamic-fields", "--concurrency", "1", "--log-level", "warn"),
         *options,

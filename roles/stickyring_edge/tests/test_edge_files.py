@@ -40,7 +40,7 @@ COMMON: dict[str, Any] = {
     "health_check": {"http_health_check": {"path": "/healthz"}},
 }
 ENDPOINTS = [{"name": f"node{i}-1", "address": f"192.0.2.{i}", "port": 8001} for i in (1, 2, 3)]
-CLUSTERS = [
+CLUSTERS: list[dict[str, Any]] = [
     {"name": "nodes", "endpoints": ENDPOINTS},
     {"name": "first", "endpoints": ENDPOINTS[:1], "health_path": "/ok"},
 ]
@@ -342,7 +342,11 @@ def test_good_variables_have_no_problem() -> None:
     assert judge(hash_policies=[{"connection_properties": {"source_ip": True}}]) == ""
     assert judge(limit_nofile="20000", max_connections="9000", admin_port="9801", route_timeout="25.5") == ""
     # An address of its own, and both families.
-    places = ({"address": "192.0.2.9", "port": 9901}, {"address": "::", "port": 9002}, {"port": 65535})
+    places: tuple[dict[str, Any], ...] = (
+        {"address": "192.0.2.9", "port": 9901},
+        {"address": "::", "port": 9002},
+        {"port": 65535},
+    )
     others = [{"name": f"more{i}", "cluster": "nodes", **place} for i, place in enumerate(places)]
     assert judge([*LISTENERS, *others]) == ""
 

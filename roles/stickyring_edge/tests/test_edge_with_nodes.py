@@ -80,7 +80,13 @@ class Node:
 def serving(folder: Path, name: str, port: int) -> Iterator[Node]:
     (folder / "echoing.py").write_text(APPLICATION)
     node = Node(name, port, folder / f"{name}.sock")
-    command = [PROGRAMS / "stickyring", "serve", "echoing:application", "--listen", f"127.0.0.1:{port}"]
+    command: list[str | Path] = [
+        PROGRAMS / "stickyring",
+        "serve",
+        "echoing:application",
+        "--listen",
+        f"127.0.0.1:{port}",
+    ]
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--node-name", name, "--control", node.control, "--drain-timeout", "0"],
@@ -564,6 +570,6 @@ def test_no_client_can_have_a_rebalance_ask_it_again_and_again(edge: Edge, nodes
         return [(one["asked"], one["returned"]) for one in done]
 
     assert asyncio.run(asked()) == [(0, 0)] * len(NODES)
-    known = {name: set(node.users()) for name, node in nodes.items()}
+    known: dict[str, set[Any]] = {name: set(node.users()) for name, node in nodes.items()}
     assert first in known[NODES[0]]
     assert not set(others) & set.union(*known.values())

@@ -132,16 +132,17 @@ def stickyring_node_variables(
 
 
 def stickyring_node_environments(
-    instances: list[int], *, header: str, service: str, **common: object
+    instances: list[int], *, header: str, service: str, host: str, port: int, name: str, shared: dict[str, Any]
 ) -> dict[str, str]:
     """Return ``{path: text}`` in the notation of systemd.exec(5), EnvironmentFile, for stickyring_node_variables.
 
     header: a comment that opens each text.
     """
-    return {
-        f"/etc/{service}/{instance}.env": _text(header, stickyring_node_variables(instance, service=service, **common))
-        for instance in instances
-    }
+
+    def variables(instance: int) -> dict[str, str]:
+        return stickyring_node_variables(instance, service=service, host=host, port=port, name=name, shared=shared)
+
+    return {f"/etc/{service}/{instance}.env": _text(header, variables(instance)) for instance in instances}
 
 
 def _text(header: str, variables: dict[str, str]) -> str:

@@ -395,8 +395,8 @@ def main() -> None:
     home, settings = ROOT / "opt" / service, ROOT / "etc" / service
     releases, current = home / "releases", home / "current"
     stamp = releases / wanted["release"] / ".complete"
-    found = (port_problem(wanted["address"], wanted["port"] + i - 1, f"{service}@{i}.service") for i in instances)
-    problems = sorted({problem for problem in found if problem})
+    obstacles = {port_problem(wanted["address"], wanted["port"] + i - 1, f"{service}@{i}.service") for i in instances}
+    problems = sorted(filter(None, obstacles))
     problems += filter(None, [account_problem(service), namespace_problem()])
     lacks_venv = False
     complete = runs(stamp.parent)
