@@ -156,3 +156,40 @@ def test_an_instance_is_watched_without_programs_that_debian_may_lack(
             os.killpg(master.pid, signal.SIGKILL)
     assert (done.returncode == 0) == stays, (done.stdout, done.stderr)
     assert stays or b"It ended" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("said", "times", "asked", "succeeds"),
+    [
+        ("E: Could not get lock /var/lib/dpkg/lock-frontend", 6, 7, True),
+        # apt-get update ends with 0 when a mirror did not answer.
+        ("E: Unable to locate package python3-apt", 2, 3, True),
+        ("No package matching 'pypy3-venv' is available", 2, 3, True),
+        ("E: Unable to locate package python3-apt", 9, 4, False),
+        ("E: You don't have enough free space", 9, 1, False),
+    ],
+)
+def test_apt_is_asked_again_where_that_may_help(
+    tmp_path: Path, said: str, times: int, asked: int, succeeds: bool
+) -> None:
+    """The task with a program in place of the module, which fails so often."""
+    [task] = [
+        one
+        for one in yaml.safe_load((ROLE / "tasks" / "install.yml").read_text())
+        if one["name"].startswith("Install what makes")
+    ]
+    script = f'echo >> asked; [ "$(wc -l < asked)" -gt {times} ] || {{ echo "{said}" >&2; exit 1; }}'
+    del task["ansible.builtin.apt"], task["when"]
+    task |= {"ansible.builtin.shell": {"cmd": script, "chdir": str(tmp_path)}, "delay": 0}
+    (tmp_path / "run.yml").write_text(
+        yaml.safe_dump([{"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": [task]}])
+    )
+    done = subprocess.run(
+        [Path(sys.executable).with_name("ansible-playbook"), "-i", "localhost,", tmp_path / "run.yml"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode == 0) == succeeds, done.stdout
+    assert len((tmp_path / "asked").read_text().splitlines()) == asked
