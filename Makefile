@@ -90,7 +90,8 @@ COMPILE := --project app --quiet --universal --python-version 3.11 --generate-ha
 	@python3 -c 'import ensurepip' 2>/dev/null || $(call install, python3-venv)
 	@$(call say,Installing the controller into .venv (half a minute))
 	@python3 -m venv .venv
-	@pip install --quiet --require-hashes --requirement requirements.lock
+	# Compiled when it is first imported: most of it never is.
+	@pip install --quiet --no-compile --require-hashes --requirement requirements.lock
 	@pip install --quiet --no-deps --no-build-isolation --editable app
 	@touch $@
 
