@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-[TAKE, _] = yaml.safe_load((Path(__file__).parents[1] / "tasks" / "lock.yml").read_text())
-OWN = "here 100 of me"
+PLAYBOOKS = Path(__file__).parents[1]
+[TAKE, _] = yaml.safe_load((PLAYBOOKS / "tasks" / "lock.yml").read_text())
+[[GIVE_BACK]] = [play["tasks"] for play in yaml.safe_load((PLAYBOOKS / "unlock.yml").read_text())]
+OWN = "here 100 laptop of me"
 
 
 @pytest.fixture
@@ -17,19 +19,30 @@ def lock(tmp_path: Path) -> Path:
     return tmp_path / "lock"
 
 
-def take(lock: Path, machine: str = "here", process: int = 100) -> str:
-    """What a run is told that finds processes 100 and 200 on its machine; nothing if it has the lock."""
-    script = TAKE["ansible.builtin.raw"].replace("/run/stickyring.lock", str(lock))
-    for template, value in {
-        "{{ __machine | quote }}": machine,
-        "{{ __process }}": str(process),
-        "{{ __processes | quote }}": "'1 100 200'",
-        "{{ __user | quote }}": "me",
-    }.items():
+def run(script: str, lock: Path, values: dict[str, str]) -> str:
+    """Run the shell lines with these values in place of their templates; return what they say."""
+    script = script.replace("/run/stickyring.lock", str(lock))
+    for template, value in values.items():
         assert template in script
         script = script.replace(template, value)
-    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
-    return done.stdout
+    return subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
+
+
+def take(lock: Path, place: str = "here", process: int = 100) -> str:
+    """What a run is told that finds processes 100 and 200 where it is; nothing if it has the lock."""
+    values = {
+        "{{ __stickyring_run_place }}": place,
+        "{{ __stickyring_run_process }}": str(process),
+        "{{ __processes | quote }}": "'1 100 200'",
+        "{{ __machine | quote }}": "laptop",
+        "{{ __user | quote }}": "me",
+    }
+    return run(TAKE["ansible.builtin.raw"], lock, values)
+
+
+def give_back(lock: Path, place: str = "here", process: int = 100) -> None:
+    own = "{{ (__stickyring_run_place ~ ' ' ~ __stickyring_run_process) | quote }}"
+    assert run(GIVE_BACK["ansible.builtin.raw"], lock, {own: f"'{place} {process}'"}) == ""
 
 
 @pytest.mark.parametrize(
@@ -37,15 +50,15 @@ def take(lock: Path, machine: str = "here", process: int = 100) -> str:
     [
         (None, 0, False),
         (OWN, 0, False),
-        ("here 200 of you", 0, True),
-        ("there 200 of you", 0, True),
+        ("here 200 desk of you", 0, True),
+        ("there 200 desk of you", 0, True),
         # Its process is gone: it was killed, or has failed.
-        ("here 300 of you", 0, False),
+        ("here 300 desk of you", 0, False),
         # Whether that of another machine is gone cannot be known.
-        ("there 300 of you", 14 * 60, True),
-        ("there 300 of you", 16 * 60, False),
+        ("there 300 desk of you", 14 * 60, True),
+        ("there 300 desk of you", 16 * 60, False),
         # A clock that was set back makes it no older.
-        ("there 300 of you", -3600, True),
+        ("there 300 desk of you", -3600, True),
     ],
 )
 def test_who_gets_the_lock(lock: Path, held: str | None, age: float, told: bool) -> None:
@@ -56,12 +69,24 @@ def test_who_gets_the_lock(lock: Path, held: str | None, age: float, told: bool)
     assert bool(said) == told, said
     assert lock.read_text().strip() == (held if told else OWN)
     if told and held is not None:
-        machine, process, *who = held.split()
-        assert said.startswith(f"on {machine}, process {process}, {' '.join(who)}; its last sign was at ")
+        _, process, machine, *who = held.split()
+        assert said.startswith(f"HELD on {machine}, process {process}, {' '.join(who)}; its last sign was at ")
+        assert said.endswith(" HELD\n")
 
 
 def test_a_run_renews_its_lock(lock: Path) -> None:
     assert not take(lock)
     os.utime(lock, (0, 0))
     assert not take(lock)
-    assert take(lock, machine="there")
+    assert take(lock, place="there")
+
+
+def test_nobody_gives_back_the_lock_of_another_run(lock: Path) -> None:
+    take(lock)
+    give_back(lock, process=200)
+    give_back(lock, place="there")
+    assert lock.read_text().strip() == OWN
+    give_back(lock)
+    assert not lock.exists()
+    give_back(lock)
+    assert not take(lock, process=200)

@@ -216,7 +216,6 @@ class SocketIOGate:
         session = self._sessions.get(sid or "")
         if session is not None:
             environ[SESSION_VARIABLE] = session
-            session.note(environ)
         if (refused := self._refusal(environ, query, sid, session)) is not None:
             return _answer(start_response, *refused)
         if _is_a_websocket(environ):

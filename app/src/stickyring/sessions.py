@@ -59,8 +59,8 @@ UPGRADE_SECONDS = 10.0
 class Session:
     """One open session and what is known of it.
 
-    `key` is the user: the first key that a request of this session carried, by which the edge placed it here, None if
-    none did; `cluster` is the edge's cluster of that request. `websocket` is what carries it, once something other than
+    `key` is the user: the key of the handshake, by which the edge placed the session here, None if it had none;
+    `cluster` is the edge's cluster of the handshake. `websocket` is what carries it, once something other than
     polls does. `unanswered` counts the events whose acknowledgement the application still owes; while `taking` is
     false, it gets no more that want one. `moved` says that the node ended the session to have it elsewhere, `failed`
     for which error it ended it, one of `metrics.FAILURES`; `on_failure` is called with that. `polling` is locked while
@@ -108,14 +108,14 @@ class Session:
         )
 
     def note(self, environ: dict[str, object]) -> None:
-        """Note what the edge says with a request of this session.
+        """Note what the edge says with the handshake.
 
-        Later keys do not count. A client that keeps no cookie has another one in each request, and one may claim any:
-        by these, a rebalance would ask them to leave, and they would come back to where they were.
+        Later keys do not count, not even the first one. A client that keeps no cookie has another one in each request,
+        and one may claim any: by these, a rebalance would ask them to leave, and they would come back to where they
+        were.
         """
-        if self.key is None:
-            self.key = key_of(environ)
-            self.cluster = _on_the_wire(environ, CLUSTER_VARIABLE) or self.cluster
+        self.key = key_of(environ)
+        self.cluster = _on_the_wire(environ, CLUSTER_VARIABLE) or None
 
     def stand_in(self) -> None:
         """Receive POSTs and hand out packets in place of the engine, from now on."""

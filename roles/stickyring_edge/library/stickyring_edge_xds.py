@@ -12,6 +12,7 @@ import http.client
 import ipaddress
 import json
 import os
+import pwd
 import re
 import socket
 import tempfile
@@ -136,6 +137,9 @@ options:
     type: list
     elements: path
     default: []
+  account:
+    description: The account that has to be there to be RV(in_order).
+    type: str
   may_end_websockets:
     description:
       - Whether to go on where websockets are open that end with it, because a listener that they came through changes
@@ -214,10 +218,6 @@ in_order:
       from O(start_files), and runs on the files, with open ports and, where that is asked for, healthy endpoints.
   returned: success with V(compared)
   type: bool
-served:
-  description: Clusters and endpoints of the running Envoy, as its admin interface's config_dump tells them.
-  returned: success with V(proven), and with V(compared) where all is in order
-  type: dict
 ends:
   description: What ends how many open websockets, as C(the binary changes: 214 open websockets end); empty when none.
   returned: success with V(present)
@@ -933,6 +933,9 @@ class Edge:
 
     def as_wanted(self) -> bool:
         """Whether every file and folder is there as it is going to be, and no other."""
+        account = self.module.params["account"]
+        if account and account not in {known.pw_name for known in pwd.getpwall()}:
+            return False
         if not all(Path(path).is_file() for path in self.module.params["needed"]):
             return False
         if self.changed_files() or self.strangers():
@@ -948,11 +951,6 @@ class Edge:
         """What would be waited for: the files loaded, ports open and, where that is asked for, endpoints healthy."""
         problems = self.problems(self.files) + [line for file in self.files for line in file.port_problems()]
         return problems + (self.health_problems() if self.module.params["healthy_timeout"] else [])
-
-    def served(self) -> dict[str, list[Resource]]:
-        """The clusters and endpoints that Envoy has, in the form of its config_dump."""
-        dump = self.admin.dump()
-        return {"configs": [dump[part] for part in ("ClustersConfigDump", "EndpointsConfigDump") if part in dump]}
 
     def difference(self, texts: dict[str, str]) -> list[dict[str, str]]:
         """Files and their texts as Ansible shows them under --diff, of those with private keys only the version."""
@@ -1065,14 +1063,14 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     }
     if module.params["state"] == "compared":
         in_order = edge.in_order()
-        return result | {"in_order": in_order, "proven": in_order} | ({"served": edge.served()} if in_order else {})
+        return result | {"in_order": in_order, "proven": in_order}
     if module.params["state"] == "proven":
         edge.prove_files()
         if not edge.running:
             edge.expect_an_answer()
         edge.prove()
         edge.prove_healthy()
-        return result | {"proven": True, "served": edge.served()}
+        return result | {"proven": True}
 
     changed = edge.changed_files()
     strangers = edge.strangers()
@@ -1133,6 +1131,7 @@ def main() -> None:
             "start_record": {"type": "path"},
             "start_digest": {"type": "str", "default": ""},
             "needed": {"type": "list", "elements": "path", "default": []},
+            "account": {"type": "str"},
             "may_end_websockets": {"type": "bool", "default": False},
         },
         supports_check_mode=True,

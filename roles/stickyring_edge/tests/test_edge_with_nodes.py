@@ -543,6 +543,42 @@ def test_a_silent_websocket_outlives_every_timeout_of_the_edge(edge: Edge, liste
         assert "failed" not in edge.give(edge.files)
 
 
+@pytest.mark.parametrize("listener", ["sticky", "safe"])
+def test_no_timeout_of_a_stream_is_left_to_envoy(edge: Edge, listener: str) -> None:
+    """Envoy's own end a websocket that is silent for five minutes, which no test waits for."""
+    (resource,) = [one for one in edge.files["listeners.yaml"] if one["name"] == listener]
+    for chain in resource["filter_chains"]:
+        assert chain["filters"][0]["typed_config"]["stream_idle_timeout"] == "0s"
+    routes = edge.files[f"routes/{listener}.yaml"][0]["virtual_hosts"][0]["routes"]
+    idle = [route["route"]["idle_timeout"] for route in routes if "route" in route]
+    assert idle == ["0s"] * len(idle)
+    assert idle
+
+
+def test_a_timeout_of_streams_would_end_a_silent_websocket(edge: Edge) -> None:
+    """The control."""
+    files = deepcopy(edge.files)
+    for route in files["routes/sticky.yaml"][0]["virtual_hosts"][0]["routes"]:
+        if "route" in route:
+            route["route"]["idle_timeout"] = f"{TIMEOUT_SECONDS}s"
+
+    async def live() -> list[str]:
+        drops: list[str] = []
+        client = await connected(edge, "sticky", drops)
+        deadline = time.monotonic() + 10 * TIMEOUT_SECONDS
+        while not drops and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        await client.shutdown()
+        await client.eio.http.close()
+        return drops
+
+    assert edge.give(files)["written"] == ["routes/sticky.yaml"]
+    try:
+        assert asyncio.run(live())
+    finally:
+        assert "failed" not in edge.give(edge.files)
+
+
 async def user_without_cookies(edge: Edge) -> socketio.AsyncClient:
     """Of aiohttp, which keeps no cookie for a host that is an IP address; with polls it could not even connect."""
     client = socketio.AsyncClient(reconnection=False)

@@ -528,7 +528,7 @@ def test_whether_it_starts_at_boot(
 @pytest.fixture
 def compare(
     directory: Path, files: Files, envoy: FakeEnvoy, record: Path, systemd: Systemd, tmp_path: Path
-) -> Callable[[], dict[str, Any]]:
+) -> Callable[..., dict[str, Any]]:
     """Asks whether all is in order, which it is at first."""
     tmp_path.chmod(0o755)
     (tmp_path / "envoy").touch()
@@ -537,7 +537,7 @@ def compare(
     systemd.start(UnitFileState="enabled")
     run(directory, files, envoy.port)
 
-    def compared() -> dict[str, Any]:
+    def compared(**parameters: str) -> dict[str, Any]:
         before, began = contents(directory), time.monotonic()
         result = run(
             directory,
@@ -551,6 +551,7 @@ def compare(
             start_record=str(record),
             start_digest="d1",
             needed=[str(tmp_path / "envoy")],
+            **parameters,
         )
         assert time.monotonic() - began < 10, "it waits"
         assert not result["changed"]
@@ -560,11 +561,9 @@ def compare(
     return compared
 
 
-def test_what_is_in_order_is_said_to_be_with_what_it_serves(compare: Callable[[], dict[str, Any]]) -> None:
-    result = compare()
-    assert (result["in_order"], result["proven"]) == (True, True)
-    sections = [section["@type"] for section in result["served"]["configs"]]
-    assert sections == ["a.ClustersConfigDump", "a.EndpointsConfigDump"]
+def test_an_account_that_is_gone_is_not_in_order(compare: Callable[..., dict[str, Any]]) -> None:
+    assert compare(account="root")["in_order"]
+    assert not compare(account="nobody-has-this-name")["in_order"]
 
 
 @pytest.mark.parametrize(
@@ -590,7 +589,6 @@ def test_what_is_not_in_order_on_disk(
     fault(tmp_path)
     result = compare()
     assert (result["in_order"], result["proven"]) == (False, False)
-    assert "served" not in result
 
 
 @pytest.mark.parametrize(
