@@ -17,9 +17,10 @@ NAMESPACE = Path("/run/stickyring-lab/mount")
 PODMAN = [*(["nsenter", f"--mount={NAMESPACE}"] if NAMESPACE.exists() else []), "podman", "--cgroup-manager=cgroupfs"]
 FAULTS = {
     "freezes": (["pause", "{}"], ["unpause", "{}"]),
+    # Its link stays up: taken down, it would lose its default route for good.
     "vanishes": (
-        ["exec", "{}", "ip", "link", "set", "eth0", "down"],
-        ["exec", "{}", "ip", "link", "set", "eth0", "up"],
+        ["exec", "{}", "ip", "rule", "add", "pref", "1", "blackhole"],
+        ["exec", "{}", "ip", "rule", "del", "pref", "1"],
     ),
 }
 
