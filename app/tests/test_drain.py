@@ -41,6 +41,11 @@ for namespace in ("/", "/room"):
 def failing(sid, content):
     raise ValueError(content)
 
+@server.event
+def mark(sid, number):
+    with open("marks", "a") as marks:
+        print(number, file=marks)
+
 def page(environ, start_response):
     start_response("200 OK", [])
     open("begun", "x").close()
@@ -165,6 +170,28 @@ def test_acknowledgements_arrive_whatever_packets_are_made_of(node: Any, seriali
         assert time.monotonic() - began < 2 * PATIENCE_SECONDS, "and nothing else is waited for"
 
     asyncio.run(play())
+    assert serve.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("acknowledged", [True, False], ids=["who waits for an acknowledgement", "who waits for none"])
+def test_a_post_is_answered_with_ok_only_if_the_application_gets_it(
+    node: Any, tmp_path: Path, acknowledged: bool
+) -> None:
+    """Also while the node waits for what the application owes, and takes in nothing that would be owed as well."""
+    serve = node(20)
+    session = f"{HANDSHAKE}&sid={json.loads(serve.get(HANDSHAKE).read()[1:])['sid']}"
+    assert serve.get(session, None, "POST", '40\x1e421["slow",10]').status == 200
+    serve.get(session).read()
+    serve.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: serve.get("/readyz").status == 503, "it drains")
+    events, answered = f'42{"2" if acknowledged else ""}["mark",{{0}}]\x1e42["mark",{{0}}]', 0
+    while (status := serve.get(session, None, "POST", events.format(answered)).status) == 200:
+        answered += 1
+        time.sleep(0.1)  # a client that writes now and then
+    assert status == 400
+    assert answered > 1, "at first it has taken events"
+    marks = Path(tmp_path, "marks").read_text().split()
+    assert marks == [str(number) for number in range(answered) for _ in range(2)]
     assert serve.process.wait(20) == 0
 
 

@@ -148,7 +148,7 @@ def test_who_arrives_meanwhile_is_asked_and_who_comes_back_is_counted(
 
 def test_a_session_ends_when_its_acknowledgement_is_out(node: Node) -> None:
     session = node.connect("away1")
-    assert session.takes()
+    assert session.takes(owing=True)
     move = node.move()
     thread = in_background(move)
     while not move.asked:
@@ -166,16 +166,16 @@ def test_an_acknowledgement_that_never_comes_does_not_hold_up_the_end(
 ) -> None:
     monkeypatch.setattr(mover, "PATIENCE_SECONDS", 0.2)
     session = node.connect("away1")
-    assert session.takes()
+    assert session.takes(owing=True)
     move = node.move()
     thread = in_background(move)
     while session.taking:
         time.sleep(0.01)
-    assert not session.takes(), "meanwhile nothing is taken in that would be owed an answer"
+    assert not session.takes(owing=True), "meanwhile nothing is taken in that would be owed an answer"
     assert not session.ended
     thread.join()
     assert session.ended
-    assert not session.takes()
+    assert not session.takes(owing=True)
 
 
 @pytest.mark.parametrize("unfinished", ["packet for the next poll", "upgrade", "connecting"])

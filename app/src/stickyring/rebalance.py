@@ -8,6 +8,7 @@ It begins when every edge has the new ring: users go where the edge sends them. 
 - The acknowledgement of every event that reached the application is written before the end, if it is given within four
   seconds, and so is everything else that waits for a WebSocket. An event that wanted an acknowledgement and got none
   did not reach the application, unless the handler takes longer than that: who sends it again has it handled once.
+  Nor did anything that was sent after it. Over polling, the request that brought it is answered with an error.
 - The same over polling: a request that reaches the new node before is sent on to the old one, the next on the ring.
   Only a node that is on no ring any more is out of reach for those who poll: they connect again because of that.
 

@@ -385,18 +385,19 @@ class SocketIOGate:
     def _watch_acknowledgements(self) -> None:
         """Count what the application owes, where events are decoded: any serializer may have made them.
 
+        An event for a namespace that the client is not in ends the session, as with Node.js: python-socketio logs it.
+
         The two names are not public, and python-socketio's version is pinned.
         """
         server, manager, sessions = self._server, self._server.manager, self._sessions
         handle, handle_and_answer = server._handle_event, server._handle_event_internal
 
         def count_and_handle(eio_sid: str, namespace: str | None, id: int | None, data: object) -> None:
-            if id is not None and (session := sessions.get(eio_sid)) is not None:
-                inside = namespace or "/"
-                # Outside the namespace, nobody handles it.
-                if not manager.is_connected(manager.sid_from_eio_sid(eio_sid, inside), inside) or not session.takes():
-                    return
-            handle(eio_sid, namespace, id, data)
+            inside = namespace or "/"
+            if not manager.is_connected(manager.sid_from_eio_sid(eio_sid, inside), inside):
+                raise ValueError("an event for a namespace that the client is not in")
+            if (session := sessions.get(eio_sid)) is None or session.takes(owing=id is not None):
+                handle(eio_sid, namespace, id, data)
 
         def handle_and_count(*event: object) -> None:
             try:

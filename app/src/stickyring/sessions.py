@@ -35,6 +35,7 @@ CLUSTER_VARIABLE = "HTTP_X_STICKYRING_CLUSTER"
 """`x-stickyring-cluster`: the edge's cluster by which the request came; each has a ring of its own."""
 SESSION_VARIABLE = "stickyring.session"
 """The open session that a request is of, in the WSGI environ."""
+NO_OPERATION = str(NOOP)
 SETTLING_SECONDS = 1.0
 """A client that has just connected still joins namespaces; cut off in that, python-socketio's gives up for good."""
 TICK_SECONDS = 0.05
@@ -62,9 +63,10 @@ class Session:
     `key` is the user: the key of the handshake, by which the edge placed the session here, None if it had none;
     `cluster` is the edge's cluster of the handshake. `websocket` is what carries it, once something other than
     polls does. `unanswered` counts the events whose acknowledgement the application still owes; while `taking` is
-    false, it gets no more that want one. `moved` says that the node ended the session to have it elsewhere, `failed`
-    for which error it ended it, one of `metrics.FAILURES`; `on_failure` is called with that. `polling` is locked while
-    a poll is answered; a session that began as a WebSocket has none.
+    false, it gets no more that want one, and once one was `refused`, nothing that was sent after it. `moved` says
+    that the node ended the session to have it elsewhere, `failed` for which error it ended it, one of
+    `metrics.FAILURES`; `on_failure` is called with that. `polling` is locked while a poll is answered; a session that
+    began as a WebSocket has none.
     """
 
     engine: Engine
@@ -75,6 +77,7 @@ class Session:
     began: float = field(default_factory=time.monotonic)
     unanswered: int = 0
     taking: bool = True
+    refused: bool = False
     moved: bool = False
     failed: str = ""
     on_failure: Callable[[str], None] = lambda reason: None
@@ -149,11 +152,12 @@ class Session:
             return False
         return not self.socket.check_ping_timeout() or self.websocket.send_at_once(packet.encode())
 
-    def takes(self) -> bool:
-        """Note an event from the client that wants an acknowledgement; return whether the application gets it."""
-        if self.ended or not self.taking:
+    def takes(self, *, owing: bool) -> bool:
+        """Note an event, `owing` if its client waits for an acknowledgement; return whether the application gets it."""
+        self.refused |= owing and not self.taking
+        if self.ended or self.refused:
             return False
-        self.unanswered += 1
+        self.unanswered += owing
         return True
 
     def handled(self) -> None:
@@ -177,17 +181,20 @@ class Session:
             raise EngineIOError from error
         try:
             for number, packet in enumerate(packets_of(body), start=1):
-                if self.ended:
+                if self.ended or self.refused:
                     break
                 self.socket.receive(packet)
                 if number % TURN_PACKETS == 0:
                     self.engine.sleep(0)
             else:
-                if not self.failed:
+                if not (self.failed or self.refused):
                     return
         except Exception as error:
             self.fail("packet", error)
             raise EngineIOError from error
+        # Who sends it away waits for what the application still owes. An answer before would have the client leave.
+        while self.refused and not self.ended:
+            self.engine.sleep(TICK_SECONDS)
         # Not left to the engine, which would wait for the client to read what is in the queue.
         self.fail(self.failed)
         raise EngineIOError("the session has ended, maybe before the last packet")
@@ -309,6 +316,11 @@ class SessionWebSocket(WebSocket):
             self.fail(PROTOCOL_ERROR)
             return None
         return packet
+
+    def send(self, message: str | bytes) -> None:
+        """Send a packet, but not the NOOP that the engine has put into the queue to end a poll."""
+        if message != NO_OPERATION:
+            super().send(message)
 
     def fail(self, status: int) -> None:
         """Close it and end the session for a client that breaks the protocol."""
