@@ -45,6 +45,20 @@ def endpoints(
     return found
 
 
+def longest_restart(
+    nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> int:
+    """Minutes that the slowest of the nodes may take, by its settings, until all of its instances are started anew."""
+
+    def seconds(node: str) -> int:
+        settings = ("instances", "drain_timeout", "start_timeout", "proving_time")
+        names = [f"stickyring_node_{setting}" for setting in settings]
+        instances, *waits = (int(hostvars[node].get(name, defaults[name])) for name in names)
+        return instances * sum(waits)
+
+    return -(-max(map(seconds, nodes), default=0) // 60)
+
+
 def problems(
     groups: Mapping[str, Sequence[str]],
     hostvars: Mapping[str, Mapping[str, Any]],
@@ -196,4 +210,8 @@ class FilterModule:
 
     def filters(self) -> dict[str, Any]:
         """Names to functions, as Ansible asks for them."""
-        return {"stickyring_endpoints": endpoints, "stickyring_inventory_problems": problems}
+        return {
+            "stickyring_endpoints": endpoints,
+            "stickyring_inventory_problems": problems,
+            "stickyring_longest_restart": longest_restart,
+        }

@@ -19,6 +19,9 @@ _spec.loader.exec_module(inventory)
 DEFAULTS = {
     "stickyring_node_port": 8001,
     "stickyring_node_instances": 1,
+    "stickyring_node_drain_timeout": 30,
+    "stickyring_node_start_timeout": 60,
+    "stickyring_node_proving_time": 15,
     "stickyring_edge_admin_port": 9901,
     "stickyring_edge_listeners": [{"name": "sticky", "port": 9002, "cluster": "nodes"}],
 }
@@ -132,3 +135,16 @@ def test_endpoints_are_named_by_host_and_instance() -> None:
         {"name": "node2-1", "address": "198.51.100.12", "port": 7000, "weight": 3},
         {"name": "node2-2", "address": "198.51.100.12", "port": 7001, "weight": 3},
     ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "minutes"),
+    [
+        ({}, 2),
+        ({"stickyring_node_drain_timeout": "86400"}, 1442),
+        ({"stickyring_node_drain_timeout": 3600, "stickyring_node_instances": 4}, 245),
+    ],
+)
+def test_a_restart_takes_as_long_as_the_slowest_node_may(variables: dict[str, Any], minutes: int) -> None:
+    assert inventory.longest_restart(["node1", "node2"], HOSTVARS | {"node2": variables}, DEFAULTS) == minutes
+    assert inventory.longest_restart([], HOSTVARS, DEFAULTS) == 0

@@ -11,7 +11,7 @@ import yaml
 PLAYBOOKS = Path(__file__).parents[1]
 [TAKE, _] = yaml.safe_load((PLAYBOOKS / "tasks" / "lock.yml").read_text())
 [[GIVE_BACK]] = [play["tasks"] for play in yaml.safe_load((PLAYBOOKS / "unlock.yml").read_text())]
-OWN = "here 100 laptop of me"
+OWN = "here 100 17 laptop of me"
 
 
 @pytest.fixture
@@ -33,6 +33,7 @@ def take(lock: Path, place: str = "here", process: int = 100) -> str:
     values = {
         "{{ __stickyring_run_place }}": place,
         "{{ __stickyring_run_process }}": str(process),
+        "{{ __stickyring_run_silence }}": "17",
         "{{ __processes | quote }}": "'1 100 200'",
         "{{ __machine | quote }}": "laptop",
         "{{ __user | quote }}": "me",
@@ -50,15 +51,18 @@ def give_back(lock: Path, place: str = "here", process: int = 100) -> None:
     [
         (None, 0, False),
         (OWN, 0, False),
-        ("here 200 desk of you", 0, True),
-        ("there 200 desk of you", 0, True),
+        ("here 200 15 desk of you", 0, True),
+        ("there 200 15 desk of you", 0, True),
         # Its process is gone: it was killed, or has failed.
-        ("here 300 desk of you", 0, False),
+        ("here 300 15 desk of you", 0, False),
         # Whether that of another machine is gone cannot be known.
-        ("there 300 desk of you", 14 * 60, True),
-        ("there 300 desk of you", 16 * 60, False),
+        ("there 300 15 desk of you", 14 * 60, True),
+        ("there 300 15 desk of you", 16 * 60, False),
+        # It waits for users, for a day if need be.
+        ("there 300 1455 desk of you", 1454 * 60, True),
+        ("there 300 1455 desk of you", 1456 * 60, False),
         # A clock that was set back makes it no older.
-        ("there 300 desk of you", -3600, True),
+        ("there 300 15 desk of you", -3600, True),
     ],
 )
 def test_who_gets_the_lock(lock: Path, held: str | None, age: float, told: bool) -> None:
@@ -69,9 +73,9 @@ def test_who_gets_the_lock(lock: Path, held: str | None, age: float, told: bool)
     assert bool(said) == told, said
     assert lock.read_text().strip() == (held if told else OWN)
     if told and held is not None:
-        _, process, machine, *who = held.split()
+        _, process, minutes, machine, *who = held.split()
         assert said.startswith(f"HELD on {machine}, process {process}, {' '.join(who)}; its last sign was at ")
-        assert said.endswith(" HELD\n")
+        assert said.endswith(f" and counts for {minutes} minutes HELD\n")
 
 
 def test_a_run_renews_its_lock(lock: Path) -> None:

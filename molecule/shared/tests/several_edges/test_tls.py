@@ -107,6 +107,48 @@ def test_a_page_of_the_same_host_is_let_in(edges: Any, transport: str, headers: 
             connection.close()
 
 
+def test_a_body_is_read_whose_length_nothing_tells_but_its_end(edges: Any) -> None:
+    """As HTTP/2 has it."""
+    events = "\x1e".join(f'42{number}["message","{number}"]' for number in range(1, 101))
+    for edge in edges:
+        certificate = listener(edge)["tls"]["certificate"]
+        connection = HTTPSConnection(place(edge), context=ssl.create_default_context(cafile=certificate), timeout=10)
+        path = "/socket.io/?EIO=4&transport=polling&client_id=safe"
+
+        def poll(path: str, connection: HTTPSConnection = connection) -> str:
+            connection.request("GET", path)
+            return connection.getresponse().read().decode()
+
+        def post(path: str, *pieces: str, url: str = edge.url("safe"), certificate: str = certificate) -> str:
+            command = ["node", "--input-type=module", "--eval", POST_WITHOUT_LENGTH, url, certificate, path, *pieces]
+            return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+
+        path += f"&sid={json.loads(poll(path)[1:])['sid']}"
+        assert post(path, "4", "0") == "200"
+        assert post(path, *(events[start : start + 50] for start in range(0, len(events), 50))) == "200"
+        answers: list[str] = []
+        while not any(answer.startswith("43100[") for answer in answers):
+            answers += poll(path).split("\x1e")
+        assert [answer.split("[")[0] for answer in answers if answer.startswith("43")] == [
+            f"43{n}" for n in range(1, 101)
+        ]
+        assert post(path, events, "\x1eno packet") == "400"
+        connection.close()
+
+
+POST_WITHOUT_LENGTH = """
+import { readFileSync } from "node:fs";
+import { connect } from "node:http2";
+const [url, certificate, path, ...pieces] = process.argv.slice(1);
+const session = connect(url, { ca: readFileSync(certificate) });
+const request = session.request({ ":method": "POST", ":path": path });
+request.on("response", (headers) => console.log(headers[":status"]));
+request.on("end", () => session.close()).resume();
+for (const piece of pieces) request.write(piece);
+request.end();
+"""
+
+
 def test_the_key_is_for_envoy_alone(edges: Any, machine: Any) -> None:
     for edge in edges:
         file = machine(edge.name).file("/etc/stickyring-edge/xds/certificates/safe.yaml")
