@@ -35,6 +35,14 @@ class Host:
         return f"{scheme}://{self.variables['stickyring_address']}:{listener['port']}"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what only `make soak` runs, or only another scenario."""
+    left = {"soak"} if os.environ.get("MOLECULE_SCENARIO_NAME", "default") == "default" else {"soak", "once"}
+    out = [] if environment.SOAK else [item for item in items if left & {mark.name for mark in item.iter_markers()}]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A run with a skip, or in which nothing passed, has not proven what its green would say."""
@@ -85,7 +93,7 @@ def ansible() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def interrupt() -> Callable[..., None]:
-    """Kills a playbook when it begins a task."""
+    """Kills a playbook when it begins a task, once for each of several."""
     return environment.interrupt
 
 

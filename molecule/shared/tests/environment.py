@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[3]
 PROGRAMS = Path(sys.executable).parent
+SOAK = "STICKYRING_SOAK" in os.environ
+"""Whether `make soak` runs, which leaves nothing out."""
 LONGEST_SECONDS = 900
 GONE_SECONDS = 30
 
@@ -68,10 +70,14 @@ def run(program: str, *arguments: str | Path, check: bool = True) -> subprocess.
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def interrupt(task: str, *arguments: str | Path) -> None:
-    """Runs a playbook and kills it, with all that it has started here, when it begins the task."""
-    told = interrupt_where(lambda line: f"{task}]" in line, *arguments)
-    assert f"{task}]" in told[-1], f"it has ended before {task}: {''.join(told)}"
+def interrupt(tasks: Sequence[str], *arguments: str | Path) -> None:
+    """Runs a playbook and kills it, with all that it has started here, when it begins the task; for each of them.
+
+    Outside of `make soak`, for the last one only.
+    """
+    for task in tasks if SOAK else tasks[-1:]:
+        told = interrupt_where(lambda line, task=task: f"{task}]" in line, *arguments)
+        assert f"{task}]" in told[-1], f"it has ended before {task}: {''.join(told)}"
 
 
 def interrupt_where(here: Callable[[str], bool], *arguments: str | Path) -> list[str]:

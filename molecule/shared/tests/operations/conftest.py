@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 from residents import Residents
 
-USERS = [f"user-{number}" for number in range(100)]
 SETTLED_SECONDS = 60
 
 
-@pytest.fixture(scope="session")
-def residents(edge_url: Any) -> Iterator[Residents]:
-    """300 clients: every user over each transport."""
-    with Residents(edge_url("sticky"), USERS) as all_of_them:
+@pytest.fixture(scope="module")
+def residents(request: pytest.FixtureRequest, edge_url: Any) -> Iterator[Residents]:
+    """As many users as the module's USERS says, each over every transport."""
+    with Residents(edge_url("sticky"), [f"user-{number}" for number in range(request.module.USERS)]) as all_of_them:
         all_of_them.settle(SETTLED_SECONDS)
         yield all_of_them
 

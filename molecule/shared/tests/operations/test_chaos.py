@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.soak
 SEED = "202"  # draws each of them
 CHAOS = Path(__file__).parents[3] / "chaos.py"
 

@@ -12,7 +12,7 @@ import pytest
 from stickyring.rebalance import HANDSHAKES_A_SECOND
 
 UNIT = "stickyring-node@1.service"
-CLIENTS = 120
+USERS = 100
 TOLD_SECONDS = 10
 HEALTH_CHECK_SECONDS = 2
 BACK_SECONDS = 20
@@ -35,7 +35,7 @@ def test_everybody_is_told_and_nothing_is_lost(residents: Any, machine: Any, run
         taken_in = [moment - since for one in residents for moment, node in one.welcomes if node == f"{name}-1"]
         assert max(taken_in) <= HEALTH_CHECK_SECONDS
         assert not [one for one in residents if one.lost]
-    assert len(here) >= CLIENTS
+    assert len(here) >= USERS
 
     for name in ("node3", "node2"):
         machine(name).check_output(f"systemctl start {UNIT}")

@@ -29,6 +29,7 @@ def test_another_clone_is_told_who_has_the_lab(playbook: str, inventory: Any, an
     ansible("ansible", "-i", inventory, "all", "-m", "ansible.builtin.ping")
 
 
+@pytest.mark.soak
 def test_a_lab_that_lost_a_host_and_a_route_is_made_whole(
     inventory: Any, ansible: Any, machine: Any, hosts: Any
 ) -> None:

@@ -1,4 +1,4 @@
-"""3 to 4 to 6 to 3 nodes, one at another address, one dead: only those move who must, each once, and as was planned.
+"""3 to 6 to 3 nodes, one at another address, one dead: only those move who must, each once, and as was planned.
 
 The tests are steps: each begins with the fleet that the one before has left.
 """
@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 
 LIVE_SESSIONS = 200
-DRAINED_SECONDS = 15
-BACK_SECONDS = 20
 
 
 @pytest.fixture
@@ -44,14 +42,14 @@ def live_websockets(programs: Path, edge_url: Any, tmp_path: Path) -> Iterator[A
     holder.wait()
 
 
-def test_a_fourth_node_joins_and_every_websocket_stays(
+def test_three_nodes_join_and_every_websocket_stays(
     residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, live_websockets: Any
 ) -> None:
-    """Without the rebalance nobody is asked to move, and the ring has its fourth member all the same."""
-    fleet.add(4)
+    """Without the rebalance nobody is asked to move, and the ring has its new members all the same."""
+    fleet.add(4, 5, 6)
     expected = plan()
-    assert {node for _, node in expected.moves.values()} == {"node4-1"}
-    assert abs(expected.report["moved_share"] - 1 / 4) < 0.015
+    assert {node for _, node in expected.moves.values()} == {"node4-1", "node5-1", "node6-1"}
+    assert abs(expected.report["moved_share"] - 1 / 2) < 0.03
     run("molecule/shared/create.yml")
     judge = watch()
     since = time.monotonic()
@@ -64,16 +62,6 @@ def test_a_fourth_node_joins_and_every_websocket_stays(
     judge(expected)
     assert not plan().report["changes"]
     assert set(re.findall(r"changed=(\d+)", run("playbooks/rebalance.yml"))) == {"0"}, "somebody is asked again"
-
-
-def test_two_more_join(fleet: Any, plan: Any, run: Any, watch: Any) -> None:
-    fleet.add(5, 6)
-    expected = plan()
-    assert {node for _, node in expected.moves.values()} == {"node5-1", "node6-1"}
-    run("molecule/shared/create.yml")
-    judge = watch()
-    run("site.yml")
-    judge(expected)
 
 
 def test_a_node_at_another_address_has_the_same_users(
@@ -159,12 +147,12 @@ def test_a_run_that_is_killed_on_the_way_is_finished_by_the_next(
     fleet.add(4)
     expected = plan()
     judge = watch()
-    for task in [
+    tasks = [
         "stickyring_node : Start the instances anew",
         "stickyring_edge : Write the bootstrap",
         "stickyring_node : Ask those who belong elsewhere to reconnect",
-    ]:
-        interrupt(task, "-i", fleet.folder, "site.yml")
+    ]
+    interrupt(tasks, "-i", fleet.folder, "site.yml")
     members = plan().before.members
     assert {member.name: member.health for member in members} == {f"node{i}-1": "HEALTHY" for i in (1, 2, 3, 4)}
     run("site.yml")
@@ -172,59 +160,36 @@ def test_a_run_that_is_killed_on_the_way_is_finished_by_the_next(
 
     expected = plan("-e", "node=node4")
     judge = watch()
-    for task in [
+    tasks = [
         "stickyring_edge : Write the bootstrap",
         "stickyring_node : Ask those who belong elsewhere to reconnect",
         "stickyring_node : Remove unit, settings and releases",
-    ]:
-        interrupt(task, "-i", fleet.folder, "playbooks/remove_node.yml", "-e", "node=node4")
+    ]
+    interrupt(tasks, "-i", fleet.folder, "playbooks/remove_node.yml", "-e", "node=node4")
     assert "Nothing of it is left on the host" in " ".join(run("playbooks/remove_node.yml", "-e", "node=node4").split())
     judge(expected)
     fleet.drop("node4")
     assert not plan().report["changes"]
 
 
-def test_a_node_that_stops_sends_its_users_on(residents: Any, plan: Any, run: Any, reach: Any) -> None:
-    home, node3 = plan(), reach("node3")
-    leaving = {user for user, homes in residents.homes().items() if homes == {"node3-1"}}
-    assert leaving
-    since = time.monotonic()
-    node3.check_output("systemctl stop stickyring-node@1")
-    assert time.monotonic() - since < DRAINED_SECONDS
-    residents.wait(lambda: all(not homes & {"", "node3-1"} for homes in residents.homes().values()), BACK_SECONDS)
-    for connection in residents:
-        assert connection.count("disconnect", since) == (1 if connection.user in leaving else 0), connection
-        assert connection.count("failed", since) == 0, connection
-
-    node3.check_output("systemctl start stickyring-node@1")
-    run("playbooks/verify.yml")
-    run("playbooks/rebalance.yml")
-    residents.wait(lambda: residents.homes() == home.homes(), BACK_SECONDS)
+REFUSED = {
+    "Which node? Say -e node=NAME": [],
+    "The node and every edge have to be part of this run": ["-e", "node=node3", "--limit", "edge"],
+    "node9 is no host of the group `nodes`, which has node1, node2, node3.": ["-e", "node=node9"],
+}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "Which node? Say -e node=NAME"),
-        (["-e", "node=node3", "--limit", "edge"], "The node and every edge have to be part of this run"),
-        (["-e", "node=node9"], "node9 is no host of the group `nodes`, which has node1, node2, node3."),
-    ],
-)
-def test_what_cannot_be_removed_is_refused(
-    fleet: Any, ansible: Any, plan: Any, options: list[str], message: str
-) -> None:
-    done = ansible("ansible-playbook", "-i", fleet.folder, "playbooks/remove_node.yml", *options, check=False)
-    assert done.returncode != 0
-    assert message in " ".join((done.stdout + done.stderr).split())
-    assert not plan().report["changes"]
+def test_what_cannot_be_removed_is_refused(fleet: Any, ansible: Any, plan: Any) -> None:
+    def remove(*options: str) -> str:
+        done = ansible("ansible-playbook", "-i", fleet.folder, "playbooks/remove_node.yml", *options, check=False)
+        assert done.returncode != 0
+        return " ".join((done.stdout + done.stderr).split())
 
-
-def test_the_last_node_is_not_removed(fleet: Any, ansible: Any, plan: Any) -> None:
+    for message, options in REFUSED.items():
+        assert message in remove(*options)
     kept = (fleet.folder / "hosts.yml").read_text()
     fleet.drop("node2")
     fleet.drop("node3")
-    done = ansible("ansible-playbook", "-i", fleet.folder, "playbooks/remove_node.yml", "-e", "node=node1", check=False)
+    assert "node1 is the last node" in remove("-e", "node=node1")
     (fleet.folder / "hosts.yml").write_text(kept)
-    assert done.returncode != 0
-    assert "node1 is the last node" in " ".join((done.stdout + done.stderr).split())
     assert not plan().report["changes"]

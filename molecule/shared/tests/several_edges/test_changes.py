@@ -51,7 +51,7 @@ def plan(ansible: Any, inventory: Path, tmp_path: Path) -> Any:
     return ask
 
 
-@pytest.mark.parametrize("change", ["bootstrap", "listener"])
+@pytest.mark.parametrize("change", ["bootstrap", pytest.param("listener", marks=pytest.mark.soak)])
 def test_nobody_is_dropped_without_being_told(
     edges: Any, residents: Any, edge_play: Any, listeners: Any, plan: Any, processes: Any, machine: Any, change: str
 ) -> None:
