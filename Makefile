@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON_OUTSIDE_APP := playbooks roles molecule docs bench
 PLUGINS := $(wildcard roles/*/library/*.py roles/*/filter_plugins/*.py roles/*/files/*.py playbooks/*_plugins/*.py molecule/*.py docs/*.py)
 
-.PHONY: help root demo proof down test lint unit molecule chaos bench lock screenshot
+.PHONY: help root demo proof down test lint unit molecule chaos soak bench lock screenshot
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,6 +65,10 @@ chaos: root .venv/.installed ## Play operations and faults on the lab in random 
 	ansible-playbook site.yml
 	molecule/chaos.py --seed $(SEED) --operations $(OPERATIONS)
 
+soak: root .venv/.installed ## Everything that `make test` leaves out, chaos and PyPy, into docs/soak.md (3 hours; OPERATIONS=15 HOURS=1)
+	@$(call need,chromium:chromium)
+	molecule/soak.py --operations $(OPERATIONS) --hours $(HOURS)
+
 bench: root .venv/.installed ## Measure this stack (PARTS='nodes edges' or one of operations, faults; PROFILE=quick: 5 minutes; full: 40)
 	@$(call need,node:nodejs npm:npm mmdebstrap:mmdebstrap)
 	python -m bench $(PARTS) --profile $(PROFILE)
@@ -79,7 +83,8 @@ lock: .venv/.installed ## Resolve requirements.in and app/pyproject.toml into th
 
 SIDE_BY_SIDE := --numprocesses 2 --dist worksteal
 SEED = 1
-OPERATIONS = 60
+OPERATIONS = $(if $(filter soak,$(MAKECMDGOALS)),15,60)
+HOURS = 1
 PARTS = nodes edges
 PROFILE = quick
 

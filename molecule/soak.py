@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Runs for hours what `make test` leaves out: whole suites, chaos on CPython and on PyPy, connections that stay.
+
+It writes docs/soak.md at the end of a good run, and nothing else. With --check it judges how old that is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+PROJECT = Path(__file__).parents[1]
+REPORT = PROJECT / "docs" / "soak.md"
+PYPY = PROJECT / ".artifacts" / "pypy"
+SEEDS = (1, 2, 3, 4)
+PYPY_SEED = 5
+SESSIONS = 500
+JUDGED = ("roles", "playbooks", "app/src")
+MOST_COMMITS = 50
+EXAMPLES = """
+examples:
+  make soak                                  15 operations a seed, an hour of connections
+  make soak OPERATIONS=60 HOURS=8
+  molecule/soak.py --check                   as `make lint` does
+"""
+
+
+class Step(NamedTuple):
+    """One command, what it is for, and the inventories that its playbooks have."""
+
+    purpose: str
+    command: str
+    inventory: str = "inventory/lab"
+
+
+def main() -> None:
+    """Run, or check; exit with 1 if a step fails or the report is too old."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--operations", type=int, default=15, help="of chaos, for each seed (default 15)")
+    parser.add_argument("--hours", type=float, default=1.0, help="how long connections stay (default 1)")
+    parser.add_argument("--check", action="store_true", help="only judge the age of docs/soak.md")
+    given = parser.parse_args()
+    if given.operations < 1 or given.hours <= 0:
+        parser.error("--operations and --hours: give more than 0")
+    if given.check:
+        sys.exit(too_old())
+    if dirty := git("status", "--porcelain", *JUDGED):
+        sys.exit(f"Commit first, as the report names a commit:\n{dirty}")
+    commit, began = git("rev-parse", "--short", "HEAD"), time.monotonic()
+    PYPY.mkdir(parents=True, exist_ok=True)
+    on_pypy = {"stickyring_node_python": "pypy3", "stickyring_artifacts_python_versions": ["3.13", "pypy3.11"]}
+    (PYPY / "hosts.json").write_text(json.dumps({"all": {"vars": on_pypy}}))
+    rows = [row(step) for step in steps(given.operations, given.hours)]
+    write(rows, commit, time.monotonic() - began)
+
+
+def steps(operations: int, hours: float) -> list[Step]:
+    """Return what is run, in this order."""
+    both = f"inventory/lab,{PYPY / 'hosts.json'}"
+    url = "http://198.51.100.10:9002"
+    hold = f"stickyring probe {url} --ids {SESSIONS} --connections 1 --transport websocket --hold {hours * 3600:.0f}"
+    chaos = f"molecule/chaos.py --operations {operations} --seed"
+    return [
+        Step("every suite, with nothing left out", "molecule/proof.py"),
+        Step("hosts", "ansible-playbook molecule/shared/create.yml"),
+        Step("deployed to them", "ansible-playbook site.yml"),
+        *(Step("chaos", f"{chaos} {seed}") for seed in SEEDS),
+        Step("connections that stay", hold),
+        Step("nodes change to PyPy", "ansible-playbook site.yml", both),
+        Step("chaos on PyPy", f"{chaos} {PYPY_SEED}", both),
+        Step("users on PyPy", f"stickyring probe {url} --ids {SESSIONS}"),
+        Step("nodes change back", "ansible-playbook site.yml"),
+    ]
+
+
+def row(step: Step) -> str:
+    """Run a step and show what it says; return its row of the table. Exit with 1 if it fails."""
+    print(f"==> {step.purpose}: {step.command}", flush=True)
+    began, last = time.monotonic(), ""
+    environment = os.environ | {"STICKYRING_SOAK": "1", "ANSIBLE_INVENTORY": step.inventory}
+    command = shlex.split(step.command)
+    with subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    if process.returncode:
+        sys.exit(f"Failed: {step.command}\ndocs/soak.md was not written.")
+    said = last if step.command.startswith(("molecule/chaos.py", "stickyring probe")) else ""
+    return f"| {step.purpose} | `{step.command}` | {time.monotonic() - began:.0f} | {said.replace('|', '/')} |"
+
+
+def write(rows: list[str], commit: str, seconds: float) -> None:
+    """Write the report."""
+    moment, machine = datetime.now(UTC).isoformat(timespec="minutes"), f"{os.cpu_count()} cores, {platform.release()}"
+    REPORT.write_text(
+        "\n".join(
+            [
+                "# Soak",
+                "",
+                f"`make soak` wrote this on {moment}, commit {commit}, {machine}, after {seconds / 3600:.1f} hours.",
+                "Each step has ended well; a run in which one fails writes nothing.",
+                "",
+                "| what | command | seconds | its last line |",
+                "|---|---|---|---|",
+                *rows,
+                "",
+            ]
+        )
+    )
+
+
+def too_old() -> str | None:
+    """Return what is wrong with the age of the report; None if nothing is."""
+    found = re.search(r", commit ([0-9a-f]+),", REPORT.read_text()) if REPORT.exists() else None
+    if found is None:
+        return "docs/soak.md is not there, or names no commit: run `make soak`"
+    if not (PROJECT / ".git").exists() or git("rev-parse", "--is-shallow-repository") == "true":
+        print("The age of docs/soak.md is not judged: the history is not here.")
+        return None
+    commits = int(git("rev-list", "--count", f"{found[1]}..HEAD", "--", *JUDGED))
+    if commits > MOST_COMMITS:
+        age = f"docs/soak.md is {commits} commits to {', '.join(JUDGED)} old"
+        return f"{age}, more than {MOST_COMMITS}: run `make soak`"
+    return None
+
+
+def git(*arguments: str) -> str:
+    """Return what git says."""
+    return subprocess.run(["git", *arguments], cwd=PROJECT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
