@@ -44,7 +44,7 @@ lint: .venv/.installed ## Judge style, types, playbooks and roles without runnin
 	ruff format --check --config app/pyproject.toml $(PYTHON_OUTSIDE_APP)
 	mypy --config-file app/pyproject.toml bench
 	MYPYPATH=molecule/shared/tests mypy --config-file app/pyproject.toml $(PLUGINS)
-	# Apart: each folder of tests has modules of the same names.
+	@# Apart: each folder of tests has modules of the same names.
 	for tests in roles/*/tests playbooks/tests molecule/tests; do \
 	  MYPYPATH=$$tests mypy --config-file app/pyproject.toml $$tests; done
 	yamllint --strict .
@@ -52,7 +52,7 @@ lint: .venv/.installed ## Judge style, types, playbooks and roles without runnin
 
 unit: .venv/.installed ## Unit tests, without root and without the lab
 	cd app && pytest $(SIDE_BY_SIDE)
-	# Apart: where Ansible's controller is imported, the warnings of a module go elsewhere.
+	@# Apart: where Ansible's controller is imported, the warnings of a module go elsewhere.
 	pytest $(SIDE_BY_SIDE) playbooks
 	pytest $(SIDE_BY_SIDE) roles molecule/tests bench
 
@@ -95,7 +95,7 @@ COMPILE := --project app --quiet --universal --python-version 3.11 --generate-ha
 	@python3 -c 'import ensurepip' 2>/dev/null || $(call install, python3-venv)
 	@$(call say,Installing the controller into .venv (half a minute))
 	@python3 -m venv .venv
-	# Compiled when it is first imported: most of it never is.
+	@# Compiled when it is first imported: most of it never is.
 	@pip install --quiet --no-compile --require-hashes --requirement requirements.lock
 	@pip install --quiet --no-deps --no-build-isolation --editable app
 	@touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -76,11 +77,12 @@ def interrupt(tasks: Sequence[str], *arguments: str | Path) -> None:
     Outside of `make soak`, for the last one only.
     """
     for task in tasks if SOAK else tasks[-1:]:
-        told = interrupt_where(lambda line, task=task: f"{task}]" in line, *arguments)
-        assert f"{task}]" in told[-1], f"it has ended before {task}: {''.join(told)}"
+        begins = f"{task}]"
+        told = interrupt_where(re.compile(re.escape(begins)).search, *arguments)
+        assert begins in told[-1], f"it has ended before {task}: {''.join(told)}"
 
 
-def interrupt_where(here: Callable[[str], bool], *arguments: str | Path) -> list[str]:
+def interrupt_where(here: Callable[[str], object], *arguments: str | Path) -> list[str]:
     """Runs a playbook and kills it at the task for whose first line this is true; returns what it has told."""
     told = [""]
     with started("ansible-playbook", *arguments) as play:
