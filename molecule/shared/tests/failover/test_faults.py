@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,9 +26,23 @@ PING_SECONDS = 25 + 20  # Engine.IO's ping interval and ping timeout
 
 
 @pytest.fixture
-def residents(edge_url: Any, ansible: Any, inventory: Any) -> Iterator[Residents]:
+def all_healthy(machine: Any, edge: Any) -> None:
+    """Every instance is, in Envoy's view."""
+    clusters = f"http://127.0.0.1:{edge.variables['stickyring_edge_admin_port']}/clusters?format=json"
+    look = f"python3 -c 'from urllib.request import urlopen; print(urlopen(\"{clusters}\").read().decode())'"
+    wanted = {one["name"] for cluster in edge.variables["stickyring_edge_clusters"] for one in cluster["endpoints"]}
+    deadline = time.monotonic() + SETTLED_SECONDS
+    healthy: set[str] = set()
+    while healthy != wanted:
+        assert time.monotonic() < deadline, healthy
+        told = json.loads(machine(edge.name).check_output(look))["cluster_statuses"]
+        members = [member for cluster in told for member in cluster.get("host_statuses", [])]
+        healthy = {one["hostname"] for one in members if one["health_status"] == {"eds_health_status": "HEALTHY"}}
+
+
+@pytest.fixture
+def residents(edge_url: Any, all_healthy: None) -> Iterator[Residents]:
     """Users who talk several times a second, each at home."""
-    ansible("ansible-playbook", "-i", inventory, "playbooks/verify.yml")
     with Residents(edge_url("sticky"), USERS, PAUSE_SECONDS, answer=2 * PING_SECONDS) as all_of_them:
         all_of_them.settle(SETTLED_SECONDS)
         yield all_of_them
@@ -112,9 +127,8 @@ def test_a_vanished_host(residents: Residents, cut: Any) -> None:
 
 
 @pytest.fixture
-def listeners(edge_url: Any, ansible: Any, inventory: Any) -> Iterator[Residents]:
+def listeners(edge_url: Any, all_healthy: None) -> Iterator[Residents]:
     """Users who say nothing for longer than any test, each at home."""
-    ansible("ansible-playbook", "-i", inventory, "playbooks/verify.yml")
     with Residents(edge_url("sticky"), LISTENERS, 10 * SETTLED_SECONDS) as silent:
         silent.settle(SETTLED_SECONDS)
         silent.wait(lambda: all(one.answers for one in silent), SETTLED_SECONDS)
