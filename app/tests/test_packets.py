@@ -550,6 +550,31 @@ def test_after_an_upgrade_that_was_abandoned_polls_wait_again(
     again.vanish()
 
 
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_who_ends_the_connection_of_a_waiting_poll_has_left(node: ServeProcess, reset: bool) -> None:
+    """As with Node.js: a page that was closed, or a client that has died, is not waited for until its ping timeout."""
+    session, before = Polling(node), left(node)
+    poll = node.connect(10)
+    poll.request("GET", session.path)
+    if reset:
+        poll.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    poll.close()
+    wait_until(lambda: connections(node) == 0, "its place is free", seconds=4)
+    assert left(node) == [*before, "transport close"]
+    assert session.poll()[0] == 400
+
+
+def test_who_sends_more_while_a_poll_waits_is_no_less_there(node: ServeProcess) -> None:
+    session = Polling(node)
+    with contextlib.closing(node.connect(10)) as poll:
+        poll.request("GET", session.path)
+        poll.sock.sendall(b"\r\n")
+        assert session.post('427["noted"]') == 200
+        assert poll.getresponse().read() == b"437[[]]"
+    assert session.call("noted") == []
+    session.close()
+
+
 def test_a_handshake_that_asks_for_half_an_upgrade_takes_no_place(node: ServeProcess) -> None:
     session = Polling(node)
     for path in ("/socket.io/?EIO=4&transport=websocket", session.path):

@@ -7,6 +7,7 @@ This one can stay registered, and looks at the clock once a timeout.
 import contextlib
 import socket
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import eventlet
@@ -54,6 +55,38 @@ class Connection(GreenSocket):
                 continue
             except (ConnectionResetError, BrokenPipeError):
                 return b""
+
+    @contextlib.contextmanager
+    def heeding_its_end(self, then: Callable[[], object]) -> Iterator[None]:
+        """Call `then`, in a green thread of its own, if the client ends the connection before the block ends.
+
+        Nobody may read meanwhile: the client waits for an answer. Of one that sends something, the end is not heeded.
+        """
+        hub = eventlet.hubs.get_hub()
+        listener: Any = None
+
+        def look(_: object) -> None:
+            forget()
+            try:
+                ended = not self.fd.recv(1, socket.MSG_PEEK)
+            except BlockingIOError:
+                return
+            except OSError:
+                ended = True
+            if ended:
+                eventlet.spawn(then)
+
+        def forget(_: object = None) -> None:
+            nonlocal listener
+            if listener is not None:
+                hub.remove(listener)
+                listener = None
+
+        listener = hub.add(hub.READ, self.fd.fileno(), look, forget, forget)
+        try:
+            yield
+        finally:
+            forget()
 
     def _wait_until_readable(self) -> None:
         if self._reader is not None:

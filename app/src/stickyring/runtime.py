@@ -1,5 +1,6 @@
 """What a node adds to the application that it serves: health, readiness, metrics, a cap, and whose each session is."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -164,6 +165,8 @@ class SocketIOGate:
 
     JSONP polling, which runs what comes in the page, is refused; protocol 4 has none.
 
+    Who ends the connection of a poll that waits has left, as with Node.js.
+
     A poll that ends because its session was moved is answered with 410: the one answer after which every client, of
     JavaScript and of Python, takes the connection for lost and makes a new one.
     """
@@ -298,8 +301,10 @@ class SocketIOGate:
 
     def _poll(self, session: Session, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]], bytes]:
         session.begin_poll()
+        heeding = getattr(environ[SOCKET_VARIABLE], "heeding_its_end", lambda _: contextlib.nullcontext())
         try:
-            status, headers, body = self._ask(environ)
+            with heeding(session.lose_poll):
+                status, headers, body = self._ask(environ)
         finally:
             session.end_poll()
         if session.ended and not body:

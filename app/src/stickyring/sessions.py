@@ -129,10 +129,9 @@ class Session:
         del self.socket.handle_post_request, self.socket.poll
 
     def begin_poll(self) -> None:
-        """Wait for the poll before this one to end, and have it end: it waits on a connection that is lost.
+        """Wait for the poll before this one to end, and have it end: it waits on a connection that is lost in silence.
 
-        Clients ask again by themselves when an edge has gone (browsers, aiohttp). Two polls would take the packets from
-        each other, and the session's end would end one of them only.
+        Two polls would take the packets from each other, and the session's end would end one of them only.
         """
         while self.polling is not None and not self.polling.acquire(timeout=TICK_SECONDS):
             if self.socket.queue.empty():
@@ -264,6 +263,11 @@ class Session:
         """End it because its WebSocket has ended."""
         if not self.ended:
             self._close(REASON)
+
+    def lose_poll(self) -> None:
+        """End it because its client has ended the connection of a waiting poll, unless it changes the transport."""
+        if not (self.socket.upgrading or self.socket.upgraded):
+            self.lose()
 
     def _note_failure(self, reason: str, error: BaseException | None = None) -> None:
         self.failed = reason
