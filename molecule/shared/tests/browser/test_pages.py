@@ -137,6 +137,27 @@ def test_named_users_are_many_and_spread(edge_url: EdgeUrl, new_user: NewUser, c
     assert complaints == []
 
 
+TALK = """async () => {
+  const socket = io({ query: { client_id: "talks-for-long" }, transports: ["websocket"], forceNew: true });
+  const seen = { disconnects: 0, characters: 0 };
+  socket.on("disconnect", () => (seen.disconnects += 1));
+  for (const size of [...Array(50).fill(90_000), 900_000]) {
+    const answer = await socket.timeout(10_000).emitWithAck("message", "x".repeat(size));
+    seen.characters += answer.split(": ")[1].length;
+  }
+  const found = { ...seen };
+  socket.disconnect();
+  return found;
+}"""
+
+
+def test_a_websocket_that_talks_for_long_stays(edge_url: EdgeUrl, new_user: NewUser, complaints: list[str]) -> None:
+    """More than one request may have as its body, and single messages up to that."""
+    page = open_page(new_user(), f"{edge_url('sticky')}/index2.html")
+    assert page.evaluate(TALK) == {"disconnects": 0, "characters": 50 * 90_000 + 900_000}
+    assert complaints == []
+
+
 def test_client_defaults_on_the_ring_stay_by_cookie(
     edge_url: EdgeUrl, new_user: NewUser, complaints: list[str]
 ) -> None:
