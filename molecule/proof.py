@@ -10,6 +10,7 @@ import ast
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +53,7 @@ class Row(NamedTuple):
 
 def main() -> None:
     """Run the scenarios; exit with the status of the first command that fails."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     ARTIFACTS.mkdir(exist_ok=True)
     SUITES.unlink(missing_ok=True)
     rows: list[Row] = []
@@ -81,22 +83,35 @@ def named(scenarios: Iterable[str]) -> list[str]:
 
 
 def play(command: list[str], log: TextIO) -> tuple[int, list[Row]]:
-    """Run a command, and show and keep its output; return its status, and a row for each action but the suites."""
+    """Run a command, and show and keep its output; return its status, and a row for each action but the suites.
+
+    When this is interrupted, so is the command with all that it has started.
+    """
     rows: list[Row] = []
     began = time.monotonic()
     environment = os.environ | {"COLUMNS": "200"}
     with subprocess.Popen(
-        command, cwd=MOLECULE.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=MOLECULE.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     ) as process:
-        for line in process.stdout or ():
-            print(line, end="", flush=True)
-            print(line, end="", file=log, flush=True)
-            if (found := ACTION.match(COLOUR.sub("", line))) is None:
-                continue
-            if found["state"] == "Executing":
-                began = time.monotonic()
-            elif (does := WHAT_ACTIONS_DO.get(found["action"])) is not None:
-                rows.append(Row(found["scenario"], found["action"], does, 0, time.monotonic() - began))
+        try:
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                print(line, end="", file=log, flush=True)
+                if (found := ACTION.match(COLOUR.sub("", line))) is None:
+                    continue
+                if found["state"] == "Executing":
+                    began = time.monotonic()
+                elif (does := WHAT_ACTIONS_DO.get(found["action"])) is not None:
+                    rows.append(Row(found["scenario"], found["action"], does, 0, time.monotonic() - began))
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGINT)
+            raise
     return process.returncode, rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 from types import ModuleType
 
@@ -73,6 +74,23 @@ def test_a_failure_ends_it_and_is_shown_last(
     assert "test_a.py::test_x - assert" in told[told.index("What failed:") :]
     assert "because" in told[told.index("What failed:") :]
     assert "old" in (tmp_path / "molecule" / "README.md").read_text()
+
+
+def test_what_it_has_started_ends_with_it(proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = "#!/bin/sh\n[ $1 = test ] || exit 0\ntrap 'touch ended; exit 130' INT\necho begun\nwhile sleep 0.1; do :; done\n"
+    (tmp_path / "bin" / "molecule").write_text(stub)
+
+    def ask_to_end(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("builtins.print", ask_to_end)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            proof.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "ended").exists()
 
 
 def test_every_scenario_is_run_once(proof: ModuleType) -> None:
