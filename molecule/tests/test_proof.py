@@ -77,8 +77,8 @@ def test_a_failure_ends_it_and_is_shown_last(
 
 
 def test_what_it_has_started_ends_with_it(proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stub = "#!/bin/sh\n[ $1 = test ] || exit 0\ntrap 'touch ended; exit 130' INT\necho begun\nwhile sleep 0.1; do :; done\n"
-    (tmp_path / "bin" / "molecule").write_text(stub)
+    lines = ("#!/bin/sh", "[ $1 = test ] || exit 0", "trap 'touch ended; exit 130' INT", "echo begun")
+    (tmp_path / "bin" / "molecule").write_text("\n".join([*lines, "while sleep 0.1; do :; done", ""]))
 
     def ask_to_end(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
