@@ -36,7 +36,7 @@ proof:
 down: root .venv/.installed ## Remove the lab: hosts, network, keys and images
 	ansible-playbook molecule/shared/destroy.yml -e stickyring_lab_purge=true
 
-test: root lint unit molecule ## Lint, unit tests, and all scenarios with a browser (50 minutes; takes a running demo down)
+test: root lint unit molecule ## Lint, unit tests, and all scenarios with a browser (an hour; takes a running demo down)
 
 lint: .venv/.installed ## Judge style, types, playbooks and roles without running them
 	cd app && ruff check && ruff format --check && mypy
