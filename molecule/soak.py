@@ -31,7 +31,7 @@ EXAMPLES = """
 examples:
   make soak                                  15 operations a seed, an hour of connections
   make soak OPERATIONS=60 HOURS=8
-  molecule/soak.py --check                   as `make lint` does
+  molecule/soak.py --check                   only whether docs/soak.md is too old
 """
 
 
