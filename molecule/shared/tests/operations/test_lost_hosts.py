@@ -41,13 +41,7 @@ def lost(host: str, fault: str) -> Iterator[None]:
         podman(end, host)
 
 
-@pytest.mark.parametrize(
-    ("fault", "playbook"),
-    [
-        pytest.param("freezes", "playbooks/rolling_update.yml", marks=pytest.mark.soak),
-        ("vanishes", "site.yml"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "playbook"), [("freezes", "playbooks/rolling_update.yml"), ("vanishes", "site.yml")])
 def test_a_node_that_is_lost_while_it_restarts_is_the_last_that_is_touched(
     started: Any, inventory: Path, serving: Any, nodes: Any, fault: str, playbook: str
 ) -> None:
