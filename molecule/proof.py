@@ -111,6 +111,8 @@ def play(command: list[str], log: TextIO) -> tuple[int, list[Row]]:
                     rows.append(Row(found["scenario"], found["action"], does, 0, time.monotonic() - began))
         except KeyboardInterrupt:
             os.killpg(process.pid, signal.SIGINT)
+            # subprocess would give it a quarter of a second.
+            process.wait()
             raise
     return process.returncode, rows
 

@@ -77,7 +77,7 @@ def test_a_failure_ends_it_and_is_shown_last(
 
 
 def test_what_it_has_started_ends_with_it(proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = ("#!/bin/sh", "[ $1 = test ] || exit 0", "trap 'touch ended; exit 130' INT", "echo begun")
+    lines = ("#!/bin/sh", "[ $1 = test ] || exit 0", "trap 'sleep 0.5; touch ended; exit 130' INT", "echo begun")
     (tmp_path / "bin" / "molecule").write_text("\n".join([*lines, "while sleep 0.1; do :; done", ""]))
 
     def ask_to_end(*_: object, **__: object) -> None:

@@ -21,6 +21,7 @@ SOAK = "STICKYRING_SOAK" in os.environ
 """Whether `make soak` runs, which leaves nothing out."""
 LONGEST_SECONDS = 900
 GONE_SECONDS = 30
+THERE_SECONDS = 30
 
 
 def wait_until_gone(address: str) -> None:
@@ -36,6 +37,17 @@ def wait_until_gone(address: str) -> None:
                 return
         time.sleep(0.1)
     raise AssertionError(f"{address} is still there after {GONE_SECONDS} s")
+
+
+def wait_until_there(address: str) -> None:
+    """Waits until somebody can log in at the address."""
+    deadline = time.monotonic() + THERE_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection((address, 22), timeout=1) as connection:
+            if connection.recv(1):
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"{address} is not there after {THERE_SECONDS} s")
 
 
 @contextmanager

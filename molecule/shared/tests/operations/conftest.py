@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from residents import Residents
 
 SETTLED_SECONDS = 60
+NAMESPACE = Path("/run/stickyring-lab/mount")
+PODMAN = [*(["nsenter", f"--mount={NAMESPACE}"] if NAMESPACE.exists() else []), "podman", "--cgroup-manager=cgroupfs"]
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +44,14 @@ def serving(machine: Any, nodes: Any) -> Callable[[], dict[str, tuple[str, str]]
         return {node.name: tuple(machine(node.name).check_output(command).split()) for node in nodes}
 
     return look
+
+
+@pytest.fixture
+def podman() -> Callable[[str, Sequence[str]], None]:
+    """Does something to a host from outside, as whoever owns the machine can; {} in the command is its container."""
+
+    def do(host: str, command: Sequence[str]) -> None:
+        words = [word.format(f"stickyring-{host}") for word in command]
+        subprocess.run([*PODMAN, *words], check=True, capture_output=True, timeout=30)
+
+    return do

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ENDED_SECONDS = 60
-NAMESPACE = Path("/run/stickyring-lab/mount")
-PODMAN = [*(["nsenter", f"--mount={NAMESPACE}"] if NAMESPACE.exists() else []), "podman", "--cgroup-manager=cgroupfs"]
 FAULTS = {
     "freezes": (["pause", "{}"], ["unpause", "{}"]),
     # Its link stays up: taken down, it would lose its default route for good.
@@ -25,25 +22,25 @@ FAULTS = {
 }
 
 
-def podman(command: list[str], host: str) -> None:
-    words = [word.format(f"stickyring-{host}") for word in command]
-    subprocess.run([*PODMAN, *words], check=True, timeout=30)
+@pytest.fixture
+def lost(podman: Any) -> Callable[[str, str], AbstractContextManager[None]]:
+    """A host freezes or vanishes, and is back after the block."""
 
+    @contextmanager
+    def lose(host: str, fault: str) -> Iterator[None]:
+        begin, end = FAULTS[fault]
+        podman(host, begin)
+        try:
+            yield
+        finally:
+            podman(host, end)
 
-@contextmanager
-def lost(host: str, fault: str) -> Iterator[None]:
-    """The host freezes or vanishes, and is back after the block."""
-    begin, end = FAULTS[fault]
-    podman(begin, host)
-    try:
-        yield
-    finally:
-        podman(end, host)
+    return lose
 
 
 @pytest.mark.parametrize(("fault", "playbook"), [("freezes", "playbooks/rolling_update.yml"), ("vanishes", "site.yml")])
 def test_a_node_that_is_lost_while_it_restarts_is_the_last_that_is_touched(
-    started: Any, inventory: Path, serving: Any, nodes: Any, fault: str, playbook: str
+    lost: Any, started: Any, inventory: Path, serving: Any, nodes: Any, fault: str, playbook: str
 ) -> None:
     first, *others = [node.name for node in nodes]
     setting = f"stickyring_node_environment={{{{ {{'LOST': '{fault}'}} }}}}"
