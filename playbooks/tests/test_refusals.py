@@ -47,7 +47,8 @@ def first_import(playbook: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "playbook", ["site", "plan", "rebalance", "remove_node", "rollback", "rolling_update", "verify", "whereis"]
+    "playbook",
+    ["site", "edge", "nodes", "plan", "rebalance", "remove_node", "rollback", "rolling_update", "verify", "whereis"],
 )
 def test_every_entry_point_judges_the_inventory_first(playbook: str) -> None:
     assert [

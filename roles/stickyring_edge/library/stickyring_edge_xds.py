@@ -124,14 +124,10 @@ options:
         type: str
   start_record:
     description:
-      - File that holds O(start_digest) once Envoy was started from O(start_files), and something else while they are
+      - File that holds RV(start_digest) once Envoy was started from O(start_files), and something else while they are
         written. Whoever runs this module writes it.
       - Times of files would not do, since a clock may be set.
     type: path
-  start_digest:
-    description: What tells O(start_files) from others.
-    type: str
-    default: ""
   needed:
     description: Further files that have to be there to be RV(in_order).
     type: list
@@ -204,6 +200,10 @@ recorded:
   description: Whether O(start_record) says so.
   returned: success
   type: bool
+start_digest:
+  description: SHA-256 of O(start_files), which tells them from others.
+  returned: success
+  type: str
 enabled:
   description: Whether O(unit) starts at boot.
   returned: success
@@ -577,8 +577,14 @@ class Unit:
     def recorded(self) -> bool:
         """Whether the record says that it was started from the start files."""
         record = self.module.params["start_record"]
-        digest: str = self.module.params["start_digest"]
-        return record is not None and Path(record).exists() and Path(record).read_text() == digest
+        return record is not None and Path(record).exists() and Path(record).read_text() == self.start_digest()
+
+    def start_digest(self) -> str:
+        """What tells the start files from others."""
+        texts = (
+            file["link"] if file["content"] is None else file["content"] for file in self.module.params["start_files"]
+        )
+        return hashlib.sha256("".join(texts).encode()).hexdigest()
 
     def loopback_ports(self) -> list[int]:
         """Ports on 127.0.0.1 that its main process listens on."""
@@ -1059,6 +1065,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         "up_to_date": edge.unit.up_to_date(),
         "enabled": edge.unit.enabled(),
         "recorded": edge.unit.recorded(),
+        "start_digest": edge.unit.start_digest(),
         "differing": edge.differing,
     }
     if module.params["state"] == "compared":
@@ -1129,7 +1136,6 @@ def main() -> None:
                 "mutually_exclusive": [("content", "link")],
             },
             "start_record": {"type": "path"},
-            "start_digest": {"type": "str", "default": ""},
             "needed": {"type": "list", "elements": "path", "default": []},
             "account": {"type": "str"},
             "may_end_websockets": {"type": "bool", "default": False},
