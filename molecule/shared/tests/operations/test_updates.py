@@ -112,7 +112,7 @@ def test_a_bad_release_stops_at_the_first_share(
     first = [node.name for node in nodes[:share]]
     for name in first:
         fatal = re.findall(rf"fatal: \[{name}\]: FAILED! => ((?:(?!fatal: |PLAY RECAP).)*)", told)
-        (message,) = [one for one in fatal if "did not become healthy" in one]
+        message = next(one for one in fatal if "did not become healthy" in one)
         for words in ("of release faulty", "Rolled back to release third, which serves.", said):
             assert words in message
     assert {name: release for name, (release, _) in after.items()} == dict.fromkeys(after, "third")
