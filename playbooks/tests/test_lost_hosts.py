@@ -86,7 +86,7 @@ def test_every_batch_of_the_playbooks_looks_whether_a_host_was_lost() -> None:
         for play in yaml.safe_load(path.read_text())
         if "serial" in play and path.name != "require_every_host.yml"
     ]
-    assert {name for name, _ in serial} == {"edge.yml", "nodes.yml", "rollback.yml"}
+    assert {name for name, _ in serial} == {"deploy_edges.yml", "deploy_nodes.yml", "rollback.yml"}
     for name, play in serial:
         first = [*play.get("pre_tasks", []), *play.get("tasks", [])][0]
         assert first["ansible.builtin.import_tasks"] == "tasks/require_every_host.yml", name
