@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON_OUTSIDE_APP := playbooks roles molecule docs bench
 PLUGINS := $(wildcard roles/*/library/*.py roles/*/filter_plugins/*.py roles/*/files/*.py playbooks/*_plugins/*.py molecule/*.py docs/*.py)
 
-.PHONY: help root demo proof down test lint unit molecule chaos soak bench lock screenshot
+.PHONY: help root demo proof down test lint lint-python lint-ansible unit molecule chaos soak bench lock screenshot
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ down: root .venv/.installed ## Remove the lab: hosts, network, keys and images
 test: root lint unit molecule ## Lint, unit tests, and all scenarios with a browser (an hour; takes a running demo down)
 
 lint: .venv/.installed ## Judge style, types, playbooks and roles without running them
+	@$(MAKE) --jobs=2 --output-sync=target lint-python lint-ansible
+
+lint-python:
 	cd app && ruff check && ruff format --check && mypy
 	ruff check --config app/pyproject.toml $(PYTHON_OUTSIDE_APP)
 	ruff format --check --config app/pyproject.toml $(PYTHON_OUTSIDE_APP)
@@ -47,6 +50,8 @@ lint: .venv/.installed ## Judge style, types, playbooks and roles without runnin
 	@# Apart: each folder of tests has modules of the same names.
 	for tests in roles/*/tests playbooks/tests molecule/tests; do \
 	  MYPYPATH=$$tests mypy --config-file app/pyproject.toml $$tests; done
+
+lint-ansible:
 	yamllint --strict .
 	ansible-lint
 
