@@ -53,7 +53,9 @@ class Row(NamedTuple):
 
 def main() -> None:
     """Run the scenarios; exit with the status of the first command that fails."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # The first too: what a shell starts in the background ignores it, and so would all that is started here.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     ARTIFACTS.mkdir(exist_ok=True)
     SUITES.unlink(missing_ok=True)
     rows: list[Row] = []

@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -76,20 +77,26 @@ def test_a_failure_ends_it_and_is_shown_last(
     assert "old" in (tmp_path / "molecule" / "README.md").read_text()
 
 
-def test_what_it_has_started_ends_with_it(proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN], ids=["heeded", "ignored"])
+def test_what_it_has_started_ends_with_it(
+    proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupts: Any
+) -> None:
+    """Also in the background, where a shell has interrupts ignored."""
     lines = ("#!/bin/sh", "[ $1 = test ] || exit 0", "trap 'sleep 0.5; touch ended; exit 130' INT", "echo begun")
     (tmp_path / "bin" / "molecule").write_text("\n".join([*lines, "while sleep 0.1; do :; done", ""]))
 
     def ask_to_end(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, interrupts)
     monkeypatch.setattr("builtins.print", ask_to_end)
     try:
         with pytest.raises(KeyboardInterrupt):
             proof.main()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert (tmp_path / "ended").exists()
 
 
