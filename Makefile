@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON_OUTSIDE_APP := playbooks roles molecule docs bench
 PLUGINS := $(wildcard roles/*/library/*.py roles/*/filter_plugins/*.py roles/*/files/*.py playbooks/*_plugins/*.py molecule/*.py docs/*.py)
 
-.PHONY: help root demo proof down test lint lint-python lint-ansible unit molecule chaos soak bench lock screenshot
+.PHONY: help root demo proof down test tools lint lint-python lint-ansible unit molecule chaos soak bench lock screenshot
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,10 +38,10 @@ down: root .venv/.installed ## Remove the lab: hosts, network, keys and images
 
 test: root lint unit molecule ## Lint, unit tests, and all scenarios with a browser (an hour; takes a running demo down)
 
-lint: .venv/.installed ## Judge style, types, playbooks and roles without running them
+lint: .venv/.tools ## Judge style, types, playbooks and roles without running them
 	@$(MAKE) --jobs=2 --output-sync=target lint-python lint-ansible
 
-lint-python:
+lint-python: .venv/.tools
 	cd app && ruff check && ruff format --check && mypy
 	ruff check --config app/pyproject.toml $(PYTHON_OUTSIDE_APP)
 	ruff format --check --config app/pyproject.toml $(PYTHON_OUTSIDE_APP)
@@ -51,40 +51,41 @@ lint-python:
 	for tests in roles/*/tests playbooks/tests molecule/tests; do \
 	  MYPYPATH=$$tests mypy --config-file app/pyproject.toml $$tests; done
 
-lint-ansible:
+lint-ansible: .venv/.tools
 	yamllint --strict .
 	ansible-lint
 
-unit: .venv/.installed ## Unit tests, without root and without the lab
+unit: .venv/.tools ## Unit tests, without root and without the lab
 	cd app && pytest $(SIDE_BY_SIDE)
 	@# Apart: where Ansible's controller is imported, the warnings of a module go elsewhere.
 	pytest $(SIDE_BY_SIDE) playbooks
 	pytest $(SIDE_BY_SIDE) roles molecule/tests bench
 
-molecule: root .venv/.installed ## All scenarios on real hosts, with a browser
+molecule: root .venv/.tools ## All scenarios on real hosts, with a browser
 	@$(call need,chromium:chromium)
 	molecule/proof.py
 
-chaos: root .venv/.installed ## Play operations and faults on the lab in random order, under traffic (SEED=1 OPERATIONS=60)
+chaos: root .venv/.tools ## Play operations and faults on the lab in random order, under traffic (SEED=1 OPERATIONS=60)
 	ansible-playbook molecule/shared/create.yml
 	ansible-playbook site.yml
 	molecule/chaos.py --seed $(SEED) --operations $(OPERATIONS)
 
-soak: root .venv/.installed ## Everything that `make test` leaves out, chaos and PyPy, into docs/soak.md (3 hours; OPERATIONS=15 HOURS=1)
+soak: root .venv/.tools ## Everything that `make test` leaves out, chaos and PyPy, into docs/soak.md (3 hours; OPERATIONS=15 HOURS=1)
 	@$(call need,chromium:chromium)
 	molecule/soak.py --operations $(OPERATIONS) --hours $(HOURS)
 
-bench: root .venv/.installed ## Measure this stack (PARTS='nodes edges' or one of operations, faults; PROFILE=quick: 5 minutes; full: 40)
+bench: root .venv/.tools ## Measure this stack (PARTS='nodes edges' or one of operations, faults; PROFILE=quick: 5 minutes; full: 40)
 	@$(call need,node:nodejs npm:npm mmdebstrap:mmdebstrap)
 	python -m bench $(PARTS) --profile $(PROFILE)
 
-screenshot: .venv/.installed ## Take docs/demo.png of the running demo
+screenshot: .venv/.tools ## Take docs/demo.png of the running demo
 	@$(call need,chromium:chromium)
 	docs/screenshot.py "$(EDGE):9002"
 
-lock: .venv/.installed ## Resolve requirements.in and app/pyproject.toml into the lock files anew
+lock: .venv/.tools ## Resolve requirements.in and app/pyproject.toml into the lock files anew
 	uv pip compile $(COMPILE) app/pyproject.toml --output-file app/requirements.lock
 	uv pip compile $(COMPILE) requirements.in app/pyproject.toml --extra probe --extra plan --output-file requirements.lock
+	uv pip compile $(COMPILE) requirements-test.in --constraint requirements.lock --output-file requirements-test.lock
 
 SIDE_BY_SIDE := --numprocesses 2 --dist worksteal
 SEED = 1
@@ -98,11 +99,18 @@ COMPILE := --project app --quiet --universal --python-version 3.11 --generate-ha
 .venv/.installed: requirements.lock app/pyproject.toml app/hatch_build.py app/package-lock.json
 	@$(call need,python3:python3 npm:npm ssh:openssh-client jq:jq ip:iproute2)
 	@python3 -c 'import ensurepip' 2>/dev/null || $(call install, python3-venv)
-	@$(call say,Installing the controller into .venv (half a minute))
+	@$(call say,Installing the controller into .venv (a quarter of a minute))
 	@python3 -m venv .venv
 	@# Compiled when it is first imported: most of it never is.
 	@pip install --quiet --no-compile --require-hashes --requirement requirements.lock
 	@pip install --quiet --no-deps --no-build-isolation --editable app
+	@touch $@
+
+tools: .venv/.tools ## Install into .venv what tests and judges: molecule, pytest, linters
+
+.venv/.tools: .venv/.installed requirements-test.lock
+	@$(call say,Installing what tests and judges (half a minute))
+	@pip install --quiet --no-compile --require-hashes --requirement requirements-test.lock
 	@touch $@
 
 root:

@@ -113,7 +113,8 @@ def play(command: list[str], log: TextIO) -> tuple[int, list[Row]]:
                     rows.append(Row(found["scenario"], found["action"], does, 0, time.monotonic() - began))
         except KeyboardInterrupt:
             os.killpg(process.pid, signal.SIGINT)
-            # subprocess would give it a quarter of a second.
+            # To its end, for which subprocess would give it a quarter of a second.
+            log.writelines(process.stdout or ())
             process.wait()
             raise
     return process.returncode, rows

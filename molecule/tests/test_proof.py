@@ -82,7 +82,12 @@ def test_what_it_has_started_ends_with_it(
     proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupts: Any
 ) -> None:
     """Also in the background, where a shell has interrupts ignored."""
-    lines = ("#!/bin/sh", "[ $1 = test ] || exit 0", "trap 'sleep 0.5; touch ended; exit 130' INT", "echo begun")
+    lines = (
+        "#!/bin/sh",
+        "[ $1 = test ] || exit 0",
+        "trap 'sleep 0.5; seq 50000; touch ended; exit 130' INT",
+        "echo begun",
+    )
     (tmp_path / "bin" / "molecule").write_text("\n".join([*lines, "while sleep 0.1; do :; done", ""]))
 
     def ask_to_end(*_: object, **__: object) -> None:
@@ -98,6 +103,7 @@ def test_what_it_has_started_ends_with_it(
         for number, handler in before.items():
             signal.signal(number, handler)
     assert (tmp_path / "ended").exists()
+    assert "50000" in proof.LOG.read_text(), "more than a pipe holds"
 
 
 def test_every_scenario_is_run_once(proof: ModuleType) -> None:

@@ -1,5 +1,7 @@
-"""The scenarios themselves: Molecule skips a suite without tests and still exits 0."""
+"""The scenarios themselves: Molecule skips a suite without tests and still exits 0. And what they are run with."""
 
+import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,18 @@ def test_every_suite_is_run_by_a_scenario() -> None:
     assert {
         folder.name for folder in (SCENARIOS / "shared" / "tests").iterdir() if any(folder.glob("test_*.py"))
     } == verified
+
+
+def versions(lock: str) -> dict[str, set[str]]:
+    """Every package of a lock file, with the versions that it has there for one Python or another."""
+    found = defaultdict(set)
+    for name, version in re.findall(r"^([\w.-]+)==([^ ;]+)", (SCENARIOS.parent / lock).read_text(), re.MULTILINE):
+        found[name].add(version)
+    return found
+
+
+def test_the_controller_is_tested_with_the_versions_that_it_has() -> None:
+    controller, tools = versions("requirements.lock"), versions("requirements-test.lock")
+    both = controller.keys() & tools.keys()
+    assert "ansible-core" in both
+    assert {name: controller[name] for name in both} == {name: tools[name] for name in both}

@@ -495,6 +495,19 @@ def test_an_edge_of_the_version_before_which_noted_nothing_is_not_restarted(
     assert (result["up_to_date"], result["recorded"]) == (True, False)
 
 
+def test_the_digest_of_what_it_starts_from_is_that_of_the_versions_before(
+    directory: Path, files: Files, envoy: FakeEnvoy, tmp_path: Path
+) -> None:
+    """Or every edge would be restarted by the next run."""
+    start_files = [
+        {"name": "binary", "path": str(tmp_path / "current"), "link": "releases/0123456789ab"},
+        {"name": "bootstrap", "path": str(tmp_path / "bootstrap"), "content": "admin: {}\n"},
+        {"name": "unit", "path": str(tmp_path / "unit"), "content": "[Unit]\n"},
+    ]
+    digest = run(directory, files, envoy.port, start_files=start_files)["start_digest"]
+    assert digest == "476288e7f909694a032d3b93b4eab50a5b7bac9ac1cdb5adb688db4054f25dc5"
+
+
 def test_what_it_starts_from_is_named_where_it_differs(
     directory: Path, files: Files, envoy: FakeEnvoy, tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def podman() -> Callable[[str, Sequence[str]], None]:
 
     def do(host: str, command: Sequence[str]) -> None:
         words = [word.format(f"stickyring-{host}") for word in command]
-        subprocess.run([*PODMAN, *words], check=True, capture_output=True, timeout=30)
+        done = subprocess.run([*PODMAN, *words], capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 0, done.stderr
 
     return do

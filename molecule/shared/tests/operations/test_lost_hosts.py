@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 ENDED_SECONDS = 60
+ENVIRONMENT = "cat /etc/stickyring-node/1.env"
 FAULTS = {
     "freezes": (["pause", "{}"], ["unpause", "{}"]),
     # Its link stays up: taken down, it would lose its default route for good.
@@ -39,8 +40,16 @@ def lost(podman: Any) -> Callable[[str, str], AbstractContextManager[None]]:
 
 
 @pytest.mark.parametrize(("fault", "playbook"), [("freezes", "playbooks/rolling_update.yml"), ("vanishes", "site.yml")])
-def test_a_node_that_is_lost_while_it_restarts_is_the_last_that_is_touched(
-    lost: Any, started: Any, inventory: Path, serving: Any, nodes: Any, fault: str, playbook: str
+def test_a_node_that_is_lost_while_it_restarts_is_the_last_that_is_touched_and_the_next_run_mends_it(
+    lost: Any,
+    started: Any,
+    run: Any,
+    machine: Any,
+    inventory: Path,
+    serving: Any,
+    nodes: Any,
+    fault: str,
+    playbook: str,
 ) -> None:
     first, *others = [node.name for node in nodes]
     setting = f"stickyring_node_environment={{{{ {{'LOST': '{fault}'}} }}}}"
@@ -61,6 +70,11 @@ def test_a_node_that_is_lost_while_it_restarts_is_the_last_that_is_touched(
     assert "State of the lost host: It was being restarted" in ended
     after = serving()
     assert {name: after[name] for name in others} == {name: before[name] for name in others}
+    # It is back, half way to the setting.
+    assert "LOST=" in machine(first).check_output(ENVIRONMENT)
+    run("site.yml", "-e", "stickyring_node_proving_time=1")
+    assert "LOST=" not in machine(first).check_output(ENVIRONMENT)
+    assert {name: after[name] for name in others} == {name: serving()[name] for name in others}
 
 
 def test_a_host_that_cannot_be_reached_keeps_site_yml_from_touching_anything(

@@ -64,6 +64,16 @@ def test_three_nodes_join_and_every_websocket_stays(
     assert set(re.findall(r"changed=(\d+)", run("playbooks/rebalance.yml"))) == {"0"}, "somebody is asked again"
 
 
+def test_a_node_that_has_just_joined_has_nothing_to_go_back_to(fleet: Any, ansible: Any, reach: Any) -> None:
+    look = "basename $(readlink /opt/stickyring-node/current); systemctl show stickyring-node@1 -P MainPID"
+    node = reach("node6")
+    before = node.check_output(look)
+    options = ["-i", fleet.folder, "--limit", "node6,edge"]
+    told = ansible("ansible-playbook", "playbooks/rollback.yml", *options, check=False).stdout
+    assert f"{before.split()[0]} is the oldest release that has served on node6" in " ".join(told.split())
+    assert node.check_output(look) == before
+
+
 def test_a_node_at_another_address_has_the_same_users(
     residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, reach: Any
 ) -> None:
