@@ -94,7 +94,7 @@ def test_nothing_is_lost_in_a_rolling_update(
         {"node1": ("dies_young", "s after it had become healthy")},
         {
             "node1": ("crashes_at_start", "this release cannot start"),
-            "node2": ("never_gets_ready", "Status code was -1 and not [200]"),
+            "node2": ("never_gets_ready", "Failed with result 'timeout'"),
         },
     ],
     ids=["one node", "two at a time"],
