@@ -69,8 +69,9 @@ def test_a_node_that_has_just_joined_has_nothing_to_go_back_to(fleet: Any, ansib
     node = reach("node6")
     before = node.check_output(look)
     options = ["-i", fleet.folder, "--limit", "node6,edge"]
-    told = ansible("ansible-playbook", "playbooks/rollback.yml", *options, check=False).stdout
-    assert f"{before.split()[0]} is the oldest release that has served on node6" in " ".join(told.split())
+    refused = ansible("ansible-playbook", "playbooks/rollback.yml", *options, check=False)
+    assert refused.returncode != 0
+    assert f"{before.split()[0]} is the oldest release that has served on node6" in " ".join(refused.stdout.split())
     assert node.check_output(look) == before
 
 
