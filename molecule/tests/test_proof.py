@@ -38,6 +38,7 @@ def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "SUITES", tmp_path / ".artifacts" / "suites.jsonl")
     (tmp_path / "molecule" / "shared" / "tests" / "nodes").mkdir(parents=True)
     (tmp_path / "molecule" / "shared" / "tests" / "nodes" / "test_a.py").write_text('"""Nodes serve.\n\nMore."""\n')
+    (tmp_path / "molecule" / "shared" / "tests" / "nodes" / "test_b.py").write_text('"""What only a soak runs."""\n')
     (tmp_path / "molecule" / "README.md").write_text("before\n\n" + "\nold\n".join(module.MARKS) + "\nafter\n")
     stub = tmp_path / "bin" / "molecule"
     stub.parent.mkdir()
