@@ -112,6 +112,18 @@ def machine(inventory: Path) -> Callable[..., testinfra.host.Host]:
 
 
 @pytest.fixture(scope="session")
+def ask_envoy(machine: Callable[..., testinfra.host.Host]) -> Callable[[Host, str], Any]:
+    """What an edge's admin interface, which only its own host reaches, answers to a path, out of JSON."""
+
+    def ask(edge: Host, path: str) -> Any:
+        url = f"http://127.0.0.1:{edge.variables['stickyring_edge_admin_port']}/{path}"
+        program = "import sys, urllib.request as r; sys.stdout.write(r.urlopen(sys.argv[1]).read().decode())"
+        return json.loads(machine(edge.name).check_output("python3 -c %s %s", program, url))
+
+    return ask
+
+
+@pytest.fixture(scope="session")
 def nodes(hosts: dict[str, Host]) -> list[Host]:
     """The hosts that run the application."""
     return [host for host in hosts.values() if "nodes" in host.groups]

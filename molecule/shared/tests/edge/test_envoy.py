@@ -23,15 +23,9 @@ UNIT = "stickyring-edge.service"
 
 
 @pytest.fixture
-def admin(host: Host, edge: Any) -> str:
-    return f"http://127.0.0.1:{edge.variables['stickyring_edge_admin_port']}"
-
-
-@pytest.fixture
-def config(host: Host, admin: str) -> dict[str, Any]:
+def config(ask_envoy: Any, edge: Any) -> dict[str, Any]:
     """Envoy's own dump, its sections by type."""
-    fetch = f"from urllib.request import urlopen; print(urlopen('{admin}/config_dump?include_eds').read().decode())"
-    dump = json.loads(host.check_output(f'python3 -c "{fetch}"'))
+    dump = ask_envoy(edge, "config_dump?include_eds")
     return {section["@type"].rsplit(".", 1)[1]: section for section in dump["configs"]}
 
 

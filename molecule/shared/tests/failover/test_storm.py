@@ -33,17 +33,10 @@ def memory(machine: Any, edge: Any, nodes: Any) -> Callable[[], dict[str, int]]:
 
 
 @pytest.fixture
-def server_errors(machine: Any, edge: Any) -> Callable[[], int]:
+def server_errors(ask_envoy: Any, edge: Any) -> Callable[[], int]:
     """How many requests the edge has answered with 5xx since it started."""
-    counter = "http.sticky.downstream_rq_5xx"
-    url = f"http://127.0.0.1:{edge.variables['stickyring_edge_admin_port']}/stats?filter={counter}"
-    command = f"python3 -c 'from urllib.request import urlopen; print(urlopen(\"{url}\").read().decode())'"
-
-    def read() -> int:
-        lines = machine(edge.name).check_output(command).splitlines()
-        return next(int(line.split(": ")[1]) for line in lines if line.startswith(counter))
-
-    return read
+    counter = "stats?format=json&filter=^http.sticky.downstream_rq_5xx$"
+    return lambda: int(ask_envoy(edge, counter)["stats"][0]["value"])
 
 
 def come_back(residents: Residents, fault: str, affected: list[Connection], since: float) -> None:

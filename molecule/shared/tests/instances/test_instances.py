@@ -41,12 +41,10 @@ def owners(url: str) -> set[str]:
 
 
 @pytest.fixture
-def passed_on(machine: Any, edge: Any) -> Callable[[], int]:
+def passed_on(ask_envoy: Any, edge: Any) -> Callable[[], int]:
     """How many requests the edge has passed on to another node than the user's, because that one took none."""
-    admin = f"http://127.0.0.1:{edge.variables['stickyring_edge_admin_port']}"
-    stats = f"{admin}/stats?format=json&filter=^cluster.nodes.upstream_rq_retry$"
-    script = f"import json, urllib.request as r; print(json.load(r.urlopen('{stats}'))['stats'][0]['value'])"
-    return lambda: int(machine(edge.name).check_output(f'python3 -c "{script}"'))
+    counter = "stats?format=json&filter=^cluster.nodes.upstream_rq_retry$"
+    return lambda: int(ask_envoy(edge, counter)["stats"][0]["value"])
 
 
 def test_instances_are_taken_away_and_come_back(
