@@ -87,7 +87,8 @@ lock: .venv/.tools ## Resolve requirements.in and app/pyproject.toml into the lo
 	uv pip compile $(COMPILE) requirements.in app/pyproject.toml --extra probe --extra plan --output-file requirements.lock
 	uv pip compile $(COMPILE) requirements-test.in --constraint requirements.lock --output-file requirements-test.lock
 
-SIDE_BY_SIDE := --numprocesses 2 --dist worksteal
+# More than there are cores of a small machine: most tests wait for a process that they have started.
+SIDE_BY_SIDE := --numprocesses 3 --dist worksteal
 SEED = 1
 OPERATIONS = $(if $(filter soak,$(MAKECMDGOALS)),15,60)
 HOURS = 1
