@@ -83,8 +83,8 @@ screenshot: .venv/.tools ## Take docs/demo.png of the running demo
 	docs/screenshot.py "$(EDGE):9002"
 
 lock: .venv/.tools ## Resolve requirements.in and app/pyproject.toml into the lock files anew
-	uv pip compile $(COMPILE) app/pyproject.toml --output-file app/requirements.lock
-	uv pip compile $(COMPILE) requirements.in app/pyproject.toml --extra probe --extra plan --output-file requirements.lock
+	uv pip compile $(COMPILE) app/pyproject.toml --extra node --output-file app/requirements.lock
+	uv pip compile $(COMPILE) requirements.in app/pyproject.toml --extra node --extra probe --extra plan --output-file requirements.lock
 	uv pip compile $(COMPILE) requirements-test.in --constraint requirements.lock --output-file requirements-test.lock
 
 # More than there are cores of a small machine: most tests wait for a process that they have started.

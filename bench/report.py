@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
-from stickyring.plan import plot
+from stickyring.tools.plan import plot
 
 COLORS = ("#2f6f9f", "#7fb0d0", "#c3ccd6", "#946c00", "#b5483a", "#5b7f4f", "#8a6aa8")
 STYLE = plot.STYLE | {"font.size": 9}

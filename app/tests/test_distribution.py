@@ -7,13 +7,17 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 APP = Path(__file__).parents[1]
 SCRIPT = "src/stickyring/pages/socket.io.min.js"
 SOURCES = ("hatch_build.py", "package.json", "package-lock.json", "pyproject.toml")
+
+NODE_ALONE = ("gunicorn", "eventlet", "prometheus_client", "pythonjsonlogger")
 
 
 @pytest.fixture
@@ -135,3 +139,23 @@ def test_without_npm_the_message_names_the_package(tree: Path) -> None:
     assert done.returncode != 0
     assert "apt-get install npm" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def without_node(program: str) -> subprocess.CompletedProcess[str]:
+    """Runs a Python program where nothing can be imported that only the extra `node` brings."""
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({NODE_ALONE}))\n"
+    return subprocess.run([sys.executable, "-c", blocked + program], capture_output=True, text=True, check=False)
+
+
+def test_who_sends_or_receives_messages_needs_no_node() -> None:
+    done = without_node(
+        "import socketio, stickyring.delivery, stickyring.ring; stickyring.delivery.Sender(socketio.Client())"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    asked = [Requirement(text) for text in requires("stickyring") or ()]
+    assert {one.name for one in asked if one.marker is None} == {"click", "python-socketio", "xxhash"}
+
+
+def test_serve_says_what_it_needs() -> None:
+    done = without_node("from stickyring.cli import main; main(['serve'])")
+    assert (done.returncode, done.stderr) == (1, "Error: gunicorn is not installed: pip install stickyring[node]\n")

@@ -5,14 +5,14 @@ from importlib import import_module
 import click
 
 COMMANDS = {
-    "serve": "stickyring.serve",
-    "probe": "stickyring.probe.command",
-    "plan": "stickyring.plan.command",
-    "whereis": "stickyring.whereis",
-    "sessions": "stickyring.operate",
-    "rebalance": "stickyring.operate",
-    "drain": "stickyring.operate",
-    "undrain": "stickyring.operate",
+    "serve": "stickyring.node.serve",
+    "probe": "stickyring.tools.probe.command",
+    "plan": "stickyring.tools.plan.command",
+    "whereis": "stickyring.tools.whereis",
+    "sessions": "stickyring.node.operate",
+    "rebalance": "stickyring.node.operate",
+    "drain": "stickyring.node.operate",
+    "undrain": "stickyring.node.operate",
 }
 """Each command's module, imported when it is wanted: a playbook runs small ones on every host, and half of their time
 would be the imports of the others."""
@@ -27,7 +27,13 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(COMMANDS[cmd_name]), cmd_name)
+        try:
+            module = import_module(COMMANDS[cmd_name])
+        except ModuleNotFoundError as error:
+            # Those of the other commands are imported when the command runs.
+            missing = (error.name or "").partition(".")[0]
+            raise click.ClickException(f"{missing} is not installed: pip install stickyring[node]") from error
+        command: click.Command = getattr(module, cmd_name)
         return command
 
     def invoke(self, ctx: click.Context) -> object:

@@ -8,7 +8,7 @@ from typing import Any
 
 import environment
 import pytest
-from stickyring.rebalance import HANDSHAKES_A_SECOND
+from stickyring.node.rebalance import HANDSHAKES_A_SECOND
 
 UNIT = "stickyring-node@1.service"
 USERS = 100

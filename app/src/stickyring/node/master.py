@@ -1,0 +1,328 @@
+"""A node's process: gunicorn's master, with one worker around the deployed application."""
+
+import importlib
+import logging
+import mmap
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+import gunicorn.util
+from gunicorn.app.base import BaseApplication
+from gunicorn.arbiter import Arbiter
+from gunicorn.errors import AppImportError, HaltServer
+from gunicorn.sock import TCP6Socket, TCPSocket
+from gunicorn.workers.base import Worker
+
+from stickyring.node import logs
+from stickyring.node.control_socket import ControlSocket
+from stickyring.node.listener import BACKLOG, address_text
+from stickyring.node.notify import Manager
+from stickyring.node.takeover import Incumbent, Successor
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
+
+    from stickyring.node.drain import Drain
+
+log = logging.getLogger(__name__)
+
+KEEPALIVE_SECONDS = 75
+"""Longer than the edge keeps an idle connection: when only the edge closes one, no request meets it closing."""
+GRACEFUL_SECONDS = 3
+"""Requests end in milliseconds; a poll or a WebSocket does not end by itself, and waiting longer helps neither."""
+HUNG_SECONDS = 30
+LARGEST_FIELD = 65536
+MOST_FIELDS = 200
+LISTENING, DRAINED = b"l", b"d"
+TICK_SECONDS = 0.1
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+SPARE_DESCRIPTORS = 64
+"""What a node needs beside its connections: listener, logs, epoll, scrapes and health checks."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the flags and the environment ask for."""
+
+    application: str
+    address: tuple[str, int]
+    node_name: str
+    worker_class: str
+    max_connections: int
+    drain_timeout: float
+    control: Path | None
+    edges: Path | None
+    watchdog: float | None
+    log_level: str
+
+
+class Node(BaseApplication):
+    """gunicorn, set up from `Settings` instead of from its own command line."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        worker_class: type[Worker],
+        listener: socket.socket,
+        control: ControlSocket | None,
+        successor: Successor | None = None,
+    ) -> None:
+        self.successor = successor
+        self._settings = settings
+        self._control = control
+        self._worker_class = worker_class
+        self._address = address_text(listener.getsockname()[:2])
+        self.listener = listener
+        self._refusal_reader, self._refusal_writer = os.pipe()
+        os.set_blocking(self._refusal_reader, False)
+        self._manager = Manager()
+        # By this the master tells its worker to drain, and hears when that is done.
+        self._drain_here, self._drain_there = socket.socketpair()
+        self._retired = mmap.mmap(-1, 1)
+        super().__init__()
+
+    def load_config(self) -> None:
+        """Set what differs from gunicorn's defaults."""
+        for name, value in {
+            "bind": self._address,  # told only: the master is given the socket
+            "workers": 1,  # the sessions of Socket.IO live in one process
+            "worker_class": self._worker_class,
+            "worker_connections": 1_000_000,  # no cap: at its limit connections hang, those of health checks too
+            "keepalive": KEEPALIVE_SECONDS,
+            # Above what an edge lets through, which is 32 KiB and 100 fields; it adds a few.
+            "limit_request_line": 0,
+            "limit_request_field_size": LARGEST_FIELD,
+            "limit_request_fields": MOST_FIELDS,
+            "forwarded_allow_ips": "",  # stickyring.node.forwarded knows whom to believe
+            "graceful_timeout": GRACEFUL_SECONDS,
+            # For a worker that hangs. systemd's watchdog waits as long as the unit says; and with 0 here every class
+            # beats twice a second.
+            "timeout": 0 if self._manager else HUNG_SECONDS,
+            "preload_app": False,  # the worker class patches the standard library before the application is imported
+            "control_socket_disable": True,
+            "backlog": BACKLOG,
+            "logger_class": logs.GunicornLogger,
+            "loglevel": self._settings.log_level,
+            "errorlog": None,  # no handler of gunicorn's own
+            "pre_fork": self._begin_with,
+            "post_worker_init": self._begin_to_serve,
+        }.items():
+            self.cfg.set(name, value)
+
+    def run(self) -> None:
+        """Serve until a signal ends the process.
+
+        Raises:
+            click.ClickException: the worker could not load the application.
+        """
+        _raise_descriptor_limit(self._settings.max_connections)
+        master = os.getpid()
+        try:
+            _Master(self).run()
+        except SystemExit:
+            # The worker, a fork of this process, leaves through here as well.
+            if os.getpid() == master:
+                if refusal := self._refusal():
+                    if self.successor is not None:
+                        self.successor.fail(refusal)
+                    raise click.ClickException(refusal) from None
+                log.info("stopped")
+            raise
+        finally:
+            if self._control is not None and os.getpid() == master:
+                self._control.remove()
+
+    def load(self) -> "WSGIApplication":
+        """Import the application, in the worker; one that cannot be had ends the master."""
+        # Imported here, because python-socketio and the metrics' locks have to see the standard library as the worker
+        # class has patched it.
+        from stickyring.node.control import Control, ControlServer  # noqa: PLC0415
+        from stickyring.node.forwarded import Edges  # noqa: PLC0415
+        from stickyring.node.runtime import Runtime  # noqa: PLC0415
+
+        try:
+            application = gunicorn.util.import_app(self._settings.application)
+        except (Exception, SystemExit) as error:
+            log.debug("the application cannot be loaded", exc_info=True)
+            self._refuse(f"cannot load {self._settings.application}: {_describe(error)}")
+        name = self._settings.node_name
+        edges = Edges(self._settings.edges)
+        limit = self._settings.max_connections
+        self._runtime = runtime = Runtime(application, node_name=name, max_connections=limit, edges=edges)
+        # Only ours has it: other worker classes let connections wait.
+        worker = self._worker
+        runtime.heed(lambda: getattr(worker, "exhausted", False))
+        incumbent = Incumbent(worker, runtime.drain, self._retired)
+        if self._control is not None:
+            control = Control(name, runtime.sessions, runtime.move_metrics, runtime.drain, incumbent)
+            server = ControlServer(self._control.listener, control)
+            threading.Thread(target=server.run, daemon=True).start()
+        threading.Thread(target=self._drain_when_told, args=(runtime.drain,), daemon=True).start()
+        return runtime
+
+    def _drain_when_told(self, drain: "Drain") -> None:
+        # Made anew by descriptor, as the worker class has patched sockets or not.
+        told = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(self._drain_there.fileno()))
+        told.send(LISTENING)
+        told.recv(1)
+        drain.begin(self._settings.drain_timeout, final=True)
+        drain.wait(self._settings.drain_timeout)
+        told.send(DRAINED)
+
+    def drain(self, goes_on: Callable[[], bool]) -> None:
+        """Have the worker drain, in the master; return when it has, and as soon as `goes_on` says no.
+
+        A worker that has no application yet has no users either, and is not waited for.
+        """
+        if not self._settings.drain_timeout or LISTENING not in self._heard(0):
+            return
+        self._drain_here.send(b"drain")
+        deadline = time.monotonic() + self._settings.drain_timeout
+        while goes_on() and time.monotonic() < deadline:
+            if DRAINED in self._heard(TICK_SECONDS):
+                return
+
+    @property
+    def retired(self) -> bool:
+        """Whether another process has taken the place of this one, as master and worker know."""
+        return bool(self._retired[0])
+
+    def _heard(self, seconds: float) -> bytes:
+        """What the worker has told, within that time."""
+        return self._drain_here.recv(64) if select.select([self._drain_here], [], [], seconds)[0] else b""
+
+    def _refuse(self, cause: str) -> NoReturn:
+        """Hand the cause to the master, end it, and end this worker."""
+        os.write(self._refusal_writer, cause.encode()[:4096])
+        if os.getppid() == self._worker.ppid:  # and not whoever has inherited this one
+            os.kill(self._worker.ppid, signal.SIGTERM)
+        sys.exit()
+
+    def _refusal(self) -> str:
+        try:
+            return os.read(self._refusal_reader, 4096).decode(errors="replace")
+        except BlockingIOError:
+            return ""
+
+    def _begin_with(self, master: Arbiter, worker: Worker) -> None:
+        self._worker = worker
+        self._heard(0)  # what the worker before has told is no longer true
+
+    def _begin_to_serve(self, worker: Worker) -> None:
+        if self.successor is None or self.successor.done:
+            self._manager.mention(b"READY=1")
+        else:
+            try:
+                predecessor = self.successor.take_over(worker.ppid, self._settings.watchdog, self._manager.tell)
+                self._runtime.succeed(predecessor)
+            except click.ClickException as error:
+                self._refuse(error.message)
+        if self._manager:
+            beat = worker.notify
+
+            # A worker that is stuck beats no more, whatever its master does; and one that was replaced must not hide
+            # that its successor is stuck.
+            def beat_aloud() -> None:
+                beat()
+                if not self.retired:
+                    self._manager.mention(b"WATCHDOG=1")
+
+            worker.notify = beat_aloud
+        log.info(
+            "serving %s on %s",
+            self._settings.application,
+            self._address,
+            extra={"address": self._address, "worker_class": self._settings.worker_class},
+        )
+
+
+class _Master(Arbiter):
+    """gunicorn's master, which lets its worker drain before it stops it gracefully."""
+
+    def start(self) -> None:
+        """Take the listening socket over with its family, of which gunicorn would tell PyPy a wrong one."""
+        listener: socket.socket = self.app.listener
+        kind = TCP6Socket if listener.family == socket.AF_INET6 else TCPSocket
+        name = listener.getsockname()
+        self.LISTENERS = [kind(name, self.cfg, self.log, fd=listener.detach())]
+        super().start()
+
+    def manage_workers(self) -> None:
+        """Keep a worker; but a successor that cannot take over any more ends, and so does who has been replaced."""
+        if self.app.retired and not self.WORKERS:
+            raise HaltServer("the worker has ended after it was replaced", 0)
+        if (successor := self.app.successor) is not None and not successor.done:
+            if successor.failed:
+                raise HaltServer("nobody waits for the new process any more", 1)
+            if self.worker_age and not self.WORKERS:
+                raise HaltServer("the new process's worker has ended before it served", 1)
+        super().manage_workers()
+
+    def stop(self, graceful: bool = True) -> None:
+        """Stop the worker; at once, if a signal comes while it drains."""
+        if self.app.retired:
+            # Held on to, it would keep connections waiting should the one that accepts end first.
+            while self.LISTENERS:
+                self.LISTENERS.pop().close()
+        if graceful:
+            self.app.drain(self._is_served)
+            graceful = not self._told_again
+        super().stop(graceful)
+
+    _told_again = False
+
+    def _is_served(self) -> bool:
+        """Whether there is a worker to wait for, and no further signal."""
+        try:
+            self.reap_workers()
+        except HaltServer:  # the worker has ended with an error, which is an end all the same
+            return False
+        while not self.SIG_QUEUE.empty():
+            self._told_again |= self.SIG_QUEUE.get_nowait() in ENDING_SIGNALS
+        return bool(self.WORKERS) and not self._told_again
+
+
+def _raise_descriptor_limit(max_connections: int) -> None:
+    """Raise the soft limit as far as the hard one allows, and say so when the cap cannot be reached."""
+    needed = max_connections + SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        log.warning(
+            "%d file descriptors are allowed, too few for %d connections: raise LimitNOFILE or lower --max-connections",
+            hard,
+            max_connections,
+        )
+
+
+def _describe(error: BaseException) -> str:
+    """Return the error in one line, with the place in the application's own code where it was raised."""
+    if isinstance(error, AppImportError):
+        return str(error)
+    loaders = (__file__, gunicorn.util.__file__, importlib.__file__)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename not in loaders and not frame.filename.startswith("<frozen")
+    ]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{one_line(error)}{place}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return type and message of the error, without its traceback."""
+    return " ".join("".join(traceback.format_exception_only(error)).split())

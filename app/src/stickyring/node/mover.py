@@ -1,0 +1,145 @@
+"""Asks sessions of this node to reconnect, so that the edge places their users anew; at a bounded rate."""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+
+from stickyring.node.sessions import Session
+
+log = logging.getLogger(__name__)
+
+BATCH_SECONDS = 0.1
+"""Short, so that the nodes which take the clients in see a stream and no bursts."""
+JITTER = 0.5
+"""Pauses vary by this share of themselves, so that nodes which began together do not keep step."""
+PATIENCE_SECONDS = 2.0
+"""How long to wait for a moment in which nothing is under way in a session, and how long again for what is under way
+when nothing new is taken in: an acknowledgement that is never given must not hold up the end."""
+RETURN_SECONDS = 2.0
+"""Clients wait 0.5 to 1.5 s before they connect again: after this, whoever the edge sends back here has arrived."""
+TICK_SECONDS = 0.05
+
+
+class Move:
+    """One run over the sessions of this node that `leaves` picks; `run()` does it, in a thread of the caller's.
+
+    All sessions of one user (one key; a session without a key is a user of its own) are asked together, users in random
+    order, `rate` sessions a second on the average, in batches of a tenth of a second. A session ends once nothing is
+    under way in it (`Session.quiet`), after twice PATIENCE_SECONDS in any case.
+
+    Whoever arrives during the run and should leave gets a turn after the others. Users who come back to this node,
+    because the edge has another ring than the caller, are not chased round and round: their sessions are counted.
+
+    Numbers of sessions, also while it runs: `to_move` found so far, `asked`, `left` (asked, and ended), `returned` (at
+    the end here and should not be). `asked` may stay below `to_move`: the others left by themselves. `users_asked` and
+    `users_returned` count the users of these sessions.
+    """
+
+    def __init__(
+        self,
+        sessions: Mapping[str, Session],
+        leaves: Callable[[Session], bool],
+        rate: float,
+        on_asked: Callable[[], None],
+    ) -> None:
+        self.rate = rate
+        self.asked = 0
+        self.left = 0
+        self.returned = 0
+        self.users_returned = 0
+        self._sessions = sessions
+        self._leaves = leaves
+        self._on_asked = on_asked
+        self._asked_at: dict[Hashable, float] = {}
+        self._began = time.monotonic()
+        self._ended: float | None = None
+        self._users = self._to_ask()
+        self.to_move = sum(map(len, self._users))
+
+    @property
+    def running(self) -> bool:
+        """Whether users are still to be asked or to leave."""
+        return self._ended is None
+
+    @property
+    def users_asked(self) -> int:
+        """How many users were asked so far."""
+        return len(self._asked_at)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far, or took."""
+        return (self._ended or time.monotonic()) - self._began
+
+    def run(self) -> None:
+        """Ask those who are here, then once those who have arrived meanwhile; return when all of them have left."""
+        try:
+            self._ask_all(self._users)
+            if self.asked:
+                time.sleep(RETURN_SECONDS)
+            late = self._to_ask()
+            self.to_move += sum(map(len, late))
+            self._ask_all(late)
+            back = [session for session in [*self._sessions.values()] if self._should_leave(session)]
+            self.returned, self.users_returned = len(back), len({_user(session) for session in back})
+        except Exception:
+            log.exception("asking sessions to reconnect has failed")
+        finally:
+            self._ended = time.monotonic()
+
+    def _should_leave(self, session: Session) -> bool:
+        return not session.ended and self._leaves(session)
+
+    def _to_ask(self) -> list[list[Session]]:
+        """Return, user by user, the sessions that should leave and were there before their user was asked."""
+        users: dict[Hashable, list[Session]] = {}
+        for session in [*self._sessions.values()]:
+            user = _user(session)
+            if self._should_leave(session) and session.began <= self._asked_at.get(user, session.began):
+                users.setdefault(user, []).append(session)
+        return [*users.values()]
+
+    def _ask_all(self, users: list[list[Session]]) -> None:
+        random.shuffle(users)
+        leaving = []
+        for batch in self._batches(users):
+            for session in batch:
+                self._asked_at[_user(session)] = time.monotonic()
+                self.asked += 1
+                self._on_asked()
+                # A thread each: a session may have to wait, and the application's disconnect handlers may block.
+                leaving.append(threading.Thread(target=self._see_off, args=(session,), daemon=True))
+                leaving[-1].start()
+            time.sleep(len(batch) / self.rate * random.uniform(1 - JITTER, 1 + JITTER))
+        for thread in leaving:
+            thread.join()
+
+    def _batches(self, users: list[list[Session]]) -> Iterator[list[Session]]:
+        batch: list[Session] = []
+        for sessions in users:
+            batch += [session for session in sessions if self._should_leave(session)]
+            if len(batch) >= self.rate * BATCH_SECONDS and batch:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _see_off(self, session: Session) -> None:
+        _wait_for_quiet(session)
+        session.taking = False
+        _wait_for_quiet(session)
+        if not session.ended:
+            session.end()
+        self.left += 1
+
+
+def _wait_for_quiet(session: Session) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (session.ended or session.quiet) and time.monotonic() < deadline:
+        time.sleep(TICK_SECONDS)
+
+
+def _user(session: Session) -> Hashable:
+    return session if session.key is None else session.key

@@ -1,0 +1,1 @@
+"""The operator's commands on the controller: `stickyring probe`, `plan` and `whereis`."""

@@ -1,0 +1,52 @@
+"""One probe, from the URL to the report."""
+
+import asyncio
+import json
+import signal
+import time
+from typing import TextIO
+
+import click
+
+from stickyring.tools.probe.load import Load
+from stickyring.tools.probe.progress import shown
+from stickyring.tools.probe.report import Report
+from stickyring.tools.probe.settings import Dialect, Shape
+from stickyring.tools.probe.targets import Target, judge
+from stickyring.tools.terminal import console_for_stdout
+
+
+async def measure(target: Target, dialect: Dialect, shape: Shape) -> Report:
+    """Run all sessions, with progress. SIGINT ends the run early and leaves the report of what there is."""
+    load = Load(target, dialect, shape, announce=click.echo)
+    loop = asyncio.get_running_loop()
+
+    def interrupt() -> None:
+        # A second SIGINT is for whoever does not want to wait for the closing.
+        loop.remove_signal_handler(signal.SIGINT)
+        load.interrupt()
+
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    begin = time.perf_counter()
+    try:
+        async with shown(load):
+            await load.run()
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+    return Report(target, dialect, shape, load.records, load.interrupted, time.perf_counter() - begin)
+
+
+async def judge_and_measure(url: str, dialect: Dialect, shape: Shape, *, owned: bool) -> Report:
+    """Put load on `url` if that is allowed; TargetError when it is not, or when nothing can be reached there."""
+    return await measure(await judge(url, owned=owned, timeout=dialect.timeout), dialect, shape)
+
+
+def publish(report: Report, json_file: TextIO | None) -> int:
+    """Print the tables, write the JSON file, and return the exit status."""
+    console_for_stdout().print(report)
+    if json_file is not None:
+        json.dump(report.as_json(), json_file, indent=2)
+        json_file.write("\n")
+    if report.interrupted:
+        return 130
+    return 0 if report.sticky else 1

@@ -1,0 +1,346 @@
+"""One Socket.IO session as a browser would hold it, and the record of what was seen.
+
+Protocols: Engine.IO revision 4 (https://socket.io/docs/v4/engine-io-protocol/) and Socket.IO revision 5
+(https://socket.io/docs/v4/socket-io-protocol/).
+"""
+
+import asyncio
+import contextlib
+import json
+import re
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+import aiohttp
+import msgpack
+from aiohttp.abc import AbstractCookieJar
+from yarl import URL
+
+from stickyring.tools.probe.failures import TWO_NODES, Failure, cause, refusal
+from stickyring.tools.probe.settings import Dialect, Manner
+from stickyring.tools.probe.transports import Polling, Transport, WebSocket
+
+# What a deployment that misbehaves can raise here; anything else is a fault of the probe and must be seen.
+ERRORS = (Failure, TimeoutError, aiohttp.ClientError, OSError, ValueError)
+CONNECT, DISCONNECT, EVENT = 0, 1, 2
+ECHO_EVERY = 5.0
+LONGEST_CLOSE = 5.0
+AGENT = f"stickyring-probe/{version('stickyring')}"
+
+# Socket.IO packet inside an Engine.IO message: type, namespace, acknowledgement id, JSON.
+SOCKETIO_PACKET = re.compile(r"4([0-6])(?:(/[^,]*),?)?(\d*)(.*)", re.DOTALL)
+NODE_TEXT = re.compile(r"node#(.+?): ", re.DOTALL)
+
+
+@dataclass(slots=True)
+class User:
+    """One id, with the cookies of its browser; `visit` is entered while a session opens."""
+
+    name: str
+    cookies: AbstractCookieJar
+    visit: contextlib.AbstractAsyncContextManager[Any]
+
+
+@dataclass(slots=True)
+class Record:
+    """What one session saw. Times in seconds; `cause` None means completed.
+
+    `header_nodes` are the nodes named by the response header, `spoken_nodes` those named by the application's texts.
+    `opened` is set when the first round trip succeeded, so a record with `opened` and a `cause` is a dropped session.
+    """
+
+    user: str
+    manner: Manner
+    header_nodes: set[str] = field(default_factory=set)
+    spoken_nodes: set[str] = field(default_factory=set)
+    handshake: float | None = None
+    round_trips: list[float] = field(default_factory=list)
+    opened: bool = False
+    fell_back: bool = False
+    cause: str | None = None
+
+    @property
+    def nodes(self) -> set[str]:
+        """The nodes that answered: by header if there was one, else by the texts."""
+        return self.header_nodes or self.spoken_nodes
+
+
+class Session:
+    """A Socket.IO session: `open`, any number of `round_trip`, perhaps `stay`, then `close` or `abort`.
+
+    All but `abort` raise Failure, with the cause, when the deployment does not do its part within the timeout.
+    `base_url` is the Socket.IO path with a query to which more can be appended.
+    """
+
+    def __init__(
+        self,
+        *,
+        connector: aiohttp.BaseConnector,
+        base_url: str,
+        dialect: Dialect,
+        user: User,
+        manner: Manner,
+        connection: int,
+    ) -> None:
+        self.record = Record(user.name, manner)
+        self._dialect = dialect
+        self._label = f"{user.name} {manner} {connection}"
+        self._user = user
+        headers = {"User-Agent": AGENT}
+        if dialect.key_header is not None:
+            headers[dialect.key_header] = user.name
+        self._http = aiohttp.ClientSession(
+            connector=connector,
+            connector_owner=False,
+            cookie_jar=user.cookies,
+            headers=headers,
+            skip_auto_headers=("Accept-Encoding",),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+            middlewares=(self._watch,),
+        )
+        self._base_url = base_url if dialect.key_param is None else f"{base_url}&{dialect.key_param}={user.name}"
+        self._sid = ""
+        self._upgrades: list[str] = []
+        self._transport: Transport | None = None
+        self._connected = False
+        self._awaited: str | None = None
+        self._questions = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether the handshake has succeeded."""
+        return bool(self._sid)
+
+    async def open(self) -> None:
+        """Handshake, Socket.IO connect acknowledgement (packet 40) and, if so asked, the upgrade to WebSocket."""
+        manner = self.record.manner
+        begin = time.perf_counter()
+        async with self._user.visit:
+            if manner in (Manner.POLLING, Manner.UPGRADE):
+                await self._step("handshake", self._open_polling())
+            else:
+                try:
+                    await self._step("handshake", self._open_websocket())
+                except Failure:
+                    if manner is Manner.WEBSOCKET:
+                        raise
+                    # Nothing of the session existed yet, so whoever refused the WebSocket is no node of it.
+                    self.record.header_nodes.clear()
+                    self.record.fell_back = True
+                    await self._drop_transport()
+                    await self._step("handshake", self._open_polling())
+        await self._step("connect acknowledgement", self._connect())
+        self.record.handshake = time.perf_counter() - begin
+        if manner is Manner.UPGRADE:
+            await self._step("upgrade", self._upgrade())
+
+    async def round_trip(self) -> None:
+        """One question and its answer through the whole deployment; its time is recorded.
+
+        With an echo: an event with a text of our own, answered when that text comes back, as an event or in the
+        acknowledgement. Without: a request for a namespace that nobody serves, which every Socket.IO server answers.
+        """
+        self._questions += 1
+        if self._dialect.event is None:
+            self._awaited = f"/stickyring-probe-{self._questions}"
+            packet, stage = self._packet(CONNECT, self._awaited), "answer"
+        else:
+            self._awaited = f"[{self._label} #{self._questions}]"
+            packet, stage = self._packet(EVENT, data=[self._dialect.event, self._awaited]), "echo"
+        begin = time.perf_counter()
+        await self._step(stage, self._ask(packet))
+        self.record.round_trips.append(time.perf_counter() - begin)
+        self.record.opened = True
+
+    async def stay(self) -> NoReturn:
+        """Stay in the session, answering pings, with a round trip every few seconds, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            next_echo = loop.time() + ECHO_EVERY
+            while packets := await self._packets_before(next_echo):
+                await self._step("pong", self._act(packets))
+            await self.round_trip()
+
+    async def close(self) -> None:
+        """Leave properly."""
+        assert self._transport is not None
+        await self._step("close", self._transport.close(self._packet(DISCONNECT)))
+
+    async def abort(self) -> None:
+        """Free what is still open; harmless after `close`."""
+        await self._drop_transport()
+        await self._http.close()
+
+    async def _drop_transport(self) -> None:
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            await transport.abort()
+
+    def verify(self) -> None:
+        """Failure when two nodes took part."""
+        if len(self.record.header_nodes) > 1 or len(self.record.spoken_nodes) > 1:
+            raise Failure(TWO_NODES)
+
+    async def _step(self, stage: str, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            async with asyncio.timeout(self._dialect.timeout):
+                await work
+        except ERRORS as error:
+            raise Failure(cause(error, stage)) from error
+
+    async def _packets_before(self, when: float) -> list[str | bytes]:
+        """The next packets, or none when the loop's clock reaches `when` first; no packet is lost by that."""
+        assert self._transport is not None
+        try:
+            async with asyncio.timeout_at(when):
+                return await self._transport.receive()
+        except TimeoutError:
+            return []
+        except ERRORS as error:
+            raise Failure(cause(error, "held open")) from error
+
+    async def _watch(
+        self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        """See every response, the 101 of a WebSocket included: who served, and whether it refused."""
+        response = await handler(request)
+        node = response.headers.get(self._dialect.node_header)
+        if node:
+            self.record.header_nodes.add(node)
+        if response.status not in (200, 101):
+            body = await response.content.read(512)
+            response.close()
+            raise refusal(response.status, body.decode(errors="replace"))
+        return response
+
+    def _url(self, transport: str, sid: str | None = None) -> URL:
+        session = "" if sid is None else f"&sid={sid}"
+        # Already encoded, so that what is asked is what was typed.
+        return URL(f"{self._base_url}&transport={transport}{session}", encoded=True)
+
+    async def _open_polling(self) -> None:
+        async with self._http.get(self._url("polling")) as response:
+            packet = await response.text("utf-8")
+        self._sid, self._upgrades = open_packet(packet)
+        self._transport = Polling(self._http, self._url("polling", self._sid))
+
+    async def _open_websocket(self) -> None:
+        websocket = await WebSocket.open(self._http, self._url("websocket"), self._closing_time())
+        self._transport = websocket
+        self._sid, self._upgrades = open_packet(str((await websocket.receive())[0]))
+
+    async def _connect(self) -> None:
+        assert self._transport is not None
+        await self._transport.send(self._packet(CONNECT))
+        while not self._connected:
+            await self._take()
+
+    async def _upgrade(self) -> None:
+        """Probe the WebSocket while a GET waits, end polling when the server has answered that GET, then switch."""
+        polling = self._transport
+        assert isinstance(polling, Polling)
+        if "websocket" not in self._upgrades:
+            raise Failure("the server offers no upgrade to websocket")
+        polling.poll()
+        websocket = await WebSocket.open(self._http, self._url("websocket", self._sid), self._closing_time())
+        try:
+            await websocket.send("2probe")
+            answer = await websocket.receive()
+            # The server answers the waiting GET with a noop; were it left alone, packets could go both ways.
+            while polling.waiting:
+                await self._take()
+            await websocket.send("5")
+        except BaseException:
+            await websocket.abort()
+            raise
+        self._transport = websocket
+        if answer != ["3probe"]:
+            raise Failure("the server did not answer the upgrade probe")
+
+    def _closing_time(self) -> float:
+        return min(self._dialect.timeout, LONGEST_CLOSE)
+
+    def _packet(self, kind: int, namespace: str = "/", data: list[str | None] | None = None) -> str | bytes:
+        """Return a Socket.IO packet as Engine.IO carries it; one with data wants an acknowledgement."""
+        if self._dialect.msgpack:
+            fields: dict[str, Any] = {"type": kind, "nsp": namespace}
+            packed: bytes = msgpack.packb(fields if data is None else fields | {"data": data, "id": self._questions})
+            return packed
+        inside = "" if namespace == "/" else f"{namespace},"
+        return f"4{kind}{inside}" if data is None else f"4{kind}{inside}{self._questions}{json.dumps(data)}"
+
+    async def _ask(self, packet: str | bytes) -> None:
+        assert self._transport is not None
+        await self._transport.send(packet)
+        while self._awaited is not None:
+            await self._take()
+
+    async def _take(self) -> None:
+        assert self._transport is not None
+        await self._act(await self._transport.receive())
+
+    async def _act(self, packets: list[str | bytes]) -> None:
+        assert self._transport is not None
+        for packet in packets:
+            if packet == "2":
+                await self._transport.send("3")
+            elif packet == "1":
+                raise Failure("session closed by the server")
+            elif isinstance(packet, bytes):
+                if self._dialect.msgpack:
+                    self._message(*_unpacked(packet))
+            elif packet.startswith("4"):
+                self._message(*_parsed(packet))
+
+    def _message(self, kind: int, namespace: str, content: Any) -> None:  # noqa: ANN401 - as it came
+        if namespace != "/":
+            if namespace == self._awaited and kind in (0, 4):
+                self._awaited = None
+        elif kind == 0:
+            self._connected = True
+        elif kind == 1:
+            raise Failure("disconnected by the server")
+        elif kind == 4:
+            reason = content.get("message") if isinstance(content, dict) else content
+            raise Failure(f"connect refused by the application: {reason}"[:120])
+        elif kind in (2, 3) and isinstance(content, list):
+            for text in content:
+                if isinstance(text, str):
+                    self._heard(text)
+
+    def _heard(self, text: str) -> None:
+        ours = self._awaited is not None and self._awaited in text
+        # Only the welcome and our own echo speak of this session: a chat passes on what other nodes said to others.
+        if (ours or text.endswith(": welcome")) and (match := NODE_TEXT.match(text)):
+            self.record.spoken_nodes.add(match.group(1))
+        if ours:
+            self._awaited = None
+
+
+def _parsed(packet: str) -> tuple[int, str, Any]:
+    match = SOCKETIO_PACKET.match(packet)
+    if match is None:
+        raise Failure(f"not a Socket.IO packet: {packet[:40]}")
+    kind, namespace, _, body = match.groups()
+    # Attachments are not looked at: what an echo says is text.
+    return int(kind), namespace or "/", json.loads(body) if kind in "234" and body else None
+
+
+def _unpacked(packet: bytes) -> tuple[int, str, Any]:
+    try:
+        fields = msgpack.unpackb(packet)
+        return fields["type"], fields["nsp"], fields.get("data")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Failure("not a Socket.IO packet of msgpack") from error
+
+
+def open_packet(packet: str) -> tuple[str, list[str]]:
+    """The session id and the upgrades of an Engine.IO open packet; Failure when it is something else."""
+    try:
+        content = json.loads(packet.removeprefix("0"))
+        return str(content["sid"]), list(content["upgrades"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise Failure("the answer to the handshake is not Engine.IO 4") from error

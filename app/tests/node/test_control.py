@@ -1,0 +1,303 @@
+"""The control socket of a real node, and the commands that use it."""
+
+import json
+import mmap
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import DEADLINE_SECONDS, STICKYRING, ServeProcess, serving, wait_until
+from prometheus_client import CollectorRegistry
+
+from stickyring.cli import main
+from stickyring.node import operate
+from stickyring.node.control import Control, Refusal
+from stickyring.node.drain import Drain
+from stickyring.node.metrics import MoveMetrics
+from stickyring.node.takeover import Incumbent
+from stickyring.ring import Ring
+
+RING = {
+    "cluster": "nodes",
+    "policy": "RING_HASH",
+    "minimum_size": 100,
+    "maximum_size": 8388608,
+    "members": [{"name": "node1-1", "weight": 1}],
+}
+ELSEWHERE = {**RING, "members": [{"name": "node2-1", "weight": 1}]}
+PLAIN = """
+def application(environ, start_response):
+    start_response("200 OK", [])
+    return [b"plain"]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("control")
+    Path(folder, "socket.io.min.js").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def node(folder: Path) -> Iterator[ServeProcess]:
+    with serving(folder, "stickyring.echo:create_application('.')", "--control", "control") as node:
+        yield node
+
+
+def ask(path: Path, method: str, target: str, body: str = "", length: int | None = None) -> tuple[int, dict[str, Any]]:
+    """Send one request as plain bytes; return the status and the answer."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(5)
+        connection.connect(str(path))
+        size = len(body) if length is None else length
+        connection.sendall(f"{method} {target} HTTP/1.1\r\nContent-Length: {size}\r\n\r\n{body}".encode())
+        with connection.makefile("rb") as answer:
+            status = int(answer.readline().split()[1])
+            return status, json.loads(answer.read().partition(b"\r\n\r\n")[2])
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def connect(node: ServeProcess, key: str | None, cluster: str | None = None) -> str:
+    headers = {"x-stickyring-key": key, "x-stickyring-cluster": cluster}
+    said = {name: value for name, value in headers.items() if value is not None}
+    answer = node.get("/socket.io/?EIO=4&transport=polling", said)
+    return str(json.loads(answer.read()[1:])["sid"])
+
+
+def close(node: ServeProcess, sid: str) -> None:
+    assert node.get(f"/socket.io/?EIO=4&transport=polling&sid={sid}", method="POST", body="1").read() == b"ok"
+
+
+def test_sessions_tells_who_is_connected(node: ServeProcess, folder: Path) -> None:
+    sids = [connect(node, "alice", "nodes"), *(connect(node, key) for key in ("alice", "a%20b&c", None))]
+    listed = invoke("sessions", "--control", folder / "control")
+    assert listed.exit_code == 0
+    found = json.loads(listed.stdout)
+    assert found["node"] == "node1-1"
+    assert [session["key"] for session in found["sessions"]] == ["alice", "alice", "a%20b&c", None]
+    assert [session["cluster"] for session in found["sessions"]] == ["nodes", None, None, None]
+    assert {session["transport"] for session in found["sessions"]} == {"polling"}
+    assert all(0 <= session["seconds"] < DEADLINE_SECONDS for session in found["sessions"])
+    for key, count in (("alice", 2), ("a%20b&c", 1), ("a b&c", 0)):
+        one = json.loads(invoke("sessions", "--control", folder / "control", "--key", key).stdout)
+        assert [session["key"] for session in one["sessions"]] == [key] * count
+    for sid in sids:
+        close(node, sid)
+    assert json.loads(invoke("sessions", "--control", folder / "control").stdout)["sessions"] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "body", "status", "error"),
+    [
+        ("GET", "/", "", 404, "nothing answers GET / here"),
+        ("POST", "/sessions", "", 404, "nothing answers POST /sessions here"),
+        ("POST", "/rebalance", "{", 400, "not JSON"),
+        ("POST", "/rebalance", "[]", 400, "an object with ring"),
+        ("POST", "/rebalance", json.dumps({"ring": RING, "speed": 1}), 400, "an object with ring"),
+        ("POST", "/rebalance", json.dumps({"ring": {**RING, "members": []}}), 400, "this is no ring: members"),
+        ("POST", "/rebalance", json.dumps({"ring": RING, "rate": 0}), 400, "rate: 0 is not"),
+        ("POST", "/rebalance", json.dumps({"ring": RING, "rate": "fast"}), 400, "rate: 'fast' is not"),
+        ("POST", "/rebalance", json.dumps({"ring": RING, "rate": True}), 400, "rate: True is not"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    node: ServeProcess, folder: Path, method: str, target: str, body: str, status: int, error: str
+) -> None:
+    answered, answer = ask(folder / "control", method, target, body)
+    assert answered == status
+    assert error in answer["error"]
+
+
+def test_before_the_first_rebalance_none_runs(node: ServeProcess, folder: Path) -> None:
+    assert ask(folder / "control", "GET", "/rebalance") == (200, {"running": False})
+
+
+def test_a_request_that_goes_wrong_harms_nobody(node: ServeProcess, folder: Path) -> None:
+    control = folder / "control"
+    assert ask(control, "POST", "/rebalance", length=10**9)[0] == 413
+    assert ask(control, "POST", "/rebalance", "[" * 100_000)[0] in {400, 500}  # deeper than Python goes
+    with socket.socket(socket.AF_UNIX) as mute, socket.socket(socket.AF_UNIX) as rude:
+        mute.connect(str(control))
+        rude.connect(str(control))
+        rude.sendall(b"\x16\x03\x01 what\r\n\r\n")
+        assert ask(control, "GET", "/sessions")[0] == 200
+        assert node.get("/healthz").status == 200
+
+
+def test_a_rebalance_without_anybody_to_move(node: ServeProcess, folder: Path) -> None:
+    sid = connect(node, "alice")
+    Path(folder, "ring.json").write_text(json.dumps(RING))
+    done = invoke("rebalance", "--control", folder / "control", "--ring", folder / "ring.json", "--rate", "20")
+    assert done.exit_code == 0, done.stderr
+    numbers = json.loads(done.stdout)
+    assert numbers.pop("seconds") < 1
+    expected = {"to_move": 0, "staying": 1, "without_key": 0, "asked": 0, "left": 0, "returned": 0}
+    expected |= {"users_asked": 0, "users_returned": 0}
+    assert numbers == {"rate": 20, **expected}
+    status, answer = ask(folder / "control", "POST", "/rebalance", json.dumps({"ring": RING}))
+    assert (status, answer["running"]) == (202, False), "nobody need ask again whether it is over"
+    close(node, sid)
+
+
+def test_a_rebalance_concerns_the_sessions_of_its_cluster(node: ServeProcess, folder: Path) -> None:
+    connect(node, "alice", "nodes")
+    connect(node, "bob")
+    others = [connect(node, "alice", "first_node"), connect(node, None, "first_node")]
+    Path(folder, "ring.json").write_text(json.dumps(ELSEWHERE))
+    done = invoke("rebalance", "--control", folder / "control", "--ring", folder / "ring.json")
+    assert done.exit_code == 0, done.stderr
+    expected = {"to_move": 2, "staying": 2, "without_key": 0, "asked": 2, "left": 2, "returned": 0}
+    expected |= {"users_asked": 2, "users_returned": 0}
+    assert expected.items() <= json.loads(done.stdout).items()
+    left = json.loads(invoke("sessions", "--control", folder / "control").stdout)["sessions"]
+    assert [(session["key"], session["cluster"]) for session in left] == [("alice", "first_node"), (None, "first_node")]
+    for sid in others:
+        close(node, sid)
+
+
+def test_one_rebalance_at_a_time(node: ServeProcess, folder: Path) -> None:
+    connect(node, "alice")
+    assert ask(folder / "control", "POST", "/rebalance", json.dumps({"ring": ELSEWHERE}))[0] == 202
+    Path(folder, "ring.json").write_text(json.dumps(RING))
+    refused = ask(folder / "control", "POST", "/rebalance", json.dumps({"ring": RING}))
+    assert refused == (409, {"error": "a rebalance is running"})
+    before = node.metric("stickyring_rebalances_total")
+    # The command waits for it and then begins its own.
+    done = invoke("rebalance", "--control", folder / "control", "--ring", folder / "ring.json", "--rate", "30")
+    assert done.exit_code == 0, done.stderr
+    assert {"rate": 30, "to_move": 0, "returned": 0}.items() <= json.loads(done.stdout).items()
+    assert done.stderr.splitlines() == ["asked by the rebalance that is running", "asked to reconnect"]
+    assert node.metric("stickyring_rebalances_total") == before + 1
+    assert node.logged("rebalanced: 1 sessions left"), "the first one was seen to its end"
+
+
+@pytest.mark.parametrize("waiting", [False, True], ids=["for its own", "for another"])
+def test_a_node_that_is_started_anew_meanwhile_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: bool
+) -> None:
+    ring = tmp_path / "ring.json"
+    ring.write_text(json.dumps(RING))
+
+    def answer(path: Path, method: str, target: str, body: object = None) -> dict[str, Any]:
+        if method == "GET":
+            return {"running": False}
+        if waiting:
+            raise operate.Refused(409, "a rebalance is running")
+        return {"running": True, "to_move": 5, "asked": 0}
+
+    monkeypatch.setattr(operate, "ask", answer)
+    result = invoke("rebalance", "--control", tmp_path / "control", "--ring", ring)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith("Error: the node was started anew")
+    assert "Traceback" not in result.stderr
+
+
+def test_an_equal_ring_is_not_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    load = Ring.load
+
+    def counting_load(document: dict[str, Any]) -> Ring:
+        made.append(document)
+        return load(document)
+
+    monkeypatch.setattr(Ring, "load", counting_load)
+    metrics = MoveMetrics(CollectorRegistry())
+    drain = Drain({}, set(), metrics)
+    control = Control("node1-1", {}, metrics, drain, Incumbent(None, drain, mmap.mmap(-1, 1)))
+
+    def start(ring: object) -> None:
+        control.answer("POST", "/rebalance", json.dumps({"ring": ring}).encode())
+        wait_until(lambda: not control.answer("GET", "/rebalance", b"")[1]["running"], "the rebalance has ended")
+
+    start(RING)
+    start(dict(reversed(RING.items())))
+    assert made == [RING]
+    start(ELSEWHERE)
+    assert made == [RING, ELSEWHERE]
+    # Python takes true for 1, a ring does not; and what is no ring does not take the place of one.
+    with pytest.raises(Refusal, match="weight: True"):
+        start({**ELSEWHERE, "members": [{"name": "node2-1", "weight": True}]})
+    start(ELSEWHERE)
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["sessions"], "Missing option '--control' (env var: 'STICKYRING_CONTROL')"),
+        (["sessions", "--control", "absent"], "no control socket absent: does the node run"),
+        (["sessions", "--control", "file"], "nobody serves the control socket file"),
+        (["sessions", "--control", "dead"], "nobody serves the control socket dead: the node does not run"),
+        (["rebalance", "--control", "absent"], "Missing option '--ring'"),
+        (["rebalance", "--control", "absent", "--ring", "absent"], "'absent': No such file or directory"),
+        (["rebalance", "--control", "absent", "--ring", "file"], "file is not JSON"),
+        (["rebalance", "--control", "absent", "--ring", "ring", "--rate", "0"], "0.0 is not in the range x>0"),
+    ],
+)
+def test_an_error_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], cause: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("text")
+    Path("ring").write_text(json.dumps(RING))
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind("dead")
+    result = invoke(*arguments)
+    assert result.exit_code in {1, 2}
+    assert cause in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not result.stdout
+
+
+def test_the_node_s_refusal_is_one_line(node: ServeProcess, folder: Path) -> None:
+    Path(folder, "other.json").write_text('{"policy": "ROUND_ROBIN"}')
+    result = invoke("rebalance", "--control", folder / "control", "--ring", folder / "other.json")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: the node refuses: this is no ring: policy: 'ROUND_ROBIN'")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_help_shows_examples() -> None:
+    for command in ("sessions", "rebalance"):
+        assert f"stickyring {command} --control /run/" in invoke(command, "--help").stdout
+
+
+def test_the_socket_is_the_owners_and_goes_with_the_node(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:
+    Path(tmp_path, "plain.py").write_text(PLAIN)
+    control = tmp_path / "control"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(control))
+    # Left behind by a process that was killed: replaced. And any application and worker class will do.
+    node = serve("plain:application", "--worker-class", "gthread", "--control", str(control))
+    assert control.stat().st_mode & 0o777 == 0o600
+    assert json.loads(invoke("sessions", "--control", control).stdout) == {"node": "node1-1", "sessions": []}
+    assert refusal(tmp_path, "control").endswith("control: another process serves it\n")
+    assert control.is_socket(), "the refused process must leave it alone"
+    assert node.stop() == 0
+    assert not control.exists()
+
+
+def test_a_socket_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
+    Path(tmp_path, "file").touch()
+    assert refusal(tmp_path, "file").endswith("file: there is something else\n")
+    assert Path(tmp_path, "file").exists()
+    assert refusal(tmp_path, "absent/control").endswith("absent/control: No such file or directory\n")
+    assert refusal(tmp_path, "a" * 200).endswith("AF_UNIX path too long\n")
+
+
+def refusal(directory: Path, control: str) -> str:
+    """Run a `serve` that does not get its control socket; return the only line that it says."""
+    command = [str(STICKYRING), "serve", "--listen", "127.0.0.1:0", "--control", control]
+    run = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False)
+    assert run.returncode == 1
+    assert len(run.stderr.splitlines()) == 1, run.stderr
+    assert run.stderr.startswith(f"Error: cannot make the control socket {control}: ")
+    return run.stderr

@@ -1,0 +1,385 @@
+"""A node that is told to stop, or to make room, sends everybody elsewhere first; seen without an edge."""
+
+import asyncio
+import json
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import socketio
+from conftest import STICKYRING, ServeProcess, serving, wait_until
+from prometheus_client import CollectorRegistry
+
+from stickyring.node.drain import Drain
+from stickyring.node.master import GRACEFUL_SECONDS
+from stickyring.node.metrics import MoveMetrics
+from stickyring.node.mover import PATIENCE_SECONDS
+
+APPLICATION = """
+import os
+
+import eventlet
+import socketio
+
+server = socketio.Server(
+    async_mode="eventlet", always_connect=True, serializer=os.environ.get("SERIALIZER", "default")
+)
+
+def slow(sid, seconds):
+    server.sleep(seconds)
+    return "done"
+
+for namespace in ("/", "/room"):
+    server.on("slow", slow, namespace=namespace)
+
+@server.event
+def failing(sid, content):
+    raise ValueError(content)
+
+@server.event
+def mark(sid, number):
+    with open("marks", "a") as marks:
+        print(number, file=marks)
+
+def page(environ, start_response):
+    start_response("200 OK", [])
+    open("begun", "x").close()
+    while not os.path.exists("release"):
+        eventlet.sleep(0.05)
+    return [b"complete"]
+
+application = socketio.WSGIApp(server, page)
+"""
+HANDSHAKE = "/socket.io/?EIO=4&transport=polling"
+SESSIONS = 30
+DEADLINE = 6
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Callable[..., ServeProcess]]:
+    """Starts the node with the drain timeout given."""
+    (tmp_path / "chat.py").write_text(APPLICATION)
+    with ExitStack() as running:
+
+        def start(seconds: float = DEADLINE, **environment: Any) -> ServeProcess:
+            arguments = ("chat:application", "--drain-timeout", str(seconds), "--control", "control")
+            return running.enter_context(serving(tmp_path, *arguments, **environment))
+
+        yield start
+
+
+class Users:
+    """Clients that do not come back, and what they noticed: how often they were disconnected, and why."""
+
+    def __init__(self) -> None:
+        self.clients: list[socketio.AsyncClient] = []
+        self.reasons: list[str] = []
+
+    async def connect(self, node: ServeProcess, transports: list[str], number: int = 1) -> socketio.AsyncClient:
+        for _ in range(number):
+            client = socketio.AsyncClient(reconnection=False)
+            client.on("disconnect", self.reasons.append)
+            await client.connect(node.url, transports=transports, wait_timeout=10)
+            self.clients.append(client)
+        return client
+
+    async def all_gone(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while len(self.reasons) < len(self.clients) and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        return len(self.reasons) == len(self.clients)
+
+
+def command(node: ServeProcess, folder: Path, name: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([STICKYRING, name, "--control", folder / "control"], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("transports", [["polling"], ["websocket"]])
+def test_sigterm_sends_everybody_away_and_ends_before_the_deadline(node: Any, transports: list[str]) -> None:
+    serve = node()
+
+    async def play() -> None:
+        users = Users()
+        await users.connect(serve, transports, SESSIONS)
+        serve.process.send_signal(signal.SIGTERM)
+        assert await users.all_gone(DEADLINE)
+
+    asyncio.run(play())
+    began = time.monotonic()
+    assert serve.process.wait(DEADLINE) == 0
+    assert time.monotonic() - began < DEADLINE - 2
+    (drained,) = (line for line in serve.log() if line["message"] == "drained")
+    assert (drained["asked"], drained["left"], drained["sessions"]) == (SESSIONS, SESSIONS, 0)
+
+
+def test_what_is_under_way_ends_and_nobody_comes_in_meanwhile(node: Any) -> None:
+    serve = node()
+
+    async def play() -> None:
+        users = Users()
+        client = await users.connect(serve, ["websocket"])
+        waiting = asyncio.create_task(client.call("slow", 2.5, timeout=10))
+        await asyncio.sleep(0.2)
+        assert serve.get("/readyz").status == serve.get(HANDSHAKE).status == 200
+        serve.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: serve.get("/readyz").status == 503, "it says that it drains")
+        # What the client gets if every node refuses it: come back later, or no such session.
+        unknown = f"{HANDSHAKE}&sid=unknown", "/socket.io/?EIO=4&transport=websocket&sid=unknown"
+        for path, status in {HANDSHAKE: 503, **dict.fromkeys(unknown, 400)}.items():
+            refusal = serve.get(path)
+            assert (refusal.status, refusal.headers["x-stickyring-elsewhere"]) == (status, "1")
+        assert serve.get("/healthz").status == 200
+        assert serve.metric("stickyring_draining") == 1
+        assert serve.metric('stickyring_handshakes_refused_total{reason="draining",transport="polling"}') == 1
+        assert await waiting == "done"
+        assert await users.all_gone(DEADLINE)
+
+    asyncio.run(play())
+    assert serve.process.wait(DEADLINE) == 0
+
+
+@pytest.mark.parametrize("serializer", ["default", "msgpack"])
+def test_acknowledgements_arrive_whatever_packets_are_made_of(node: Any, serializer: str) -> None:
+    serve = node(20, SERIALIZER=serializer)
+
+    async def connect(transport: str, namespace: str) -> socketio.AsyncClient:
+        client = socketio.AsyncClient(serializer=serializer, reconnection=False)
+        await client.connect(serve.url, transports=[transport], namespaces=[*{"/", namespace}], wait_timeout=10)
+        await client.emit("failing", b"no acknowledgement to wait for", callback=print)
+        return client
+
+    async def play() -> None:
+        kinds = [(transport, namespace) for transport in ("polling", "websocket") for namespace in ("/", "/room")]
+        clients = [await connect(*kind) for kind in kinds]
+        asking = asyncio.gather(
+            *(
+                client.call("slow", 2.5, namespace=namespace, timeout=10)
+                for client, (_, namespace) in zip(clients, kinds, strict=True)
+            )
+        )
+        await asyncio.sleep(1)
+        began = time.monotonic()
+        serve.process.send_signal(signal.SIGTERM)
+        assert await asking == ["done"] * len(kinds)
+        await asyncio.gather(*(client.wait() for client in clients))
+        assert time.monotonic() - began < 2 * PATIENCE_SECONDS, "and nothing else is waited for"
+
+    asyncio.run(play())
+    assert serve.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("acknowledged", [True, False], ids=["who waits for an acknowledgement", "who waits for none"])
+def test_a_post_is_answered_with_ok_only_if_the_application_gets_it(
+    node: Any, tmp_path: Path, acknowledged: bool
+) -> None:
+    """Also while the node waits for what the application owes, and takes in nothing that would be owed as well."""
+    serve = node(20)
+    session = f"{HANDSHAKE}&sid={json.loads(serve.get(HANDSHAKE).read()[1:])['sid']}"
+    assert serve.get(session, None, "POST", '40\x1e421["slow",10]').status == 200
+    serve.get(session).read()
+    # Not a stop, at whose end the socket is closed.
+    draining = command(serve, tmp_path, "drain")
+    wait_until(lambda: serve.get("/readyz").status == 503, "it drains")
+    events, answered = f'42{"2" if acknowledged else ""}["mark",{{0}}]\x1e42["mark",{{0}}]', 0
+    while (status := serve.get(session, None, "POST", events.format(answered)).status) == 200:
+        answered += 1
+        time.sleep(0.1)  # a client that writes now and then
+    assert status == 400
+    assert answered > 1, "at first it has taken events"
+    marks = Path(tmp_path, "marks").read_text().split()
+    assert marks == [str(number) for number in range(answered) for _ in range(2)]
+    draining.communicate(timeout=20)
+    assert draining.returncode == 0
+
+
+def test_a_request_that_is_being_answered_ends(node: Any, tmp_path: Path) -> None:
+    """However long the application takes, within the deadline; only then the process is stopped."""
+    serve = node(60)
+    connection = serve.connect(60)
+    connection.request("GET", "/page")
+    wait_until((tmp_path / "begun").exists, "the request is being answered")
+    serve.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: serve.get("/readyz").status == 503, "it drains")
+    with pytest.raises(subprocess.TimeoutExpired):
+        serve.process.wait(GRACEFUL_SECONDS + 2)
+    refusal = serve.get("/page")
+    assert (refusal.status, refusal.headers["x-stickyring-elsewhere"]) == (503, "1")
+    (tmp_path / "release").touch()
+    assert connection.getresponse().read() == b"complete"
+    assert serve.process.wait(10) == 0
+
+
+def test_a_poll_that_waits_on_a_lost_connection_does_not_hold_it_up(node: Any) -> None:
+    """The client has asked again on another one."""
+    serve = node()
+    sid = json.loads(serve.get(HANDSHAKE).read()[1:])["sid"]
+    lost, poll = serve.connect(10), serve.connect(10)
+    for connection in (lost, poll):
+        connection.request("GET", f"{HANDSHAKE}&sid={sid}")
+    assert lost.getresponse().read() == b"6"
+    serve.process.send_signal(signal.SIGTERM)
+    assert poll.getresponse().status == 410
+    assert serve.process.wait(DEADLINE) == 0
+    assert serve.logged("drained")
+
+
+@asynccontextmanager
+async def never_answered(serve: ServeProcess) -> AsyncIterator[None]:
+    """A user who waits for an acknowledgement that comes long after the node has ended, and does not get it."""
+    client = await Users().connect(serve, ["websocket"])
+    asking = asyncio.create_task(client.call("slow", 30, timeout=1))
+    await asyncio.sleep(0.2)
+    yield
+    with pytest.raises((socketio.exceptions.TimeoutError, socketio.exceptions.DisconnectedError)):
+        await asking
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_a_second_signal_ends_it_at_once(node: Any, second: signal.Signals) -> None:
+    serve = node(60)
+
+    async def play() -> None:
+        async with never_answered(serve):
+            serve.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: serve.get("/readyz").status == 503, "it drains")
+            serve.process.send_signal(second)
+            began = time.monotonic()
+            assert await asyncio.to_thread(serve.process.wait, 10) == 0
+            assert time.monotonic() - began < GRACEFUL_SECONDS - 1
+
+    asyncio.run(play())
+
+
+def test_the_deadline_ends_it(node: Any) -> None:
+    serve = node(1)
+
+    async def play() -> None:
+        async with never_answered(serve):
+            serve.process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            assert await asyncio.to_thread(serve.process.wait, 15) == 0
+            assert 1 < time.monotonic() - began < 6
+
+    asyncio.run(play())
+    assert serve.logged("not drained after 1 s: 1 sessions and 0 requests are left")
+
+
+def test_without_a_drain_nobody_is_asked(node: Any) -> None:
+    serve = node(0)
+
+    async def play() -> None:
+        await Users().connect(serve, ["websocket"])
+        serve.process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(serve.process.wait, 10) == 0
+
+    asyncio.run(play())
+    assert not serve.logged("drain")
+
+
+def test_drain_empties_a_node_that_goes_on_and_undrain_opens_it_again(node: Any, tmp_path: Path) -> None:
+    serve = node()
+
+    async def play() -> None:
+        users = Users()
+        await users.connect(serve, ["websocket"], SESSIONS)
+        output, _ = await asyncio.to_thread(command(serve, tmp_path, "drain").communicate, timeout=20)
+        told = json.loads(output)
+        numbers = {"sessions": 0, "requests": 0, "to_move": SESSIONS, "asked": SESSIONS, "left": SESSIONS}
+        assert told == {"draining": True, "drained": True} | numbers
+        assert await users.all_gone(5)
+
+    asyncio.run(play())
+    assert (serve.get("/readyz").status, serve.get(HANDSHAKE).status) == (503, 503)
+    assert json.loads(command(serve, tmp_path, "undrain").communicate(timeout=20)[0])["draining"] is False
+    assert (serve.get("/readyz").status, serve.get(HANDSHAKE).status) == (200, 200)
+
+
+def test_nothing_reopens_a_node_that_is_about_to_stop(node: Any, tmp_path: Path) -> None:
+    serve = node()
+
+    async def play() -> None:
+        client = await Users().connect(serve, ["websocket"])
+        asking = asyncio.create_task(client.call("slow", 2, timeout=10))
+        await asyncio.sleep(0.2)
+        serve.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: serve.get("/readyz").status == 503, "it drains")
+        undrain = command(serve, tmp_path, "undrain")
+        undrain.communicate(timeout=20)
+        assert undrain.returncode == 1
+        assert serve.get("/readyz").status == 503
+        assert await asking == "done"
+
+    asyncio.run(play())
+    assert serve.process.wait(DEADLINE) == 0
+
+
+def test_a_node_that_still_loads_its_application_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    arguments = ["serve", "slow:application", "--listen", "127.0.0.1:0", "--drain-timeout", "20"]
+    process = subprocess.Popen([STICKYRING, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    process.terminate()
+    assert process.wait(10) == 0
+
+
+class FakeSession:
+    """A session that leaves when it is told to."""
+
+    def __init__(self, key: str | None = None) -> None:
+        self.key = key
+        self.began = time.monotonic()
+        self.ended = False
+        self.quiet = True
+        self.taking = True
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture
+def sessions() -> dict[str, Any]:
+    return {f"sid{number}": FakeSession(f"user{number}") for number in range(1000)}
+
+
+def left(sessions: dict[str, Any]) -> int:
+    return sum(session.ended for session in sessions.values())
+
+
+@pytest.fixture
+def drain(sessions: dict[str, Any]) -> Drain:
+    return Drain(sessions, set(), MoveMetrics(CollectorRegistry()))
+
+
+def test_a_drain_that_is_under_way_hurries_when_time_is_short(drain: Drain, sessions: dict[str, Any]) -> None:
+    drain.begin()
+    drain.begin(1, final=True)
+    drain.wait(3)
+    assert drain.empty
+    assert left(sessions) == 1000
+
+
+def test_undrain_keeps_those_who_were_not_asked_yet(drain: Drain, sessions: dict[str, Any]) -> None:
+    drain.begin()
+    wait_until(lambda: left(sessions) > 0, "somebody has left")
+    assert drain.cancel()
+    gone = left(sessions)
+    assert gone < 300
+    time.sleep(0.5)  # the claim is that nothing happens: at 250 a second, 125 more would have left
+    assert left(sessions) <= gone + 50
+    drain.begin()
+    drain.wait(10)
+    assert left(sessions) == 1000
+
+
+def test_who_was_on_his_way_in_is_asked_too(drain: Drain, sessions: dict[str, Any]) -> None:
+    sessions.clear()
+    drain.begin()
+    sessions["late"] = FakeSession("late")
+    wait_until(lambda: drain.empty, "the late one has left")
+    assert drain.progress()["asked"] == 1
