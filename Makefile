@@ -8,12 +8,15 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON_OUTSIDE_APP := playbooks roles molecule docs bench
 PLUGINS := $(wildcard roles/*/library/*.py roles/*/filter_plugins/*.py roles/*/files/*.py playbooks/*_plugins/*.py molecule/*.py docs/*.py)
 
-.PHONY: help root demo proof down test tools lint lint-python lint-ansible unit molecule chaos soak bench lock screenshot
+.PHONY: help root controller demo proof down test tools lint lint-python lint-ansible unit molecule chaos soak bench lock screenshot
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+controller: .venv/.installed ## Install into .venv what runs the playbooks; needs no root
+
 demo: root .venv/.installed ## Make the lab, deploy to it, prove that it is sticky (first time 3 minutes, then 1)
+	@$(call need,jq:jq)
 	@$(call say,Making the hosts of inventory/lab)
 	ansible-playbook molecule/shared/create.yml
 	@$(call say,Deploying to them)
@@ -30,7 +33,7 @@ proof:
 	@printf '%s\n' '' 'The lab is up. Open:' \
 	  '  $(EDGE):9001/             one node, no user id (the single-node demo)' \
 	  '  $(EDGE):9002/index2.html  all nodes, sticky by client_id' \
-	  '  $(EDGE):9003/             all nodes, nothing to hash: it fails, as it must' \
+	  '  $(EDGE):9003/             all nodes, no user id: polling fails by design' \
 	  '`make down` removes it.'
 
 down: root .venv/.installed ## Remove the lab: hosts, network, keys and images
@@ -79,13 +82,17 @@ bench: root .venv/.tools ## Measure this stack (PARTS='nodes edges' or one of op
 	python -m bench $(PARTS) --profile $(PROFILE)
 
 screenshot: .venv/.tools ## Take docs/demo.png of the running demo
-	@$(call need,chromium:chromium)
+	@$(call need,chromium:chromium jq:jq)
 	docs/screenshot.py "$(EDGE):9002"
 
-lock: .venv/.tools ## Resolve requirements.in and app/pyproject.toml into the lock files anew
+lock: .venv/.tools ## Resolve the dependencies of an application and of the node that runs it (PROJECT=../chat), or our own
+ifdef PROJECT
+	uv pip compile $(COMPILE) $(PROJECT)/pyproject.toml app/pyproject.toml --extra node --output-file $(PROJECT)/requirements.lock
+else
 	uv pip compile $(COMPILE) app/pyproject.toml --extra node --output-file app/requirements.lock
 	uv pip compile $(COMPILE) requirements.in app/pyproject.toml --extra node --extra probe --extra plan --output-file requirements.lock
 	uv pip compile $(COMPILE) requirements-test.in --constraint requirements.lock --output-file requirements-test.lock
+endif
 
 # More than there are cores of a small machine: most tests wait for a process that they have started.
 SIDE_BY_SIDE := --numprocesses 3 --dist worksteal
@@ -98,7 +105,7 @@ PROFILE = quick
 COMPILE := --project app --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
 
 .venv/.installed: requirements.lock app/pyproject.toml app/hatch_build.py app/package-lock.json
-	@$(call need,python3:python3 npm:npm ssh:openssh-client jq:jq ip:iproute2)
+	@$(call need,python3:python3 npm:npm ssh:openssh-client ip:iproute2)
 	@python3 -c 'import ensurepip' 2>/dev/null || $(call install, python3-venv)
 	@$(call say,Installing the controller into .venv (a quarter of a minute))
 	@python3 -m venv .venv

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import socketio
 
 PROJECT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
@@ -45,7 +46,30 @@ def test_every_link_leads_somewhere(link: str) -> None:
 
 def test_every_command_is_of_a_kind_that_is_tested() -> None:
     assert COMMANDS
-    assert {shlex.split(command)[0] for command in COMMANDS} == {"make", "ansible-playbook", "stickyring", "cp"}
+    by_hand = {"cp", "export", "ssh-keyscan", "ansible", "."}  # molecule/shared/tests/readme/test_own_hosts.py
+    assert {shlex.split(command)[0] for command in COMMANDS} == {"make", "ansible-playbook", "stickyring", *by_hand}
+
+
+def test_the_application_of_the_readme_answers(tmp_path: Path) -> None:
+    """As a wheel, which has what its pyproject.toml says."""
+    (source,) = re.findall(r"^```python\n(import socketio.*?)^```", README, re.M | re.S)
+    (project,) = re.findall(r"^```toml\n(.*?)^```", README, re.M | re.S)
+    (tmp_path / "chat.py").write_text(source)
+    (tmp_path / "pyproject.toml").write_text(project)
+    wheels = tmp_path / "wheels"
+    built = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", wheels, tmp_path)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = wheels.iterdir()
+    serve = [str(PROGRAMS / "stickyring"), "serve", "chat:application", "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(serve, env=os.environ | {"PYTHONPATH": str(wheel)}, stderr=subprocess.PIPE) as node:
+        try:
+            serving = next(one for one in map(json.loads, node.stderr or ()) if "address" in one)
+            with socketio.SimpleClient() as client:
+                client.connect(f"http://{serving['address']}")
+                assert client.call("say", "hello", timeout=10) == "heard"
+                assert client.receive(timeout=10) == ["said", "hello"]
+        finally:
+            node.kill()
 
 
 def test_the_example_inventory_passes_preflight() -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -62,22 +64,27 @@ def test_the_nodes_were_installed_from_the_index(machine: Any, nodes: Any) -> No
         )
 
 
-def test_it_takes_the_place_of_the_echo_service(inventory: Any, ansible: Any, edge_url: Any) -> None:
-    """Last, for it changes what is deployed: site.yml with the variables that the README says, and no others."""
-    section = (PROJECT / "README.md").read_text().split("## Bring your own application")[1]
-    told = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.S)[1])
-    artifacts = PROJECT / ".artifacts" / "guestbook"
+def test_it_takes_the_place_of_the_echo_service(inventory: Any, ansible: Any, edge_url: Any, tmp_path: Path) -> None:
+    """Last, for it changes what is deployed: locked and deployed as the README says, with these variables alone."""
+    section = (PROJECT / "README.md").read_text().split("## Your application on your machines")[1]
+    told = yaml.safe_load(re.search(r"```yaml\n(# group_vars/all.yml.*?)```", section, re.S)[1])
+    project = tmp_path / "guestbook"
+    shutil.copytree(PROJECT / "molecule" / "shared" / "other_application", project)
+    subprocess.run(["make", "lock", f"PROJECT={project}"], cwd=PROJECT, check=True)
+    assert told["stickyring_artifacts_projects"][0] == "{{ stickyring_project }}/app"
     settings = {
+        "stickyring_artifacts_projects": [told["stickyring_artifacts_projects"][0], str(project)],
+        "stickyring_artifacts_lock": str(project / "requirements.lock"),
         "stickyring_node_application": "guestbook:application",
-        "stickyring_node_requirements": str(artifacts / "requirements.txt"),
-        "stickyring_node_wheelhouse": str(artifacts / "wheelhouse.tar"),
         "stickyring_node_environment": {"GUESTBOOK_TITLE": "Visitors"},
         "stickyring_probe_options": told["stickyring_probe_options"],
     }
     assert settings.keys() == told.keys()
     assert settings["stickyring_probe_options"] == ["--no-echo"]
 
-    options = ["-e", json.dumps(settings), "-e", "stickyring_node_proving_time=0"]
+    # This scenario's inventory has an index in place of the wheelhouse.
+    wheelhouse = "stickyring_node_wheelhouse={{ stickyring_artifacts_directory }}/wheelhouse.tar"
+    options = ["-e", json.dumps(settings), "-e", wheelhouse, "-e", "stickyring_node_proving_time=0"]
     ansible("ansible-playbook", "-i", inventory, "site.yml", *options)
 
     assert asyncio.run(sign(edge_url("sticky"), "grace")) == (1, "grace")

@@ -1,0 +1,57 @@
+"""What the README has somebody do with an inventory of their own, done with the lab's hosts."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).parents[4]
+SECTION = (PROJECT / "README.md").read_text().split("## Your application on your machines")[1].split("\n### ")[0]
+LAB_KEY = "/var/lib/stickyring-lab/ssh/deploy_key"
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[str]:
+    """What is typed there, in its order, with the lab's addresses."""
+    return iter(re.findall(r"^\$ (.+)$", SECTION.replace("192.0.2.", "198.51.100."), re.M))
+
+
+@pytest.fixture(scope="module")
+def production(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The copy of the example that is made there, with the lab's addresses, user and key."""
+    copy = tmp_path_factory.mktemp("own") / "production"
+    shutil.copytree(PROJECT / "inventory" / "example", copy)
+    for file in (copy / "hosts.yml", copy / "group_vars" / "all.yml"):
+        file.write_text(file.read_text().replace("192.0.2.", "198.51.100.").replace("user: admin", "user: deploy"))
+    with (copy / "group_vars" / "all.yml").open("a") as file:
+        file.write(f"ansible_ssh_private_key_file: {LAB_KEY}\n")
+        file.write(f"ansible_ssh_common_args: -o UserKnownHostsFile={copy.parent}/known_hosts\n")
+    return copy
+
+
+def test_the_steps_up_to_a_deployment(commands: Iterator[str], production: Path, ansible: Any) -> None:
+    """A host whose key was not recorded is not talked to."""
+    inventory = ["-i", production]
+    assert next(commands) == "make controller"
+    assert next(commands) == ". .venv/bin/activate"
+    assert next(commands) == "cp -r inventory/example inventory/production"
+    assert next(commands) == "export ANSIBLE_INVENTORY=$PWD/inventory/production"
+    scan, _, file = next(commands).partition(" >> ")
+    assert file == "~/.ssh/known_hosts"
+    program, *ping = shlex.split(next(commands))
+    assert program == "ansible"
+    refused = ansible(program, *ping, *inventory, check=False)
+    assert "Host key verification failed" in refused.stdout + refused.stderr
+    keys = subprocess.run(shlex.split(scan), capture_output=True, text=True, check=True).stdout
+    (production.parent / "known_hosts").write_text(keys)
+    assert ansible(program, *ping, *inventory).stdout.count("pong") == 4
+    program, *preflight = shlex.split(next(commands))
+    ansible(program, *preflight, *inventory)
+    assert next(commands) == "ansible-playbook site.yml"
