@@ -1,4 +1,4 @@
-"""What the README tells a reader to run is there, and the example inventory is a good one."""
+"""What the documents tell a reader to run or to read is there, and the example inventory is a good one."""
 
 import json
 import os
@@ -15,7 +15,11 @@ import socketio
 PROJECT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
 README = (PROJECT / "README.md").read_text()
-BLOCKS = re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+CONTRIBUTING = (PROJECT / "CONTRIBUTING.md").read_text()
+DOCUMENTS = [PROJECT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "molecule/README.md")]
+DOCUMENTS += [*PROJECT.glob("docs/*.md"), *PROJECT.glob("roles/*/README.md")]
+LINKS = [(file, link) for file in DOCUMENTS for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text())]
+BLOCKS = re.findall(r"^```console\n(.*?)^```", README + CONTRIBUTING, re.MULTILINE | re.DOTALL)
 COMMANDS = [line.removeprefix("$ ").split(" #")[0].split("   ")[0] for block in BLOCKS for line in block.splitlines()]
 
 
@@ -39,15 +43,21 @@ def test_every_playbook_can_be_run(command: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))
-def test_every_link_leads_somewhere(link: str) -> None:
-    assert (PROJECT / link).exists()
+@pytest.mark.parametrize(("file", "link"), LINKS, ids=lambda part: getattr(part, "name", part))
+def test_every_link_leads_somewhere(file: Path, link: str) -> None:
+    assert (file.parent / link).exists()
 
 
 def test_every_command_is_of_a_kind_that_is_tested() -> None:
     assert COMMANDS
     by_hand = {"cp", "export", "ssh-keyscan", "ansible", "."}  # molecule/shared/tests/readme/test_own_hosts.py
-    assert {shlex.split(command)[0] for command in COMMANDS} == {"make", "ansible-playbook", "stickyring", *by_hand}
+    assert {shlex.split(command)[0] for command in COMMANDS} == {
+        "make",
+        "ansible-playbook",
+        "stickyring",
+        "pytest",
+        *by_hand,
+    }
 
 
 def test_the_application_of_the_readme_answers(tmp_path: Path) -> None:
