@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON_OUTSIDE_APP := playbooks roles molecule docs bench
 PLUGINS := $(wildcard roles/*/library/*.py roles/*/filter_plugins/*.py roles/*/files/*.py playbooks/*_plugins/*.py molecule/*.py docs/*.py)
 
-.PHONY: help root controller demo proof down test tools lint lint-python lint-ansible unit molecule chaos soak bench lock screenshot
+.PHONY: help root controller demo proof down test tools lint lint-python lint-ansible unit molecule chaos soak bench lock reference screenshot
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,7 @@ lint-python: .venv/.tools
 	  MYPYPATH=$$tests mypy --config-file app/pyproject.toml $$tests; done
 
 lint-ansible: .venv/.tools
+	docs/reference.py --check
 	yamllint --strict .
 	ansible-lint
 
@@ -80,6 +81,9 @@ soak: root .venv/.tools ## Everything that `make test` leaves out, chaos and PyP
 bench: root .venv/.tools ## Measure this stack (PARTS='nodes edges' or one of operations, faults; PROFILE=quick: 5 minutes; full: 40)
 	@$(call need,node:nodejs npm:npm mmdebstrap:mmdebstrap)
 	python -m bench $(PARTS) --profile $(PROFILE)
+
+reference: .venv/.installed ## Write the reference tables and the example inventory from what the roles say of their variables
+	docs/reference.py
 
 screenshot: .venv/.tools ## Take docs/demo.png of the running demo
 	@$(call need,chromium:chromium jq:jq)

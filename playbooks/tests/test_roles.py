@@ -1,6 +1,9 @@
 """Each role says the same in its defaults, its argument_specs and its README."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ COMPOSED = {
     "stickyring_edge_node_id",
 }
 # Shown with a value that is not the default.
-EXAMPLES = {"stickyring_node_environment", "stickyring_node_wheelhouse"}
+EXAMPLES = {"stickyring_node_wheelhouse"}
 
 
 def options(role: Path) -> dict[str, Any]:
@@ -71,6 +74,28 @@ def test_the_example_inventory_shows_every_variable_with_its_default(name: str) 
         key: value for key, value in defaults(role).items() if "{{" not in str(value) and key not in COMPOSED | EXAMPLES
     }
     assert {key: shown[key] for key in literal} == literal
+
+
+def test_the_reference_is_written_from_the_roles(tmp_path: Path) -> None:
+    """A default that has changed is noticed, and written where a reader looks for it."""
+    for folder in ("roles", "inventory", "playbooks/group_vars", "docs"):
+        shutil.copytree(PROJECT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def reference(*options: str) -> str:
+        command = [sys.executable, str(tmp_path / "docs" / "reference.py"), *options]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+
+    assert reference("--check") == ""
+    specs = tmp_path / "roles" / "stickyring_node" / "meta" / "argument_specs.yml"
+    specs.write_text(specs.read_text().replace("default: 8001", "default: 7001"))
+    made = tmp_path / "roles" / "stickyring_node" / "defaults" / "main.yml"
+    made.write_text(made.read_text().replace("_port: 8001", "_port: 7001"))
+    table, example = "roles/stickyring_node/README.md", "inventory/example/group_vars/nodes.yml"
+    assert reference("--check") == f"Run docs/reference.py: {table}, {example}\n"
+    assert reference() == ""
+    assert reference("--check") == ""
+    assert "| `stickyring_node_port` | `7001` |" in (tmp_path / table).read_text()
+    assert "# stickyring_node_port: 7001\n" in (tmp_path / example).read_text()
 
 
 def facts(tasks: list[dict[str, Any]]) -> set[str]:
