@@ -59,7 +59,7 @@ Exit status: 0 measured; 1 not measured, with the cause in one line; 2 bad usage
     help="The folder that is written to.",
 )
 def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
-    """Measure PARTS and write PART.json, PART.md, PART.png and PART.svg.
+    """Measure PARTS and write PART.json, PART.md and PART.svg.
 
     nodes and edges, on loopback, are what is measured when none is named. operations is Ansible with 3 to 20 nodes
     (quick: 3 and 6), faults is what failures cost users; both make the lab's hosts and remove them, and refuse to run

@@ -134,7 +134,7 @@ def number(value: float) -> str:
 
 
 def write(part: Part, folder: Path, context: dict[str, Any]) -> list[Path]:
-    """Write PART.json, .md, .png and .svg: all of them aside first, then moved into place. Return their paths."""
+    """Write PART.json, .md and .svg: all of them aside first, then moved into place. Return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{part.key}-", dir=folder))
     try:
@@ -142,7 +142,6 @@ def write(part: Part, folder: Path, context: dict[str, Any]) -> list[Path]:
         (aside / f"{part.key}.md").write_text(as_markdown(part, context))
         with mpl.rc_context(STYLE):
             picture = draw(part)
-            picture.savefig(aside / f"{part.key}.png", dpi=130)
             picture.savefig(aside / f"{part.key}.svg", metadata={"Date": None})
         return [written.replace(folder / written.name) for written in sorted(aside.iterdir())]
     finally:

@@ -23,7 +23,7 @@ from bench.rounds import Rounds
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 20.0
-FILES = ["nodes.json", "nodes.md", "nodes.png", "nodes.svg"]
+FILES = ["nodes.json", "nodes.md", "nodes.svg"]
 TINY = (
     "nodes.Profile(rounds=1, starts=1, idle_rounds=1, seconds=0.05, idle_connections=10, crowds=(1, 10), "
     "idle_seconds=0.2, warm_up_seconds=0.02)"

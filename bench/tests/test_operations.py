@@ -117,7 +117,7 @@ def test_a_run_measures_every_size_on_fresh_hosts_and_removes_them(programs: Pat
     ]
     assert not (programs / "owner").exists()
     files = sorted((programs / "output").iterdir())
-    assert [file.name for file in files] == [f"operations.{kind}" for kind in ("json", "md", "png", "svg")]
+    assert [file.name for file in files] == [f"operations.{kind}" for kind in ("json", "md", "svg")]
 
     written = json.loads(files[0].read_text())
     rounds = {
