@@ -89,7 +89,7 @@ screenshot: .venv/.tools ## Take docs/demo.png of the running demo
 	@$(call need,chromium:chromium jq:jq)
 	docs/screenshot.py "$(EDGE):9002"
 
-lock: .venv/.tools ## Resolve the dependencies of an application and of the node that runs it (PROJECT=../chat), or our own
+lock: .venv/.installed ## Resolve the dependencies of an application and of the node that runs it (PROJECT=../chat), or our own
 ifdef PROJECT
 	uv pip compile $(COMPILE) $(PROJECT)/pyproject.toml app/pyproject.toml --extra node --output-file $(PROJECT)/requirements.lock
 else
@@ -106,7 +106,7 @@ HOURS = 1
 PARTS = nodes edges
 PROFILE = quick
 
-COMPILE := --project app --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
+COMPILE := --project app --system-certs --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header
 
 .venv/.installed: requirements.lock app/pyproject.toml app/hatch_build.py app/package-lock.json
 	@$(call need,python3:python3 npm:npm ssh:openssh-client ip:iproute2)

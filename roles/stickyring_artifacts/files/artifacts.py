@@ -18,11 +18,13 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from email import message_from_bytes
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
 # A fixed date makes the same sources give the same wheel, byte for byte; a zip file cannot go further back.
 WHEEL_DATE = "315532800"  # 1980-01-01
@@ -174,6 +176,20 @@ def project_name(wheel: Path) -> str:
     return re.sub(r"[-_.]+", "-", wheel.name.split("-")[0]).lower()
 
 
+def refuse_what_is_not_locked(project: Path, wheel: Path, lock: Path, built: Iterable[str]) -> None:
+    """End the program where the wheel depends on a project that is neither locked nor one of those built here."""
+    locked = {
+        canonicalize_name(name) for name in re.findall(r"^([\w.-]+)(?:\[[^]]*\])?\s*==", lock.read_text(), re.MULTILINE)
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        (file,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        asked = message_from_bytes(archive.read(file)).get_all("Requires-Dist", [])
+    needed = [Requirement(text) for text in asked]
+    names = {canonicalize_name(one.name) for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})}
+    if missing := sorted(names - locked - set(built)):
+        sys.exit(f"{project} needs {', '.join(missing)}, which {lock} does not have: make lock PROJECT={project}")
+
+
 def write_index(wheels: Path, index: Path) -> None:
     """Lay the wheels out as a static index: ``<project>/index.html`` beside the project's files (PEP 503)."""
     for wheel in sorted(wheels.glob("*.whl")):
@@ -218,8 +234,12 @@ def build_wheelhouse(
 
     wheels, index = working / "wheels", working / "index"
     index.mkdir()
+    made: dict[Path, Path] = {}
     for project in projects:
         run(f"building {project}", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(project))
+        made |= {wheel: project for wheel in wheels.glob("*.whl") if wheel not in made}
+    for wheel, project in made.items():
+        refuse_what_is_not_locked(project, wheel, lock, map(project_name, made))
     requirements = lock.read_text().rstrip("\n") + "\n"
     for wheel in sorted(wheels.glob("*.whl")):
         version = wheel.name.split("-")[1]

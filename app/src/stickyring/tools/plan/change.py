@@ -101,7 +101,7 @@ class Change:
         if not self.moves:
             return "nobody moves: the edge is changed, every user stays where he is"
         ids = f", {len(self.moved_ids)} of the {len(self.ids)} ids" if self.ids is not None else ""
-        least = f"{percent(self.least_share)} at least if all own what they are due"
+        least = f"{percent(self.least_share)} if each had exactly its share"
         return f"{percent(self.moved_share)} of all users move{ids} ({least})"
 
     @property
