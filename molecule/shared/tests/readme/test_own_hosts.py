@@ -33,6 +33,8 @@ def production(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (copy / "group_vars" / "all.yml").open("a") as file:
         file.write(f"ansible_ssh_private_key_file: {LAB_KEY}\n")
         file.write(f"ansible_ssh_common_args: -o UserKnownHostsFile={copy.parent}/known_hosts\n")
+        # Not over a connection that another run has left open, which asks for no key.
+        file.write("ansible_ssh_args: -o ControlPath=none\n")
     return copy
 
 
