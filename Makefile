@@ -125,6 +125,9 @@ tools: .venv/.tools ## Install into .venv what tests and judges: molecule, pytes
 	@pip install --quiet --no-compile --require-hashes --requirement requirements-test.lock
 	@touch $@
 
+# Never the hosts that an exported ANSIBLE_INVENTORY names.
+demo proof down chaos screenshot: export ANSIBLE_INVENTORY := $(CURDIR)/inventory/lab
+
 root:
 	@[ "$$(id -u)" = 0 ] || { echo "Run this as root: it makes hosts, and installs what they need." >&2; exit 1; }
 
@@ -135,4 +138,4 @@ install = { [ "$$(id -u)" = 0 ] || { echo "Missing here; as root: apt-get instal
 	echo "Installing$(1)"; apt-get update -qq && apt-get install -qq --no-install-recommends $(1) >/dev/null; }
 say = echo; echo "==> $(1)"
 comma := ,
-EDGE = http://$(shell .venv/bin/ansible-inventory --list | jq --raw-output "._meta.hostvars[.edge.hosts[0]].ansible_host")
+EDGE = http://$(shell .venv/bin/ansible-inventory --inventory inventory/lab --list | jq --raw-output "._meta.hostvars[.edge.hosts[0]].ansible_host")

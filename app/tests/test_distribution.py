@@ -149,7 +149,7 @@ def without_node(program: str) -> subprocess.CompletedProcess[str]:
 
 def test_who_sends_or_receives_messages_needs_no_node() -> None:
     done = without_node(
-        "import socketio, stickyring.delivery, stickyring.ring; stickyring.delivery.Sender(socketio.Client())"
+        "import socketio, stickyring.delivery, stickyring.ring; stickyring.delivery.Sender(socketio.AsyncClient())"
     )
     assert (done.returncode, done.stderr) == (0, "")
     asked = [Requirement(text) for text in requires("stickyring") or ()]
@@ -159,3 +159,10 @@ def test_who_sends_or_receives_messages_needs_no_node() -> None:
 def test_serve_says_what_it_needs() -> None:
     done = without_node("from stickyring.cli import main; main(['serve'])")
     assert (done.returncode, done.stderr) == (1, "Error: gunicorn is not installed: pip install stickyring[node]\n")
+
+
+def test_without_the_node_the_other_commands_are_listed() -> None:
+    done = without_node("from stickyring.cli import main; main(['--help'])")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "probe" in done.stdout
+    assert "gunicorn is not installed" in " ".join(done.stdout.split())

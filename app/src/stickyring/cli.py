@@ -18,6 +18,21 @@ COMMANDS = {
 would be the imports of the others."""
 
 
+OF_THE_NODE = ("gunicorn", "eventlet", "prometheus_client", "pythonjsonlogger")
+"""What the extra `node` brings; the other commands import theirs when they run."""
+
+
+class _Missing(click.Command):
+    """Stands in for a command whose extra is not installed, so that the others are listed and can be run."""
+
+    def __init__(self, name: str, missing: str) -> None:
+        self._refusal = f"{missing} is not installed: pip install stickyring[node]"
+        super().__init__(name, help=f"Not available: {self._refusal}.")
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        raise click.ClickException(self._refusal)
+
+
 class _Group(click.Group):
     """A group whose commands end a usage error in one line, without the usage that --help prints."""
 
@@ -30,9 +45,10 @@ class _Group(click.Group):
         try:
             module = import_module(COMMANDS[cmd_name])
         except ModuleNotFoundError as error:
-            # Those of the other commands are imported when the command runs.
             missing = (error.name or "").partition(".")[0]
-            raise click.ClickException(f"{missing} is not installed: pip install stickyring[node]") from error
+            if missing not in OF_THE_NODE:
+                raise
+            return _Missing(cmd_name, missing)
         command: click.Command = getattr(module, cmd_name)
         return command
 

@@ -182,7 +182,8 @@ def refuse_what_is_not_locked(project: Path, wheel: Path, lock: Path, built: Ite
         canonicalize_name(name) for name in re.findall(r"^([\w.-]+)(?:\[[^]]*\])?\s*==", lock.read_text(), re.MULTILINE)
     }
     with zipfile.ZipFile(wheel) as archive:
-        (file,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        # Packages that are vendored have theirs further down.
+        (file,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
         asked = message_from_bytes(archive.read(file)).get_all("Requires-Dist", [])
     needed = [Requirement(text) for text in asked]
     names = {canonicalize_name(one.name) for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})}
