@@ -27,6 +27,8 @@ EXAMPLE_MARKS = (
 )
 SET_BY_PLAYBOOKS = {"stickyring_node_prove", "stickyring_node_keep_surplus"}
 """For single plays; an inventory does not set them."""
+VARIABLE = re.compile(r"((?:^#.*\n)*)(^(\w+):.*(?:\n .*)*)\n", re.MULTILINE)
+"""The reason for a default, the default in all its lines, and the variable's name."""
 LONGEST_DEFAULT = 60
 EXAMPLES_OF_USE = """
 examples:
@@ -99,22 +101,15 @@ def default_of(option: dict[str, Any]) -> str:
 def example(role: str) -> list[str]:
     """Return a role's defaults as comments, but for those that playbooks or their group_vars set."""
     composed = SET_BY_PLAYBOOKS | set(yaml.safe_load((PROJECT / "playbooks" / "group_vars" / "all.yml").read_text()))
-    shown = []
+    blocks = []
     for block in (PROJECT / "roles" / role / "defaults" / "main.yml").read_text().split("\n\n"):
-        lines: list[str] = []
-        pending: list[str] = []
-        for line in block.strip("\n").split("\n"):
-            if line.startswith("#"):
-                pending.append(line)
-                continue
-            if (name := re.match(r"(\w+):", line)) is not None:
-                left_out = name[1] in composed or "{{" in line
-                lines += [] if left_out else pending
-                pending = []
-            if not left_out:
-                lines.append(f"# {line}")
-        shown += [*lines, ""] if lines else []
-    return shown[:-1]
+        lines = [
+            f"{reason}{re.sub('^', '# ', setting, flags=re.MULTILINE)}"
+            for reason, setting, name in VARIABLE.findall(f"{block.rstrip()}\n")
+            if name not in composed and "{{" not in setting
+        ]
+        blocks += ["".join(f"{line}\n" for line in lines)] if lines else []
+    return "\n".join(blocks).splitlines()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The `stickyring` command."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 import click
@@ -18,19 +20,19 @@ COMMANDS = {
 would be the imports of the others."""
 
 
-OF_THE_NODE = ("gunicorn", "eventlet", "prometheus_client", "pythonjsonlogger")
-"""What the extra `node` brings; the other commands import theirs when they run."""
+@contextmanager
+def needing(extra: str, *modules: str) -> Iterator[None]:
+    """Import in the block what an extra brings; where one of its modules is missing, end with what to install.
 
-
-class _Missing(click.Command):
-    """Stands in for a command whose extra is not installed, so that the others are listed and can be run."""
-
-    def __init__(self, name: str, missing: str) -> None:
-        self._refusal = f"{missing} is not installed: pip install stickyring[node]"
-        super().__init__(name, help=f"Not available: {self._refusal}.")
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        raise click.ClickException(self._refusal)
+    Commands import these only when they run: whoever has not installed the extra still has the other commands.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in modules:
+            raise
+        raise click.ClickException(f"{missing} is not installed: pip install stickyring[{extra}]") from error
 
 
 class _Group(click.Group):
@@ -42,14 +44,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        try:
-            module = import_module(COMMANDS[cmd_name])
-        except ModuleNotFoundError as error:
-            missing = (error.name or "").partition(".")[0]
-            if missing not in OF_THE_NODE:
-                raise
-            return _Missing(cmd_name, missing)
-        command: click.Command = getattr(module, cmd_name)
+        command: click.Command = getattr(import_module(COMMANDS[cmd_name]), cmd_name)
         return command
 
     def invoke(self, ctx: click.Context) -> object:

@@ -137,7 +137,7 @@ def test_without_the_extra_it_says_what_to_install(missing: str, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("arguments", "unwanted"),
-    [("--help", "aiohttp rich matplotlib"), ("rebalance --help", "gunicorn asyncio importlib.metadata numpy")],
+    [("--help", "aiohttp rich matplotlib gunicorn"), ("rebalance --help", "gunicorn asyncio importlib.metadata numpy")],
 )
 def test_the_command_line_does_not_load_what_it_does_not_need(arguments: str, unwanted: str) -> None:
     code = (

@@ -111,6 +111,20 @@ class Python:
         return ["--implementation", "pp", "--python-version", self.version, "--abi", abi]
 
 
+def requirements_in(lock: Path) -> Iterator[tuple[Requirement | None, str]]:
+    """Yield what each line of ``lock`` requires with its options; None for a line of options alone or an empty one."""
+    for commented in lock.read_text().replace("\\\n", " ").splitlines():
+        line = re.sub(r"(^|\s+)#.*", "", commented).strip()
+        if not line or line.startswith("-"):
+            yield None, line
+            continue
+        text, separator, options = line.partition(" --")
+        try:
+            yield Requirement(text), f"{separator}{options}"
+        except InvalidRequirement:
+            sys.exit(f"{lock}: {text!r} is no requirement")
+
+
 def requirements_for(lock: Path, architecture: str, python: Python) -> str:
     """Return the lines of ``lock`` that apply to ``python`` on Linux, without their markers.
 
@@ -134,19 +148,13 @@ def requirements_for(lock: Path, architecture: str, python: Python) -> str:
         for patch in (0, 99)
     ]
     lines = []
-    for commented in lock.read_text().replace("\\\n", " ").splitlines():
-        line = re.sub(r"(^|\s+)#.*", "", commented).strip()
-        text, hashes, options = line.partition(" --")
-        if not line or line.startswith("-"):
-            lines.append(line)
+    for requirement, options in requirements_in(lock):
+        if requirement is None:
+            lines.append(options)
             continue
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:
-            sys.exit(f"{lock}: {text!r} is no requirement")
         marker, requirement.marker = requirement.marker, None
         if not marker or any(marker.evaluate(environment) for environment in environments):
-            lines.append(f"{requirement}{hashes}{options}")
+            lines.append(f"{requirement}{options}")
     return "\n".join(lines) + "\n"
 
 
@@ -173,14 +181,12 @@ def download(lock: Path, architecture: str, python: Python, to: Path) -> None:
 
 def project_name(wheel: Path) -> str:
     """Return the normalized project name of a wheel's file name (PEP 503 of PEP 427)."""
-    return re.sub(r"[-_.]+", "-", wheel.name.split("-")[0]).lower()
+    return canonicalize_name(wheel.name.split("-")[0])
 
 
 def refuse_what_is_not_locked(project: Path, wheel: Path, lock: Path, built: Iterable[str]) -> None:
     """End the program where the wheel depends on a project that is neither locked nor one of those built here."""
-    locked = {
-        canonicalize_name(name) for name in re.findall(r"^([\w.-]+)(?:\[[^]]*\])?\s*==", lock.read_text(), re.MULTILINE)
-    }
+    locked = {canonicalize_name(requirement.name) for requirement, _ in requirements_in(lock) if requirement}
     with zipfile.ZipFile(wheel) as archive:
         # Packages that are vendored have theirs further down.
         (file,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))

@@ -523,6 +523,14 @@ def test_a_dependency_that_is_not_locked_is_said(workshop: Workshop, refusal: Ma
     assert workshop.doings == ["build"]
 
 
+def test_what_vendored_packages_need_is_not_asked_for(workshop: Workshop, tmp_path: Path) -> None:
+    packed = tmp_path / "chat-1.0-py3-none-any.whl"
+    packed.write_bytes(wheel("chat", "1.0", requires=("click",)))
+    with zipfile.ZipFile(packed, "a") as archive:
+        archive.writestr("chat/_vendor/six-1.0.dist-info/METADATA", "Name: six\nRequires-Dist: nowhere\n")
+    artifacts.refuse_what_is_not_locked(workshop.project, packed, workshop.lock, ())
+
+
 def test_a_lock_that_cannot_be_read_is_said(workshop: Workshop, refusal: Make) -> None:
     workshop.lock.write_text(f"click = 8 {HASH}\n")
     assert refusal("wheelhouse") == f"{workshop.lock}: 'click = 8' is no requirement"

@@ -13,7 +13,6 @@ from gunicorn.config import Config
 from gunicorn.glogging import Logger
 from pythonjsonlogger.json import JsonFormatter
 
-LEVELS = ("debug", "info", "warning", "error", "critical")
 LIBRARIES = ("engineio.server", "socketio.server")
 
 

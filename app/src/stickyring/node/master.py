@@ -294,6 +294,22 @@ class _Master(Arbiter):
         return bool(self.WORKERS) and not self._told_again
 
 
+def load_worker_class(path: str) -> type[Worker]:
+    """Return the worker class of that name, module.Class.
+
+    Raises:
+        click.ClickException: there is none.
+    """
+    try:
+        found = gunicorn.util.load_class(path)
+    except (RuntimeError, ImportError, AttributeError, ValueError) as error:
+        # gunicorn's message holds a whole traceback, its context is the plain cause.
+        raise click.ClickException(f"no worker class {path}: {_one_line(error.__context__ or error)}") from None
+    if not (isinstance(found, type) and issubclass(found, Worker)):
+        raise click.ClickException(f"no worker class {path}: it is not derived from gunicorn.workers.base.Worker")
+    return found
+
+
 def _raise_descriptor_limit(max_connections: int) -> None:
     """Raise the soft limit as far as the hard one allows, and say so when the cap cannot be reached."""
     needed = max_connections + SPARE_DESCRIPTORS
@@ -320,9 +336,8 @@ def _describe(error: BaseException) -> str:
         if frame.filename not in loaders and not frame.filename.startswith("<frozen")
     ]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{one_line(error)}{place}"
+    return f"{_one_line(error)}{place}"
 
 
-def one_line(error: BaseException) -> str:
-    """Return type and message of the error, without its traceback."""
+def _one_line(error: BaseException) -> str:
     return " ".join("".join(traceback.format_exception_only(error)).split())

@@ -7,16 +7,11 @@ import sys
 from pathlib import Path
 
 import click
-import gunicorn.util
-from gunicorn.workers.base import Worker
 
-from stickyring.node import logs
-from stickyring.node.control_socket import ControlSocket
-from stickyring.node.listener import check_address, listen
-from stickyring.node.master import Node, Settings, one_line
-from stickyring.node.takeover import Successor
+from stickyring.cli import needing
 
 ECHO_SERVICE = "stickyring.echo:create_application()"
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 class AddressType(click.ParamType[tuple[str, int]]):
@@ -127,7 +122,7 @@ def default_node_name() -> str:
 )
 @click.option(
     "--log-level",
-    type=click.Choice(logs.LEVELS),
+    type=click.Choice(LOG_LEVELS),
     default="info",
     show_default=True,
     envvar="STICKYRING_LOG_LEVEL",
@@ -171,6 +166,13 @@ def serve(
       stickyring serve chat.server:application --max-connections 20000
       STICKYRING_LISTEN='[::1]:8001' stickyring serve 'chat.server:create(debug=False)'
     """
+    with needing("node", "gunicorn", "eventlet", "prometheus_client", "pythonjsonlogger"):
+        from stickyring.node import logs  # noqa: PLC0415
+        from stickyring.node.control_socket import ControlSocket  # noqa: PLC0415
+        from stickyring.node.listener import check_address, listen  # noqa: PLC0415
+        from stickyring.node.master import Node, Settings, load_worker_class  # noqa: PLC0415
+        from stickyring.node.takeover import Successor  # noqa: PLC0415
+
     settings = Settings(
         application,
         address,
@@ -188,7 +190,7 @@ def serve(
     os.environ["STICKYRING_NODE_NAME"] = node_name
     # As gunicorn does: an application beside the working directory can be imported.
     sys.path.insert(0, str(Path.cwd()))
-    found_class = _worker_class(worker_class)
+    found_class = load_worker_class(worker_class)
     if replace:
         if control_path is None:
             raise click.UsageError("--replace needs --control: the control socket of the process to replace")
@@ -199,14 +201,3 @@ def serve(
         listener = listen(address)
         control = None if control_path is None else ControlSocket(control_path)
         Node(settings, found_class, listener, control).run()
-
-
-def _worker_class(path: str) -> type[Worker]:
-    try:
-        found = gunicorn.util.load_class(path)
-    except (RuntimeError, ImportError, AttributeError, ValueError) as error:
-        # gunicorn's message holds a whole traceback, its context is the plain cause.
-        raise click.ClickException(f"no worker class {path}: {one_line(error.__context__ or error)}") from None
-    if not (isinstance(found, type) and issubclass(found, Worker)):
-        raise click.ClickException(f"no worker class {path}: it is not derived from gunicorn.workers.base.Worker")
-    return found

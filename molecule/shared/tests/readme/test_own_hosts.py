@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 PROJECT = Path(__file__).parents[4]
 SECTION = (PROJECT / "README.md").read_text().split("## Your application on your machines")[1].split("\n### ")[0]
-LAB_KEY = "/var/lib/stickyring-lab/ssh/deploy_key"
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,17 @@ def commands() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def production(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def production(inventory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The copy of the example that is made there, with the lab's addresses, user and key."""
+    lab = yaml.safe_load((inventory / "group_vars" / "all.yml").read_text())
     copy = tmp_path_factory.mktemp("own") / "production"
     shutil.copytree(PROJECT / "inventory" / "example", copy)
     for file in (copy / "hosts.yml", copy / "group_vars" / "all.yml"):
-        file.write_text(file.read_text().replace("192.0.2.", "198.51.100.").replace("user: admin", "user: deploy"))
+        file.write_text(
+            file.read_text().replace("192.0.2.", "198.51.100.").replace("user: admin", f"user: {lab['ansible_user']}")
+        )
     with (copy / "group_vars" / "all.yml").open("a") as file:
-        file.write(f"ansible_ssh_private_key_file: {LAB_KEY}\n")
+        file.write(f"ansible_ssh_private_key_file: {lab['ansible_ssh_private_key_file']}\n")
         file.write(f"ansible_ssh_common_args: -o UserKnownHostsFile={copy.parent}/known_hosts\n")
         # Not over a connection that another run has left open, which asks for no key.
         file.write("ansible_ssh_args: -o ControlPath=none\n")

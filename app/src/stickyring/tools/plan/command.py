@@ -6,6 +6,7 @@ from typing import TextIO
 
 import click
 
+from stickyring.cli import needing
 from stickyring.ring import Ring, RingError
 from stickyring.tools.plan.change import Change
 
@@ -95,16 +96,11 @@ def plan(
     if before is not None and before.cluster != after.cluster:
         raise click.UsageError(f"--before is of the cluster {before.cluster}, --after of {after.cluster}")
     change = Change(before, after, ids)
-    try:
-        # Only here: a node installs the distribution without the extra, and `stickyring serve` must start there.
+    with needing("plan", "rich", "matplotlib"):
         from stickyring.tools.plan.report import show  # noqa: PLC0415
 
         if plots is not None:
             from stickyring.tools.plan.plot import draw  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        if error.name not in ("rich", "matplotlib"):
-            raise
-        raise click.ClickException(f"{error.name} is not installed: pip install stickyring[plan]") from error
     show(change)
     if json_file is not None:
         json.dump(change.as_json(), json_file, indent=2)

@@ -10,6 +10,7 @@ from typing import TextIO
 
 import click
 
+from stickyring.cli import needing
 from stickyring.tools.probe.settings import Dialect, Manner, Shape
 from stickyring.tools.probe.targets import NothingListensError, TargetError
 
@@ -177,13 +178,8 @@ def probe(
         event=None if no_echo else event,
         timeout=timeout,
     )
-    try:
-        # Only here: a node installs the distribution without the extra, and `stickyring serve` must start there.
+    with needing("probe", "aiohttp", "msgpack", "rich"):
         from stickyring.tools.probe.run import judge_and_measure, publish  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        if error.name not in ("aiohttp", "msgpack", "rich"):
-            raise
-        raise click.ClickException(f"{error.name} is not installed: pip install stickyring[probe]") from error
     # Nearly all that a request leaves behind frees itself; looking for the rest so often costs a fifth of the time.
     gc.set_threshold(GARBAGE_THRESHOLD)
     try:
