@@ -24,7 +24,7 @@ MOST_CONNECTIONS = 9000
 PLACES = [f"node{number}" for number in range(1, 12)]
 """The nodes behind an edge, by their places; one more than the largest fleet has."""
 EXTENSIONS = "type.googleapis.com/envoy.extensions"
-LISTENER_PORT, ADMIN_PORT, FIRST_NODE_PORT = 10001, 10002, 20001
+LISTENER_PORT, FIRST_NODE_PORT = 10001, 20001
 """The ports in what the role composes; each start has others."""
 
 
@@ -136,7 +136,6 @@ def _composed(place: Path, number: int, *, access_log: bool) -> dict[str, Any]:
     variables = {
         "composed": str(target),
         "__stickyring_edge_directory": str(place),
-        "stickyring_edge_admin_port": ADMIN_PORT,
         "stickyring_edge_envoy_sha256": "0" * 64,
         "stickyring_edge_access_log": access_log,
         "stickyring_edge_listeners": [
@@ -171,12 +170,14 @@ def _with_ports(data: Any, ports: Mapping[int, int]) -> Any:  # noqa: ANN401 - w
 
 
 def _ours(envoy: Path, composed: Mapping[str, Any], place: Path, port: int, nodes: Sequence[int]) -> list[str]:
-    ports = {LISTENER_PORT: port, ADMIN_PORT: 0} | {FIRST_NODE_PORT + at: node for at, node in enumerate(nodes)}
+    ports = {LISTENER_PORT: port} | {FIRST_NODE_PORT + at: node for at, node in enumerate(nodes)}
     for name, resources in composed["files"].items():
         path = place / "xds" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"resources": _with_ports(resources, ports)}))
-    (place / "bootstrap.yaml").write_text(json.dumps(_with_ports(composed["bootstrap"], ports)))
+    # Without the admin interface, whose socket would be in the host's /run.
+    bootstrap = {key: value for key, value in composed["bootstrap"].items() if key != "admin"}
+    (place / "bootstrap.yaml").write_text(json.dumps(_with_ports(bootstrap, ports)))
     # As in the role's unit.
     return [
         *(str(envoy), "--config-path", str(place / "bootstrap.yaml"), "--reject-unknown-dynamic-fields"),

@@ -99,8 +99,10 @@ def default_of(option: dict[str, Any]) -> str:
 
 
 def example(role: str) -> list[str]:
-    """Return a role's defaults as comments, but for those that playbooks or their group_vars set."""
-    composed = SET_BY_PLAYBOOKS | set(yaml.safe_load((PROJECT / "playbooks" / "group_vars" / "all.yml").read_text()))
+    """Return a role's defaults as comments, but for those that playbooks or the role `stickyring` set."""
+    composed = SET_BY_PLAYBOOKS | set(
+        yaml.safe_load((PROJECT / "roles" / "stickyring" / "defaults" / "main.yml").read_text())
+    )
     blocks = []
     for block in (PROJECT / "roles" / role / "defaults" / "main.yml").read_text().split("\n\n"):
         lines = [

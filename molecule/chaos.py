@@ -177,7 +177,7 @@ def roll_back(lab: Lab, node: str) -> None:
 
 def remove(lab: Lab, node: str) -> None:
     """remove_node.yml, and site.yml, which brings it back"""
-    lab.play("playbooks/remove_node.yml", "-e", f"node={node}")
+    lab.play("playbooks/remove_node.yml", "-e", f"stickyring_node={node}")
     lab.play("site.yml")
 
 
@@ -230,7 +230,7 @@ def rest(lab: Lab) -> None:
     """Brings everybody home; raises Broken where ring, users or messages are not as they must be then."""
     with tempfile.TemporaryDirectory() as folder:
         playbooks = [f"playbooks/{name}.yml" for name in ("verify", "rebalance", "plan")]
-        lab.finish(*playbooks, "-e", f"directory={folder}")
+        lab.finish(*playbooks, "-e", f"stickyring_directory={folder}")
         plan = json.loads(Path(folder, lab.edge, "plan.json").read_text())
         ring = Ring.load(json.loads(Path(folder, lab.edge, "before.json").read_text()))
     if plan["changes"]:

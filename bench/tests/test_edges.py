@@ -142,21 +142,21 @@ def test_ours_is_what_the_role_composes(tmp_path: Path) -> None:
     place = tmp_path
     composed = proxies._composed(place, 3, access_log=True)
     command = proxies._ours(Path("envoy"), composed, place, 9000, [9001, 9002, 9003])
-    written = {path.relative_to(place / "xds").as_posix(): path.read_text() for path in place.glob("xds/**/*.yaml")}
+    written = {path.relative_to(place / "xds").as_posix(): path.read_text() for path in place.glob("xds/**/*.json")}
     assert {name.split("-")[0] for name in written} == {
-        "clusters.yaml",
-        "listeners.yaml",
-        "routes/sticky.yaml",
+        "clusters.json",
+        "listeners.json",
+        "routes/sticky.json",
         "endpoints/nodes",
     }
     endpoints = next(text for name, text in written.items() if name.startswith("endpoints/"))
-    assert "envoy.access_loggers.stdout" in written["listeners.yaml"]
+    assert "envoy.access_loggers.stdout" in written["listeners.json"]
     silent = json.dumps(proxies._composed(place, 3, access_log=False))
     assert "envoy.access_loggers" not in silent
     for port in (9001, 9002, 9003):
         assert f'"port_value": {port}' in endpoints
-    assert '"port_value": 9000' in written["listeners.yaml"]
-    assert str(place / "xds/listeners.yaml") in Path(command[2]).read_text()
+    assert '"port_value": 9000' in written["listeners.json"]
+    assert str(place / "xds/listeners.json") in Path(command[2]).read_text()
     unit = (ROOT / "roles/stickyring_edge/templates/stickyring-edge.service.j2").read_text()
     (started,) = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
     for option in [word for word in command if word.startswith("--")]:

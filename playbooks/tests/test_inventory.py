@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-_path = Path(__file__).parents[1] / "filter_plugins" / "inventory.py"
-_spec = importlib.util.spec_from_file_location("inventory", _path)
-assert _spec is not None
-assert _spec.loader is not None
-inventory = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(inventory)
+from ansible_collections.stickyring.fleet.plugins.filter import inventory
 
 DEFAULTS = {
     "stickyring_node_port": 8001,
@@ -22,10 +14,16 @@ DEFAULTS = {
     "stickyring_node_drain_timeout": 30,
     "stickyring_node_start_timeout": 60,
     "stickyring_node_proving_time": 15,
-    "stickyring_edge_admin_port": 9901,
     "stickyring_edge_listeners": [{"name": "sticky", "port": 9002, "cluster": "nodes"}],
 }
-KNOWN = [*DEFAULTS, "stickyring_address", "stickyring_node_name", "stickyring_probe_options", "stickyring_probe_urls"]
+KNOWN = [
+    *DEFAULTS,
+    "stickyring_address",
+    "stickyring_share",
+    "stickyring_node_name",
+    "stickyring_probe_options",
+    "stickyring_probe_urls",
+]
 GROUPS = {"edge": ["edge1"], "nodes": ["node1", "node2"]}
 HOSTVARS: dict[str, dict[str, Any]] = {
     "edge1": {"stickyring_address": "198.51.100.10"},
@@ -83,13 +81,13 @@ def test_a_name_instead_of_an_address_is_refused_with_the_remedy(address: str) -
 
 @pytest.mark.parametrize("share", [0, "0%", "-1", "101%", "x"])
 def test_a_share_of_no_node_is_refused(share: object) -> None:
-    (message,) = judge(node1={"share": share})
-    assert message.startswith(f"share is '{share}': give the number of nodes")
+    (message,) = judge(node1={"stickyring_share": share})
+    assert message.startswith(f"stickyring_share is '{share}': give the number of nodes")
 
 
 @pytest.mark.parametrize("share", [1, "2", "25%", "100%"])
 def test_a_share_of_nodes_is_taken(share: object) -> None:
-    assert judge(node1={"share": share}) == []
+    assert judge(node1={"stickyring_share": share}) == []
 
 
 def test_options_of_the_probe_that_are_no_list_are_refused() -> None:
@@ -110,9 +108,12 @@ def test_a_host_that_is_edge_and_node_has_one_set_of_ports() -> None:
     assert judge(groups, node1={"stickyring_node_port": 9001, "stickyring_node_instances": 2}) == [
         "node1: port 9002 is used by instance node1-2 and by listener sticky."
     ]
-    assert judge(groups, node1={"stickyring_node_port": 9901}) == [
-        "node1: port 9901 is used by instance node1-1 and by stickyring_edge_admin_port."
-    ]
+
+
+def test_what_an_earlier_playbook_has_found_out_is_no_setting() -> None:
+    assert judge(node1={"stickyring_node_result_state": {}}, edge1={"stickyring_edge_result_ring": {}}) == []
+    (message,) = judge(node1={"stickyring_probe_result_state": {}})
+    assert message.startswith("node1: unknown variable stickyring_probe_result_state")
 
 
 def test_an_unknown_variable_gets_the_nearest_name() -> None:

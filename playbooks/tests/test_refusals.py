@@ -80,23 +80,19 @@ def test_a_node_that_cannot_serve_is_refused(tmp_path: Path, nodes: str, words: 
     assert all(one in said for one in words), said
 
 
-def test_without_the_settings_of_the_project_a_run_says_where_they_are(tmp_path: Path) -> None:
-    """Or the inventory's variables would be overridden silently."""
-    settings = tmp_path / "other.cfg"
-    settings.write_text("[defaults]\nforks = 3\n")
-    status, said = run(tmp_path, "site.yml", settings=settings)
-    assert status != 0
-    assert f"Run them in {PROJECT}, or with ANSIBLE_CONFIG={PROJECT}/ansible.cfg from anywhere" in said
-    assert f"Ansible has read {settings}" in said
-
-
-def test_settings_of_ones_own_and_a_name_of_mixed_case_are_taken(tmp_path: Path) -> None:
-    lines = (PROJECT / "ansible.cfg").read_text().splitlines()
-    (precedence,) = [line for line in lines if line.startswith("precedence")]
-    settings = tmp_path / "other.cfg"
-    settings.write_text(f"[defaults]\n{precedence}\n")
-    status, said = run(tmp_path, "playbooks/preflight.yml", settings=settings)
+@pytest.mark.parametrize("settings", ["", "[defaults]\ninterpreter_python = /usr/bin/python3\n"], ids=["ours", "own"])
+def test_an_inventory_overrides_what_is_composed_whatever_the_settings(tmp_path: Path, settings: str) -> None:
+    """In `all: vars:`, the weakest place of an inventory; hosts with names of mixed case, as they are."""
+    other = tmp_path / "other.cfg"
+    other.write_text(settings or (PROJECT / "ansible.cfg").read_text())
+    command = ("playbooks/describe.yml", "-e", f"stickyring_directory={tmp_path}")
+    status, said = run(tmp_path, *command, settings=other)
     assert status == 0, said
+    found = json.loads((tmp_path / "Node1.Example.COM.json").read_text())["variables"]
+    assert found["stickyring_node_application"] == "chat:app"
+    # The control: what the inventory does not set is composed.
+    assert found["stickyring_node_edges"] == ["192.0.2.1"]
+    assert [one["name"] for one in found["stickyring_endpoints"]] == ["Node1.Example.COM-1", "node2-1"]
 
 
 def test_ssh_takes_passwords_ports_and_bastions(tmp_path: Path) -> None:
@@ -135,7 +131,7 @@ def test_every_fault_of_the_variables_is_said_at_once(tmp_path: Path) -> None:
 
 def test_a_plan_without_a_node_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """Names are compared as they are written."""
-    status, said = run(tmp_path, "playbooks/plan.yml", "-e", "node=node1.example.com")
+    status, said = run(tmp_path, "playbooks/plan.yml", "-e", "stickyring_node=node1.example.com")
     assert status != 0
     assert "node1.example.com is no host of the group `nodes`, which has Node1.Example.COM, node2." in said
     assert "Fetch Envoy" not in said
@@ -143,7 +139,7 @@ def test_a_plan_without_a_node_that_is_not_there_is_refused(tmp_path: Path) -> N
 
 def test_a_node_is_not_removed_from_a_cluster_without_a_ring(tmp_path: Path) -> None:
     clusters = [{"name": "nodes", "lb_policy": "ROUND_ROBIN", "endpoints": []}]
-    given = ["-e", "node=node2", "-e", json.dumps({"stickyring_edge_clusters": clusters})]
+    given = ["-e", "stickyring_node=node2", "-e", json.dumps({"stickyring_edge_clusters": clusters})]
     status, said = run(tmp_path, "playbooks/remove_node.yml", *given)
     assert status != 0
     assert "The cluster nodes has lb_policy ROUND_ROBIN" in said
@@ -157,7 +153,7 @@ def test_a_removal_by_the_role_alone_does_not_reach_beyond_its_service(tmp_path:
     nodes = ", ".join(
         f'{name}: {{ansible_connection: local, stickyring_node_service: "{one}"}}' for name, one in services.items()
     )
-    tasks = [{"ansible.builtin.import_role": {"name": "stickyring_node", "tasks_from": "remove"}}]
+    tasks = [{"ansible.builtin.import_role": {"name": "stickyring.fleet.stickyring_node", "tasks_from": "remove"}}]
     (tmp_path / "remove.yml").write_text(yaml.safe_dump([{"hosts": "nodes", "gather_facts": False, "tasks": tasks}]))
     status, said = run(tmp_path, tmp_path / "remove.yml", "--check", nodes=nodes)
     assert status != 0

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.stickyring.fleet.plugins.filter import inventory
 
 PROJECT = Path(__file__).parents[2]
-ROLES = sorted((PROJECT / "roles").iterdir())
-# What a site sets; the lab, the probe and preflight are this project's own tools.
+# All but the one that composes their variables, whose tasks have no entry point `main`.
+ROLES = sorted((PROJECT / "roles").glob("stickyring_*"))
+COMPOSING = PROJECT / "roles" / "stickyring"
+# What a site sets; the lab and the probe are this project's own tools.
 DEPLOYED = ("stickyring_node", "stickyring_edge")
 # Set by the playbooks, from the inventory.
 COMPOSED = {
@@ -78,7 +81,7 @@ def test_the_example_inventory_shows_every_variable_with_its_default(name: str) 
 
 def test_the_reference_is_written_from_the_roles(tmp_path: Path) -> None:
     """A default that has changed is noticed, and written where a reader looks for it."""
-    for folder in ("roles", "inventory", "playbooks/group_vars", "docs"):
+    for folder in ("roles", "inventory", "docs"):
         shutil.copytree(PROJECT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
 
     def reference(*options: str) -> str:
@@ -105,11 +108,20 @@ def facts(tasks: list[dict[str, Any]]) -> set[str]:
     return found | facts(inner) if inner else found
 
 
-def test_preflight_knows_what_roles_tell() -> None:
-    """Or a playbook that judges the inventory would refuse what the one before it in the same run has set."""
+def test_what_roles_find_out_is_named_apart_from_settings() -> None:
+    """Or a playbook that checks the inventory would refuse what the one before it in the same run has set."""
     files = PROJECT.glob("roles/*/tasks/*.yml")
-    told = {
+    found = {
         name for file in files for name in facts(yaml.safe_load(file.read_text())) if name.startswith("stickyring_")
     }
-    known = yaml.safe_load((PROJECT / "playbooks" / "group_vars" / "all.yml").read_text())
-    assert told == set(known["__stickyring_told_by_roles"])
+    assert len(found) >= 5
+    assert [name for name in found if not inventory.RESULT.match(name)] == []
+
+
+def test_what_is_composed_is_documented_and_is_no_default_of_a_role() -> None:
+    """A task of a role sees its own defaults above the composed ones."""
+    composed = {name for name in defaults(COMPOSING) if not name.startswith("__")}
+    specs = yaml.safe_load((COMPOSING / "meta" / "argument_specs.yml").read_text())["argument_specs"]
+    documented = set(specs["preflight"]["options"]).union(*(options(role) for role in ROLES))
+    assert composed <= documented
+    assert [name for role in ROLES for name in defaults(role) if name in composed] == []

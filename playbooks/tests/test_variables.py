@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import yaml
 from ansible.parsing.dataloader import DataLoader
-from ansible.plugins.loader import filter_loader, init_plugin_loader
 from ansible.template import Templar, trust_as_template
 
 PROJECT = Path(__file__).parents[2]
-ROLES = sorted(folder.name for folder in (PROJECT / "roles").iterdir())
+ROLES = sorted(folder.name for folder in (PROJECT / "roles").glob("stickyring_*"))
 ENDPOINTS = [{"name": "node1-1", "address": "192.0.2.1", "port": 8001, "weight": 2}]
 GIVEN: dict[str, Any] = {
     "inventory_hostname": "host1",
     "ansible_managed": "Ansible managed",
     "stickyring_node_application": "chat:app",
     "stickyring_node_address": "192.0.2.1",
+    "stickyring_node_edges": ["192.0.2.10"],
+    "stickyring_node_wheelhouse": "",
     "stickyring_node_requirements": str(PROJECT / "app" / "requirements.lock"),
     "stickyring_edge_envoy_binary": "/srv/envoy",
     "stickyring_edge_envoy_sha256": "0" * 64,
@@ -32,7 +33,7 @@ GIVEN: dict[str, Any] = {
 MADE = {
     "stickyring_node": "[__stickyring_node_files, __stickyring_node_wanted, __stickyring_node_release_path]",
     "stickyring_edge": """[__stickyring_edge_problems, __stickyring_edge_xds_files, __stickyring_edge_start_files,
-        stickyring_edge_clusters | stickyring_edge_wanted_ring('nodes', __stickyring_edge_common)]""",
+        stickyring_edge_clusters | stickyring.fleet.edge_wanted_ring('nodes', __stickyring_edge_common)]""",
 }
 
 
@@ -41,13 +42,6 @@ def options(role: str) -> dict[str, Any]:
     specs = yaml.safe_load((PROJECT / "roles" / role / "meta" / "argument_specs.yml").read_text())["argument_specs"]
     found: dict[str, Any] = specs["main"]["options"]
     return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plugins() -> None:
-    init_plugin_loader()
-    for role in MADE:
-        filter_loader.add_directory(str(PROJECT / "roles" / role / "filter_plugins"))
 
 
 @cache
@@ -105,7 +99,8 @@ def test_a_boolean_is_never_taken_as_it_comes() -> None:
     """
     files = [*PROJECT.glob("roles/*/tasks/*"), *PROJECT.glob("roles/*/vars/*"), *PROJECT.glob("roles/*/templates/*")]
     names = "|".join(
-        [name for role in ROLES for name, option in options(role).items() if option["type"] == "bool"] + ["live"]
+        [name for role in ROLES for name, option in options(role).items() if option["type"] == "bool"]
+        + ["stickyring_live"]
     )
     taken = re.compile(rf"(?<![\w.'-])({names})\b(?!(\s*\|\s*default\(\w+\))?\s*\|\s*bool\b)(?!=|:)")
     for file in [*files, *PROJECT.glob("playbooks/*.yml"), *PROJECT.glob("playbooks/tasks/*.yml")]:

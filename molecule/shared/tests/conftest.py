@@ -101,7 +101,7 @@ def interrupt() -> Callable[..., None]:
 def hosts(inventory: Path, ansible: Callable[..., object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Host]:
     """Each host of the inventory by name, with the roles' defaults below what the inventory sets."""
     directory = tmp_path_factory.mktemp("inventory")
-    ansible("ansible-playbook", "-i", inventory, "playbooks/describe.yml", "-e", f"directory={directory}")
+    ansible("ansible-playbook", "-i", inventory, "playbooks/describe.yml", "-e", f"stickyring_directory={directory}")
     return {file.stem: Host(file.stem, **json.loads(file.read_text())) for file in sorted(directory.glob("*.json"))}
 
 
@@ -113,12 +113,17 @@ def machine(inventory: Path) -> Callable[..., testinfra.host.Host]:
 
 @pytest.fixture(scope="session")
 def ask_envoy(machine: Callable[..., testinfra.host.Host]) -> Callable[[Host, str], Any]:
-    """What an edge's admin interface, which only its own host reaches, answers to a path, out of JSON."""
+    """What an edge's admin interface, which only root on its host reaches, answers to a path, out of JSON."""
+    program = (
+        "import http.client, socket, sys; connection = http.client.HTTPConnection('localhost');"
+        " connection.sock = socket.socket(socket.AF_UNIX); connection.sock.connect(sys.argv[1]);"
+        " connection.request('GET', sys.argv[2]); sys.stdout.write(connection.getresponse().read().decode())"
+    )
 
     def ask(edge: Host, path: str) -> Any:
-        url = f"http://127.0.0.1:{edge.variables['stickyring_edge_admin_port']}/{path}"
-        program = "import sys, urllib.request as r; sys.stdout.write(r.urlopen(sys.argv[1]).read().decode())"
-        return json.loads(machine(edge.name).check_output("python3 -c %s %s", program, url))
+        return json.loads(
+            machine(edge.name).check_output("python3 -c %s %s %s", program, environment.ADMIN_SOCKET, f"/{path}")
+        )
 
     return ask
 

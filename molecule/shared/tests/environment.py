@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+ADMIN_SOCKET = "/run/stickyring-edge/admin.sock"
 PROJECT = Path(__file__).parents[3]
 PROGRAMS = Path(sys.executable).parent
 SOAK = "STICKYRING_SOAK" in os.environ

@@ -60,7 +60,7 @@ def key_of(files: list[Path], *settings: str) -> str:
     digest = hashlib.sha256(repr(settings).encode())
     for file in files:
         content = file.read_bytes()
-        digest.update(f"\0{file}\0{len(content)}\0".encode() + content)
+        digest.update(f"\0{file.resolve()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
 

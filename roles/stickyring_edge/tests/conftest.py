@@ -36,3 +36,9 @@ def closed_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port: int = listening.getsockname()[1]
     return port
+
+
+@pytest.fixture
+def no_envoy(tmp_path: Path) -> str:
+    """An admin socket that does not exist."""
+    return str(tmp_path / "admin.sock")

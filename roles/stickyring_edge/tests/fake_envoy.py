@@ -1,42 +1,39 @@
-"""The role's Python files as modules, and an Envoy that is only as much of one as the module asks for."""
+"""An Envoy that is only as much of one as the module asks for, and the module run against it."""
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
+import shutil
+import tempfile
 import threading
 from contextlib import redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
+from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
 
 import pytest
-import yaml
 from ansible.module_utils.testing import patch_module_args
+from ansible_collections.stickyring.fleet.plugins.modules import edge_xds
 
 ROLE = Path(__file__).parents[1]
 
 
-def load(path: str) -> ModuleType:
-    """A module from a file of the role."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROLE / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_module(module: ModuleType, directory: Path, files: Any, port: int, **parameters: object) -> dict[str, Any]:
+def run_module(directory: Path, files: Any, admin_socket: str, **parameters: object) -> dict[str, Any]:
     """The result of the module that writes files, as Ansible would read it."""
-    arguments = {"directory": str(directory), "files": files, "admin_port": port, "timeout": 1, **parameters}
+    arguments = {"directory": str(directory), "files": files, "admin_socket": admin_socket, "timeout": 1}
     output = io.StringIO()
-    with patch_module_args(arguments), redirect_stdout(output), pytest.raises(SystemExit):
-        module.main()
+    with patch_module_args(arguments | parameters), redirect_stdout(output), pytest.raises(SystemExit):
+        edge_xds.main()
     result: dict[str, Any] = json.loads(output.getvalue())
     return result
+
+
+class UnixServer(ThreadingMixIn, UnixStreamServer):
+    """An HTTP server on a Unix socket."""
+
+    daemon_threads = True
 
 
 class FakeEnvoy:
@@ -58,9 +55,17 @@ class FakeEnvoy:
         self.ignores_changes = False
         self.unhealthy: set[int] = set()
         self.refused: set[str] = set()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.port = self.server.server_port
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        # A socket's path has 107 characters at most, fewer than a test's own directory may take.
+        self.folder = tempfile.mkdtemp()
+        self.socket = f"{self.folder}/admin.sock"
+        # The port is that of an endpoint that answers with 200.
+        self.servers = [
+            UnixServer(self.socket, self._handler()),
+            ThreadingHTTPServer(("127.0.0.1", 0), self._handler()),
+        ]
+        self.port: int = self.servers[1].server_address[1]
+        for server in self.servers:
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         envoy = self
@@ -73,6 +78,9 @@ class FakeEnvoy:
                 self.end_headers()
                 self.wfile.write(body)
 
+            def address_string(self) -> str:
+                return ""
+
             def log_message(self, *_arguments: object) -> None:
                 pass
 
@@ -81,14 +89,14 @@ class FakeEnvoy:
     def look(self) -> None:
         if self.ignores_changes:
             return
-        for path in sorted(self.directory.rglob("[!.]*.yaml"), key=lambda path: path.stat().st_mtime_ns):
+        for path in sorted(self.directory.rglob("[!.]*.json"), key=lambda path: path.stat().st_mtime_ns):
             inode = path.stat().st_ino
             if self.inodes.get(path) != inode:
                 self.inodes[path] = inode
                 self.load(path)
 
     def load(self, path: Path) -> None:
-        content = yaml.safe_load(path.read_text())
+        content = json.loads(path.read_text())
         resources = content["resources"]
         kind = resources[0]["@type"].rpartition(".")[2]
         prefix = {
@@ -152,5 +160,7 @@ class FakeEnvoy:
         return {"name": assignment["cluster_name"], "host_statuses": hosts}
 
     def stop(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+        shutil.rmtree(self.folder, ignore_errors=True)

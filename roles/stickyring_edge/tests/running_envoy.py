@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from certificates import Certificate
-from fake_envoy import ROLE, load, run_module
+from fake_envoy import run_module
 
-xds = load("library/stickyring_edge_xds.py")
-
-PROJECT = ROLE.parents[1]
+PROJECT = Path(__file__).parents[3]
 ARTIFACTS = PROJECT / "roles" / "stickyring_artifacts" / "files"
 START_SECONDS = 20
 # What the role composes for these variables, its two files of the start as it would write them, and the other files.
@@ -29,7 +27,7 @@ PLAY = """
   connection: local
   gather_facts: false
   tasks:
-    - ansible.builtin.import_role: {name: stickyring_edge, tasks_from: preflight}
+    - ansible.builtin.import_role: {name: stickyring.fleet.stickyring_edge, tasks_from: preflight}
     - ansible.builtin.copy:
         content: "{{ {'files': __stickyring_edge_xds_files, 'keys': __stickyring_edge_private_keys,
           'start_files': __stickyring_edge_start_files} | to_json }}"
@@ -41,11 +39,11 @@ PLAY = """
         dest: "{{ directory }}/{{ item }}"
         mode: "0644"
       loop: [bootstrap.yaml.j2, stickyring-edge.service.j2]
-    - stickyring_edge_xds:
+    - stickyring.fleet.edge_xds:
         directory: "{{ __stickyring_edge_xds_directory }}"
         files: "{{ __stickyring_edge_xds_files }}"
         private_keys: "{{ __stickyring_edge_private_keys }}"
-        admin_port: "{{ stickyring_edge_admin_port }}"
+        admin_socket: "{{ __stickyring_edge_admin_socket }}"
 """
 
 
@@ -60,6 +58,7 @@ class Edge:
 
     def __init__(self, folder: Path, composed: dict[str, Any], ports: dict[str, int]) -> None:
         self.directory = folder / "xds"
+        self.admin_socket = f"{folder}/admin.sock"
         self.files: dict[str, Any] = composed["files"]
         self.keys: dict[str, str] = composed["keys"]
         self.ports = ports
@@ -67,14 +66,14 @@ class Edge:
     def give(self, files: dict[str, Any], **parameters: object) -> dict[str, Any]:
         """The module's result; the role's own parameters unless others are given."""
         parameters = {"private_keys": self.keys, "timeout": 10, **parameters}
-        return run_module(xds, self.directory, files, self.ports["admin"], **parameters)
+        return run_module(self.directory, files, self.admin_socket, **parameters)
 
     def with_certificate(self, certificate: Certificate) -> tuple[dict[str, Any], dict[str, str]]:
         """The files and keys with another certificate at the TLS listener."""
         files = deepcopy(self.files)
-        secret = files["certificates/safe.yaml"][0]
+        secret = files["certificates/safe.json"][0]
         secret["tls_certificate"]["certificate_chain"]["inline_string"] = certificate.chain
-        return files, {"certificates/safe.yaml": certificate.key}
+        return files, {"certificates/safe.json": certificate.key}
 
 
 def compose(
@@ -87,8 +86,8 @@ def compose(
     play, given = folder / "play.yml", folder / "variables.json"
     play.write_text(PLAY)
     # A play finds templates beside itself, a role's own tasks in the role.
-    (folder / "templates").symlink_to(ROLE / "templates")
-    *ports, admin = free_ports(len(names) + 1)
+    (folder / "templates").symlink_to(PROJECT / "roles" / "stickyring_edge" / "templates")
+    ports = free_ports(len(names))
     listeners: list[dict[str, Any]] = [
         {"name": name, "port": port, "cluster": "nodes", "address": "127.0.0.1", **settings.get(name, {})}
         for name, port in zip(names, ports, strict=True)
@@ -97,7 +96,7 @@ def compose(
     own = {
         "directory": str(folder),
         "__stickyring_edge_directory": str(folder),
-        "stickyring_edge_admin_port": admin,
+        "__stickyring_edge_admin_socket": f"{folder}/admin.sock",
         "stickyring_edge_envoy_sha256": "0" * 64,
         "stickyring_edge_listeners": listeners,
     }
@@ -115,7 +114,7 @@ def compose(
     result: dict[str, Any] = json.loads((folder / "composed.json").read_text())
     return result | {
         "told": done.stdout + done.stderr,
-        "ports": {"admin": admin, **dict(zip(names, ports, strict=True))},
+        "ports": dict(zip(names, ports, strict=True)),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.stickyring.fleet.plugins.filter import edge
 from certificates import Certificate, make_certificate
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -15,9 +16,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
-from fake_envoy import ROLE, load
 
-edge = load("filter_plugins/stickyring_edge.py")
+ROLE = Path(__file__).parents[1]
 
 POLICIES = [
     {"query_parameter": {"name": "client_id"}, "terminal": True},
@@ -54,7 +54,7 @@ PEMS = {"/tls/chain.pem": "CHAIN", "/tls/key.pem": "KEY"}
 
 
 def compose(listeners: list[dict[str, Any]] = LISTENERS, clusters: list[dict[str, Any]] = CLUSTERS) -> dict[str, Any]:
-    files: dict[str, Any] = edge.stickyring_edge_files(listeners, clusters, COMMON, PEMS)
+    files: dict[str, Any] = edge.edge_files(listeners, clusters, COMMON, PEMS)
     return files
 
 
@@ -64,8 +64,8 @@ def endpoint_files(files: dict[str, Any]) -> set[str]:
 
 def test_every_path_that_a_file_names_is_one_of_the_files() -> None:
     files = compose([*LISTENERS, {"name": "safe", "port": 9443, "cluster": "nodes", "tls": TLS}])
-    named = [cluster["eds_cluster_config"]["eds_config"] for cluster in files["clusters.yaml"]]
-    for listener in files["listeners.yaml"]:
+    named = [cluster["eds_cluster_config"]["eds_config"] for cluster in files["clusters.json"]]
+    for listener in files["listeners.json"]:
         chain = listener["filter_chains"][0]
         named.append(chain["filters"][0]["typed_config"]["rds"]["config_source"])
         if "transport_socket" in chain:
@@ -85,7 +85,7 @@ def test_other_members_stand_in_another_file_and_the_points_of_an_endpoint_stay(
     for count in (2, 3):
         cluster = {"name": "nodes", "endpoints": ENDPOINTS[:count]}
         files = compose([LISTENERS[0]], [cluster])
-        assert files["clusters.yaml"][0]["ring_hash_lb_config"]["minimum_ring_size"] == 1
+        assert files["clusters.json"][0]["ring_hash_lb_config"]["minimum_ring_size"] == 1
         (path,) = endpoint_files(files)
         points[path] = weights(files, path)
     assert list(points.values()) == [
@@ -96,7 +96,7 @@ def test_other_members_stand_in_another_file_and_the_points_of_an_endpoint_stay(
 
 def test_other_points_stand_in_another_file() -> None:
     paths = [
-        endpoint_files(edge.stickyring_edge_files(LISTENERS, CLUSTERS, COMMON | {"ring_points_per_weight": points}, {}))
+        endpoint_files(edge.edge_files(LISTENERS, CLUSTERS, COMMON | {"ring_points_per_weight": points}, {}))
         for points in (100, 200)
     ]
     assert paths[0].isdisjoint(paths[1])
@@ -119,8 +119,8 @@ def test_another_address_is_another_file_and_the_same_place_on_the_ring() -> Non
     moved = [CLUSTERS[0] | {"endpoints": [ENDPOINTS[0] | {"address": "192.0.2.99"}, *ENDPOINTS[1:]]}, CLUSTERS[1]]
     before, after = compose(), compose(clusters=moved)
     (path,) = endpoint_files(after) - endpoint_files(before)
-    assert [name for name in before if before[name] != after.get(name, before[name])] == ["clusters.yaml"]
-    rings = [files["clusters.yaml"][0]["ring_hash_lb_config"] for files in (before, after)]
+    assert [name for name in before if before[name] != after.get(name, before[name])] == ["clusters.json"]
+    rings = [files["clusters.json"][0]["ring_hash_lb_config"] for files in (before, after)]
     assert rings[0] == rings[1]
     [_, endpoint, *_others] = after[path][0]["endpoints"][0]["lb_endpoints"]
     assert endpoint["metadata"]["filter_metadata"]["envoy.lb"]["hash_key"] == "node1-1"
@@ -128,7 +128,7 @@ def test_another_address_is_another_file_and_the_same_place_on_the_ring() -> Non
 
 def test_other_policies_than_ring_hash_have_no_ring() -> None:
     files = compose(clusters=[{**CLUSTERS[0], "lb_policy": "MAGLEV"}, CLUSTERS[1]])
-    cluster = files["clusters.yaml"][0]
+    cluster = files["clusters.json"][0]
     assert cluster["lb_policy"] == "MAGLEV"
     assert "ring_hash_lb_config" not in cluster
     path = cluster["eds_cluster_config"]["eds_config"]["path_config_source"]["path"].removeprefix("/etc/x/")
@@ -168,7 +168,7 @@ def served(policy: dict[str, Any], health: str = "HEALTHY") -> dict[str, Any]:
         {"endpoint": {"hostname": "node1-1"}, "load_balancing_weight": 1, "health_status": health},
     ]
     clusters = [{"name": "other", "lb_policy": "RING_HASH"}, {"name": "nodes", **policy}]
-    document: dict[str, Any] = edge.stickyring_edge_served_ring("nodes", dump(clusters, {"other": [], "nodes": hosts}))
+    document: dict[str, Any] = edge.edge_served_ring("nodes", dump(clusters, {"other": [], "nodes": hosts}))
     return document
 
 
@@ -201,15 +201,15 @@ def test_the_served_ring_of_maglev_has_a_table() -> None:
 
 
 def test_there_is_no_ring_of_a_cluster_that_envoy_lacks() -> None:
-    assert edge.stickyring_edge_served_ring("nodes", {"configs": []}) == {}
+    assert edge.edge_served_ring("nodes", {"configs": []}) == {}
     without_members = dump([{"name": "nodes", **RING}], {})
-    assert edge.stickyring_edge_served_ring("nodes", without_members) == {}
+    assert edge.edge_served_ring("nodes", without_members) == {}
 
 
 def test_the_wanted_ring_is_the_one_that_is_written() -> None:
-    document = edge.stickyring_edge_wanted_ring(CLUSTERS, "nodes", COMMON)
+    document = edge.edge_wanted_ring(CLUSTERS, "nodes", COMMON)
     files = compose()
-    written = files["clusters.yaml"][0]["ring_hash_lb_config"]
+    written = files["clusters.json"][0]["ring_hash_lb_config"]
     assert document["minimum_size"] == written["minimum_ring_size"]
     (path,) = (path for path in endpoint_files(files) if path.startswith("endpoints/nodes"))
     assert {member["name"]: member["weight"] for member in document["members"]} == weights(files, path)
@@ -219,9 +219,9 @@ def test_hash_policies_are_in_the_routes_alone() -> None:
     changed = deepcopy(LISTENERS)
     changed[0]["hash_policies"] = [{"header": {"header_name": "x-user"}}]
     before, after = compose(), compose(changed)
-    assert [path for path in before if before[path] != after[path]] == ["routes/sticky.yaml"]
+    assert [path for path in before if before[path] != after[path]] == ["routes/sticky.json"]
     for files in (before, after):
-        [routes] = files["routes/sticky.yaml"]
+        [routes] = files["routes/sticky.json"]
         assert all(
             route["route"]["hash_policy"] == [{"filter_state": {"key": "stickyring.key"}}]
             for route in with_nodes(routes)
@@ -234,7 +234,7 @@ def with_nodes(routes: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_the_node_is_told_what_was_hashed_and_nothing_that_a_client_says() -> None:
-    [routes] = compose()["routes/sticky.yaml"]
+    [routes] = compose()["routes/sticky.json"]
     told = {one["header"]["key"]: one["header"]["value"] for one in routes["request_headers_to_add"]}
     assert told == {
         "x-stickyring-key": "%FILTER_STATE(stickyring.key:PLAIN)%",
@@ -246,7 +246,7 @@ def test_the_node_is_told_what_was_hashed_and_nothing_that_a_client_says() -> No
 
 def test_the_first_policy_that_finds_something_names_the_user() -> None:
     """Each finding replaces the one before it, so the first policy stands last."""
-    settings = compose()["routes/sticky.yaml"][0]["typed_per_filter_config"]
+    settings = compose()["routes/sticky.json"][0]["typed_per_filter_config"]
     kept = [
         (one["object_key"], one["format_string"]["text_format_source"]["inline_string"])
         for one in settings["stickyring.key"]["on_request_headers"]
@@ -263,7 +263,7 @@ def test_the_first_policy_that_finds_something_names_the_user() -> None:
     assert rule["on_header_present"] == {"metadata_namespace": "stickyring.cookie", "key": "stickyring"}
 
     more = [*POLICIES, {"cookie": {"name": "later"}}, {"connection_properties": {"source_ip": True}}]
-    [routes] = compose([LISTENERS[0] | {"hash_policies": more}])["routes/sticky.yaml"]
+    [routes] = compose([LISTENERS[0] | {"hash_policies": more}])["routes/sticky.json"]
     assert routes["typed_per_filter_config"] == settings, "whoever gives nothing before gets the cookie"
 
 
@@ -279,7 +279,7 @@ def test_the_first_policy_that_finds_something_names_the_user() -> None:
 )
 def test_a_cookie_with_a_ttl_is_issued(cookie: dict[str, Any], tls: bool, issued: str | None) -> None:
     listener = LISTENERS[0] | {"hash_policies": [{"cookie": {"name": "c", **cookie}}]} | ({"tls": TLS} if tls else {})
-    [routes] = compose([listener])["routes/sticky.yaml"]
+    [routes] = compose([listener])["routes/sticky.json"]
     given, nothing_given = with_nodes(routes)
     assert "response_headers_to_add" not in given
     headers = [one["header"]["value"] for one in nothing_given.get("response_headers_to_add", [])]
@@ -287,7 +287,7 @@ def test_a_cookie_with_a_ttl_is_issued(cookie: dict[str, Any], tls: bool, issued
 
 
 def test_without_a_policy_nothing_is_hashed_or_logged_as_a_key() -> None:
-    [routes] = compose()["routes/unkeyed.yaml"]
+    [routes] = compose()["routes/unkeyed.json"]
     assert "typed_per_filter_config" not in routes
     assert "hash_policy" not in routes["virtual_hosts"][0]["routes"][-1]["route"]
 
@@ -296,27 +296,27 @@ def test_a_certificate_is_in_a_file_of_its_own_and_its_key_is_not_in_it() -> Non
     listeners = [*LISTENERS[:2], LISTENERS[2] | {"tls": TLS}]
     before, after = compose(), compose(listeners)
     assert {path for path in after if after[path] != before.get(path)} == {
-        "listeners.yaml",
-        "certificates/unkeyed.yaml",
+        "listeners.json",
+        "certificates/unkeyed.json",
     }
-    [secret] = after["certificates/unkeyed.yaml"]
+    [secret] = after["certificates/unkeyed.json"]
     assert secret["tls_certificate"] == {"certificate_chain": {"inline_string": "CHAIN"}}
-    assert edge.stickyring_edge_private_keys(listeners, PEMS) == {"certificates/unkeyed.yaml": "KEY"}
-    assert edge.stickyring_edge_private_keys(LISTENERS, PEMS) == {}
+    assert edge.edge_private_keys(listeners, PEMS) == {"certificates/unkeyed.json": "KEY"}
+    assert edge.edge_private_keys(LISTENERS, PEMS) == {}
     # Another certificate leaves the listener as it is, and with it the websockets.
-    renewed = edge.stickyring_edge_files(listeners, CLUSTERS, COMMON, PEMS | {"/tls/chain.pem": "NEW"})
-    assert [path for path in after if after[path] != renewed[path]] == ["certificates/unkeyed.yaml"]
-    assert edge.stickyring_edge_pem_paths(listeners) == list(PEMS)
+    renewed = edge.edge_files(listeners, CLUSTERS, COMMON, PEMS | {"/tls/chain.pem": "NEW"})
+    assert [path for path in after if after[path] != renewed[path]] == ["certificates/unkeyed.json"]
+    assert edge.edge_pem_paths(listeners) == list(PEMS)
 
 
 def test_private_paths_are_answered_before_any_node() -> None:
-    private, *public = compose()["routes/sticky.yaml"][0]["virtual_hosts"][0]["routes"]
+    private, *public = compose()["routes/sticky.json"][0]["virtual_hosts"][0]["routes"]
     assert private == {"match": {"path": "/metrics"}, "direct_response": {"status": 404}}
     assert [route["match"]["prefix"] for route in public] == ["/"] * len(public)
 
 
 def test_a_cluster_may_have_a_health_path_of_its_own() -> None:
-    checks = [cluster["health_checks"][0]["http_health_check"]["path"] for cluster in compose()["clusters.yaml"]]
+    checks = [cluster["health_checks"][0]["http_health_check"]["path"] for cluster in compose()["clusters.json"]]
     assert checks == ["/healthz", "/ok"]
     assert COMMON["health_check"]["http_health_check"]["path"] == "/healthz"
 
@@ -332,7 +332,7 @@ def judge(
     settings = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
     settings |= {"stickyring_edge_listeners": listeners, "stickyring_edge_clusters": clusters}
     settings |= {f"stickyring_edge_{name}": value for name, value in others.items()}
-    return " ".join(edge.stickyring_edge_problems(settings, pems or {}, sha256))
+    return " ".join(edge.edge_problems(settings, pems or {}, sha256))
 
 
 def test_good_variables_have_no_problem() -> None:
@@ -340,7 +340,7 @@ def test_good_variables_have_no_problem() -> None:
     assert judge(sha256="0123456789abcdef" * 4) == ""
     assert judge(hash_policies=POLICIES) == ""
     assert judge(hash_policies=[{"connection_properties": {"source_ip": True}}]) == ""
-    assert judge(limit_nofile="20000", max_connections="9000", admin_port="9801", route_timeout="25.5") == ""
+    assert judge(limit_nofile="20000", max_connections="9000", route_timeout="25.5") == ""
     # An address of its own, and both families.
     places: tuple[dict[str, Any], ...] = (
         {"address": "192.0.2.9", "port": 9901},
@@ -371,8 +371,6 @@ def test_good_variables_have_no_problem() -> None:
         ({"max_connections": "1e3"}, "stickyring_edge_max_connections is '1e3': give a whole number"),
         ({"healthy_timeout": True}, "stickyring_edge_healthy_timeout is True: give a whole number"),
         ({"route_timeout": float("inf")}, "stickyring_edge_route_timeout is inf: give a number"),
-        ({"admin_port": 9002}, "listener sticky: port 9002 on 0.0.0.0 is that of stickyring_edge_admin_port"),
-        ({"admin_port": 9001}, "listener single: port 9001 on 127.0.0.1 is that of stickyring_edge_admin_port"),
     ],
 )
 def test_each_fault_of_a_single_value_is_said(others: dict[str, Any], words: str) -> None:
@@ -391,7 +389,7 @@ def test_every_number_has_a_range_of_its_kind_and_every_level_is_known() -> None
     ("seconds", "duration"), [(2, "2s"), ("2", "2s"), (60.0, "60s"), ("0.5", "0.5s"), (1e5, "100000s"), (0, "0s")]
 )
 def test_a_duration_is_the_same_for_every_spelling(seconds: float | str, duration: str) -> None:
-    assert edge.stickyring_edge_duration(seconds) == duration
+    assert edge.edge_duration(seconds) == duration
 
 
 @pytest.mark.parametrize(
@@ -407,7 +405,6 @@ def test_a_duration_is_the_same_for_every_spelling(seconds: float | str, duratio
         ({"address": "edge.example"}, {}, {}, "listener sticky: 'edge.example' is no IP address"),
         ({"tls": None}, {}, {}, "listener sticky: tls is empty: give certificate and key, or leave it out."),
         ({"tls": {}}, {}, {}, "listener sticky: tls is empty"),
-        ({"address": "0:0::0", "port": 9901}, {}, {}, "port 9901 on :: is that of stickyring_edge_admin_port"),
         ({}, {"endpoints": []}, {}, "cluster nodes: the endpoint list is empty"),
         ({}, {"endpoints": ENDPOINTS * 700}, {}, "are more than Envoy's 8388608"),
         ({}, {}, {"name": "node2-1"}, "cluster nodes: endpoint node2-1 is there twice"),

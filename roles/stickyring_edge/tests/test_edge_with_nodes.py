@@ -22,12 +22,11 @@ from typing import Any
 import aiohttp
 import pytest
 import socketio
+from ansible_collections.stickyring.fleet.plugins.filter import edge as filters
+from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin
 from certificates import Certificate, make_certificate
-from fake_envoy import load
-from running_envoy import START_SECONDS, Edge, compose, free_ports, running, xds
+from running_envoy import START_SECONDS, Edge, compose, free_ports, running
 from stickyring.ring import Ring
-
-filters = load("filter_plugins/stickyring_edge.py")
 
 PROGRAMS = Path(sys.executable).parent
 NODES = ("node1-1", "node2-1", "node3-1")
@@ -143,8 +142,8 @@ def ring(edge: Edge) -> Ring:
 
 
 def ring_document(edge: Edge) -> dict[str, Any]:
-    answer = xds.Admin(edge.ports["admin"]).get("/config_dump?include_eds&name_regex=nodes")
-    document: dict[str, Any] = filters.stickyring_edge_served_ring("nodes", answer)
+    answer = Admin(edge.admin_socket).get("/config_dump?include_eds&name_regex=nodes")
+    document: dict[str, Any] = filters.edge_served_ring("nodes", answer)
     return document
 
 
@@ -331,7 +330,7 @@ def test_visitors_of_one_connection_get_cookies_of_their_own(edge: Edge) -> None
     assert max(spread.values()) <= 1.3 * 1000 / len(NODES), spread
 
     files = deepcopy(edge.files)
-    [routes] = files["routes/sticky.yaml"]
+    [routes] = files["routes/sticky.json"]
     *_, everybody = routes["virtual_hosts"][0]["routes"]
     everybody["route"]["hash_policy"] = [{"cookie": {"name": "stickyring", "ttl": "0s"}}]
     del everybody["response_headers_to_add"]
@@ -501,7 +500,7 @@ def test_fifty_megabytes_each_way_over_one_websocket(edge: Edge, listener: str, 
 def test_the_body_limit_in_the_websockets_chain_would_end_them(edge: Edge) -> None:
     """The control of the test above."""
     files = deepcopy(edge.files)
-    [listener] = [one for one in files["listeners.yaml"] if one["name"] == "sticky"]
+    [listener] = [one for one in files["listeners.json"] if one["name"] == "sticky"]
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
     manager["upgrade_configs"] = [{"upgrade_type": "websocket"}]
     assert any(one["name"].endswith("body_size_limit") for one in manager["http_filters"])
@@ -518,13 +517,13 @@ def test_the_body_limit_in_the_websockets_chain_would_end_them(edge: Edge) -> No
 def test_a_silent_websocket_outlives_every_timeout_of_the_edge(edge: Edge, listener: str) -> None:
     """Its route's too. The control is a connection without a request, which the same timeouts end."""
     files = deepcopy(edge.files)
-    for route in files[f"routes/{listener}.yaml"][0]["virtual_hosts"][0]["routes"]:
+    for route in files[f"routes/{listener}.json"][0]["virtual_hosts"][0]["routes"]:
         if "route" in route:
             route["route"]["timeout"] = f"{TIMEOUT_SECONDS}s"
 
     async def live() -> tuple[str, list[str]]:
         drops: list[str] = []
-        assert edge.give(files)["written"] == [f"routes/{listener}.yaml"]
+        assert edge.give(files)["written"] == [f"routes/{listener}.json"]
         client = await connected(edge, listener, drops)
         with socket.create_connection(("127.0.0.1", edge.ports["unkeyed"])) as idle:
             idle.settimeout(10 * TIMEOUT_SECONDS)
@@ -546,10 +545,10 @@ def test_a_silent_websocket_outlives_every_timeout_of_the_edge(edge: Edge, liste
 @pytest.mark.parametrize("listener", ["sticky", "safe"])
 def test_no_timeout_of_a_stream_is_left_to_envoy(edge: Edge, listener: str) -> None:
     """Envoy's own end a websocket that is silent for five minutes, which no test waits for."""
-    (resource,) = [one for one in edge.files["listeners.yaml"] if one["name"] == listener]
+    (resource,) = [one for one in edge.files["listeners.json"] if one["name"] == listener]
     for chain in resource["filter_chains"]:
         assert chain["filters"][0]["typed_config"]["stream_idle_timeout"] == "0s"
-    routes = edge.files[f"routes/{listener}.yaml"][0]["virtual_hosts"][0]["routes"]
+    routes = edge.files[f"routes/{listener}.json"][0]["virtual_hosts"][0]["routes"]
     idle = [route["route"]["idle_timeout"] for route in routes if "route" in route]
     assert idle == ["0s"] * len(idle)
     assert idle
@@ -558,7 +557,7 @@ def test_no_timeout_of_a_stream_is_left_to_envoy(edge: Edge, listener: str) -> N
 def test_a_timeout_of_streams_would_end_a_silent_websocket(edge: Edge) -> None:
     """The control."""
     files = deepcopy(edge.files)
-    for route in files["routes/sticky.yaml"][0]["virtual_hosts"][0]["routes"]:
+    for route in files["routes/sticky.json"][0]["virtual_hosts"][0]["routes"]:
         if "route" in route:
             route["route"]["idle_timeout"] = f"{TIMEOUT_SECONDS}s"
 
@@ -572,7 +571,7 @@ def test_a_timeout_of_streams_would_end_a_silent_websocket(edge: Edge) -> None:
         await client.eio.http.close()
         return drops
 
-    assert edge.give(files)["written"] == ["routes/sticky.yaml"]
+    assert edge.give(files)["written"] == ["routes/sticky.json"]
     try:
         assert asyncio.run(live())
     finally:

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.stickyring.fleet.plugins.filter import edge as filters
+from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin
 from certificates import Certificate, make_certificate
-from fake_envoy import load
-from running_envoy import START_SECONDS, Edge, compose, free_ports, running, xds
-
-filters = load("filter_plugins/stickyring_edge.py")
+from running_envoy import START_SECONDS, Edge, compose, free_ports, running
 
 # The last websocket of a listener that has changed ends after so long; the role leaves it at Envoy's 600.
 DRAIN_SECONDS = 1
@@ -157,7 +156,7 @@ def websocket(edge: Edge) -> Iterator[Callable[[str], Websocket]]:
     with ExitStack() as stack:
         yield lambda listener: stack.enter_context(Websocket(edge, listener))
     deadline = time.monotonic() + START_SECONDS
-    while xds.Admin(edge.ports["admin"]).websockets():
+    while Admin(edge.admin_socket).websockets():
         assert time.monotonic() < deadline
 
 
@@ -180,7 +179,7 @@ def test_a_run_shows_the_certificate_and_not_the_key(
     assert chain in shown
     assert key not in shown
     assert "version_info" in shown, "no difference is shown"
-    secret = folder / "xds" / "certificates" / "safe.yaml"
+    secret = folder / "xds" / "certificates" / "safe.json"
     assert key in secret.read_text()
     assert secret.stat().st_mode & 0o777 == 0o640
 
@@ -238,7 +237,7 @@ def test_a_new_certificate_reaches_newcomers_and_ends_nothing(edge: Edge, websoc
     new = make_certificate(tmp_path)
     files, keys = edge.with_certificate(new)
     result = edge.give(files, private_keys=keys)
-    assert (result["written"], result["ends"]) == (["certificates/safe.yaml"], "")
+    assert (result["written"], result["ends"]) == (["certificates/safe.json"], "")
     assert serial(edge.ports["safe"]) == new.serial
     time_to_drain()
     assert all(one.is_open() for one in here)
@@ -258,8 +257,8 @@ def test_a_key_that_envoy_refuses_is_taken_back_and_not_told(
     files, keys = edge.with_certificate(new)
     for wrong in (certificate.key, new.key.replace("\n", "\nx", 1)):
         said = edge.give(files, private_keys=dict.fromkeys(keys, wrong))
-        assert "Envoy refused certificates/safe.yaml" in said["msg"]
-        assert "what served before serves on" in said["msg"]
+        assert "Envoy rejected certificates/safe.json" in said["msg"]
+        assert "keeps serving them" in said["msg"]
         assert wrong.splitlines()[1] not in json.dumps(said)
         assert serial(edge.ports["safe"]) == certificate.serial
     assert not edge.give(edge.files)["changed"]
@@ -267,10 +266,10 @@ def test_a_key_that_envoy_refuses_is_taken_back_and_not_told(
 
 def test_a_listener_gets_tls_and_loses_it_again(edge: Edge) -> None:
     without = deepcopy(edge.files)
-    del without["certificates/safe.yaml"]
-    chain = without["listeners.yaml"][2]["filter_chains"][0]
+    del without["certificates/safe.json"]
+    chain = without["listeners.json"][2]["filter_chains"][0]
     del chain["transport_socket"], chain["transport_socket_connect_timeout"]
-    assert edge.give(without, private_keys={})["removed"] == ["certificates/safe.yaml"]
+    assert edge.give(without, private_keys={})["removed"] == ["certificates/safe.json"]
     with pytest.raises(ssl.SSLError):
         serial(edge.ports["safe"])
     assert edge.give(edge.files)["proven"]
@@ -280,7 +279,7 @@ def test_a_listener_gets_tls_and_loses_it_again(edge: Edge) -> None:
 def changed_listener(edge: Edge, name: str) -> dict[str, Any]:
     """The files with another setting of this listener."""
     files = deepcopy(edge.files)
-    (listener,) = (one for one in files["listeners.yaml"] if one["name"] == name)
+    (listener,) = (one for one in files["listeners.json"] if one["name"] == name)
     listener["per_connection_buffer_limit_bytes"] += 1
     return files
 
@@ -294,14 +293,14 @@ def test_a_listener_is_not_changed_under_its_websockets(edge: Edge, websocket: A
     assert "listener plain changes: 2 open websockets end." in said
     assert "-e stickyring_edge_may_end_websockets=true" in said
     gone = deepcopy(edge.files)
-    del gone["listeners.yaml"][0], gone["routes/plain.yaml"]
+    del gone["listeners.json"][0], gone["routes/plain.json"]
     assert "listener plain is removed: 2 open websockets end." in edge.give(gone)["msg"]
     assert edge.give(edge.files)["written"] == []
     # In check mode it is said and no failure; who is nobody's websocket's listener may change.
     said = edge.give(changed_listener(edge, "plain"), _ansible_check_mode=True)
     assert said["ends"] == "listener plain changes: 2 open websockets end"
     assert said["ends"] in json.dumps(said["warnings"])
-    assert edge.give(changed_listener(edge, "other"))["written"] == ["listeners.yaml"]
+    assert edge.give(changed_listener(edge, "other"))["written"] == ["listeners.json"]
     time_to_drain()
     assert here.is_open()
 
@@ -342,13 +341,13 @@ def test_a_restart_is_announced_with_all_websockets(
 def test_everything_else_changes_under_websockets(edge: Edge, websocket: Any) -> None:
     here = [websocket("plain"), websocket("safe")]
     files = deepcopy(edge.files)
-    files["clusters.yaml"][0]["connect_timeout"] = "3s"
+    files["clusters.json"][0]["connect_timeout"] = "3s"
     for name in ("plain", "safe"):
-        route = files[f"routes/{name}.yaml"][0]["virtual_hosts"][0]["routes"][-1]["route"]
+        route = files[f"routes/{name}.json"][0]["virtual_hosts"][0]["routes"][-1]["route"]
         route["timeout"] = "61s"
         route["hash_policy"].append({"connection_properties": {"source_ip": True}})
     result = edge.give(files)
-    assert set(result["written"]) == {"clusters.yaml", "routes/plain.yaml", "routes/safe.yaml"}
+    assert set(result["written"]) == {"clusters.json", "routes/plain.json", "routes/safe.json"}
     assert (result["ends"], result["proven"]) == ("", True)
     time_to_drain()
     assert all(one.is_open() for one in here)
@@ -374,18 +373,18 @@ def test_connections_beyond_the_limit_are_closed_at_once(edge: Edge, websocket: 
 
 def test_other_ways_to_find_a_key_are_told_by_listener(edge: Edge) -> None:
     def told() -> list[str]:
-        dump = xds.Admin(edge.ports["admin"]).get("/config_dump?resource=dynamic_route_configs")
-        found: list[str] = filters.stickyring_edge_rekeyed(edge.files, dump)
+        dump = Admin(edge.admin_socket).get("/config_dump?resource=dynamic_route_configs")
+        found: list[str] = filters.edge_rekeyed(edge.files, dump)
         return found
 
     assert told() == []
     files = deepcopy(edge.files)
-    [routes] = files["routes/plain.yaml"]
+    [routes] = files["routes/plain.json"]
     # As it was before keys were evaluated once.
     for route in routes["virtual_hosts"][0]["routes"]:
         if "route" in route:
             route["route"]["hash_policy"] = [{"query_parameter": {"name": "client_id"}, "terminal": True}]
-    [other] = files["routes/other.yaml"]
+    [other] = files["routes/other.json"]
     del other["typed_per_filter_config"]["stickyring.key"]["on_request_headers"][1]
     assert "failed" not in edge.give(files)
     assert told() == ["plain", "other"]
@@ -412,6 +411,6 @@ def test_the_served_ring_is_read_with_whoever_is_not_healthy(edge: Edge) -> None
     ring: dict[str, Any] = {}
     while ring.get("members") != expected:
         assert time.monotonic() < deadline, ring
-        answer = xds.Admin(edge.ports["admin"]).get("/config_dump?include_eds&name_regex=nodes")
-        ring = filters.stickyring_edge_served_ring("nodes", answer)
+        answer = Admin(edge.admin_socket).get("/config_dump?include_eds&name_regex=nodes")
+        ring = filters.edge_served_ring("nodes", answer)
     assert (ring["policy"], ring["minimum_size"]) == ("RING_HASH", 1)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from fake_envoy import FakeEnvoy, load, run_module
-
-xds = load("library/stickyring_edge_xds.py")
+from ansible_collections.stickyring.fleet.plugins.module_utils import admin, xds
+from ansible_collections.stickyring.fleet.plugins.module_utils.envoy import Envoy
+from ansible_collections.stickyring.fleet.plugins.modules import edge_xds
+from fake_envoy import FakeEnvoy, run_module
 
 TYPE = "type.googleapis.com/"
 Files = dict[str, list[dict[str, Any]]]
@@ -47,32 +47,20 @@ def assignment(cluster: str, ports: list[int]) -> dict[str, Any]:
 def files(open_port: int) -> Files:
     address = {"socket_address": {"address": "0.0.0.0", "port_value": open_port}}
     return {
-        "listeners.yaml": [{"@type": TYPE + xds.LISTENER, "name": "sticky", "address": address}],
-        "clusters.yaml": [{"@type": TYPE + xds.CLUSTER, "name": "nodes"}],
-        "routes/sticky.yaml": [{"@type": TYPE + xds.ROUTES, "name": "sticky"}],
-        "endpoints/nodes.yaml": [assignment("nodes", [8001, 8002])],
+        "listeners.json": [{"@type": TYPE + xds.LISTENER, "name": "sticky", "address": address}],
+        "clusters.json": [{"@type": TYPE + xds.CLUSTER, "name": "nodes"}],
+        "routes/sticky.json": [{"@type": TYPE + xds.ROUTES, "name": "sticky"}],
+        "endpoints/nodes.json": [assignment("nodes", [8001, 8002])],
     }
 
 
-def run(directory: Path, files: Files, port: int, **parameters: object) -> dict[str, Any]:
+def run(directory: Path, files: Files, admin_socket: str, **parameters: object) -> dict[str, Any]:
     """The module's result, as Ansible would read it."""
-    return run_module(xds, directory, files, port, **parameters)
+    return run_module(directory, files, admin_socket, **parameters)
 
 
 def contents(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"a": [{"b": 1, "c": [1, [2, 3], {"d": "x\n\u00e9%: #"}]}, "s"], "empty": {"list": [], "map": {}}},
-        {"@type": "a/b", "on": "yes", "no": None, "a key": True, "1": 1.5, "text": "- 1", "quote": '"'},
-        [[["deep"]], {}],
-    ],
-)
-def test_what_is_written_reads_back_the_same(value: object) -> None:
-    assert yaml.safe_load(xds.to_yaml(value)) == value
 
 
 def test_a_version_tells_contents_apart_and_not_the_order_of_keys() -> None:
@@ -80,260 +68,261 @@ def test_a_version_tells_contents_apart_and_not_the_order_of_keys() -> None:
     assert xds.version_of([{"a": 1, "b": 2}]) != xds.version_of([{"a": 1, "b": 3}])
 
 
-def test_without_an_envoy_the_files_are_written_once(directory: Path, files: Files, closed_port: int) -> None:
-    first = run(directory, files, closed_port, header="# mine")
+def test_without_an_envoy_the_files_are_written_once(directory: Path, files: Files, no_envoy: str) -> None:
+    first = run(directory, files, no_envoy)
     assert first["changed"]
     assert not first["proven"]
     assert set(contents(directory)) == set(files)
     for path, resources in files.items():
-        text = (directory / path).read_text()
-        assert text.startswith("# mine\n")
-        assert yaml.safe_load(text) == {"version_info": first["versions"][path], "resources": resources}
+        assert json.loads((directory / path).read_text()) == {
+            "version_info": first["versions"][path],
+            "resources": resources,
+        }
         assert (directory / path).stat().st_mode & 0o777 == 0o644
 
-    assert not run(directory, files, closed_port, header="# mine")["changed"]
+    assert not run(directory, files, no_envoy)["changed"]
 
 
-def test_a_file_with_another_mode_is_mended(directory: Path, files: Files, closed_port: int) -> None:
-    run(directory, files, closed_port)
-    (directory / "clusters.yaml").chmod(0o666)
-    assert run(directory, files, closed_port)["changed"]
-    assert (directory / "clusters.yaml").stat().st_mode & 0o777 == 0o644
+def test_a_file_with_another_mode_is_mended(directory: Path, files: Files, no_envoy: str) -> None:
+    run(directory, files, no_envoy)
+    (directory / "clusters.json").chmod(0o666)
+    assert run(directory, files, no_envoy)["changed"]
+    assert (directory / "clusters.json").stat().st_mode & 0o777 == 0o644
 
 
-def test_check_mode_touches_nothing_and_shows_the_difference(directory: Path, files: Files, closed_port: int) -> None:
-    result = run(directory, files, closed_port, _ansible_check_mode=True)
+def test_check_mode_touches_nothing_and_shows_the_difference(directory: Path, files: Files, no_envoy: str) -> None:
+    result = run(directory, files, no_envoy, _ansible_check_mode=True)
     assert result["changed"]
     assert not directory.exists()
     assert {part["after_header"]: part["before"] for part in result["diff"]} == dict.fromkeys(files, "")
 
-    run(directory, files, closed_port)
+    run(directory, files, no_envoy)
     before = contents(directory)
-    files["clusters.yaml"][0]["connect_timeout"] = "3s"
-    result = run(directory, files, closed_port, _ansible_check_mode=True)
+    files["clusters.json"][0]["connect_timeout"] = "3s"
+    result = run(directory, files, no_envoy, _ansible_check_mode=True)
     [part] = result["diff"]
-    assert part["after_header"] == "clusters.yaml"
+    assert part["after_header"] == "clusters.json"
     assert "connect_timeout" in part["after"]
     assert "connect_timeout" not in part["before"]
     assert contents(directory) == before
 
 
 def test_a_proof_names_what_differs_and_leaves_it_alone(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
-    run(directory, files, envoy.port)
-    (directory / "routes" / "old.yaml").write_text((directory / "routes" / "sticky.yaml").read_text())
+    run(directory, files, envoy.socket)
+    (directory / "routes" / "old.json").write_text((directory / "routes" / "sticky.json").read_text())
     before = contents(directory)
     wanted = deepcopy(files)
-    wanted["clusters.yaml"][0]["connect_timeout"] = "3s"
-    result = run(directory, wanted, envoy.port, state="proven")
+    wanted["clusters.json"][0]["connect_timeout"] = "3s"
+    result = run(directory, wanted, envoy.socket, state="proven")
     assert result["failed"]
-    assert "left alone: clusters.yaml, routes/old.yaml." in result["msg"]
+    assert "left alone: clusters.json, routes/old.json." in result["msg"]
     assert "connect_timeout" not in result["msg"]
-    shown = run(directory, wanted, envoy.port, state="proven", _ansible_diff=True)["msg"]
-    assert "--- clusters.yaml on the host" in shown
-    assert '+    connect_timeout: "3s"' in shown
+    shown = run(directory, wanted, envoy.socket, state="proven", _ansible_diff=True)["msg"]
+    assert "--- clusters.json on the host" in shown
+    assert '+      "connect_timeout": "3s"' in shown
     assert contents(directory) == before
     # Whoever does not only ask gets what he wants, and then it is proven.
-    assert run(directory, wanted, envoy.port)["changed"]
-    assert run(directory, wanted, envoy.port, state="proven")["proven"]
+    assert run(directory, wanted, envoy.socket)["changed"]
+    assert run(directory, wanted, envoy.socket, state="proven")["proven"]
 
 
 def test_a_proof_of_nothing_makes_nothing(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
-    message = run(directory, files, envoy.port, state="proven")["msg"]
+    message = run(directory, files, envoy.socket, state="proven")["msg"]
     assert all(path in message for path in files)
     assert not directory.exists()
 
 
 def test_a_proof_sees_another_mode_and_leaves_it(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
-    run(directory, files, envoy.port)
-    (directory / "clusters.yaml").chmod(0o666)
-    assert "left alone: clusters.yaml (owner or mode)." in run(directory, files, envoy.port, state="proven")["msg"]
-    assert (directory / "clusters.yaml").stat().st_mode & 0o777 == 0o666
+    run(directory, files, envoy.socket)
+    (directory / "clusters.json").chmod(0o666)
+    assert "left alone: clusters.json (owner or mode)." in run(directory, files, envoy.socket, state="proven")["msg"]
+    assert (directory / "clusters.json").stat().st_mode & 0o777 == 0o666
 
 
 def test_a_proof_asks_the_running_envoy(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
-    run(directory, files, envoy.port)
-    assert run(directory, files, envoy.port, state="proven")["proven"]
+    run(directory, files, envoy.socket)
+    assert run(directory, files, envoy.socket, state="proven")["proven"]
     envoy.stats["cluster_manager.cds.version_text"] = "older"
-    message = run(directory, files, envoy.port, state="proven")["msg"]
-    assert "clusters.yaml: Envoy is at version older" in message
+    message = run(directory, files, envoy.socket, state="proven")["msg"]
+    assert "clusters.json: Envoy is at version older" in message
 
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"endpoints/nodes.yaml": [assignment("nodes", [])]}, "endpoints/nodes.yaml: the endpoint list is empty"),
-        ({"endpoints/nodes.yaml": [assignment("nodes", [1]), assignment("b", [1])]}, "exactly one resource"),
-        ({"clusters.yaml": []}, "clusters.yaml: no resources"),
-        ({"clusters.yaml": [{"@type": "type.googleapis.com/x", "name": "a"}]}, "one type out of"),
+        ({"endpoints/nodes.json": [assignment("nodes", [])]}, "endpoints/nodes.json: the endpoint list is empty"),
+        ({"endpoints/nodes.json": [assignment("nodes", [1]), assignment("b", [1])]}, "exactly one resource"),
+        ({"clusters.json": []}, "clusters.json: no resources"),
+        ({"clusters.json": [{"@type": "type.googleapis.com/x", "name": "a"}]}, "one type out of"),
     ],
 )
 def test_files_that_cannot_serve_are_refused_unwritten(
     directory: Path, files: Files, envoy: FakeEnvoy, wrong: Files, words: str
 ) -> None:
-    run(directory, files, envoy.port)
+    run(directory, files, envoy.socket)
     before = contents(directory)
-    result = run(directory, files | wrong, envoy.port)
+    result = run(directory, files | wrong, envoy.socket)
     assert result["failed"]
     assert words in result["msg"]
     assert contents(directory) == before
 
 
 def test_a_running_envoy_is_proven_and_not_changed(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
-    assert run(directory, files, envoy.port)["proven"]
+    assert run(directory, files, envoy.socket)["proven"]
     loads = list(envoy.loads)
-    result = run(directory, files, envoy.port, state="proven")
+    result = run(directory, files, envoy.socket, state="proven")
     assert result["proven"]
     assert not result["changed"]
     assert envoy.loads == loads
 
 
 def test_only_what_changed_is_written(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
-    run(directory, files, envoy.port)
-    files["endpoints/nodes.yaml"] = [assignment("nodes", [8001, 8003])]
-    assert run(directory, files, envoy.port)["written"] == ["endpoints/nodes.yaml"]
+    run(directory, files, envoy.socket)
+    files["endpoints/nodes.json"] = [assignment("nodes", [8001, 8003])]
+    assert run(directory, files, envoy.socket)["written"] == ["endpoints/nodes.json"]
 
 
 def test_who_leaves_a_place_is_told(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
-    assert run(directory, files, envoy.port)["left"] == []
-    files["endpoints/nodes.yaml"] = [assignment("nodes", [8001, 8003])]
-    gone = run(directory, files, envoy.port, _ansible_check_mode=True)["left"]
-    assert gone == run(directory, files, envoy.port)["left"]
+    assert run(directory, files, envoy.socket)["left"] == []
+    files["endpoints/nodes.json"] = [assignment("nodes", [8001, 8003])]
+    gone = run(directory, files, envoy.socket, _ansible_check_mode=True)["left"]
+    assert gone == run(directory, files, envoy.socket)["left"]
     assert gone == [{"name": "node-8002", "address": "192.0.2.1:8002"}]
-    place = files["endpoints/nodes.yaml"][0]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]
+    place = files["endpoints/nodes.json"][0]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]
     place["socket_address"]["address"] = "192.0.2.9"
-    assert run(directory, files, envoy.port)["left"] == [{"name": "node-8001", "address": "192.0.2.1:8001"}]
-    assert run(directory, files, envoy.port)["left"] == []
+    assert run(directory, files, envoy.socket)["left"] == [{"name": "node-8001", "address": "192.0.2.1:8001"}]
+    assert run(directory, files, envoy.socket)["left"] == []
 
 
 def test_nothing_is_named_before_it_is_there(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
-    run(directory, files, envoy.port)
+    run(directory, files, envoy.socket)
     places = {path: envoy.loads.index(path) for path in files}
-    assert places["endpoints/nodes.yaml"] < places["clusters.yaml"] < places["listeners.yaml"]
-    assert places["routes/sticky.yaml"] < places["listeners.yaml"]
+    assert places["endpoints/nodes.json"] < places["clusters.json"] < places["listeners.json"]
+    assert places["routes/sticky.json"] < places["listeners.json"]
 
 
 def test_a_cluster_leaves_only_after_the_routes_left_it(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
-    run(directory, files, envoy.port)
-    files["clusters.yaml"] = [{"@type": TYPE + xds.CLUSTER, "name": "others"}]
-    files["endpoints/others.yaml"] = [assignment("others", [8001])]
-    del files["endpoints/nodes.yaml"]
-    files["routes/sticky.yaml"][0]["virtual_hosts"] = []
+    run(directory, files, envoy.socket)
+    files["clusters.json"] = [{"@type": TYPE + xds.CLUSTER, "name": "others"}]
+    files["endpoints/others.json"] = [assignment("others", [8001])]
+    del files["endpoints/nodes.json"]
+    files["routes/sticky.json"][0]["virtual_hosts"] = []
     envoy.loads.clear()
     # The fake keeps endpoints of a cluster that is gone, which nobody asks about.
-    result = run(directory, files, envoy.port)
+    result = run(directory, files, envoy.socket)
     assert envoy.history == [["nodes"], ["others", "nodes"], ["others"]]
-    assert envoy.loads == ["endpoints/others.yaml", "clusters.yaml", "routes/sticky.yaml", "clusters.yaml"]
-    assert result["removed"] == ["endpoints/nodes.yaml"]
+    assert envoy.loads == ["endpoints/others.json", "clusters.json", "routes/sticky.json", "clusters.json"]
+    assert result["removed"] == ["endpoints/nodes.json"]
     assert set(contents(directory)) == set(files)
 
 
-@pytest.mark.parametrize("path", ["clusters.yaml", "listeners.yaml", "routes/sticky.yaml", "endpoints/nodes.yaml"])
+@pytest.mark.parametrize("path", ["clusters.json", "listeners.json", "routes/sticky.json", "endpoints/nodes.json"])
 def test_what_envoy_refuses_is_taken_back(directory: Path, files: Files, envoy: FakeEnvoy, path: str) -> None:
-    run(directory, files, envoy.port)
+    run(directory, files, envoy.socket)
     before = contents(directory)
     bad = deepcopy(files)
     bad[path][0]["refuse"] = "no such thing"
     # Accepted, but it belongs to what was refused.
-    bad["clusters.yaml"][0]["connect_timeout"] = "3s"
-    result = run(directory, bad, envoy.port)
+    bad["clusters.json"][0]["connect_timeout"] = "3s"
+    result = run(directory, bad, envoy.socket)
     assert result["failed"]
-    assert f"Envoy refused {path}" in result["msg"]
-    assert "what served before serves on" in result["msg"]
+    assert f"Envoy rejected {path}" in result["msg"]
+    assert "keeps serving them" in result["msg"]
     assert contents(directory) == before
-    assert not run(directory, files, envoy.port)["changed"]
+    assert not run(directory, files, envoy.socket)["changed"]
     # Negative control: without the fault the same change is taken.
     del bad[path][0]["refuse"]
-    assert "failed" not in run(directory, bad, envoy.port)
+    assert "failed" not in run(directory, bad, envoy.socket)
 
 
 def test_envoys_own_words_are_in_the_message(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
-    run(directory, files, envoy.port)
-    files["listeners.yaml"][0]["refuse"] = "message {\n" + "x" * 2000 + "\n}: Proto constraint\nviolated"
-    message = run(directory, files, envoy.port)["msg"]
-    assert "}: Proto constraint violated. The previous" in message
+    run(directory, files, envoy.socket)
+    files["listeners.json"][0]["refuse"] = "message {\n" + "x" * 2000 + "\n}: Proto constraint\nviolated"
+    message = run(directory, files, envoy.socket)["msg"]
+    assert "}: Proto constraint violated. The change was rolled back" in message
     assert len(message) < 800
 
 
 def test_a_first_configuration_that_is_refused_leaves_nothing(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
-    files["clusters.yaml"][0]["refuse"] = "no"
-    assert run(directory, files, envoy.port)["failed"]
+    files["clusters.json"][0]["refuse"] = "no"
+    assert run(directory, files, envoy.socket)["failed"]
     assert contents(directory) == {}
 
 
 def test_what_envoy_never_loads_is_taken_back_and_said(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
-    run(directory, files, envoy.port)
+    run(directory, files, envoy.socket)
     before = contents(directory)
     envoy.ignores_changes = True
-    files["clusters.yaml"][0]["connect_timeout"] = "3s"
-    message = run(directory, files, envoy.port)["msg"]
-    assert "not done after 1 s: clusters.yaml: Envoy is at version" in message
-    assert "Envoy is not at them yet" in message
+    files["clusters.json"][0]["connect_timeout"] = "3s"
+    message = run(directory, files, envoy.socket)["msg"]
+    assert "not done after 1 s: clusters.json: Envoy is at version" in message
+    assert "Envoy has not loaded them yet" in message
     assert contents(directory) == before
 
 
 def test_a_refusal_whose_cause_is_gone_is_mended(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
-    run(directory, files, envoy.port)
+    run(directory, files, envoy.socket)
     del envoy.stats["listener_manager.lds.version_text"]
     # Never refused: Envoy may still be on its way, so nothing is written.
-    assert run(directory, files, envoy.port)["failed"]
+    assert run(directory, files, envoy.socket)["failed"]
     envoy.stats["listener_manager.lds.update_rejected"] = 1
-    result = run(directory, files, envoy.port)
-    assert result["written"] == ["listeners.yaml"]
+    result = run(directory, files, envoy.socket)
+    assert result["written"] == ["listeners.json"]
     assert result["proven"]
 
 
 def test_a_listener_whose_port_is_closed_is_not_proven(
     directory: Path, files: Files, envoy: FakeEnvoy, closed_port: int
 ) -> None:
-    files["listeners.yaml"][0]["address"]["socket_address"]["port_value"] = closed_port
-    message = run(directory, files, envoy.port)["msg"]
+    files["listeners.json"][0]["address"]["socket_address"]["port_value"] = closed_port
+    message = run(directory, files, envoy.socket)["msg"]
     assert f"listener sticky: 127.0.0.1:{closed_port} accepts no connection" in message
 
 
 def test_an_unhealthy_endpoint_is_named(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
-    run(directory, files, envoy.port)
-    assert run(directory, files, envoy.port, state="proven", healthy_timeout=1)["proven"]
+    run(directory, files, envoy.socket)
+    assert run(directory, files, envoy.socket, state="proven", healthy_timeout=1)["proven"]
     envoy.unhealthy = {8002}
-    message = run(directory, files, envoy.port, state="proven", healthy_timeout=1)["msg"]
+    message = run(directory, files, envoy.socket, state="proven", healthy_timeout=1)["msg"]
     assert "node-8002 (192.0.2.1:8002) of cluster nodes is not healthy: failed_active_health_check" in message
     assert "node-8001" not in message
     # Whoever does not ask is not told.
-    assert run(directory, files, envoy.port, state="proven")["proven"]
+    assert run(directory, files, envoy.socket, state="proven")["proven"]
 
 
 def test_who_is_not_healthy_does_not_join(directory: Path, files: Files, envoy: FakeEnvoy, closed_port: int) -> None:
     """Members of before may be dead; the newcomer is asked by this host, before anything is written."""
-    run(directory, files, envoy.port)
+    run(directory, files, envoy.socket)
     envoy.unhealthy = {8001, 8002}
     before = contents(directory)
-    files["clusters.yaml"][0]["health_checks"] = [{"http_health_check": {"path": "/ready"}}]
-    members = files["endpoints/nodes.yaml"][0]["endpoints"][0]["lb_endpoints"]
+    files["clusters.json"][0]["health_checks"] = [{"http_health_check": {"path": "/ready"}}]
+    members = files["endpoints/nodes.json"][0]["endpoints"][0]["lb_endpoints"]
     address = {"address": "127.0.0.1", "port_value": closed_port}
     members.append({"endpoint": {"hostname": "node-new", "address": {"socket_address": address}}})
-    message = run(directory, files, envoy.port, healthy_timeout=1)["msg"]
+    message = run(directory, files, envoy.socket, healthy_timeout=1)["msg"]
     assert f"node-new (127.0.0.1:{closed_port}) does not answer /ready with 200" in message
     assert "node-8001" not in message
     assert contents(directory) == before
     address["port_value"] = envoy.port
-    assert "endpoints/nodes.yaml" in run(directory, files, envoy.port, healthy_timeout=1)["written"]
+    assert "endpoints/nodes.json" in run(directory, files, envoy.socket, healthy_timeout=1)["written"]
 
 
 def test_websockets_are_counted_once_newcomers_are_healthy(
     directory: Path, files: Files, envoy: FakeEnvoy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever comes during the wait is counted."""
-    run(directory, files, envoy.port)
-    files["listeners.yaml"][0]["per_connection_buffer_limit_bytes"] = 1
-    asked = xds.Edge.expect_healthy_newcomers
+    run(directory, files, envoy.socket)
+    files["listeners.json"][0]["per_connection_buffer_limit_bytes"] = 1
+    asked = Envoy.expect_healthy_newcomers
 
     def wait(edge: Any) -> None:
         asked(edge)
         envoy.stats["http.sticky.downstream_cx_upgrades_active"] = 5
 
-    monkeypatch.setattr(xds.Edge, "expect_healthy_newcomers", wait)
+    monkeypatch.setattr(Envoy, "expect_healthy_newcomers", wait)
     # In check mode nobody is waited for.
-    assert run(directory, files, envoy.port, healthy_timeout=1, _ansible_check_mode=True)["ends"] == ""
-    message = run(directory, files, envoy.port, healthy_timeout=1)["msg"]
+    assert run(directory, files, envoy.socket, healthy_timeout=1, _ansible_check_mode=True)["ends"] == ""
+    message = run(directory, files, envoy.socket, healthy_timeout=1)["msg"]
     assert "listener sticky changes: 5 open websockets end." in message
 
 
@@ -341,38 +330,38 @@ def test_a_place_on_the_ring_that_is_no_node_is_nobody_to_wait_for(
     directory: Path, files: Files, envoy: FakeEnvoy, closed_port: int
 ) -> None:
     """What would be refused for a node (see above) is taken for an endpoint whose health nobody asks for."""
-    run(directory, files, envoy.port)
-    files["clusters.yaml"][0]["health_checks"] = [{"http_health_check": {"path": "/ready"}}]
-    members = files["endpoints/nodes.yaml"][0]["endpoints"][0]["lb_endpoints"]
+    run(directory, files, envoy.socket)
+    files["clusters.json"][0]["health_checks"] = [{"http_health_check": {"path": "/ready"}}]
+    members = files["endpoints/nodes.json"][0]["endpoints"][0]["lb_endpoints"]
     endpoint = {
         "hostname": "nobody",
         "address": {"socket_address": {"address": "127.0.0.1", "port_value": closed_port}},
         "health_check_config": {"disable_active_health_check": True},
     }
     members.append({"endpoint": endpoint})
-    assert "endpoints/nodes.yaml" in run(directory, files, envoy.port, healthy_timeout=1)["written"]
+    assert "endpoints/nodes.json" in run(directory, files, envoy.socket, healthy_timeout=1)["written"]
 
 
 def test_envoy_may_spell_an_address_otherwise(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
     def place(address: str) -> dict[str, Any]:
-        wanted = deepcopy(files["endpoints/nodes.yaml"][0])
+        wanted = deepcopy(files["endpoints/nodes.json"][0])
         for item in wanted["endpoints"][0]["lb_endpoints"]:
             item["endpoint"]["address"]["socket_address"]["address"] = address
         return wanted
 
-    files["endpoints/nodes.yaml"] = [place("2001:DB8:0:0::1")]
-    run(directory, files, envoy.port)
+    files["endpoints/nodes.json"] = [place("2001:DB8:0:0::1")]
+    run(directory, files, envoy.socket)
     envoy.loaded["cluster.nodes"] = [place("2001:db8::1")]
-    assert run(directory, files, envoy.port, state="proven", healthy_timeout=1)["proven"]
+    assert run(directory, files, envoy.socket, state="proven", healthy_timeout=1)["proven"]
     envoy.loaded["cluster.nodes"] = [place("2001:db8::2")]
-    message = run(directory, files, envoy.port, state="proven", healthy_timeout=1)["msg"]
-    assert "cluster nodes has other endpoints than endpoints/nodes.yaml" in message
+    message = run(directory, files, envoy.socket, state="proven", healthy_timeout=1)["msg"]
+    assert "cluster nodes has other endpoints than endpoints/nodes.json" in message
 
 
-def test_an_envoy_that_must_answer_and_does_not(directory: Path, files: Files, closed_port: int) -> None:
-    run(directory, files, closed_port)
-    message = run(directory, files, closed_port, state="proven")["msg"]
-    assert f"Envoy on 127.0.0.1:{closed_port}" in message
+def test_an_envoy_that_must_answer_and_does_not(directory: Path, files: Files, no_envoy: str) -> None:
+    run(directory, files, no_envoy)
+    message = run(directory, files, no_envoy, state="proven")["msg"]
+    assert f"Asking Envoy at {no_envoy}" in message
     assert "does not answer" in message
 
 
@@ -403,14 +392,14 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Systemd:
     programs = tmp_path / "bin"
     programs.mkdir()
     monkeypatch.setenv("PATH", str(programs), prepend=":")
-    monkeypatch.setattr(xds, "ADMIN_SECONDS", 0.5)
+    monkeypatch.setattr(admin, "ADMIN_SECONDS", 0.5)
     return Systemd(programs)
 
 
 def test_the_journal_has_the_reason_when_the_admin_interface_has_not(
     directory: Path, files: Files, envoy: FakeEnvoy, systemd: Systemd
 ) -> None:
-    run(directory, files, envoy.port)
+    run(directory, files, envoy.socket)
     systemd.said.write_text(
         "[2026-01-01][1][info][main] before\n"
         "[2026-01-01][1][warning][config] Filesystem config update rejected: Error adding cluster(s) nodes:\n"
@@ -418,48 +407,53 @@ def test_the_journal_has_the_reason_when_the_admin_interface_has_not(
         '[2026-01-01][1][warning][config] Filesystem config update failure: not a duration): {"resources":[]}\n'
         '{"time":"2026-01-01","path":"/"}\n'
     )
-    files["clusters.yaml"][0]["refuse"] = "told nowhere but in the log"
-    message = run(directory, files, envoy.port, unit="edge.service")["msg"]
+    files["clusters.json"][0]["refuse"] = "told nowhere but in the log"
+    message = run(directory, files, envoy.socket, unit="edge.service")["msg"]
     assert (
-        "Envoy refused clusters.yaml: Error adding cluster(s) nodes: constraint violated; not a duration. The previous"
+        "Envoy rejected clusters.json: Error adding cluster(s) nodes: constraint violated; not a duration. The change"
         in message
     )
 
 
 def test_the_last_words_of_an_envoy_that_does_not_answer(
-    directory: Path, files: Files, closed_port: int, systemd: Systemd
+    directory: Path, files: Files, no_envoy: str, systemd: Systemd
 ) -> None:
-    systemd.said.write_text("[critical] cannot bind 127.0.0.1:9901\n")
-    run(directory, files, closed_port)
-    message = run(directory, files, closed_port, state="proven", unit="edge.service")["msg"]
-    assert message.endswith("does not answer. [critical] cannot bind 127.0.0.1:9901")
-
-
-@pytest.mark.usefixtures("envoy")
-def test_an_envoy_at_another_admin_port_is_found_by_its_process(
-    directory: Path, files: Files, closed_port: int, systemd: Systemd
-) -> None:
-    systemd.start()
-    assert run(directory, files, closed_port, unit="edge.service")["proven"]
-    systemd.show()
-    assert not run(directory, files, closed_port, unit="edge.service")["proven"]
-    systemd.start()
-    # The proof is about the port that the variables say.
-    assert "does not answer" in run(directory, files, closed_port, unit="edge.service", state="proven")["msg"]
+    systemd.said.write_text("[critical] cannot bind 0.0.0.0:9002\n")
+    run(directory, files, no_envoy)
+    message = run(directory, files, no_envoy, state="proven", unit="edge.service")["msg"]
+    assert message.endswith("does not answer. [critical] cannot bind 0.0.0.0:9002")
 
 
 def test_nothing_is_written_below_an_envoy_that_runs_and_is_mute(
-    directory: Path, files: Files, closed_port: int, systemd: Systemd
+    directory: Path, files: Files, no_envoy: str, systemd: Systemd
 ) -> None:
     systemd.start()
-    message = run(directory, files, closed_port, unit="edge.service")["msg"]
-    assert message.startswith("edge.service runs, but its admin interface answers neither")
+    Path(no_envoy).touch()
+    message = run(directory, files, no_envoy, unit="edge.service")["msg"]
+    assert message.startswith(f"edge.service runs, but its admin interface at {no_envoy} has not answered")
     assert not directory.exists()
-    # One that was stopped has nothing to say.
+    # One that is stopped does not have to answer.
     systemd.show()
-    result = run(directory, files, closed_port, unit="edge.service")
+    result = run(directory, files, no_envoy, unit="edge.service")
     assert set(result["written"]) == set(files)
     assert not result["proven"]
+
+
+def test_an_envoy_of_an_earlier_version_is_taken_over_only_when_its_websockets_may_end(
+    directory: Path, files: Files, no_envoy: str, systemd: Systemd
+) -> None:
+    """Its admin interface is on a port, and its files are YAML."""
+    systemd.start()
+    directory.mkdir(parents=True)
+    (directory / "clusters.yaml").touch()
+    message = run(directory, files, no_envoy, unit="edge.service")["msg"]
+    assert "nothing that serves was changed: edge.service runs without an admin socket" in message
+    assert set(contents(directory)) == {"clusters.yaml"}
+    planned = run(directory, files, no_envoy, unit="edge.service", _ansible_check_mode=True)
+    assert planned["ends"].endswith("has to be restarted: all its open websockets end")
+    result = run(directory, files, no_envoy, unit="edge.service", may_end_websockets=True)
+    assert (set(result["written"]), result["removed"], result["proven"]) == (set(files), ["clusters.yaml"], False)
+    assert set(contents(directory)) == set(files)
 
 
 @pytest.fixture
@@ -475,7 +469,7 @@ def test_a_process_is_up_to_date_once_it_is_noted_that_it_was_started_from_what_
     def told(noted: str) -> tuple[bool, bool]:
         record.write_text(noted)
         os.utime(record, (time.time() + clock,) * 2)
-        result = run(directory, files, envoy.port, unit="edge.service", start_record=str(record))
+        result = run(directory, files, envoy.socket, unit="edge.service", start_record=str(record))
         return result["up_to_date"], result["recorded"]
 
     assert told(NOTHING) == (False, True)
@@ -491,7 +485,7 @@ def test_an_edge_of_the_version_before_which_noted_nothing_is_not_restarted(
     directory: Path, files: Files, envoy: FakeEnvoy, record: Path, systemd: Systemd
 ) -> None:
     systemd.start()
-    result = run(directory, files, envoy.port, unit="edge.service", start_record=str(record))
+    result = run(directory, files, envoy.socket, unit="edge.service", start_record=str(record))
     assert (result["up_to_date"], result["recorded"]) == (True, False)
 
 
@@ -504,7 +498,7 @@ def test_the_digest_of_what_it_starts_from_is_that_of_the_versions_before(
         {"name": "bootstrap", "path": str(tmp_path / "bootstrap"), "content": "admin: {}\n"},
         {"name": "unit", "path": str(tmp_path / "unit"), "content": "[Unit]\n"},
     ]
-    digest = run(directory, files, envoy.port, start_files=start_files)["start_digest"]
+    digest = run(directory, files, envoy.socket, start_files=start_files)["start_digest"]
     assert digest == "476288e7f909694a032d3b93b4eab50a5b7bac9ac1cdb5adb688db4054f25dc5"
 
 
@@ -521,7 +515,7 @@ def test_what_it_starts_from_is_named_where_it_differs(
             {"name": "binary", "path": str(link), "link": target},
             {"name": "bootstrap", "path": str(bootstrap), "content": content},
         ]
-        names: list[str] = run(directory, files, envoy.port, start_files=start_files)["differing"]
+        names: list[str] = run(directory, files, envoy.socket, start_files=start_files)["differing"]
         return names
 
     assert differing() == []
@@ -538,7 +532,7 @@ def test_whether_it_starts_at_boot(
     directory: Path, files: Files, envoy: FakeEnvoy, systemd: Systemd, state: str, enabled: bool
 ) -> None:
     systemd.start(UnitFileState=state)
-    assert run(directory, files, envoy.port, unit="edge.service")["enabled"] is enabled
+    assert run(directory, files, envoy.socket, unit="edge.service")["enabled"] is enabled
 
 
 @pytest.fixture
@@ -551,14 +545,14 @@ def compare(
     (tmp_path / "current").symlink_to("releases/1")
     record.write_text(hashlib.sha256(b"releases/1").hexdigest())
     systemd.start(UnitFileState="enabled")
-    run(directory, files, envoy.port)
+    run(directory, files, envoy.socket)
 
     def compared(**parameters: str) -> dict[str, Any]:
         before, began = contents(directory), time.monotonic()
         result = run(
             directory,
             files,
-            envoy.port,
+            envoy.socket,
             state="compared",
             timeout=60,
             healthy_timeout=60,
@@ -584,12 +578,12 @@ def test_an_account_that_is_gone_is_not_in_order(compare: Callable[..., dict[str
 @pytest.mark.parametrize(
     "fault",
     [
-        lambda tmp_path: (tmp_path / "etc/xds/routes/sticky.yaml").unlink(),
-        lambda tmp_path: (tmp_path / "etc/xds/clusters.yaml").write_text("else"),
-        lambda tmp_path: (tmp_path / "etc/xds/clusters.yaml").chmod(0o600),
+        lambda tmp_path: (tmp_path / "etc/xds/routes/sticky.json").unlink(),
+        lambda tmp_path: (tmp_path / "etc/xds/clusters.json").write_text("else"),
+        lambda tmp_path: (tmp_path / "etc/xds/clusters.json").chmod(0o600),
         lambda tmp_path: (tmp_path / "etc/xds/routes").chmod(0o700),
         lambda tmp_path: tmp_path.chmod(0o700),
-        lambda tmp_path: (tmp_path / "etc/xds/stranger.yaml").touch(),
+        lambda tmp_path: (tmp_path / "etc/xds/stranger.json").touch(),
         lambda tmp_path: (tmp_path / "envoy").unlink(),
         lambda tmp_path: (tmp_path / "current").unlink(),
         lambda tmp_path: (tmp_path / "started-from").write_text("pending"),
@@ -630,8 +624,8 @@ def test_what_is_not_in_order_of_the_process(
 def test_a_port_that_is_closed_is_not_in_order(
     compare: Callable[[], dict[str, Any]], directory: Path, files: Files, envoy: FakeEnvoy, closed_port: int
 ) -> None:
-    files["listeners.yaml"][0]["address"]["socket_address"]["port_value"] = closed_port
-    run(directory, files, envoy.port)
+    files["listeners.json"][0]["address"]["socket_address"]["port_value"] = closed_port
+    run(directory, files, envoy.socket)
     assert not compare()["in_order"]
 
 
@@ -640,47 +634,47 @@ def test_a_restart_that_an_earlier_run_left_undone_ends_websockets_too(
 ) -> None:
     started = {"unit": "edge.service", "start_record": str(record)}
     systemd.start()
-    run(directory, files, envoy.port, **started)
+    run(directory, files, envoy.socket, **started)
     record.write_text("pending")
     # Nobody is there, so nobody is dropped.
-    assert not run(directory, files, envoy.port, **started)["up_to_date"]
+    assert not run(directory, files, envoy.socket, **started)["up_to_date"]
     envoy.stats |= {f"http.{name}.downstream_cx_upgrades_active": count for name, count in (("sticky", 3), ("x", 4))}
-    message = run(directory, files, envoy.port, **started)["msg"]
-    assert "Envoy's process is older than what it is started from: 7 open websockets end." in message
-    assert run(directory, files, envoy.port, **started, may_end_websockets=True)["proven"]
+    message = run(directory, files, envoy.socket, **started)["msg"]
+    assert "Envoy's process is older than its files: 7 open websockets end." in message
+    assert run(directory, files, envoy.socket, **started, may_end_websockets=True)["proven"]
     # A proof restarts nothing.
-    assert run(directory, files, envoy.port, unit="edge.service", state="proven")["proven"]
+    assert run(directory, files, envoy.socket, unit="edge.service", state="proven")["proven"]
     record.write_text(NOTHING)
-    assert run(directory, files, envoy.port, **started)["ends"] == ""
+    assert run(directory, files, envoy.socket, **started)["ends"] == ""
 
 
 def test_a_refused_listener_that_is_tried_again_may_end_websockets(
     directory: Path, files: Files, envoy: FakeEnvoy
 ) -> None:
     """Envoy still has the listener as it was before the refusal."""
-    run(directory, files, envoy.port)
+    run(directory, files, envoy.socket)
     envoy.stats |= {"listener_manager.lds.update_rejected": 1, "http.sticky.downstream_cx_upgrades_active": 1}
     envoy.stats["listener_manager.lds.version_text"] = "older"
-    assert run(directory, files, envoy.port, _ansible_check_mode=True)["ends"] == ""
+    assert run(directory, files, envoy.socket, _ansible_check_mode=True)["ends"] == ""
     envoy.refused = {"sticky"}
-    message = run(directory, files, envoy.port)["msg"]
+    message = run(directory, files, envoy.socket)["msg"]
     assert "listener sticky changes: 1 open websocket ends." in message
 
 
 def test_a_file_that_the_module_has_not_written_is_taken_for_another_one(
     directory: Path, files: Files, envoy: FakeEnvoy
 ) -> None:
-    run(directory, files, envoy.port)
+    run(directory, files, envoy.socket)
     envoy.stats["http.sticky.downstream_cx_upgrades_active"] = 1
-    path = directory / "listeners.yaml"
-    path.write_text(path.read_text().replace("  - ", "- "))
-    assert "listener sticky changes" in run(directory, files, envoy.port)["msg"]
+    path = directory / "listeners.json"
+    path.write_text("resources:\n- name: sticky\n")
+    assert "listener sticky changes" in run(directory, files, envoy.socket)["msg"]
 
 
 @pytest.fixture
 def with_certificate(files: Files) -> Files:
     secret = {"@type": TYPE + xds.SECRET, "name": "sticky", "tls_certificate": {"certificate_chain": {}}}
-    return files | {"certificates/sticky.yaml": [secret]}
+    return files | {"certificates/sticky.json": [secret]}
 
 
 KEY = "-----BEGIN PRIVATE KEY-----\nAbCd\n-----END PRIVATE KEY-----\n"
@@ -689,44 +683,44 @@ KEY = "-----BEGIN PRIVATE KEY-----\nAbCd\n-----END PRIVATE KEY-----\n"
 def test_a_key_is_for_the_group_and_for_nobody_elses_eyes(
     directory: Path, with_certificate: Files, envoy: FakeEnvoy
 ) -> None:
-    keys = {"certificates/sticky.yaml": KEY}
-    result = run(directory, with_certificate, envoy.port, private_keys=keys, _ansible_diff=True)
-    path = directory / "certificates" / "sticky.yaml"
+    keys = {"certificates/sticky.json": KEY}
+    result = run(directory, with_certificate, envoy.socket, private_keys=keys, _ansible_diff=True)
+    path = directory / "certificates" / "sticky.json"
     assert result["proven"]
-    assert envoy.loads.index("certificates/sticky.yaml") < envoy.loads.index("listeners.yaml")
-    assert yaml.safe_load(path.read_text())["resources"][0]["tls_certificate"]["private_key"] == {"inline_string": KEY}
+    assert envoy.loads.index("certificates/sticky.json") < envoy.loads.index("listeners.json")
+    assert json.loads(path.read_text())["resources"][0]["tls_certificate"]["private_key"] == {"inline_string": KEY}
     assert path.stat().st_mode & 0o777 == 0o640
-    other = {"certificates/sticky.yaml": KEY.replace("AbCd", "EfGh")}
-    changed = run(directory, with_certificate, envoy.port, private_keys=other, _ansible_diff=True)
-    assert changed["written"] == ["certificates/sticky.yaml"]
-    told = run(directory, with_certificate, envoy.port, private_keys=keys, state="proven", _ansible_diff=True)
-    assert "left alone: certificates/sticky.yaml." in told["msg"]
+    other = {"certificates/sticky.json": KEY.replace("AbCd", "EfGh")}
+    changed = run(directory, with_certificate, envoy.socket, private_keys=other, _ansible_diff=True)
+    assert changed["written"] == ["certificates/sticky.json"]
+    told = run(directory, with_certificate, envoy.socket, private_keys=keys, state="proven", _ansible_diff=True)
+    assert "left alone: certificates/sticky.json." in told["msg"]
     assert not any(secret in json.dumps([result, changed, told]) for secret in ("AbCd", "EfGh"))
     # Whoever can read more than he should is shut out again, and a proof tells.
     path.chmod(0o644)
     assert (
-        "certificates/sticky.yaml (owner or mode)"
-        in (run(directory, with_certificate, envoy.port, private_keys=other, state="proven")["msg"])
+        "certificates/sticky.json (owner or mode)"
+        in (run(directory, with_certificate, envoy.socket, private_keys=other, state="proven")["msg"])
     )
-    assert run(directory, with_certificate, envoy.port, private_keys=other)["changed"]
+    assert run(directory, with_certificate, envoy.socket, private_keys=other)["changed"]
     assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_a_certificate_is_proven_by_its_version(directory: Path, with_certificate: Files, envoy: FakeEnvoy) -> None:
-    keys = {"certificates/sticky.yaml": KEY}
-    run(directory, with_certificate, envoy.port, private_keys=keys)
+    keys = {"certificates/sticky.json": KEY}
+    run(directory, with_certificate, envoy.socket, private_keys=keys)
     envoy.stats["sds.sticky.version_text"] = "older"
-    message = run(directory, with_certificate, envoy.port, private_keys=keys, state="proven")["msg"]
-    assert "certificates/sticky.yaml: Envoy is at version older" in message
+    message = run(directory, with_certificate, envoy.socket, private_keys=keys, state="proven")["msg"]
+    assert "certificates/sticky.json: Envoy is at version older" in message
 
 
 def test_a_host_without_user_namespaces_is_refused_before_a_file_is_written(
-    directory: Path, files: Files, closed_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, files: Files, no_envoy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allowed = tmp_path / "proc" / "sys" / "user" / "max_user_namespaces"
     allowed.parent.mkdir(parents=True)
     allowed.write_text("0\n")
-    monkeypatch.setattr(xds, "PROC", tmp_path / "proc")
-    refused = run(directory, files, closed_port, unit="stickyring-edge.service")
+    monkeypatch.setattr(edge_xds, "PROC", tmp_path / "proc")
+    refused = run(directory, files, no_envoy, unit="stickyring-edge.service")
     assert "user.max_user_namespaces is 0 on this host" in refused["msg"]
     assert not directory.exists()

@@ -1,17 +1,9 @@
 """The environment files of the instances, read back as systemd reads them."""
 
-import importlib.util
 import re
 import shlex
-from pathlib import Path
 
-SPEC = importlib.util.spec_from_file_location(
-    "stickyring_node", Path(__file__).parents[1] / "filter_plugins" / "stickyring_node.py"
-)
-assert SPEC is not None
-assert SPEC.loader is not None
-plugin = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(plugin)
+from ansible_collections.stickyring.fleet.plugins.filter import node
 
 
 def read(text: str) -> dict[str, str]:
@@ -21,7 +13,7 @@ def read(text: str) -> dict[str, str]:
 
 def test_each_instance_has_its_own_port_name_and_socket_beside_what_all_share() -> None:
     shared = {"STICKYRING_MAX_CONNECTIONS": 100, "TITLE": 'a "quoted" \\ title # 1'}
-    files = plugin.stickyring_node_environments(
+    files = node.node_environments(
         [1, 2], service="chat", host="[2001:db8::1]", port=7001, name="node1", shared=shared, header="# managed"
     )
     said = {path: read(text) for path, text in files.items()}
@@ -40,7 +32,7 @@ def test_each_instance_has_its_own_port_name_and_socket_beside_what_all_share() 
 
 
 def test_a_text_has_the_digest_of_its_content() -> None:
-    digest = plugin.stickyring_node_with_digest
+    digest = node.node_with_digest
     assert digest("A=1\nD=\n", "D") == digest("A=1\nD=\n", "D")
     assert digest("A=1\nD=\n", "D") != digest("A=2\nD=\n", "D")
     assert re.fullmatch(r"A=1\nD=[0-9a-f]{64}\n", digest("A=1\nD=\n", "D"))

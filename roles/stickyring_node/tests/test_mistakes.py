@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.stickyring.fleet.plugins.filter import node
 
 ROLE = Path(__file__).parents[1]
-_spec = importlib.util.spec_from_file_location("stickyring_node", ROLE / "filter_plugins" / "stickyring_node.py")
-assert _spec is not None
-assert _spec.loader is not None
-node = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(node)
-
 OPTIONS = yaml.safe_load((ROLE / "meta" / "argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
 GOOD: dict[str, Any] = {
     name.removeprefix("stickyring_node_"): value
@@ -25,7 +19,7 @@ GOOD |= {"application": "chat:app", "address": "192.0.2.1", "release": "1.0+abc_
 
 
 def judge(**changed: object) -> list[str]:
-    found: list[str] = node.stickyring_node_mistakes(GOOD | changed)
+    found: list[str] = node.node_mistakes(GOOD | changed)
     return found
 
 
@@ -135,6 +129,6 @@ def test_every_option_is_judged_by_its_type() -> None:
 
 
 def test_what_is_not_given_is_not_judged() -> None:
-    assert node.stickyring_node_mistakes({"service": "chat"}) == []
-    [mistake] = node.stickyring_node_mistakes({"service": ""})
+    assert node.node_mistakes({"service": "chat"}) == []
+    [mistake] = node.node_mistakes({"service": ""})
     assert mistake.startswith("stickyring_node_service '' also names a user")

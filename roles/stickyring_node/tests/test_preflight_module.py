@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -16,20 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 from ansible.module_utils.testing import patch_module_args
-
-SPEC = importlib.util.spec_from_file_location(
-    "stickyring_node_preflight", Path(__file__).parents[1] / "library" / "stickyring_node_preflight.py"
-)
-assert SPEC is not None
-assert SPEC.loader is not None
-preflight: ModuleType = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(preflight)
+from ansible_collections.stickyring.fleet.plugins.modules import node_preflight
 
 SERVICE = "stickyring-test"
 REQUIREMENTS = hashlib.sha256(b"click==8.0").hexdigest()
@@ -143,11 +134,11 @@ class Host:
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     made = Host(tmp_path)
-    monkeypatch.setattr(preflight, "ROOT", made.root)
-    monkeypatch.setattr(preflight, "OWNER", (os.getuid(), os.getgid()))
-    monkeypatch.setattr(preflight, "PROGRAMS", made.programs)
-    monkeypatch.setattr(preflight, "PROC", made.processes)
-    monkeypatch.setattr(preflight.pwd, "getpwnam", made.getpwnam)
+    monkeypatch.setattr(node_preflight, "ROOT", made.root)
+    monkeypatch.setattr(node_preflight, "OWNER", (os.getuid(), os.getgid()))
+    monkeypatch.setattr(node_preflight, "PROGRAMS", made.programs)
+    monkeypatch.setattr(node_preflight, "PROC", made.processes)
+    monkeypatch.setattr(pwd, "getpwnam", made.getpwnam)
     monkeypatch.setenv("PATH", str(made.programs), prepend=":")
     return made
 
@@ -178,7 +169,7 @@ def run(**changed: object) -> dict[str, Any]:
     """The module's result, as Ansible would read it."""
     output = io.StringIO()
     with patch_module_args(GOOD | changed), redirect_stdout(output), pytest.raises(SystemExit):
-        preflight.main()
+        node_preflight.main()
     result: dict[str, Any] = json.loads(output.getvalue())
     return result
 
@@ -237,13 +228,13 @@ def test_a_host_without_user_namespaces_is_refused(host: Host, free_ports: int) 
 
 
 def test_a_real_account_is_found() -> None:
-    assert "the account root exists" in preflight.account_problem("root")
-    assert preflight.account_problem("stickyring-nobody-has-this") is None
+    assert "the account root exists" in str(node_preflight.account_problem("root"))
+    assert node_preflight.account_problem("stickyring-nobody-has-this") is None
 
 
 def test_the_account_is_the_one_that_the_role_makes() -> None:
     install = (Path(__file__).parents[1] / "tasks" / "install.yml").read_text()
-    home, shell = preflight.ACCOUNT
+    home, shell = node_preflight.ACCOUNT
     assert f"home: {home}\n" in install
     assert f"shell: {shell}\n" in install
 
@@ -311,13 +302,13 @@ AS_WANTED: dict[str, Any] = {
     ],
 )
 def test_the_condition_is_the_worst_that_was_found(found: dict[str, Any], condition: str) -> None:
-    assert preflight.condition(AS_WANTED | found, GOOD) == condition
+    assert node_preflight.condition(AS_WANTED | found, GOOD) == condition
 
 
 def test_a_surplus_that_is_kept_is_no_reason_to_restart() -> None:
     keeping = GOOD | {"keep_surplus": True}
-    assert preflight.condition(AS_WANTED | {"surplus": [3]}, keeping) == "current"
-    assert preflight.condition(AS_WANTED | {"surplus": [3], "enabled": [1]}, keeping) == "outdated"
+    assert node_preflight.condition(AS_WANTED | {"surplus": [3]}, keeping) == "current"
+    assert node_preflight.condition(AS_WANTED | {"surplus": [3], "enabled": [1]}, keeping) == "outdated"
 
 
 def test_a_release_of_the_same_name_with_other_content_is_refused(host: Host, free_ports: int) -> None:
@@ -330,14 +321,14 @@ def test_a_release_of_the_same_name_with_other_content_is_refused(host: Host, fr
 
 def test_a_listening_socket_is_found_with_who_holds_it(listening: int) -> None:
     comm = Path("/proc/self/comm").read_text().strip()
-    [(pid, command, _)] = preflight.listeners(listening)
+    [(pid, command, _)] = node_preflight.listeners(listening)
     assert (pid, command) == (os.getpid(), comm)
 
 
 def test_nobody_holds_a_free_port_or_one_that_is_only_connected_to(free_ports: int, listening: int) -> None:
-    assert preflight.listeners(free_ports) == set()
+    assert node_preflight.listeners(free_ports) == set()
     with socket.create_connection(("127.0.0.1", listening)) as client:
-        assert preflight.listeners(client.getsockname()[1]) == set()
+        assert node_preflight.listeners(client.getsockname()[1]) == set()
 
 
 class FakeProc:
@@ -371,7 +362,7 @@ class FakeProc:
 @pytest.fixture
 def proc(tmp_path: Path, listening: int, monkeypatch: pytest.MonkeyPatch) -> FakeProc:
     made = FakeProc(tmp_path / "proc", listening)
-    monkeypatch.setattr(preflight, "PROC", made.folder)
+    monkeypatch.setattr(node_preflight, "PROC", made.folder)
     return made
 
 
@@ -383,8 +374,8 @@ def test_a_port_of_our_own_instance_is_no_problem(proc: FakeProc, listening: int
     for pid in (100, 101):
         proc.add(pid, OWN_CGROUP)
     proc.add(200, "/system.slice/other.service", socket_of=1)
-    assert preflight.listeners(listening) == {(100, "gunicorn", OWN), (101, "gunicorn", OWN)}
-    assert preflight.port_problem("127.0.0.1", listening, OWN) is None
+    assert node_preflight.listeners(listening) == {(100, "gunicorn", OWN), (101, "gunicorn", OWN)}
+    assert node_preflight.port_problem("127.0.0.1", listening, OWN) is None
 
 
 @pytest.mark.parametrize(
@@ -399,7 +390,7 @@ def test_a_port_of_our_own_instance_is_no_problem(proc: FakeProc, listening: int
 def test_a_port_of_somebody_else_is_refused(proc: FakeProc, listening: int, cgroup: str, unit: str) -> None:
     proc.add(100, OWN_CGROUP)
     proc.add(300, cgroup)
-    problem = preflight.port_problem("127.0.0.1", listening, OWN)
+    problem = node_preflight.port_problem("127.0.0.1", listening, OWN) or ""
     assert problem.startswith(
         f"port {listening} on 127.0.0.1, meant for {OWN}, is in use by gunicorn (process 100, {OWN})"
     )
@@ -409,26 +400,26 @@ def test_a_port_of_somebody_else_is_refused(proc: FakeProc, listening: int, cgro
 
 def test_a_port_whose_holder_cannot_be_seen_is_refused(proc: FakeProc, listening: int) -> None:
     assert proc.folder.exists()
-    assert "is in use by nobody who can be seen" in preflight.port_problem("127.0.0.1", listening, OWN)
+    assert "is in use by nobody who can be seen" in (node_preflight.port_problem("127.0.0.1", listening, OWN) or "")
 
 
 def test_a_socket_of_ipv6_is_found_too(proc: FakeProc, listening: int) -> None:
     proc.add(100, OWN_CGROUP)
     proc.listens("tcp6", "00000000000000000000000001000000")
-    assert preflight.listeners(listening) == {(100, "gunicorn", OWN)}
+    assert node_preflight.listeners(listening) == {(100, "gunicorn", OWN)}
 
 
 def test_a_process_that_ended_meanwhile_is_passed_over(proc: FakeProc, listening: int) -> None:
     proc.add(100, OWN_CGROUP)
     (proc.folder / "101").mkdir()
-    assert preflight.listeners(listening) == {(100, "gunicorn", OWN)}
+    assert node_preflight.listeners(listening) == {(100, "gunicorn", OWN)}
 
 
 def test_an_address_of_another_host_is_refused(free_ports: int) -> None:
-    assert preflight.port_problem("192.0.2.1", free_ports, OWN) == (
+    assert node_preflight.port_problem("192.0.2.1", free_ports, OWN) == (
         "192.0.2.1 is no address of this host: correct stickyring_node_address"
     )
-    assert preflight.port_problem("127.0.0.1", free_ports, OWN) is None
+    assert node_preflight.port_problem("127.0.0.1", free_ports, OWN) is None
 
 
 def test_a_port_that_lingers_from_an_earlier_run_is_no_problem() -> None:
@@ -438,7 +429,7 @@ def test_a_port_that_lingers_from_an_earlier_run_is_no_problem() -> None:
         accepted, _ = server.accept()
         accepted.close()  # who closes first waits in TIME_WAIT
         client.close()
-    assert preflight.port_problem("127.0.0.1", port, OWN) is None
+    assert node_preflight.port_problem("127.0.0.1", port, OWN) is None
 
 
 def test_all_problems_of_the_host_are_said_at_once(host: Host, listening: int) -> None:
@@ -595,9 +586,9 @@ def test_an_instance_is_healthy_when_it_says_so(host: Host, path: str, healthy: 
     with HTTPServer(("127.0.0.1", 0), Health) as server:
         port = server.server_address[1]
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert preflight.healthy("127.0.0.1", port, path) == healthy
+        assert node_preflight.healthy("127.0.0.1", port, path) == healthy
         server.shutdown()
-    assert not preflight.healthy("127.0.0.1", port, path)
+    assert not node_preflight.healthy("127.0.0.1", port, path)
 
 
 @pytest.mark.parametrize("lost", [f"etc/systemd/system/{SERVICE}@.service", f"opt/{SERVICE}/current"])
@@ -630,7 +621,7 @@ def test_a_file_that_is_not_as_wanted_is_told_and_its_instances_are_out_of_date(
 
 def test_a_file_of_another_owner_is_told(host: Host, free_ports: int, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(host)
-    monkeypatch.setattr(preflight, "OWNER", (os.getuid(), os.getgid() + 1))
+    monkeypatch.setattr(node_preflight, "OWNER", (os.getuid(), os.getgid() + 1))
     assert run(port=free_ports)["differing"] == sorted(FILES)
 
 
@@ -649,7 +640,7 @@ def test_account_and_folder_are_prepared_only_as_the_role_makes_them(
     installed(host)
     (host.root / SETTINGS.lstrip("/")).chmod(mode)
     assert not run(port=free_ports)["prepared"]
-    host.accounts[SERVICE] = account(SERVICE, *preflight.ACCOUNT)
+    host.accounts[SERVICE] = account(SERVICE, *node_preflight.ACCOUNT)
     assert run(port=free_ports)["prepared"] == prepared
 
 
@@ -775,20 +766,20 @@ def test_a_systemctl_that_fails_ends_the_run(host: Host, free_ports: int) -> Non
 
 
 def test_check_mode_looks_too(host: Host, free_ports: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight.time, "time", lambda: 1.8e9)
+    monkeypatch.setattr(time, "time", lambda: 1.8e9)
     installed(host)
     host.shows({f"{SERVICE}@1.service": host.unit(1)})
     assert run(port=free_ports, _ansible_check_mode=True) == run(port=free_ports)
 
 
 def test_the_documentation_has_every_option() -> None:
-    documented = yaml.safe_load(preflight.DOCUMENTATION)["options"]
+    documented = yaml.safe_load(node_preflight.DOCUMENTATION)["options"]
     types = {name: {key: option[key] for key in option if key != "description"} for name, option in documented.items()}
-    assert types == preflight.OPTIONS
-    assert set(GOOD) == set(preflight.OPTIONS)
+    assert types == node_preflight.OPTIONS
+    assert set(GOOD) == set(node_preflight.OPTIONS)
 
 
 def test_the_documentation_has_every_answer(host: Host, free_ports: int) -> None:
     # Warnings are those of every module that this process has run.
     answered = set(run(port=free_ports)) - {"changed", "invocation", "warnings"}
-    assert answered == set(yaml.safe_load(preflight.RETURN))
+    assert answered == set(yaml.safe_load(node_preflight.RETURN))

@@ -66,7 +66,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object
         "stickyring_node_release": "1",
         "stickyring_node_start_timeout": 6,
         "stickyring_node_environment": {"CHAT": "a 'quoted' \"text\" $HOME", "NUMBER": 1},
-        "stickyring_node_state": {"current": "", "application": ""},
+        "stickyring_node_result_state": {"current": "", "application": ""},
         "__stickyring_node_release_path": str(folder),
     }
     hosts = {name: {"stickyring_node_application": f"{name}:app"} for name in APPLICATIONS}
@@ -84,7 +84,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object
         ],
         env=os.environ
         | {
-            "ANSIBLE_FILTER_PLUGINS": str(ROLE / "filter_plugins"),
+            "ANSIBLE_COLLECTIONS_PATH": str(ROLE.parents[1] / "collections"),
             "ONLY_HERE": "1",
             "PATH": f"{folder}/bin:{os.environ['PATH']}",
         },

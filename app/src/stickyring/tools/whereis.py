@@ -76,7 +76,8 @@ def _ask(user: str, live: bool, inventory: str | None, options: Sequence[str], f
     for kind in ("rings", "sessions"):
         (folder / kind).mkdir()
     command = [str(Path(sys.executable).with_name("ansible-playbook")), str(PLAYBOOK)]
-    command += ["--extra-vars", json.dumps({"id": user, "live": live, "directory": str(folder)})]
+    variables = {"stickyring_id": user, "stickyring_live": live, "stickyring_directory": str(folder)}
+    command += ["--extra-vars", json.dumps(variables)]
     command += ["--inventory", inventory] if inventory else []
     command += options
     try:

@@ -32,7 +32,7 @@ def test_it_plays_its_operations_and_all_holds(run: Any) -> None:
 @pytest.fixture
 def without_drain(run: Any) -> Iterator[None]:
     # All at once: it is about what comes after.
-    options = ("-e", "stickyring_node_proving_time=1", "-e", "share=100%")
+    options = ("-e", "stickyring_node_proving_time=1", "-e", "stickyring_share=100%")
     run("site.yml", "-e", "stickyring_node_drain_timeout=0", *options)
     yield
     run("site.yml", *options)

@@ -106,7 +106,7 @@ def test_a_bad_release_stops_at_the_first_share(
     before, since = serving(), time.monotonic()
     of_each_node = {name: fault for name, (fault, _) in faults.items()}
     fault = f"{{{{ {of_each_node}[inventory_hostname] | default('crashes_at_start') }}}}"
-    told = run(UPDATE, *faulty(fault), "-e", f"share={len(faults)}", fails=True)
+    told = run(UPDATE, *faulty(fault), "-e", f"stickyring_share={len(faults)}", fails=True)
     after = serving()
     for name, (_, said) in faults.items():
         fatal = re.findall(rf"fatal: \[{name}\]: FAILED! => ((?:(?!fatal: |PLAY RECAP).)*)", told)
@@ -139,7 +139,11 @@ def test_a_release_that_does_not_start_beside_the_one_that_serves_disturbs_nobod
 def test_what_was_killed_is_finished_by_the_next_run(
     residents: Any, run: Any, serving: Any, machine: Any, nodes: Any, inventory: Path, interrupt: Any
 ) -> None:
-    options = [*release("fourth", stickyring_node_releases_kept="2", stickyring_node_proving_time="2"), "-e", "share=2"]
+    options = [
+        *release("fourth", stickyring_node_releases_kept="2", stickyring_node_proving_time="2"),
+        "-e",
+        "stickyring_share=2",
+    ]
     tasks = ["Link the release as current", "Keep with the release what it serves with"]
     interrupt([f"stickyring_node : {task}" for task in tasks], "-i", inventory, UPDATE, *options)
     run(UPDATE, *options)

@@ -118,7 +118,7 @@ def test_another_port_for_nodes_that_serve(refusal: Any, hosts: Any) -> None:
     output = refusal("playbooks/nodes.yml", {"stickyring_node_port": 8101})
     place = f"{now['stickyring_address']}:{now['stickyring_node_port']}"
     assert f"node1 serves users at {place}; the inventory says {now['stickyring_address']}:8101." in output
-    assert "playbooks/remove_node.yml -e node=node1, then site.yml" in output
+    assert "playbooks/remove_node.yml -e stickyring_node=node1, then site.yml" in output
 
 
 @pytest.mark.usefixtures("unharmed")
@@ -133,7 +133,7 @@ def test_an_edge_binary_with_another_checksum(refusal: Any) -> None:
 @pytest.mark.usefixtures("unharmed")
 def test_a_configuration_that_envoy_rejects(refusal: Any, machine: Any) -> None:
     """The role cannot know every rule of Envoy's: here, which of its own words a header may hold."""
-    files = "find /etc/stickyring-edge/xds -name '*.yaml' -exec sha256sum {} +"
+    files = "find /etc/stickyring-edge/xds -name '*.json' -exec sha256sum {} +"
     before = machine("edge1").check_output(files)
     attributes = [{"name": "Comment", "value": "%NO_SUCH_WORD%"}]
     policies = [{"cookie": {"name": "user", "ttl": "0s", "attributes": attributes}}]

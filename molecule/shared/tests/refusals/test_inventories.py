@@ -64,8 +64,8 @@ def test_the_good_inventory_passes(judge: Any) -> None:
         (HOSTS.replace("100.12", "100.11"), "node1 and node2 have the same address 198.51.100.11"),
         (HOSTS.replace("100.12}", "100.12, stickyring_node_name: node1}"), "node1 and node2 have the same name node1"),
         (
-            HOSTS.replace("100.10}", "100.10, stickyring_edge_admin_port: 9002}"),
-            "listener sticky: port 9002 on 0.0.0.0 is that of stickyring_edge_admin_port",
+            HOSTS.replace("100.10}", "100.10, stickyring_edge_admin_port: 9901}"),
+            "unknown variable stickyring_edge_admin",
         ),
         (HOSTS.replace("100.12}", "100.12, stickyring_node_prot: 1}"), "did you mean stickyring_node_port?"),
         (HOSTS.replace("100.12}", "100.12, stickyring_node_instances: none}"), "node2: stickyring_node_instances is"),
@@ -81,9 +81,7 @@ def test_a_bad_hash_policy_is_named(judge: Any) -> None:
 
 
 def test_too_old_an_ansible_is_named(judge: Any) -> None:
-    refused(
-        judge(HOSTS, "--extra-vars", "stickyring_preflight_ansible_version=99.0"), "is too old: 99.0 or newer is needed"
-    )
+    refused(judge(HOSTS, "--extra-vars", "stickyring_ansible_version=99.0"), "is too old: 99.0 or newer is needed")
 
 
 def refused(judgement: Judgement, message: str) -> None:

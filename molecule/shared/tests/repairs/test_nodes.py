@@ -68,7 +68,7 @@ def test_a_changed_setting_reaches_every_node_one_after_another(nodes: Any, depl
     assert {name for together in down for name in together} == set(before), "the watch has missed a restart"
     assert max(map(len, down)) == 1
 
-    deploy("share=3")
+    deploy("stickyring_share=3")
     back = processes()
     assert all(back[name] != changed[name] for name in changed)
     deploy()

@@ -82,7 +82,7 @@ def plan(fleet: Fleet, ansible: Any, edge: Any, tmp_path: Path) -> Callable[...,
     def ask(*options: str) -> Plan:
         ids = tmp_path / "ids"
         ids.write_text("".join(f"{user}\n" for user in USERS))
-        where = ["-e", f"ids={ids}", "-e", f"directory={tmp_path}"]
+        where = ["-e", f"stickyring_ids={ids}", "-e", f"stickyring_directory={tmp_path}"]
         ansible("ansible-playbook", "-i", fleet.folder, "playbooks/plan.yml", *where, *options)
         folder = tmp_path / edge.name
         report = json.loads((folder / "plan.json").read_text())

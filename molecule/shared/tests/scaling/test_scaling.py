@@ -105,10 +105,10 @@ def test_a_node_at_another_address_has_the_same_users(
 
 
 def test_a_node_is_removed(fleet: Any, plan: Any, run: Any, watch: Any, reach: Any) -> None:
-    expected = plan("-e", "node=node6")
+    expected = plan("-e", "stickyring_node=node6")
     assert {node for node, _ in expected.moves.values()} == {"node6-1"}
     judge = watch()
-    output = " ".join(run("playbooks/remove_node.yml", "-e", "node=node6").split())
+    output = " ".join(run("playbooks/remove_node.yml", "-e", "stickyring_node=node6").split())
     judge(expected)
     assert "Delete its line" in output
     assert "Nothing of it is left on the host" in output
@@ -124,10 +124,10 @@ def test_a_node_is_removed(fleet: Any, plan: Any, run: Any, watch: Any, reach: A
 def test_a_dead_node_is_removed(residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, reach: Any) -> None:
     uprooted = frozenset(user for user, homes in residents.homes().items() if homes == {"node5-1"})
     assert uprooted
-    expected = plan("-e", "node=node5")
+    expected = plan("-e", "stickyring_node=node5")
     judge = watch()
     reach("node5").run("systemctl poweroff")
-    output = " ".join(run("playbooks/remove_node.yml", "-e", "node=node5").split())
+    output = " ".join(run("playbooks/remove_node.yml", "-e", "stickyring_node=node5").split())
     assert "It could not be reached" in output
     judge(expected, uprooted=uprooted)
     fleet.drop("node5")
@@ -169,24 +169,26 @@ def test_a_run_that_is_killed_on_the_way_is_finished_by_the_next(
     run("site.yml")
     judge(expected)
 
-    expected = plan("-e", "node=node4")
+    expected = plan("-e", "stickyring_node=node4")
     judge = watch()
     tasks = [
         "stickyring_edge : Write the bootstrap",
         "stickyring_node : Ask those who belong elsewhere to reconnect",
         "stickyring_node : Remove unit, settings and releases",
     ]
-    interrupt(tasks, "-i", fleet.folder, "playbooks/remove_node.yml", "-e", "node=node4")
-    assert "Nothing of it is left on the host" in " ".join(run("playbooks/remove_node.yml", "-e", "node=node4").split())
+    interrupt(tasks, "-i", fleet.folder, "playbooks/remove_node.yml", "-e", "stickyring_node=node4")
+    assert "Nothing of it is left on the host" in " ".join(
+        run("playbooks/remove_node.yml", "-e", "stickyring_node=node4").split()
+    )
     judge(expected)
     fleet.drop("node4")
     assert not plan().report["changes"]
 
 
 REFUSED = {
-    "Which node? Say -e node=NAME": [],
-    "The node and every edge have to be part of this run": ["-e", "node=node3", "--limit", "edge"],
-    "node9 is no host of the group `nodes`, which has node1, node2, node3.": ["-e", "node=node9"],
+    "Which node? Say -e stickyring_node=NAME": [],
+    "The node and every edge have to be part of this run": ["-e", "stickyring_node=node3", "--limit", "edge"],
+    "node9 is no host of the group `nodes`, which has node1, node2, node3.": ["-e", "stickyring_node=node9"],
 }
 
 
@@ -201,6 +203,6 @@ def test_what_cannot_be_removed_is_refused(fleet: Any, ansible: Any, plan: Any) 
     kept = (fleet.folder / "hosts.yml").read_text()
     fleet.drop("node2")
     fleet.drop("node3")
-    assert "node1 is the last node" in remove("-e", "node=node1")
+    assert "node1 is the last node" in remove("-e", "stickyring_node=node1")
     (fleet.folder / "hosts.yml").write_text(kept)
     assert not plan().report["changes"]

@@ -45,7 +45,7 @@ def plan(ansible: Any, inventory: Path, tmp_path: Path) -> Any:
     """What playbooks/plan.yml says with these options, in one line."""
 
     def ask(*options: str) -> str:
-        where = ["-e", f"directory={tmp_path}"]
+        where = ["-e", f"stickyring_directory={tmp_path}"]
         return in_one_line(ansible("ansible-playbook", "-i", inventory, "playbooks/plan.yml", *where, *options).stdout)
 
     return ask

@@ -151,7 +151,7 @@ request.end();
 
 def test_the_key_is_for_envoy_alone(edges: Any, machine: Any) -> None:
     for edge in edges:
-        file = machine(edge.name).file("/etc/stickyring-edge/xds/certificates/safe.yaml")
+        file = machine(edge.name).file("/etc/stickyring-edge/xds/certificates/safe.json")
         assert (file.user, file.group, file.mode) == ("root", "stickyring-edge", 0o640)
         assert "PRIVATE KEY" in file.content_string
 

@@ -84,7 +84,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "connection_buffer_kib": (1, 2**20),
     "max_request_body_bytes": (1, 2**32 - 1),
     "trusted_hops": (0, 100),
-    "admin_port": (1024, 65535),
     "load_timeout": (1, 3600),
     "healthy_timeout": (0, 86400),
 }
@@ -146,7 +145,7 @@ def _text_problems(settings: Data, clusters: list[Data]) -> list[str]:
     return problems
 
 
-def stickyring_edge_duration(seconds: float | str) -> str:
+def edge_duration(seconds: float | str) -> str:
     """Seconds in the notation of Envoy's google.protobuf.Duration, the same for a number and its text."""
     return f"{float(seconds):.9f}".rstrip("0").rstrip(".") + "s"
 
@@ -167,7 +166,7 @@ def _number_problems(settings: Data) -> list[str]:
     return problems
 
 
-def _place_problems(listeners: list[Data], admin_port: int) -> list[str]:
+def _place_problems(listeners: list[Data]) -> list[str]:
     problems = []
     places = [(_canonical(item.get("address", "0.0.0.0")), int(item["port"])) for item in listeners]
     for item, (address, port) in zip(listeners, places, strict=True):
@@ -176,12 +175,10 @@ def _place_problems(listeners: list[Data], admin_port: int) -> list[str]:
             problems.append(f"{where}: port {port} is not from 1024 to 65535; Envoy may open none below.")
         if not _is_address(address):
             problems.append(f"{where}: {address!r} is no IP address, and Envoy looks up no names here.")
-        if port == admin_port and address in ("127.0.0.1", "0.0.0.0", "::"):
-            problems.append(f"{where}: port {port} on {address} is that of stickyring_edge_admin_port on 127.0.0.1.")
     return problems + [f"port {port} on {address} has two listeners." for address, port in _repeated(places)]
 
 
-def stickyring_edge_pem_paths(listeners: list[Data]) -> list[str]:
+def edge_pem_paths(listeners: list[Data]) -> list[str]:
     """Paths on the controller of the certificates and keys of all listeners, each once."""
     paths = [item["tls"][kind] for item in listeners if item.get("tls") for kind in ("certificate", "key")]
     return list(dict.fromkeys(paths))
@@ -227,11 +224,11 @@ def _tls_problems(item: Data, pems: dict[str, str]) -> list[str]:
     return problems
 
 
-def stickyring_edge_problems(settings: Data, pems: dict[str, str], sha256: str | None = None) -> list[str]:
+def edge_problems(settings: Data, pems: dict[str, str], sha256: str | None = None) -> list[str]:
     """What is wrong with the edge's variables, one sentence each; empty when nothing is.
 
     ``settings`` has the judged variables by their names, typed as the role's argument_specs say. ``pems`` has the texts
-    of those of stickyring_edge_pem_paths that are files. ``sha256`` is judged if it is known: a binary that the same
+    of those of edge_pem_paths that are files. ``sha256`` is judged if it is known: a binary that the same
     run is to build has none yet.
     """
     listeners: list[Data] = settings["stickyring_edge_listeners"]
@@ -252,7 +249,7 @@ def stickyring_edge_problems(settings: Data, pems: dict[str, str], sha256: str |
         ]
     if not listeners:
         problems.append("stickyring_edge_listeners is empty: the edge would listen nowhere.")
-    problems += _place_problems(listeners, int(settings["stickyring_edge_admin_port"]))
+    problems += _place_problems(listeners)
     known = {item["name"] for item in clusters}
     problems += [
         f"listener {item['name']}: there is no cluster {item['cluster']} in stickyring_edge_clusters."
@@ -325,7 +322,7 @@ def _listener(item: Data, common: Data) -> Data:
         "stat_prefix": item["name"],
         "rds": {
             "route_config_name": item["name"],
-            "config_source": _config_source(common["directory"], f"routes/{item['name']}.yaml"),
+            "config_source": _config_source(common["directory"], f"routes/{item['name']}.json"),
         },
     }
     chain: Data = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
@@ -341,7 +338,7 @@ def _listener(item: Data, common: Data) -> Data:
 
 
 def _certificate_path(item: Data) -> str:
-    return f"certificates/{item['name']}.yaml"
+    return f"certificates/{item['name']}.json"
 
 
 def _tls(item: Data, common: Data) -> Data:
@@ -365,7 +362,7 @@ def _tls(item: Data, common: Data) -> Data:
 
 
 def _certificate(item: Data, pems: dict[str, str]) -> Data:
-    """The secret of a listener without its key, which stickyring_edge_private_keys has."""
+    """The secret of a listener without its key, which edge_private_keys has."""
     return {
         "@type": TYPE + "envoy.extensions.transport_sockets.tls.v3.Secret",
         "name": item["name"],
@@ -373,8 +370,8 @@ def _certificate(item: Data, pems: dict[str, str]) -> Data:
     }
 
 
-def stickyring_edge_private_keys(listeners: list[Data], pems: dict[str, str]) -> dict[str, str]:
-    """The text of the private key that belongs into each file of stickyring_edge_files that needs one."""
+def edge_private_keys(listeners: list[Data], pems: dict[str, str]) -> dict[str, str]:
+    """The text of the private key that belongs into each file of edge_files that needs one."""
     return {_certificate_path(item): pems[item["tls"]["key"]] for item in listeners if item.get("tls")}
 
 
@@ -506,7 +503,7 @@ def _endpoints_path(cluster: Data, common: Data) -> str:
     passed a check, and its users with others.
     """
     members = json.dumps(_endpoints(cluster, common), sort_keys=True)
-    return f"endpoints/{cluster['name']}-{hashlib.sha256(members.encode()).hexdigest()[:12]}.yaml"
+    return f"endpoints/{cluster['name']}-{hashlib.sha256(members.encode()).hexdigest()[:12]}.json"
 
 
 def _policy(cluster: Data) -> str:
@@ -568,19 +565,19 @@ def _endpoints(cluster: Data, common: Data) -> Data:
     }
 
 
-def stickyring_edge_files(
+def edge_files(
     listeners: list[Data], clusters: list[Data], common: Data, pems: dict[str, str]
 ) -> dict[str, list[Data]]:
     """Path of each filesystem xDS file, below its directory, to the resources in it; no private key is among them.
 
     Envoy takes one route configuration, one endpoint list and one secret from a file, hence one file a listener and a
-    cluster. ``common`` is what the role's vars/main.yml composes, ``pems`` has the texts of stickyring_edge_pem_paths.
+    cluster. ``common`` is what the role's vars/main.yml composes, ``pems`` has the texts of edge_pem_paths.
     """
-    files: dict[str, list[Data]] = {"clusters.yaml": [_cluster(item, common) for item in clusters]}
+    files: dict[str, list[Data]] = {"clusters.json": [_cluster(item, common) for item in clusters]}
     files |= {_endpoints_path(item, common): [_endpoints(item, common)] for item in clusters}
-    files |= {f"routes/{item['name']}.yaml": [_routes(item, common)] for item in listeners}
+    files |= {f"routes/{item['name']}.json": [_routes(item, common)] for item in listeners}
     files |= {_certificate_path(item): [_certificate(item, pems)] for item in listeners if item.get("tls")}
-    files["listeners.yaml"] = [_listener(item, common) for item in listeners]
+    files["listeners.json"] = [_listener(item, common) for item in listeners]
     return files
 
 
@@ -595,7 +592,7 @@ def _ring_document(resource: Data, members: list[Data]) -> Data:
     return document
 
 
-def stickyring_edge_wanted_ring(clusters: list[Data], name: str, common: Data) -> Data:
+def edge_wanted_ring(clusters: list[Data], name: str, common: Data) -> Data:
     """The ring document of a cluster as the variables want it, every endpoint healthy; empty as for the served one."""
     cluster = next((item for item in clusters if item["name"] == name), {"lb_policy": "none"})
     if _policy(cluster) not in RING_POLICIES:
@@ -607,7 +604,7 @@ def stickyring_edge_wanted_ring(clusters: list[Data], name: str, common: Data) -
     return _ring_document(_cluster(cluster, common), members)
 
 
-def stickyring_edge_served_ring(name: str, config_dump: Data) -> Data:
+def edge_served_ring(name: str, config_dump: Data) -> Data:
     """The ring document of a cluster as Envoy serves it, from its admin interface's /config_dump?include_eds.
 
     Empty when Envoy has no such cluster, or one whose policy knows no owners.
@@ -647,10 +644,10 @@ def _key_rules(resource: Data) -> list[str]:
     return [*texts, *sorted({json.dumps(route.get("hash_policy", []), sort_keys=True) for route in routes})]
 
 
-def stickyring_edge_rekeyed(files: dict[str, list[Data]], config_dump: Data) -> list[str]:
+def edge_rekeyed(files: dict[str, list[Data]], config_dump: Data) -> list[str]:
     """Names of listeners that Envoy serves and that will find or hash the users' keys in another way.
 
-    ``files`` is what stickyring_edge_files has made, ``config_dump`` the admin interface's
+    ``files`` is what edge_files has made, ``config_dump`` the admin interface's
     /config_dump?resource=dynamic_route_configs.
     """
     served = {item["route_config"]["name"]: item["route_config"] for item in config_dump.get("configs", [])}
@@ -666,12 +663,12 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         """Name to function, as Ansible asks for them."""
         return {
-            "stickyring_edge_pem_paths": stickyring_edge_pem_paths,
-            "stickyring_edge_private_keys": stickyring_edge_private_keys,
-            "stickyring_edge_problems": stickyring_edge_problems,
-            "stickyring_edge_duration": stickyring_edge_duration,
-            "stickyring_edge_files": stickyring_edge_files,
-            "stickyring_edge_rekeyed": stickyring_edge_rekeyed,
-            "stickyring_edge_served_ring": stickyring_edge_served_ring,
-            "stickyring_edge_wanted_ring": stickyring_edge_wanted_ring,
+            "edge_pem_paths": edge_pem_paths,
+            "edge_private_keys": edge_private_keys,
+            "edge_problems": edge_problems,
+            "edge_duration": edge_duration,
+            "edge_files": edge_files,
+            "edge_rekeyed": edge_rekeyed,
+            "edge_served_ring": edge_served_ring,
+            "edge_wanted_ring": edge_wanted_ring,
         }

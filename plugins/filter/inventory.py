@@ -17,6 +17,9 @@ LISTS_OF_THE_PROBE = {
     "stickyring_probe_urls": '["https://chat.example.com"]',
 }
 
+RESULT = re.compile(r"stickyring_(edge|node)_result_")
+"""What a role has found out, in an earlier playbook of the same run."""
+
 
 def endpoints(
     hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
@@ -129,11 +132,11 @@ def _is_ip(text: str) -> bool:
 
 def _not_a_share(hostvars: Mapping[str, Mapping[str, Any]], nodes: Sequence[str]) -> list[str]:
     """Ansible takes 0 for all hosts at once."""
-    shares = {str(hostvars[host].get("share", 1)) for host in nodes}
+    shares = {str(hostvars[host].get("stickyring_share", 1)) for host in nodes}
     good = re.compile(r"[1-9][0-9]*|([1-9]|[1-9][0-9]|100)%")
     return [
-        f"share is {share!r}: give the number of nodes that may restart at the same time, 1 or more, or a part of them,"
-        " 25% for example."
+        f"stickyring_share is {share!r}: give the number of nodes that may restart at the same time, 1 or more, or a"
+        " part of them, 25% for example."
         for share in sorted(shares)
         if not good.fullmatch(share)
     ]
@@ -143,7 +146,7 @@ def _unknown_variables(host: str, variables: Mapping[str, Any], known_variables:
     known = set(known_variables)
     found = []
     for name in sorted(variables):
-        if name.startswith("stickyring_") and name not in known:
+        if name.startswith("stickyring_") and name not in known and not RESULT.match(name):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "no role knows it."
             found.append(f"{host}: unknown variable {name}: {hint}")
@@ -189,14 +192,8 @@ def _shared_ports(
     """The ports that a node and an edge on the same host would both take; the edge's role judges its own."""
     found = []
     for host in hosts:
-        admin_port, listeners = (
-            hostvars[host].get(name, defaults.get(name))
-            for name in ("stickyring_edge_admin_port", "stickyring_edge_listeners")
-        )
-        taken = {int(admin_port): "stickyring_edge_admin_port"}
-        for listener in listeners:
-            if "port" in listener:
-                taken[int(listener["port"])] = f"listener {listener.get('name')}"
+        listeners = hostvars[host].get("stickyring_edge_listeners", defaults.get("stickyring_edge_listeners"))
+        taken = {int(one["port"]): f"listener {one.get('name')}" for one in listeners if "port" in one}
         found += [
             f"{host}: port {endpoint['port']} is used by instance {endpoint['name']} and by {taken[endpoint['port']]}."
             for endpoint in endpoints([host], hostvars, defaults)
@@ -211,7 +208,7 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         """Names to functions, as Ansible asks for them."""
         return {
-            "stickyring_endpoints": endpoints,
-            "stickyring_inventory_problems": problems,
-            "stickyring_longest_restart": longest_restart,
+            "endpoints": endpoints,
+            "inventory_problems": problems,
+            "longest_restart": longest_restart,
         }

@@ -10,7 +10,7 @@ from ansible.executor.task_result import CallbackTaskResult
 from ansible.plugins.callback import CallbackBase
 
 DOCUMENTATION = r"""
-name: stickyring_reason
+name: reason
 type: aggregate
 short_description: Say last why a run has failed
 description:
@@ -24,7 +24,7 @@ class CallbackModule(CallbackBase):
 
     CALLBACK_VERSION = 2.0
     CALLBACK_TYPE = "aggregate"
-    CALLBACK_NAME = "stickyring_reason"
+    CALLBACK_NAME = "reason"
 
     def __init__(self) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ BEATS = 3
 """Seconds of the shortest watchdog: a process beats once a second."""
 
 
-def stickyring_node_mistakes(variables: dict[str, Any]) -> list[str]:
+def node_mistakes(variables: dict[str, Any]) -> list[str]:
     """Return what is wrong with the role's variables, whatever the host, one sentence each without its full stop.
 
     variables: those to judge, by their names without the role's prefix. Numbers and booleans may be texts.
@@ -115,7 +115,7 @@ def _is_address(text: object) -> bool:
     return True
 
 
-def stickyring_node_variables(
+def node_variables(
     instance: int, *, service: str, host: str, port: int, name: str, shared: dict[str, Any]
 ) -> dict[str, str]:
     """Return the environment variables of an instance.
@@ -131,16 +131,16 @@ def stickyring_node_variables(
     return own | {key: str(value) for key, value in shared.items()}
 
 
-def stickyring_node_environments(
+def node_environments(
     instances: list[int], *, header: str, service: str, host: str, port: int, name: str, shared: dict[str, Any]
 ) -> dict[str, str]:
-    """Return ``{path: text}`` in the notation of systemd.exec(5), EnvironmentFile, for stickyring_node_variables.
+    """Return ``{path: text}`` in the notation of systemd.exec(5), EnvironmentFile, for node_variables.
 
     header: a comment that opens each text.
     """
 
     def variables(instance: int) -> dict[str, str]:
-        return stickyring_node_variables(instance, service=service, host=host, port=port, name=name, shared=shared)
+        return node_variables(instance, service=service, host=host, port=port, name=name, shared=shared)
 
     return {f"/etc/{service}/{instance}.env": _text(header, variables(instance)) for instance in instances}
 
@@ -148,10 +148,10 @@ def stickyring_node_environments(
 def _text(header: str, variables: dict[str, str]) -> str:
     quoted = {key: value.replace("\\", "\\\\").replace('"', '\\"') for key, value in variables.items()}
     lines = [header.rstrip(), *(f'{key}="{value}"' for key, value in quoted.items()), "STICKYRING_ENVIRONMENT=", ""]
-    return stickyring_node_with_digest("\n".join(lines), "STICKYRING_ENVIRONMENT")
+    return node_with_digest("\n".join(lines), "STICKYRING_ENVIRONMENT")
 
 
-def stickyring_node_with_digest(text: str, variable: str) -> str:
+def node_with_digest(text: str, variable: str) -> str:
     """Return the text with its own SHA-256 as the value of a variable that has none in it.
 
     Every process that starts from it has the variable, so that it tells of itself what it was started from.
@@ -165,8 +165,8 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         """Name to function, as Ansible asks for them."""
         return {
-            "stickyring_node_mistakes": stickyring_node_mistakes,
-            "stickyring_node_variables": stickyring_node_variables,
-            "stickyring_node_environments": stickyring_node_environments,
-            "stickyring_node_with_digest": stickyring_node_with_digest,
+            "node_mistakes": node_mistakes,
+            "node_variables": node_variables,
+            "node_environments": node_environments,
+            "node_with_digest": node_with_digest,
         }

@@ -1,0 +1,214 @@
+"""The Envoy that reads the xDS files: whether it has loaded them, what it rejects, and whom it finds healthy."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin
+from ansible_collections.stickyring.fleet.plugins.module_utils.unit import Unit
+from ansible_collections.stickyring.fleet.plugins.module_utils.xds import (
+    CLUSTER,
+    ENDPOINTS,
+    Stats,
+    XdsFile,
+    endpoints_of,
+)
+
+POLL_SECONDS = 0.1
+JOURNAL_SECONDS = 3
+HEALTH_SECONDS = 5
+REASON_LENGTH = 500
+
+
+class NotApplied(Exception):
+    """Envoy rejected a step or did not finish it in time; the message is Envoy's reason."""
+
+
+class Envoy:
+    """The process, as its admin interface, its unit and its journal show it."""
+
+    def __init__(self, module: AnsibleModule, files: list[XdsFile]) -> None:
+        self.files = files
+        self.timeout: int = module.params["timeout"]
+        self.healthy_timeout: int = module.params["healthy_timeout"]
+        self.admin = Admin(module.params["admin_socket"])
+        self.unit = Unit(module)
+        self.answers = self.admin.answers()
+        self.started = time.time()
+        self.before: Stats = {}
+        self.remember()
+
+    def remember(self) -> None:
+        """Keeps the counters that later ones are compared with."""
+        self.before = self.admin.stats() if self.answers else {}
+
+    def await_answer_of_running_unit(self) -> None:
+        """Waits while the unit runs and Envoy does not answer yet; NotApplied after the timeout.
+
+        Without an answer, nobody would judge the files and Envoy would get them in no order. An Envoy without a socket
+        is left to the caller.
+        """
+        deadline = time.monotonic() + self.timeout
+        while not self.answers and self.unit.active():
+            if time.monotonic() > deadline:
+                if self.without_socket():
+                    return
+                raise NotApplied(
+                    f"{self.unit.name} runs, but its admin interface at {self.admin.path} has not answered for"
+                    f" {self.timeout} s. Nothing was written. If Envoy hangs, run `systemctl stop {self.unit.name}`"
+                    " and then this again."
+                )
+            time.sleep(POLL_SECONDS)
+            self.unit.look()
+            self.answers = self.admin.answers()
+        self.remember()
+
+    def without_socket(self) -> bool:
+        """Whether the unit runs and has no admin socket, as an earlier version of the role started it."""
+        return self.unit.active() and not self.answers and not Path(self.admin.path).exists()
+
+    def expect_answer(self) -> None:
+        """Waits until Envoy answers; NotApplied with the last lines of its journal."""
+        if self.answers:
+            return
+        try:
+            self.wait(
+                f"Asking Envoy at {self.admin.path}",
+                lambda: [] if self.admin.answers() else ["its admin interface does not answer"],
+            )
+        except NotApplied as error:
+            raise NotApplied(f"{error}. {in_one_line(self.unit.journal('--lines', '5'))}".strip()) from error
+        self.answers = True
+        self.remember()
+
+    def wait(self, what: str, problems_now: Callable[[], list[str]], timeout: int | None = None) -> None:
+        """Polls until there are no problems; NotApplied with the last ones after the timeout."""
+        patience = self.timeout if timeout is None else timeout
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                problems = problems_now()
+            except OSError as error:
+                problems = [f"Envoy's admin interface does not answer ({error})"]
+            if not problems:
+                return
+            if time.monotonic() > deadline:
+                raise NotApplied(f"{what}: not done after {patience} s: {'; '.join(problems)}")
+            time.sleep(POLL_SECONDS)
+
+    def problems(self, files: Iterable[XdsFile]) -> list[str]:
+        """What of these files Envoy has not loaded yet; NotApplied when it has rejected any file since the start."""
+        stats = self.admin.stats()
+        rejected = [file.path for file in self.files if file.refusals(stats) > file.refusals(self.before)]
+        if rejected:
+            raise NotApplied(f"Envoy rejected {', '.join(rejected)}: {self.reason()}")
+        dump = self.admin.dump()
+        return [line for file in files for line in file.version_problems(stats) + file.activity_problems(dump)]
+
+    def serving_problems(self) -> list[str]:
+        """What of all files Envoy has not loaded yet, and listeners whose port is closed."""
+        return self.problems(self.files) or [line for file in self.files for line in file.port_problems()]
+
+    def health_problems(self) -> list[str]:
+        """Endpoints that Envoy does not find healthy, one line each; none where nobody asks for it."""
+        if not self.healthy_timeout:
+            return []
+        hosts = self.admin.hosts()
+        return [line for file in self.files for line in file.health_problems(hosts)]
+
+    def prove(self) -> None:
+        """Waits until Envoy has loaded the files and its ports are open."""
+        self.wait("Loading the configuration", self.serving_problems)
+
+    def prove_healthy(self) -> None:
+        """Waits until Envoy finds every endpoint healthy."""
+        self.wait("Waiting until Envoy finds every endpoint healthy", self.health_problems, self.healthy_timeout)
+
+    def reason(self) -> str:
+        """Why Envoy rejected an update, in its own words; waits up to JOURNAL_SECONDS for them to reach the journal."""
+        deadline = time.monotonic() + JOURNAL_SECONDS
+        while True:
+            listeners = self.admin.dump().get("ListenersConfigDump", {}).get("dynamic_listeners", [])
+            found = [item["error_state"]["details"] for item in listeners if "error_state" in item]
+            found = found or self.reasons_in_journal()
+            if found or not self.unit.name or time.monotonic() > deadline:
+                return "; ".join(dict.fromkeys(map(in_one_line, found))) or "its log has the reason"
+            time.sleep(POLL_SECONDS)
+
+    def reasons_in_journal(self) -> list[str]:
+        """What Envoy has logged since the start about rejected files; config_dump knows only of listeners."""
+        log = self.unit.journal("--since", f"@{self.started:.6f}")
+        # A report may span lines; the next record begins with its time in brackets or is a line of the access log.
+        return re.findall(r"Filesystem config update (?:rejected|failure): (.*?)(?=\n[\[{]|\Z)", log, re.DOTALL)
+
+    def rejected_listeners(self) -> list[str]:
+        """Listeners that Envoy serves in another version than the one that it rejected."""
+        found = self.admin.dump().get("ListenersConfigDump", {}).get("dynamic_listeners", [])
+        return [item["name"] for item in found if "error_state" in item and "active_state" in item]
+
+    def leaving(self) -> list[dict[str, str]]:
+        """Endpoints that Envoy has and the files do not, or not at that address: name and address of each."""
+        wanted = {place for file in self.files if file.type == ENDPOINTS for place in file.endpoints()}
+        found: dict[tuple[str, int], str] = {}
+        for item in self.admin.dump().get("EndpointsConfigDump", {}).get("dynamic_endpoint_configs", []):
+            found |= endpoints_of(item["endpoint_config"])
+        return [
+            {"name": name, "address": f"{address}:{port}"}
+            for (address, port), name in sorted(found.items(), key=lambda item: item[1])
+            if (address, port) not in wanted
+        ]
+
+    def newcomers(self) -> dict[tuple[str, int], tuple[str, str]]:
+        """Endpoints that Envoy does not have yet, by address and port: name and health path."""
+        present = {(address, port) for _, address, port in self.admin.hosts()} if self.answers else set()
+        paths = {
+            cluster["name"]: check["http_health_check"]["path"]
+            for file in self.files
+            if file.type == CLUSTER
+            for cluster in file.resources
+            for check in cluster.get("health_checks", [])
+        }
+        return {
+            place: (name, paths[file.names()[0]])
+            for file in self.files
+            if file.type == ENDPOINTS and file.names()[0] in paths
+            for place, name in file.checked_endpoints().items()
+            if place not in present
+        }
+
+    def expect_healthy_newcomers(self) -> None:
+        """Waits until every new endpoint answers this host; NotApplied with those that do not."""
+        newcomers = self.newcomers()
+
+        def problems() -> list[str]:
+            return [
+                f"{name} ({address}:{port}) does not answer {path} with 200 ({reason})"
+                for (address, port), (name, path) in newcomers.items()
+                if (reason := unhealthy(address, port, path))
+            ]
+
+        self.wait("New endpoints are not healthy, so nothing was written", problems, self.healthy_timeout)
+
+
+def unhealthy(address: str, port: int, path: str) -> str:
+    """Why the address does not answer the path with 200; empty when it does."""
+    connection = http.client.HTTPConnection(address, port, timeout=HEALTH_SECONDS)
+    try:
+        connection.request("GET", path)
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
+    finally:
+        connection.close()
+    return "" if status == 200 else f"status {status}"
+
+
+def in_one_line(reason: str) -> str:
+    """The reason without line breaks and without the rejected message, which Envoy prints before or after it."""
+    words = " ".join(reason.split()).partition('): {"')[0]
+    return words if len(words) <= REASON_LENGTH else f"... {words[-REASON_LENGTH:]}"

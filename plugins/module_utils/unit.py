@@ -1,0 +1,63 @@
+"""The systemd unit that runs Envoy, and what its process was started from."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+
+class Unit:
+    """The unit as systemd showed it at the last look; without a name, nothing runs."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.name: str | None = module.params["unit"]
+        self.module = module
+        self.shown: dict[str, str] = {}
+        self.look()
+
+    def look(self) -> None:
+        """Asks systemd."""
+        if self.name:
+            properties = "ActiveState,UnitFileState,NeedDaemonReload"
+            command = ["systemctl", "show", f"--property={properties}", self.name]
+            output = self.module.run_command(command, check_rc=True)[1]
+            self.shown = dict(line.split("=", 1) for line in output.splitlines())
+
+    def active(self) -> bool:
+        """Whether it runs."""
+        return self.shown.get("ActiveState") == "active"
+
+    def enabled(self) -> bool:
+        """Whether it starts at boot."""
+        return self.shown.get("UnitFileState") == "enabled"
+
+    def up_to_date(self) -> bool:
+        """Whether it runs on the start files: no run has begun to write them without restarting it.
+
+        Versions that kept no record count as up to date.
+        """
+        record = self.module.params["start_record"]
+        if not self.active() or self.shown["NeedDaemonReload"] == "yes":
+            return False
+        return record is None or not Path(record).exists() or self.recorded()
+
+    def recorded(self) -> bool:
+        """Whether the record says that it was started from the start files."""
+        record = self.module.params["start_record"]
+        return record is not None and Path(record).exists() and Path(record).read_text() == self.start_digest()
+
+    def start_digest(self) -> str:
+        """SHA-256 of the start files."""
+        texts = (
+            file["link"] if file["content"] is None else file["content"] for file in self.module.params["start_files"]
+        )
+        return hashlib.sha256("".join(texts).encode()).hexdigest()
+
+    def journal(self, *options: str) -> str:
+        """What the unit logged, one record a line; empty without a name."""
+        if not self.name:
+            return ""
+        command = ["journalctl", "--unit", self.name, "--output", "cat", "--no-pager", *options]
+        return str(self.module.run_command(command)[1])

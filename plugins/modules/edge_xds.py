@@ -1,0 +1,529 @@
+"""Ansible module: filesystem xDS files for Envoy, proven in the running process."""
+
+from __future__ import annotations
+
+import pwd
+from collections.abc import Iterable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.stickyring.fleet.plugins.module_utils.envoy import Envoy, NotApplied
+from ansible_collections.stickyring.fleet.plugins.module_utils.xds import (
+    CLUSTER,
+    LISTENER,
+    SINGLE_TYPES,
+    TYPES,
+    InvalidFiles,
+    Resource,
+    XdsFile,
+    resources_of,
+    warming_clusters,
+    with_key,
+)
+from ansible_collections.stickyring.fleet.plugins.module_utils.xds_directory import NotProven, XdsDirectory
+
+DOCUMENTATION = r"""
+module: stickyring_edge_xds
+short_description: Write Envoy's filesystem xDS files and prove that Envoy runs on them
+description:
+  - Writes the files of O(files) whose content differs. Each is renamed into place, the only change that Envoy's file
+    subscription notices, and carries a C(version_info) that is a hash of its resources.
+  - Files are written in an order in which none names a resource that does not exist yet (new files, clusters,
+    endpoints, routes, certificates, listeners). Files that are no longer wanted are removed last.
+  - Each step waits until Envoy's admin interface shows it loaded. If Envoy rejects a step or does not finish it in
+    time, the previous files are put back and the module fails with Envoy's reason.
+  - Where no Envoy runs, the files are only written.
+  - A change that would end open websockets is refused before anything is written, unless O(may_end_websockets) is true.
+options:
+  state:
+    description:
+      - V(present) writes the files.
+      - V(proven) changes nothing. It fails when files differ, which it names and shows in diff mode, and when Envoy has
+        not loaded them within O(timeout).
+      - V(compared) changes nothing and waits for nothing. RV(in_order) is false when there is something to do.
+    type: str
+    choices: [present, proven, compared]
+    default: present
+  directory:
+    description: Directory of the files, created if it is missing, with one level of sub-directories.
+    type: path
+    required: true
+  files:
+    description:
+      - Path below O(directory), ending in C(.json), to the list of resources in Envoy's JSON notation with C(@type).
+      - All resources of a file have one type. A file of routes, endpoints or a secret holds exactly one resource,
+        because Envoy reads no more.
+    type: dict
+    required: true
+  private_keys:
+    description:
+      - Private keys in PEM, by the path in O(files) of their secret. They are neither logged nor shown.
+    type: dict
+    default: {}
+  owner:
+    description: Owner of the files and directories; by default the user that runs the module.
+    type: str
+  group:
+    description: Group of the files and directories.
+    type: str
+  secrets_group:
+    description: Group of the files with private keys, which have the mode 0640; by default O(group).
+    type: str
+  admin_socket:
+    description:
+      - Unix socket of Envoy's admin interface.
+      - An Envoy that runs without it was started by an earlier version of the role. It cannot be asked, so with
+        V(present) the module refuses, unless O(may_end_websockets) is true; the restart that follows then ends its
+        websockets.
+    type: path
+    required: true
+  timeout:
+    description: Seconds that Envoy may take to load each step.
+    type: int
+    default: 30
+  healthy_timeout:
+    description:
+      - With V(proven), seconds to wait until Envoy finds every endpoint healthy.
+      - With V(present), seconds within which new endpoints have to answer this host with 200, or nothing is written.
+        Otherwise their users would first move to other endpoints.
+      - With 0, health is not checked; this also applies to V(compared).
+    type: int
+    default: 0
+  unit:
+    description:
+      - systemd unit of this Envoy.
+      - Its journal has Envoy's reason where the admin interface does not.
+      - While it runs and Envoy does not answer, no file is written, because nobody would judge it.
+    type: str
+  start_files:
+    description:
+      - Files and links that Envoy is started from. If they differ, Envoy has to be restarted, which the module leaves
+        to its caller.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      name:
+        description: Its name in messages.
+        type: str
+        required: true
+      path:
+        description: Path of the file or link.
+        type: path
+        required: true
+      content:
+        description: Text of the file, with O(owner), O(group) and mode 0644.
+        type: str
+      link:
+        description: Target of the link.
+        type: str
+  start_record:
+    description:
+      - File that holds RV(start_digest) once Envoy was started from O(start_files), and another text while they are
+        being written. The caller writes it.
+      - Modification times would not do, because a clock may be set back.
+    type: path
+  needed:
+    description: Further files that must exist for RV(in_order).
+    type: list
+    elements: path
+    default: []
+  account:
+    description: Account that must exist for RV(in_order).
+    type: str
+  may_end_websockets:
+    description:
+      - Whether to make a change that ends open websockets. These are changed or removed listeners, and a restart for
+        O(start_files), also one that an earlier run has left undone.
+      - In check mode, a warning reports them instead.
+    type: bool
+    default: false
+author:
+  - The stickyring authors
+attributes:
+  check_mode: {support: full}
+  diff_mode: {support: full}
+"""
+
+EXAMPLES = r"""
+- name: Write the files
+  stickyring.fleet.edge_xds:
+    directory: /etc/stickyring-edge/xds
+    admin_socket: /run/stickyring-edge/admin.sock
+    files:
+      clusters.json: "{{ clusters }}"
+      listeners.json: "{{ listeners }}"
+      routes/sticky.json: ["{{ route_configuration }}"]
+      certificates/sticky.json: ["{{ secret_without_its_key }}"]
+      endpoints/nodes.json: ["{{ cluster_load_assignment }}"]
+    private_keys:
+      certificates/sticky.json: "{{ lookup('file', '/srv/tls/key.pem') }}"
+
+- name: Prove that Envoy runs on them and finds every endpoint healthy
+  stickyring.fleet.edge_xds:
+    directory: /etc/stickyring-edge/xds
+    admin_socket: /run/stickyring-edge/admin.sock
+    files: "{{ files }}"
+    state: proven
+    healthy_timeout: 60
+"""
+
+RETURN = r"""
+written:
+  description: Files that were written, in order.
+  returned: success
+  type: list
+removed:
+  description: Files that were removed.
+  returned: success
+  type: list
+left:
+  description: Endpoints that Envoy loses, as C(name) and C(address); in check mode, those that it would lose.
+  returned: success
+  type: list
+versions:
+  description: File to C(version_info).
+  returned: success
+  type: dict
+proven:
+  description: Whether a running Envoy has loaded these versions.
+  returned: success
+  type: bool
+up_to_date:
+  description: Whether O(unit) runs and was started from O(start_files).
+  returned: success
+  type: bool
+recorded:
+  description: Whether O(start_record) confirms that.
+  returned: success
+  type: bool
+start_digest:
+  description: SHA-256 of O(start_files).
+  returned: success
+  type: str
+enabled:
+  description: Whether O(unit) starts at boot.
+  returned: success
+  type: bool
+differing:
+  description: Names of those of O(start_files) that differ from what is wanted.
+  returned: success
+  type: list
+in_order:
+  description:
+    - Whether files, directories, owners and modes are as wanted, O(needed) and O(account) exist, and Envoy starts at
+      boot, was started from O(start_files), has loaded the files, and has open ports and, if checked, healthy
+      endpoints.
+  returned: success with V(compared)
+  type: bool
+ends:
+  description:
+    - Why and how many open websockets end, as C(the binary changes: 214 open websockets end); empty when none do.
+  returned: success with V(present)
+  type: str
+"""
+
+PROC = Path("/proc")
+HOW_TO_GO_ON = "To end them all the same, run this again with `-e stickyring_edge_may_end_websockets=true`."
+
+
+class EndsWebsockets(Exception):
+    """The change would end open websockets, which nobody has allowed; the message says why and how many."""
+
+
+class Change:
+    """The way from the files on the host to the wanted ones, and what it costs."""
+
+    def __init__(self, module: AnsibleModule, files: list[XdsFile]) -> None:
+        self.module = module
+        self.files = files
+        self.directory = XdsDirectory(module, files)
+        self.envoy = Envoy(module, files)
+        if module.params["state"] == "present":
+            self.envoy.await_answer_of_running_unit()
+
+    @cached_property
+    def changed(self) -> list[XdsFile]:
+        """Files to write: those that differ, and those that Envoy has rejected.
+
+        Envoy reads a file again only when it is renamed into place again. That mends a rejection whose cause is gone,
+        such as a port that was taken.
+        """
+        return [file for file in self.files if self.directory.differs(file) or file.refused(self.envoy.before)]
+
+    @cached_property
+    def surplus(self) -> list[str]:
+        """Files to remove."""
+        return self.directory.surplus()
+
+    def texts(self) -> dict[str, str]:
+        """The new text of each file that is written or removed."""
+        return {file.path: file.text for file in self.changed} | dict.fromkeys(self.surplus, "")
+
+    def ends(self) -> str:
+        """Why and how many open websockets end, in one line; empty when none do."""
+        restart = self.restart_reasons()
+        if self.envoy.without_socket():
+            return (
+                f"{self.envoy.unit.name} runs without an admin socket, as an earlier version of this role started it,"
+                " and has to be restarted: all its open websockets end"
+            )
+        if not self.envoy.answers:
+            return ""
+        listeners = self.changing_listeners()
+        if not restart and not listeners:
+            return ""
+        websockets = self.envoy.admin.websockets()
+        changing = [name for name in listeners if name in websockets]
+        count = sum(websockets.values()) if restart else sum(websockets[name] for name in changing)
+        if not count:
+            return ""
+        reasons = [*restart, *(f"listener {name} {listeners[name]}" for name in changing)]
+        return f"{', '.join(reasons)}: {count} open websocket{' ends' if count == 1 else 's end'}"
+
+    def restart_reasons(self) -> list[str]:
+        """Why Envoy has to be restarted."""
+        reasons = [f"the {name} changes" for name in self.differing]
+        if not reasons and self.envoy.unit.active() and not self.envoy.unit.up_to_date():
+            reasons = ["Envoy's process is older than its files"]
+        return reasons
+
+    @cached_property
+    def differing(self) -> list[str]:
+        """Names of the start files that differ from what is wanted."""
+        return [file["name"] for file in self.module.params["start_files"] if self.start_file_differs(file)]
+
+    def start_file_differs(self, file: dict[str, str | None]) -> bool:
+        """Whether a start file differs from what is wanted."""
+        path = Path(str(file["path"]))
+        try:
+            if file["link"] is not None:
+                return str(path.readlink()) != file["link"]
+            return path.read_text(encoding="utf-8") != file["content"] or self.directory.would_own(path, "0644")
+        except OSError:
+            return True
+
+    def changing_listeners(self) -> dict[str, str]:
+        """Names of listeners that change or are removed, and which of the two."""
+        file = next((file for file in self.files if file.type == LISTENER), None)
+        if file is None:
+            return {}
+        before, after = resources_of(self.directory.read(file.path) or ""), resources_of(file.text)
+        changing = {
+            name: "changes" if name in after else "is removed"
+            for name in {**before, **after}
+            if before.get(name) != after.get(name)
+        }
+        if file.refused(self.envoy.before):
+            changing |= dict.fromkeys(self.envoy.rejected_listeners(), "changes")
+        return changing
+
+    def steps(self) -> Iterable[list[XdsFile]]:
+        """The files to write, in steps that Envoy finishes one after another.
+
+        New files, which none names yet, go first. Clusters that leave stay until no route names them any more.
+        """
+        new = [file for file in self.changed if file.type in SINGLE_TYPES and self.directory.read(file.path) is None]
+        steps = [[file for file in self.changed if file.type == kind and file not in new] for kind in TYPES]
+        clusters = [file for file in self.files if file.type == CLUSTER]
+        leaving = self.leaving_clusters()
+        if leaving:
+            steps[0] = [XdsFile(file.path, file.resources + leaving) for file in clusters]
+            steps.append(clusters)
+        return [new, *steps]
+
+    def leaving_clusters(self) -> list[Resource]:
+        """Clusters that Envoy has and the files do not."""
+        if not self.envoy.answers:
+            return []
+        wanted = {name for file in self.files if file.type == CLUSTER for name in file.names()}
+        active = self.envoy.admin.dump().get("ClustersConfigDump", {}).get("dynamic_active_clusters", [])
+        return [item["cluster"] for item in active if item["cluster"]["name"] not in wanted]
+
+    def apply(self) -> None:
+        """Writes the files step by step and proves the whole; a failure on the way restores the previous files."""
+        texts = {path: self.directory.read(path) for path in [*(file.path for file in self.files), *self.surplus]}
+        self.directory.make_folders()
+        try:
+            for number, step in enumerate(self.steps() if self.changed or self.surplus else []):
+                for file in step:
+                    self.directory.put(file.path, file.text)
+                if step and number and self.envoy.answers:
+                    what = f"Loading {', '.join(file.path for file in step)}"
+                    self.envoy.wait(what, partial(self.envoy.problems, step))
+            for path in self.surplus:
+                self.directory.remove(path)
+            if self.envoy.answers:
+                self.envoy.prove()
+        except (NotApplied, OSError) as error:
+            raise NotApplied(f"{error}. {self.restore(texts)}.") from error
+
+    def restore(self, texts: dict[str, str | None]) -> str:
+        """Puts the previous files back and waits until Envoy has loaded them; a sentence on how that went."""
+        different = {path: text for path, text in texts.items() if self.directory.read(path) != text}
+        if not different:
+            return "The files are as they were before"
+        try:
+            before = self.envoy.admin.stats()
+        except OSError:
+            before = {}
+        # Files that name others come after those, and new ones are removed last.
+        for path, text in sorted(different.items(), key=lambda item: (item[1] is None, "/" not in item[0])):
+            if text is None:
+                self.directory.remove(path)
+            else:
+                self.directory.put(path, text)
+        if not self.envoy.answers:
+            return "The previous files are back in place"
+
+        def problems_now() -> list[str]:
+            stats = self.envoy.admin.stats()
+            dump = self.envoy.admin.dump()
+            problems = [f"cluster {name} is still warming" for name in sorted(warming_clusters(dump))]
+            for file in self.files:
+                # The version alone does not show it: Envoy may have taken a rejected update in part, under the old one.
+                counters = [f"{prefix}.update_success" for prefix in file.subscriptions(before)]
+                if different.get(file.path) and any(stats.get(name, 0) <= before.get(name, 0) for name in counters):
+                    problems.append(f"{file.path} is not loaded again")
+            return problems
+
+        try:
+            self.envoy.wait("Loading them", problems_now)
+        except NotApplied as error:
+            return f"The previous files are back in place, but Envoy has not loaded them yet. {error}"
+        return "The change was rolled back: Envoy has loaded the previous files and keeps serving them"
+
+    def in_order(self) -> bool:
+        """Whether there is nothing to do and nothing to wait for."""
+        unit = self.envoy.unit
+        if not (self.envoy.answers and unit.enabled() and unit.up_to_date() and unit.recorded()) or self.differing:
+            return False
+        try:
+            return self.as_wanted() and not (self.envoy.serving_problems() or self.envoy.health_problems())
+        except (NotApplied, OSError):
+            return False
+
+    def as_wanted(self) -> bool:
+        """Whether all files, directories and the account exist as wanted, and no other file does."""
+        account = self.module.params["account"]
+        if account and account not in {known.pw_name for known in pwd.getpwall()}:
+            return False
+        if not all(Path(path).is_file() for path in self.module.params["needed"]) or self.changed or self.surplus:
+            return False
+        folders = [Path(self.module.params["start_record"]).parent, *self.directory.folders()]
+        owned = any(self.directory.would_own(folder, "0755") for folder in folders)
+        return not owned and not self.directory.wrongly_owned()
+
+
+def expect_user_namespaces() -> None:
+    """Raises NotApplied where systemd could not start the unit."""
+    allowed = PROC / "sys/user/max_user_namespaces"
+    if allowed.is_file() and allowed.read_text().strip() == "0":
+        raise NotApplied(
+            "user.max_user_namespaces is 0 on this host, so systemd cannot start a unit with PrivateUsers. Raise it,"
+            " for example with sysctl -w user.max_user_namespaces=10000, and permanently in /etc/sysctl.d."
+            " Nothing that serves was changed."
+        )
+
+
+def run(module: AnsibleModule) -> dict[str, Any]:
+    """Does what the parameters ask; the module's result."""
+    if module.params["unit"] and module.params["state"] == "present":
+        expect_user_namespaces()
+    keys = module.params["private_keys"]
+    files = [XdsFile(path, with_key(resources, keys.get(path))) for path, resources in module.params["files"].items()]
+    change = Change(module, files)
+    envoy = change.envoy
+    result = {
+        "changed": False,
+        "written": [],
+        "removed": [],
+        "left": [],
+        "versions": {file.path: file.version for file in files},
+        "proven": False,
+        "up_to_date": envoy.unit.up_to_date(),
+        "enabled": envoy.unit.enabled(),
+        "recorded": envoy.unit.recorded(),
+        "start_digest": envoy.unit.start_digest(),
+        "differing": change.differing,
+    }
+    if module.params["state"] == "compared":
+        in_order = change.in_order()
+        return result | {"in_order": in_order, "proven": in_order}
+    if module.params["state"] == "proven":
+        change.directory.prove()
+        envoy.expect_answer()
+        envoy.prove()
+        envoy.prove_healthy()
+        return result | {"proven": True}
+
+    texts = change.texts()
+    # Before websockets are counted: users may come during this wait.
+    if texts and module.params["healthy_timeout"] and not module.check_mode:
+        envoy.expect_healthy_newcomers()
+    result |= {
+        "changed": bool(texts),
+        "written": [file.path for file in change.changed],
+        "removed": change.surplus,
+        "left": envoy.leaving() if texts and envoy.answers else [],
+        "diff": change.directory.difference(texts),
+        "ends": change.ends(),
+    }
+    if result["ends"] and not module.params["may_end_websockets"]:
+        message = f"{result['ends']}. {HOW_TO_GO_ON}"
+        if not module.check_mode:
+            raise EndsWebsockets(f"This would end open websockets, so nothing that serves was changed: {message}")
+        module.warn(f"This would end open websockets, and will be refused: {message}")
+    if module.check_mode:
+        return result
+
+    change.apply()
+    return result | {"changed": change.directory.own_files() or result["changed"], "proven": envoy.answers}
+
+
+def main() -> None:
+    """Runs as an Ansible module."""
+    module = AnsibleModule(
+        argument_spec={
+            "state": {"type": "str", "choices": ["present", "proven", "compared"], "default": "present"},
+            "directory": {"type": "path", "required": True},
+            "files": {"type": "dict", "required": True},
+            "private_keys": {"type": "dict", "default": {}, "no_log": True},
+            "owner": {"type": "str"},
+            "group": {"type": "str"},
+            "secrets_group": {"type": "str", "no_log": False},
+            "admin_socket": {"type": "path", "required": True},
+            "timeout": {"type": "int", "default": 30},
+            "healthy_timeout": {"type": "int", "default": 0},
+            "unit": {"type": "str"},
+            "start_files": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "name": {"type": "str", "required": True},
+                    "path": {"type": "path", "required": True},
+                    "content": {"type": "str"},
+                    "link": {"type": "str"},
+                },
+                "required_one_of": [("content", "link")],
+                "mutually_exclusive": [("content", "link")],
+            },
+            "start_record": {"type": "path"},
+            "needed": {"type": "list", "elements": "path", "default": []},
+            "account": {"type": "str"},
+            "may_end_websockets": {"type": "bool", "default": False},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        result = run(module)
+    except (EndsWebsockets, InvalidFiles, NotApplied, NotProven, OSError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()
