@@ -1,1 +1,1 @@
-"""Sticky Socket.IO on your own machines: the node runtime, its echo service and the probe that proves a deployment."""
+"""Sticky Socket.IO on your own machines: the node runtime, the echo service and the operator's commands."""

@@ -16,15 +16,18 @@ COMMANDS = {
     "drain": "stickyring.node.operate",
     "undrain": "stickyring.node.operate",
 }
-"""Each command's module, imported when it is wanted: a playbook runs small ones on every host, and half of their time
-would be the imports of the others."""
+"""Each command's module. It is imported only when the command runs: playbooks run small commands on every host, and
+importing the others would double their time."""
 
 
 @contextmanager
 def needing(extra: str, *modules: str) -> Iterator[None]:
-    """Import in the block what an extra brings; where one of its modules is missing, end with what to install.
+    """Import the modules of an extra in this block; if one of `modules` is missing, say what to install.
 
-    Commands import these only when they run: whoever has not installed the extra still has the other commands.
+    Commands import these only when they run, so the other commands work without the extra.
+
+    Raises:
+        click.ClickException: one of `modules` is missing.
     """
     try:
         yield
@@ -36,7 +39,7 @@ def needing(extra: str, *modules: str) -> Iterator[None]:
 
 
 class _Group(click.Group):
-    """A group whose commands end a usage error in one line, without the usage that --help prints."""
+    """A group whose commands report a usage error in one line, without the usage text."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -58,4 +61,15 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="stickyring")
 def main() -> None:
-    """Serve Socket.IO applications behind a sticky edge, and prove that the edge is sticky."""
+    """Serve Socket.IO applications behind a sticky edge, and prove that the edge is sticky.
+
+    \b
+    On a node: serve, sessions, rebalance, drain, undrain.
+    On the controller: probe, plan, whereis.
+
+    \b
+    Examples:
+      stickyring serve --listen 127.0.0.1:8001
+      stickyring probe http://127.0.0.1:8001
+      stickyring drain --help
+    """

@@ -1,36 +1,38 @@
-"""Events that are not lost: acknowledged, sent again until they are, and recognised when they come again.
+"""Events that are not lost: sent again until they are acknowledged, and recognised when they are repeated.
 
-Socket.IO delivers an event at most once: one that crosses the end of a connection is gone. It documents what to build
-on that (https://socket.io/docs/v4/delivery-guarantees): the client sends an event again until it is acknowledged, and
-gives it an id that stays the same. Here the id is the event's last argument, after at least one other: the string
+Socket.IO delivers an event at most once: an event under way when its connection ends is lost. Its documentation says
+what to build on that (https://socket.io/docs/v4/delivery-guarantees): the client gives an event an id, and sends it
+with that id until it is acknowledged. Here the id is the event's last argument, after at least one other: the string
 `<sender>-<counter>` with
 
-- sender: 16 to 64 letters and digits that the client has chosen at random (at least 64 bits) and shows to nobody else:
-  who knows it can use up the numbers of its messages;
-- counter: 1, 2, 3 ... in the order of the sender's messages; gaps are messages that it has given up.
+- sender: 16 to 64 letters and digits that the client chooses at random (at least 64 bits) and keeps secret: anyone who
+  knows it can use up the sender's numbers;
+- counter: 1, 2, 3 ... in the order of the sender's messages; a gap is a message that the sender gave up.
 
-A sender has one unacknowledged message at a time. `Sender` is such a client. The JavaScript client is one with its own
-options `retries` and `ackTimeout`, and needs nothing from here. `Received` recognises repetitions on a node.
+A sender has one unacknowledged message at a time. `Sender` is such a client. The JavaScript client does the same with
+its own options `retries` and `ackTimeout`. `Received` recognises repetitions on a node.
 
-What is promised to such a sender:
+For each sender:
 
-- At least once: what has been acknowledged has been handled, and handling has ended without an exception.
-- In order: a message is handled after all those of its sender that were acknowledged before; on one node, no message is
-  handled before the handling of an earlier one has ended, nor after a later one.
-- Once, as long as the user's sessions are on one node and its process lives: whatever becomes of connections.
-- Once across a rebalance, a drain, a stop and a rolling update, if the acknowledgement is given within four seconds:
-  the node writes it before it ends the session, and takes in nothing that wants one meanwhile.
+- At least once: an acknowledged message was handled, and its handler raised no exception.
+- In order: a message is handled after all messages that the sender got acknowledged before. On one node, messages are
+  handled one at a time, and none after a later one.
+- Once, while the user's sessions stay on one node and its process lives, even if connections fail.
+- Once across a rebalance, drain, stop and rolling update, if the handler answers within four seconds: the node sends
+  the acknowledgement before it ends the session, and meanwhile accepts no event that asks for one.
 
-A message can be handled twice, both times with its id, when the process dies between handling and acknowledgement (it
-is killed if systemd stops the unit while its next process is taking its place), when the handler takes longer than that
-while its user is sent to another node, when the connection is cut or the node hangs before the acknowledgement has
-arrived and the user comes back on another node (a node that hung may then handle it late), and when more senders than
-`Received` remembers were here, or used the same connection, in between. An application that must not do anything twice
-stores the id together with the effect.
+A message can be handled twice, both times with its id, when
 
-Not promised: that an event from the server arrives (Socket.IO: at most once), any order between senders, anything about
-a message whose sender has given it up or is gone, nor anything to a sender with two messages under way: the earlier one
-may then never be acknowledged, though none is acknowledged without having been handled.
+- the process dies between handling and acknowledgement (systemd kills it if the unit is stopped during a takeover);
+- the handler takes longer than four seconds while its user is moved to another node;
+- the connection is cut or the node hangs before the acknowledgement arrives, and the user reconnects to another node (a
+  node that hung may handle the message later);
+- more senders than `Received` remembers were active in between, on the node or on the same connection.
+
+An application that must not do something twice stores the id together with the effect.
+
+Not guaranteed: events from the server to a client (Socket.IO: at most once), any order between senders, and messages
+that a sender has given up. If a sender has two messages under way, the earlier one may never be acknowledged.
 """
 
 import asyncio
@@ -49,19 +51,19 @@ import socketio
 
 MESSAGE_ID = re.compile(r"(?P<sender>[A-Za-z0-9]{16,64})-(?P<counter>[1-9][0-9]{0,15})")
 SENDERS = 20_000
-"""Twice the connections that a node takes by default. A repetition comes within seconds after the connection that it
-replaces, so it is enough to remember those who were here just now."""
+"""Twice the connections that a node takes by default. A repetition comes within seconds after its connection is lost,
+so recent senders are enough."""
 SENDERS_OF_A_CONNECTION = 32
-"""A client is one sender, and a page may have several. One that makes senders up displaces its own only."""
+"""A client is one sender, and a page may have several. A client that makes up senders displaces only its own."""
 ANSWER_BYTES = 64 * 1024 * 1024
-"""What the acknowledgements may take in all: 3 KB for each sender, and a client can have large ones kept."""
+"""Bound of all acknowledgements together: 3 KB for each sender, since a client can cause large ones."""
 OBJECT_BYTES = 64
-"""What a value takes beside its content."""
+"""The overhead of a value beside its content."""
 WAITING_TURNS = 16
-"""How many messages of one sender may wait for their turn: it repeats one every ten seconds or so."""
+"""How many messages of one sender may wait for their turn: a sender repeats one about every ten seconds."""
 ACK_TIMEOUT_SECONDS = 10.0
-"""A lost connection is noticed as such. This is for an acknowledgement that fails to come over a living one, because
-the handler failed or takes long. More than the four seconds in which a node that sends its users away is silent."""
+"""For an acknowledgement that does not arrive over an open connection, because the handler failed or takes long (a lost
+connection is detected as such). Longer than the four seconds that a node waits for handlers when it moves users."""
 
 
 @dataclass(slots=True)
@@ -72,7 +74,7 @@ class _Turn:
 
 @dataclass(slots=True)
 class _Last:
-    """The last message of a sender: over which connection it came, and how many bytes the answer takes."""
+    """The last message of a sender: `sid` is its connection, `size` the bytes that the answer takes."""
 
     counter: int
     answer: object
@@ -81,7 +83,7 @@ class _Last:
 
 
 class Received:
-    """Recognises messages that come again, of the last `senders` senders that this process has heard of.
+    """Recognises repeated messages of the last `senders` senders that sent something to this process.
 
     ::
 
@@ -92,13 +94,13 @@ class Received:
         def order(sid, goods, message_id=None):
             return "ordered"
 
-    Of each sender the counter and the acknowledgement of its last message are kept, in the process's memory. One object
-    may stand before several events: a sender counts all its messages together. Handlers are functions, in green threads
-    or in real ones, and have to end: what else their sender sends waits for them.
+    It keeps the counter and the acknowledgement of each sender's last message, in the process's memory. One object may
+    wrap the handlers of several events: a sender counts all its messages together. Handlers are functions, in green
+    threads or real ones, and must return: their sender's next messages wait for them.
 
-    What is kept is bounded, whatever clients send: SENDERS_OF_A_CONNECTION are remembered of those that used a
-    connection last, and ANSWER_BYTES of acknowledgements in all; who was not heard of for the longest time is forgotten
-    first. Beyond WAITING_TURNS, a message is neither handled nor acknowledged, and its sender repeats it.
+    Memory is bounded, whatever clients send: at most SENDERS_OF_A_CONNECTION senders for each connection and
+    ANSWER_BYTES of acknowledgements in all; the least recent senders are forgotten first. Beyond WAITING_TURNS waiting
+    messages of a sender, a message is neither handled nor acknowledged, and the sender repeats it.
     """
 
     def __init__(self, server: socketio.Server, senders: int = SENDERS) -> None:
@@ -113,11 +115,11 @@ class Received:
     def once(self, handler: Callable[..., object]) -> Callable[..., object]:
         """Return an event handler that calls `handler` once for each id, with the id as keyword argument `message_id`.
 
-        The id is no longer among the arguments. An event without one is handled as if there were nothing here.
+        The id is no longer among the arguments. An event without an id is passed to the handler unchanged.
 
-        A repetition of the sender's last message gets that one's acknowledgement; while that is still being handled, it
-        waits. If the handler raises, nothing is kept, and a repetition is handled. A message before the last one is
-        neither handled nor acknowledged: it is late, its sender has given it up or had its acknowledgement.
+        A repetition of the sender's last message gets the same acknowledgement, and waits for it while the message is
+        being handled. If the handler raises, nothing is kept, and a repetition is handled. An earlier message is
+        neither handled nor acknowledged: its sender gave it up, or already got its acknowledgement.
         """
 
         @functools.wraps(handler)
@@ -143,7 +145,7 @@ class Received:
 
     @contextmanager
     def _turn(self, sender: str) -> Iterator[bool]:
-        """Wait until nothing of this sender is being handled, and have others wait; False if too many do already."""
+        """Hold the sender's turn for this block, once no other message of it has it; False if too many wait already."""
         with self._lock:
             turn = self._turns.setdefault(sender, _Turn(threading.Lock()))
             takes_part = turn.users <= WAITING_TURNS
@@ -183,21 +185,21 @@ class Received:
 
 
 def _size(answer: object) -> int:
-    """Return about how many bytes an acknowledgement takes."""
+    """Return the approximate size of an acknowledgement in bytes."""
     parts: Iterable[object] = ()
     if isinstance(answer, dict):
         parts = itertools.chain(answer, answer.values())
     elif isinstance(answer, list | tuple):
         parts = answer
-    # Not sys.getsizeof(), which PyPy does not have.
+    # PyPy has no sys.getsizeof().
     return OBJECT_BYTES + (len(answer) if isinstance(answer, str | bytes) else 0) + sum(map(_size, parts))
 
 
 class Sender:
     """Sends messages through a `socketio.AsyncClient` until each is acknowledged, in order, one at a time.
 
-    The client connects and reconnects as it always does, and has its default namespace; the sender watches it through
-    public names of python-engineio's client: `on()` and `handlers`. `repeated` counts the repetitions.
+    The client connects and reconnects by itself, and uses the default namespace. The sender watches it through public
+    names of python-engineio's client: `on()` and `handlers`. `repeated` counts the repetitions.
     """
 
     def __init__(self, client: socketio.AsyncClient, *, ack_timeout: float = ACK_TIMEOUT_SECONDS) -> None:
@@ -208,7 +210,7 @@ class Sender:
         self._turn = asyncio.Lock()
         self._dropped: asyncio.Future[None] | None = None
         self._ended = False
-        # Set while connected, and when waiting for that is in vain.
+        # Set while connected, and when the client will not connect again.
         self._settled = asyncio.Event()
         self.repeated = 0
         self._watch()
@@ -217,8 +219,8 @@ class Sender:
         """Send an event, and return its acknowledgement: None, a value, or a tuple of several.
 
         `data` is as for `AsyncClient.emit`, and the id follows it. The message is sent again as soon as a lost
-        connection is back, and every `ack_timeout` seconds on one that lives. There is no other limit: bound it with
-        `asyncio.timeout`. One that was cancelled is given up, and may have been handled or not.
+        connection is back, and every `ack_timeout` seconds while the connection is open, without limit: bound it with
+        `asyncio.timeout`. A cancelled message is given up; it may have been handled or not.
 
         Raises:
             socketio.exceptions.DisconnectedError: the client was disconnected on purpose, or gave up reconnecting.
@@ -230,7 +232,7 @@ class Sender:
             answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
             def acknowledge(*answer: object) -> None:
-                # A second one is that of a repetition.
+                # A repetition is acknowledged too.
                 if not answered.done():
                     answered.set_result(answer if len(answer) > 1 else next(iter(answer), None))
 
@@ -249,7 +251,7 @@ class Sender:
             return answered.result()
 
     def _watch(self) -> None:
-        """Put watching behind what the Socket.IO client does at the engine's events: its handlers are the user's."""
+        """Wrap the Socket.IO client's own handlers of the engine's events: its event handlers are left to the user."""
         client, engine = self._client, self._client.eio
         message, disconnect = engine.handlers["message"], engine.handlers["disconnect"]
 
@@ -275,6 +277,6 @@ class Sender:
 
         engine.on("message", on_message)
         engine.on("disconnect", on_disconnect)
-        # The one event that tells whether the client will come back; python-socketio's own simple client uses it.
+        # The only event that says that the client will not reconnect; python-socketio's SimpleClient uses it too.
         client.on("__disconnect_final", on_end)
         note_connection()

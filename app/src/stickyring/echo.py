@@ -1,9 +1,9 @@
-"""The echo service: the reference application that every part of a deployment is proven with.
+"""The echo service: the reference application that proves a deployment.
 
-On connect a client gets the event `message` with `node#<node name>: welcome`. For every `message` that it sends, it
+On connect, a client gets the event `message` with `node#<node name>: welcome`. For every `message` that it sends, it
 gets `message` with `node#<node name>: <text>`, and the same string as the acknowledgement if it asked for one. A
-message with an id (`stickyring.delivery`) is answered once: the event has the id as its second argument, and whoever
-sends the message again gets the acknowledgement again.
+message with an id (`stickyring.delivery`) is answered once, with the id as the event's second argument. If the client
+sends it again, it gets only the acknowledgement again.
 """
 
 import mimetypes
@@ -19,29 +19,28 @@ CLIENT_SCRIPT = "socket.io.min.js"
 
 
 def create_application(pages: str = str(PAGES)) -> socketio.WSGIApp:
-    """Return the echo service with its pages: every file of the folder `pages` by its name, and index.html at `/`.
+    """Return the echo service and its pages: every file of the folder `pages` by its name, and index.html at `/`.
 
     The node's name is read from the environment variable STICKYRING_NODE_NAME, which `stickyring serve` sets.
 
     Raises:
-        FileNotFoundError: the folder has no JavaScript client, without which the pages do nothing.
+        FileNotFoundError: the folder has no JavaScript client, which the pages need.
     """
     if not Path(pages, CLIENT_SCRIPT).is_file():
         raise FileNotFoundError(
-            f"{Path(pages, CLIENT_SCRIPT)} is missing; npm brings it when the distribution is built or installed: "
-            "run `pip install .` in the folder app/"
+            f"{Path(pages, CLIENT_SCRIPT)} is missing: run `pip install .` in the folder app/, which gets it with npm"
         )
     prefix = f"node#{os.environ['STICKYRING_NODE_NAME']}: "
     server = socketio.Server(
         async_mode="eventlet",
-        # Handlers that never block need no green thread of their own: 8 to 15 % less work for an echo.
+        # The handlers never block, so they need no green thread of their own: 8 to 15 % less work for an echo.
         async_handlers=False,
-        # The welcome is sent while connecting; clients expect the acceptance of the connection before any event.
+        # The connect handler sends the welcome. Clients expect the connection to be accepted before any event.
         always_connect=True,
-        # Pages come from the origin that the client connects to, which an edge keeps in Host and X-Forwarded-Proto.
+        # Only the pages' own origin is allowed. The edge passes it on in Host and X-Forwarded-Proto.
         cors_allowed_origins=None,
-        # Ping interval and timeout stay Engine.IO's 25 and 20 s: what fails behind the edge is noticed without them,
-        # and pings are most of what a crowd of silent clients costs.
+        # Ping interval and timeout stay at Engine.IO's 25 and 20 s. Failures behind the edge are detected without them,
+        # and they are most of the cost of silent clients.
     )
 
     def welcome(sid: str, environ: dict[str, object]) -> None:

@@ -1,12 +1,12 @@
 """Which node owns a user: the edge's consistent hash, computed outside the edge.
 
-The rules are those of Envoy 1.40.0, source/extensions/load_balancing_policies: ring_hash/ring_hash_lb.cc,
-maglev/maglev_lb.cc and common/thread_aware_lb_impl.cc, with the endpoint's `hash_key` as its identity, xxHash64 as the
-hash, and one hash policy that yields the key. Envoy scales weights in double precision, and so does this module, step
-by step: a point more or less on the ring is another owner for some users. app/tests/test_ring_against_envoy.py
-compares owners with a running Envoy.
+It follows Envoy 1.40.0, source/extensions/load_balancing_policies: ring_hash/ring_hash_lb.cc, maglev/maglev_lb.cc and
+common/thread_aware_lb_impl.cc, with the endpoint's `hash_key` as its identity, xxHash64 as the hash, and one hash
+policy that yields the key. Weights are scaled in double precision in the same steps as in Envoy, because one point more
+or less on the ring changes the owner of some users. app/tests/test_ring_against_envoy.py compares owners with a running
+Envoy.
 
-A ring document is the JSON form of what an edge serves for one cluster:
+A ring document is the JSON form of an edge's endpoints for one cluster:
 
     {"cluster": "nodes",
      "policy": "RING_HASH" | "MAGLEV",
@@ -15,14 +15,14 @@ A ring document is the JSON form of what an edge serves for one cluster:
      "members": [{"name": "nobody", "weight": 1},  RING_HASH only, see below
                  {"name": "node1-1", "weight": 4096, "health": "HEALTHY" | "UNHEALTHY" | "DRAINING"}, ...]}
 
-`name` is the endpoint's hash_key; members stand in the edge's order; health may be absent and is HEALTHY then.
+`name` is the endpoint's hash_key; members are in the edge's order; health may be absent, which means HEALTHY.
 Unhealthy and draining members own nothing: the edge runs with healthy_panic_threshold 0.
 
-On a ring, the member `nobody` takes part in Envoy's arithmetic and owns nothing: it is no node, and the edge passes on
-whoever it meets to the next point. It is there for its weight, 1: Envoy gives the lightest member a whole number of
-points, one for minimum_size 1, and all others as many for their weight. So a weight is a number of points, whoever else
-comes, goes or fails; without it, the points of all depend on who is there. Envoy's rounding adds or takes a single
-point in some fleets of unequal weights. In a Maglev table, `nobody` is a name like any other.
+On a ring, the member `nobody` fixes how many points a weight gets. It is not a node and owns nothing: the edge sends a
+request that hits its point to the next one. Envoy gives the lightest member a whole number of points (one, with
+minimum_size 1), and scales all others to it. `nobody` has weight 1, so a member has as many points as its weight says,
+whoever else joins, leaves or fails. Without it, everybody's points would change with the membership. In some fleets of
+unequal weights, Envoy's rounding adds or removes a single point. In a Maglev table, `nobody` is a name like any other.
 """
 
 import math
@@ -53,12 +53,12 @@ HEALTH_STATES = ("HEALTHY", "UNHEALTHY", "DRAINING")
 
 
 class RingError(ValueError):
-    """No ring can be made of a document; the text says why, in one line."""
+    """A document is not a valid ring; the text says why, in one line."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One endpoint: `name` is its identity on the ring, `weight` its size beside the others'."""
+    """One endpoint: `name` is its identity on the ring, `weight` its size relative to the others."""
 
     name: str
     weight: int
@@ -71,11 +71,11 @@ class Member:
 
 
 class Ring(ABC):
-    """The owners of all keys under one membership; never changes.
+    """The owners of all keys under one membership; immutable.
 
     Attributes: `cluster`; `policy`, RING_HASH or MAGLEV; `sizes`, the policy's numbers under the document's names;
-    `members`, all of them in the edge's order, a ring's without `nobody`; `names` of those that serve;
-    `points_per_weight`, how many places on the ring or in the table a unit of weight has.
+    `members`, in the edge's order, for RING_HASH without `nobody`; `names` of the serving members;
+    `points_per_weight`, points on the ring or slots in the table for one unit of weight.
     """
 
     points_per_weight: float
@@ -89,10 +89,10 @@ class Ring(ABC):
 
     @staticmethod
     def load(document: Mapping[str, Any]) -> "Ring":
-        """Make the ring of a ring document (see the module).
+        """Return the ring of a ring document (see the module).
 
         Raises:
-            RingError: the document is none, or no member serves.
+            RingError: the document is not valid, or no member is healthy.
         """
         if not isinstance(document, Mapping):
             raise RingError(f"a ring document is an object with cluster, policy and members, not {_shown(document)}")
@@ -113,7 +113,7 @@ class Ring(ABC):
         return _HashRing(cluster, members, least, most)
 
     def owner(self, key: str) -> str:
-        """Return the name of the member that owns `key`, which has no percent-encoding."""
+        """Return the name of the member that owns `key`, given without percent-encoding."""
         return self.owners((key,))[0]
 
     @abstractmethod
@@ -125,15 +125,15 @@ class Ring(ABC):
         """Return the share of all possible hashes that each serving member owns; they sum to 1."""
 
     def due(self) -> dict[str, float]:
-        """Return the share that each serving member's weight asks for, as Envoy normalizes it; they sum to 1."""
+        """Return each serving member's share of the weights, as Envoy normalizes it; they sum to 1."""
         return _normalized(self.members)
 
 
 class _HashRing(Ring):
-    """Envoy's ring_hash: each member has points on a circle of hashes, a key belongs to the first at or above its own.
+    """Envoy's ring_hash: members have points on a circle of hashes; the first point at or above a key's hash owns it.
 
-    The circle is cut open into arcs: the one at index i ends with `ends[i]` and belongs to `arc_owners[i]`. The last
-    one, from the last point to the end of the hash space, belongs to the first point.
+    The circle is stored as arcs: arc i ends at `ends[i]`, and `arc_owners[i]` owns it. The last arc, from the last
+    point to the end of the hash space, belongs to the owner of the first point.
     """
 
     def __init__(self, cluster: str, members: tuple[Member, ...], least: int, most: int) -> None:
@@ -147,7 +147,7 @@ class _HashRing(Ring):
         owner_of: dict[int, str] = {}
         made, target = 0, 0.0
         for name, weight in weights.items():
-            # The sum runs on over the members, and so do its rounding and the fractions of points.
+            # As in Envoy, rounding and fractions of points carry over to the next member.
             target += scale * weight
             prefix, count = name.encode() + b"_", math.ceil(target) - made
             made += count
@@ -170,11 +170,11 @@ class _HashRing(Ring):
 
 
 class _MaglevTable(Ring):
-    """Envoy's Maglev: the members take turns at claiming slots of a table, a key belongs to slot hash % size."""
+    """Envoy's Maglev: the members take turns at claiming slots of a table; the owner of slot hash % size owns a key."""
 
     def __init__(self, cluster: str, members: tuple[Member, ...], size: int) -> None:
         super().__init__(cluster, "MAGLEV", {"table_size": size}, members)
-        # By the bytes of the name, which makes the edge's order meaningless here.
+        # Sorted by name as Envoy does, so the edge's order does not matter.
         weights = sorted(self.due().items(), key=lambda item: item[0].encode())
         largest = max(weight for _, weight in weights)
         next_slots = [xxh64_intdigest(name.encode()) % size for name, _ in weights]
@@ -185,7 +185,7 @@ class _MaglevTable(Ring):
         while free:
             turn += 1
             for index, (name, weight) in enumerate(weights):
-                # The heaviest claims a slot in every turn, one of a third of its weight in every third.
+                # The heaviest member claims a slot every turn, a member of a third of its weight every third turn.
                 if turn * weight < targets[index]:
                     continue
                 targets[index] += largest
@@ -212,8 +212,8 @@ class _MaglevTable(Ring):
 def moved(before: Ring, after: Ring) -> dict[tuple[str, str], float]:
     """Return the share of all possible hashes that changes its owner, by (from, to).
 
-    Pairs between which nothing moves are absent. Between different policies or table sizes a hash's two owners are
-    independent of each other but for a millionth, and are taken as such.
+    Pairs between which nothing moves are absent. Between different policies or table sizes, the two owners of a hash
+    are treated as independent, which is exact to a millionth.
     """
     match before, after:
         case _HashRing(), _HashRing():
@@ -231,7 +231,7 @@ def moved(before: Ring, after: Ring) -> dict[tuple[str, str], float]:
 
 
 def _moved_arcs(before: _HashRing, after: _HashRing) -> dict[tuple[str, str], float]:
-    """Walk both circles at once: between two neighbouring points of either, all hashes have the same two owners."""
+    """Walk both circles at once: between two neighbouring points, all hashes have the same two owners."""
     owned = Counter[tuple[str, str]]()
     old = new = 0
     start = -1
@@ -245,14 +245,14 @@ def _moved_arcs(before: _HashRing, after: _HashRing) -> dict[tuple[str, str], fl
 
 
 def _normalized(members: Iterable[Member]) -> dict[str, float]:
-    """The share of the weight that each serving member has; they sum to 1."""
+    """Return each serving member's share of the weight; they sum to 1."""
     weights = {member.name: member.weight for member in members if member.serving}
     total = sum(weights.values())
     return {name: weight / total for name, weight in weights.items()}
 
 
 def _hash(key: str) -> int:
-    # Surrogates stand for bytes that are no UTF-8: they are hashed as they came.
+    # Surrogates stand for bytes that are not UTF-8; they are hashed unchanged.
     return xxh64_intdigest(key.encode("utf-8", "surrogateescape"))
 
 
@@ -262,17 +262,17 @@ def _members(described: object, policy: str) -> tuple[Member, ...]:
     members = tuple(_member(each, f"members[{number}]") for number, each in enumerate(described))
     twice = [name for name, count in Counter(member.name for member in members).items() if count > 1]
     if twice:
-        raise RingError(f"members: {_shown(twice[0])} is there twice")
+        raise RingError(f"members: {_shown(twice[0])} is listed twice")
     owners = members if policy == "MAGLEV" else _without_nobody(members)
     if not any(member.serving for member in owners):
-        raise RingError(f"members: none of {len(owners)} serves, so nobody owns anything")
+        raise RingError(f"members: none of {len(owners)} is healthy, so no user has a node")
     if sum(member.weight for member in members if member.serving) > LARGEST_WEIGHT:
-        raise RingError(f"members: their weights sum to more than {LARGEST_WEIGHT}, the most that Envoy takes")
+        raise RingError(f"members: their weights sum to more than {LARGEST_WEIGHT}, Envoy's maximum")
     return members
 
 
 def _without_nobody(members: Iterable[Member]) -> tuple[Member, ...]:
-    """The members of a ring that are nodes."""
+    """Return the members that are nodes."""
     return tuple(member for member in members if member.name != NOBODY)
 
 
@@ -293,11 +293,11 @@ def _check_keys(described: Mapping[str, Any], wanted: set[str], what: str) -> No
     if missing := sorted(wanted - described.keys()):
         raise RingError(f"{what} has no {missing[0]}")
     if unknown := sorted(map(str, described.keys() - wanted)):
-        raise RingError(f"{what} has no use for {_shown(unknown[0])}")
+        raise RingError(f"{what} has an unknown field {_shown(unknown[0])}")
 
 
 def _integer(value: object, where: str, most: int) -> int:
-    # In Python a truth value is an integer, in JSON it is not.
+    # In Python, unlike in JSON, a truth value is an integer.
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise RingError(f"{where}: {_shown(value)} is not a whole number from 1 to {most}")
     return value
@@ -311,6 +311,6 @@ def _prime(value: object) -> int:
 
 
 def _shown(value: object) -> str:
-    """The value in one line, no longer than a message can bear."""
+    """Return the value in one line of at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

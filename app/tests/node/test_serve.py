@@ -95,7 +95,7 @@ def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.Mo
         ("missing:application", "No module named 'missing'"),
         ("plain:nothing", "Failed to find attribute 'nothing' in 'plain'"),
         ("broken:application", "ValueError: no database at all"),
-        ("stickyring.echo:create_application('.')", "socket.io.min.js is missing; npm brings it"),
+        ("stickyring.echo:create_application('.')", "socket.io.min.js is missing: run `pip install .`"),
     ],
 )
 def test_an_application_that_cannot_be_had_ends_the_process(tmp_path: Path, application: str, cause: str) -> None:

@@ -4,8 +4,8 @@ const LOG_LINES = 200;
 const part = (name) => document.querySelector(`[data-testid="${name}"]`);
 
 /**
- * The id of this user: the one in the page's address, so that a link can be shared; else the one that this browser
- * keeps; else a new one. Only characters that no client percent-encodes are taken: they look the same in every log.
+ * This user's id: the one in the page's address, so that links can be shared; else the one stored in this browser; else
+ * a new one. Only characters that no client percent-encodes are used: they look the same in every log.
  */
 function clientId() {
   const usable = (id) => id !== null && /^[A-Za-z0-9._~-]{1,64}$/.test(id);
@@ -14,7 +14,7 @@ function clientId() {
   if (!usable(id)) {
     id = kept();
     if (!usable(id)) {
-      // crypto.randomUUID is missing here: it needs https or localhost, and an edge's plain address is neither.
+      // crypto.randomUUID needs https or localhost, and an edge's plain address is neither.
       const bytes = crypto.getRandomValues(new Uint8Array(8));
       id = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
       keep(id);
@@ -25,7 +25,7 @@ function clientId() {
   return id;
 }
 
-// A browser that blocks storage throws on the mere access: the address alone then carries the id.
+// A browser that blocks storage throws on access; then only the address carries the id.
 function kept() {
   try {
     return localStorage.getItem("client_id");
@@ -38,13 +38,13 @@ function keep(id) {
   try {
     localStorage.setItem("client_id", id);
   } catch {
-    // Nothing is lost but the id's way into other tabs.
+    // Other tabs will not share the id.
   }
 }
 
 /**
- * A hue in degrees for a node's name, so that tabs on one node are seen to agree. Names such as node1-1 differ in their
- * digits: the next host's hue is the golden angle away, which sets a few hosts far apart; instances of a host are near.
+ * A hue in degrees for a node's name, so that tabs on one node have one colour. In names such as node1-1, the next
+ * host's hue is the golden angle away, so a few hosts differ clearly; instances of one host have similar hues.
  */
 function hue(name) {
   let sum = 0;
@@ -76,12 +76,11 @@ function log(kind, text, node) {
   list.scrollTop = list.scrollHeight;
 }
 
-/** What went wrong in words: Engine.IO puts the HTTP status and the request beside its own short message. */
+/** Engine.IO's short message, with the HTTP status and body of the failed request if there are any. */
 function reason(message, details) {
   const request = details?.context;
   if (request instanceof XMLHttpRequest && request.status > 0) {
-    const says = request.responseText.slice(0, 200);
-    return `${message}: HTTP ${request.status} ${says}`;
+    return `${message}: HTTP ${request.status} ${request.responseText.slice(0, 200)}`;
   }
   return message;
 }
@@ -109,12 +108,12 @@ function connect() {
     part("client-id").textContent = id;
     options.query = { client_id: id };
     options.transports = ["websocket", "polling"];
-    options.tryAllTransports = true; // without it the client never comes to the second of them
+    options.tryAllTransports = true; // without it, the client never tries the second transport
   }
   const socket = io(options);
 
   socket.on("connect", () => {
-    const engine = socket.io.engine; // each connection has an engine of its own
+    const engine = socket.io.engine; // a new one for each connection
     showState("connected");
     showTransport(engine.transport.name);
     log("note", `connected, ${engine.transport.name}`);
@@ -141,11 +140,11 @@ function connect() {
   });
 
   socket.on("disconnect", (why, details) => {
-    // An error before the connection stood has come as connect_error already, with the better message.
-    const told = part("state").textContent !== "connected" && why === "transport error";
+    // connect_error has already shown an error before the connection was open, with a better message.
+    const shown = part("state").textContent !== "connected" && why === "transport error";
     showState(socket.active ? "reconnecting" : "disconnected");
     showTransport("none");
-    if (!told) {
+    if (!shown) {
       showError(reason(why, details));
     }
   });
