@@ -97,12 +97,12 @@ def test_sessions_tells_who_is_connected(node: ServeProcess, folder: Path) -> No
 @pytest.mark.parametrize(
     ("method", "target", "body", "status", "error"),
     [
-        ("GET", "/", "", 404, "nothing answers GET / here"),
-        ("POST", "/sessions", "", 404, "nothing answers POST /sessions here"),
+        ("GET", "/", "", 404, "there is no GET /"),
+        ("POST", "/sessions", "", 404, "there is no POST /sessions"),
         ("POST", "/rebalance", "{", 400, "not JSON"),
         ("POST", "/rebalance", "[]", 400, "an object with ring"),
         ("POST", "/rebalance", json.dumps({"ring": RING, "speed": 1}), 400, "an object with ring"),
-        ("POST", "/rebalance", json.dumps({"ring": {**RING, "members": []}}), 400, "this is no ring: members"),
+        ("POST", "/rebalance", json.dumps({"ring": {**RING, "members": []}}), 400, "invalid ring: members"),
         ("POST", "/rebalance", json.dumps({"ring": RING, "rate": 0}), 400, "rate: 0 is not"),
         ("POST", "/rebalance", json.dumps({"ring": RING, "rate": "fast"}), 400, "rate: 'fast' is not"),
         ("POST", "/rebalance", json.dumps({"ring": RING, "rate": True}), 400, "rate: True is not"),
@@ -196,7 +196,7 @@ def test_a_node_that_is_started_anew_meanwhile_is_told_of(
     monkeypatch.setattr(operate, "ask", answer)
     result = invoke("rebalance", "--control", tmp_path / "control", "--ring", ring)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.splitlines()[-1].startswith("Error: the node was started anew")
+    assert result.stderr.splitlines()[-1].startswith("Error: the node was restarted")
     assert "Traceback" not in result.stderr
 
 
@@ -234,8 +234,8 @@ def test_an_equal_ring_is_not_made_anew(monkeypatch: pytest.MonkeyPatch) -> None
     [
         (["sessions"], "Missing option '--control' (env var: 'STICKYRING_CONTROL')"),
         (["sessions", "--control", "absent"], "no control socket absent: does the node run"),
-        (["sessions", "--control", "file"], "nobody serves the control socket file"),
-        (["sessions", "--control", "dead"], "nobody serves the control socket dead: the node does not run"),
+        (["sessions", "--control", "file"], "no process serves the control socket file"),
+        (["sessions", "--control", "dead"], "no process serves the control socket dead: the node does not run"),
         (["rebalance", "--control", "absent"], "Missing option '--ring'"),
         (["rebalance", "--control", "absent", "--ring", "absent"], "'absent': No such file or directory"),
         (["rebalance", "--control", "absent", "--ring", "file"], "file is not JSON"),
@@ -261,7 +261,7 @@ def test_the_node_s_refusal_is_one_line(node: ServeProcess, folder: Path) -> Non
     Path(folder, "other.json").write_text('{"policy": "ROUND_ROBIN"}')
     result = invoke("rebalance", "--control", folder / "control", "--ring", folder / "other.json")
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: the node refuses: this is no ring: policy: 'ROUND_ROBIN'")
+    assert result.stderr.startswith("Error: the node refuses: invalid ring: policy: 'ROUND_ROBIN'")
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -287,7 +287,7 @@ def test_the_socket_is_the_owners_and_goes_with_the_node(serve: Callable[..., Se
 
 def test_a_socket_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
     Path(tmp_path, "file").touch()
-    assert refusal(tmp_path, "file").endswith("file: there is something else\n")
+    assert refusal(tmp_path, "file").endswith("file: the file exists and is not a socket\n")
     assert Path(tmp_path, "file").exists()
     assert refusal(tmp_path, "absent/control").endswith("absent/control: No such file or directory\n")
     assert refusal(tmp_path, "a" * 200).endswith("AF_UNIX path too long\n")

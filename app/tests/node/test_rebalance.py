@@ -261,7 +261,7 @@ async def test_nothing_under_way_is_cut_off_and_who_is_sent_back_is_told_of(flee
                 assert len(user.all("connect")) == 2
             assert done.returncode == 1
             assert {"to_move": 3, "asked": 3, "left": 3, "returned": 2}.items() <= json.loads(done.stdout).items()
-            assert "2 sessions are here though the ring has their users elsewhere" in done.stderr.splitlines()[-1]
+            assert "2 sessions are here, but their users are assigned to another node" in done.stderr.splitlines()[-1]
             assert fleet.nodes["node1-1"].logged("2 sessions came back")[0]["level"] == "WARNING"
 
             assert plain.recv(4096) == b"\x88\x00", "RFC 6455: a close frame without a status"

@@ -388,8 +388,8 @@ def test_without_the_command_that_waits_for_it_the_new_process_ends(node: Start,
     [
         ([], "--replace needs --control"),
         (["--control", "absent"], "no control socket absent: does the node run, and with --control?"),
-        (["--control", "control", "--listen", "127.0.0.1:1"], " and not on 127.0.0.1:1: an address cannot be taken"),
-        (["--control", "control", "--listen", "127.0.0.2:0"], " and not on 127.0.0.2:0: an address cannot be taken"),
+        (["--control", "control", "--listen", "127.0.0.1:1"], ", not on 127.0.0.1:1: --replace cannot change the"),
+        (["--control", "control", "--listen", "127.0.0.2:0"], ", not on 127.0.0.2:0: --replace cannot change the"),
         (
             ["--control", "control", "--worker-class", "stickyring.node.worker.Nothing"],
             "no worker class stickyring.",
@@ -417,7 +417,7 @@ def test_a_worker_class_that_cannot_retire_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "chat.py").write_text(APPLICATION)
     with serving(tmp_path, "chat:application", "--control", "control", "--worker-class", "gthread") as serve:
         line = refusal(tmp_path, "chat:application")
-        cause = "its worker class ThreadWorker cannot be replaced while it serves, restart it"
+        cause = "its worker class ThreadWorker does not support --replace: restart the node"
         assert line == f"Error: the node refuses: {cause}"
         assert where(serve) == serve.process.pid
 
@@ -436,7 +436,7 @@ def test_an_answer_without_the_listening_socket_is_one_line(tmp_path: Path) -> N
         control.listen()
         threading.Thread(target=ControlServer(control, faithless).run, daemon=True).start()
         line = refusal(tmp_path, "stickyring.echo:create_application()")
-    assert line == "Error: the node that serves control hands nothing over: no 'listener'"
+    assert line == "Error: the node that serves control does not support --replace: no 'listener'"
 
 
 class FakeIncumbent:

@@ -1,1 +1,1 @@
-"""What runs on a node: gunicorn with a worker of its own, around the application that is deployed."""
+"""What runs on a node: gunicorn with our own worker, around the deployed application."""

@@ -1,7 +1,7 @@
-"""A client's connection on eventlet, made for answers in one piece, and for a WebSocket: mostly waiting for a message.
+"""A client's connection on eventlet, optimised for answers sent in one piece and for mostly idle WebSockets.
 
-For each wait, eventlet's own socket tells epoll that it waits and that it no longer does, and sets and clears a timer.
-This one can stay registered, and looks at the clock once a timeout.
+For each wait, eventlet's own socket registers and unregisters with epoll, and sets and clears a timer. This one can
+stay registered, and checks the clock once per timeout.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ import eventlet.hubs
 from eventlet.greenio import GreenSocket
 
 INTERIM = b"HTTP/1.1 1"
-"""How an answer begins that another one follows, or another protocol (RFC 9110, 15.2)."""
+"""Start of an interim answer: another answer or another protocol follows (RFC 9110, 15.2)."""
 
 
 class Connection(GreenSocket):
-    """An accepted connection, which one green thread reads."""
+    """An accepted connection, read by one green thread."""
 
     def __init__(self, accepted: socket.socket) -> None:
-        # accept(2) in the patched standard library has wrapped it already.
+        # The patched standard library's accept() has already wrapped it.
         super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
         self._watching = False
         self._reader: Any = None
@@ -31,17 +31,17 @@ class Connection(GreenSocket):
         self._deadline = 0.0
         self._holding = False
         self._held = b""
-        del self.close  # eventlet's, which forgets who waits
+        del self.close  # eventlet's own, which ignores a waiting reader
 
     def watch(self) -> None:
-        """Stay registered from the next wait on, until the end: only `recv` and sending work from then on."""
+        """Stay registered with epoll from the next wait until the end; after that only `recv` and sending work."""
         self._watching = True
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
-        """Return at most `bufsize` bytes, waiting for the first of them; none when the client has ended.
+        """Return at most `bufsize` bytes, waiting for the first of them; none when the client has closed.
 
         Raises:
-            TimeoutError: nothing has come within the timeout.
+            TimeoutError: nothing has arrived within the timeout.
         """
         if self._held:
             self.release()
@@ -58,9 +58,10 @@ class Connection(GreenSocket):
 
     @contextlib.contextmanager
     def heeding_its_end(self, then: Callable[[], object]) -> Iterator[None]:
-        """Call `then`, in a green thread of its own, if the client ends the connection before the block ends.
+        """Call `then`, in a green thread of its own, if the client closes the connection before the block ends.
 
-        Nobody may read meanwhile: the client waits for an answer. Of one that sends something, the end is not heeded.
+        Nothing may read meanwhile: the client waits for an answer. If the client sends something, its end is not
+        detected.
         """
         hub = eventlet.hubs.get_hub()
         listener: Any = None
@@ -105,7 +106,7 @@ class Connection(GreenSocket):
         if self._reader is not None:
             self._reader.switch()
         elif self._listener is not None:
-            # Nobody reads for now: epoll would tell it over and over.
+            # Nobody reads now, and epoll would report the data again and again.
             self._forget()
 
     def _start_the_clock(self) -> None:
@@ -134,14 +135,14 @@ class Connection(GreenSocket):
         eventlet.hubs.get_hub().remove(listener)
 
     def settimeout(self, howlong: float | None) -> None:
-        """Bound each wait for bytes to so many seconds; of a connection that is watched, one that has begun too."""
+        """Bound each wait for bytes to `howlong` seconds; on a watched connection, a wait under way too."""
         super().settimeout(howlong)
         self._stop_the_clock()
         if self._reader is not None:
             self._start_the_clock()
 
     def close(self) -> None:
-        """Close it; whoever reads meets its end, and closes it again."""
+        """Close the connection; if a green thread is reading, it sees the end and closes it."""
         self._holding, self._held = False, b""
         if self._reader is not None:
             with contextlib.suppress(OSError):
@@ -153,17 +154,17 @@ class Connection(GreenSocket):
         self.fd.close()
 
     def hold(self) -> None:
-        """Send what is sent next, the head of an answer, together with what follows, or when it is released."""
+        """Hold back the next data, the head of an answer, to send it with what follows or on `release`."""
         self._holding = True
 
     def release(self) -> None:
-        """Hold nothing back any more."""
+        """Send what is held back."""
         self._holding = False
         if self._held:
             self.sendall(b"")
 
     def sendall(self, data: bytes, flags: int = 0) -> None:
-        """Send all of it, unless it is held."""
+        """Send all of `data`, or hold it back (see `hold`)."""
         if self._holding:
             self._holding = False
             if not data.startswith(INTERIM):
@@ -174,7 +175,7 @@ class Connection(GreenSocket):
         super().sendall(data, flags)
 
     def send_now(self, data: bytes) -> int:
-        """Send as much of it as goes without waiting; return how many bytes that was."""
+        """Send as much of `data` as possible without waiting; return the number of bytes sent."""
         try:
             return self.fd.send(data)  # type: ignore[no-any-return]
         except OSError:

@@ -1,28 +1,30 @@
-"""The control socket: HTTP on a Unix socket, by which a host's operator asks its node and tells it what to do.
+"""The control socket: HTTP on a Unix socket, over which a host's operator queries and controls its node.
 
 It serves the commands of `stickyring.node.operate` and cannot be reached over the network. Every answer is a JSON
-object; one that refuses has `error`, a line of text.
+object; an error has `error`, a line of text.
 
     GET  /sessions[?key=KEY]  200 {"node": name, "sessions": [{"key": "alice" | null, "cluster": "nodes" | null,
-                              "transport": "polling" | "websocket", "seconds": it has been open}]}
-    POST /rebalance           takes {"ring": ring document, "rate": sessions a second, may be absent}
-                              202 as GET /rebalance; 400 no such thing; 409 one is running
-    GET  /rebalance           200 {"running", "rate", "seconds" since it began, and numbers of sessions: "to_move",
-                              "staying" and "without_key" when it began; "asked" so far; "left", those of them that are
-                              gone; "returned", here when it ended though the ring has them elsewhere; and of users,
-                              "users_asked" and "users_returned"}; only "running", false, if there was none since the
-                              node started
-    POST /drain               202 as GET /drain: nobody is taken in any more, and everybody is asked to leave
-    POST /undrain             200 as GET /drain: users are taken in again; 409 the node is about to stop
-    GET  /drain               200 {"draining", "drained": whether everybody has left, and numbers of sessions:
-                              "sessions" that are open, "to_move" found so far, "asked", and "left", those of them that
-                              are gone; "requests" that are being answered}
-    GET  /listener            200 {"process": id of the node's master}, and as ancillary data beside it (SCM_RIGHTS) the
-                              descriptor of its listening socket; 409 the node could not be replaced now
-    POST /retire              202 {"relay": name of an abstract Unix socket, on which it answers requests of its
-                              sessions meanwhile}: the node has left its listening socket to whoever asked, drains and
-                              ends; 409 it cannot, and goes on; it goes on, too, when whoever asked has hung up.
-                              Both are for `stickyring.node.takeover`
+                              "transport": "polling" | "websocket", "seconds": open for so long}]}
+    POST /rebalance           body {"ring": ring document, "rate": sessions per second, optional}
+                              202 as GET /rebalance; 400 invalid body; 409 a rebalance is running
+    GET  /rebalance           200 {"running", "rate", "seconds" since the start; numbers of sessions: "to_move",
+                              "staying" and "without_key" at the start, "asked" so far, "left" of the asked ones,
+                              "returned": here at the end, but assigned to another node; numbers of users:
+                              "users_asked", "users_returned"}; {"running": false} if there was none since the node
+                              started
+    POST /drain               202 as GET /drain: the node refuses new users, and asks all users to reconnect
+    POST /undrain             200 as GET /drain: the node accepts users again; 409 the node is about to stop
+    GET  /drain               200 {"draining", "drained": whether all users have left; numbers of sessions: "sessions"
+                              open, "to_move" found so far, "asked", "left" of the asked ones; "requests": number being
+                              answered}
+
+For `stickyring.node.takeover`:
+
+    GET  /listener            200 {"process": id of the node's master}, with the descriptor of its listening socket as
+                              ancillary data (SCM_RIGHTS); 409 the node cannot be replaced now
+    POST /retire              202 {"relay": name of an abstract Unix socket, on which it still answers requests of its
+                              sessions}: the node has left its listening socket to the caller, drains and ends; 409 it
+                              cannot, and keeps serving. If the caller has hung up, it ignores the request.
 """
 
 import json
@@ -54,7 +56,7 @@ ACCEPT_PAUSE_SECONDS = 0.2
 
 
 class Refusal(Exception):
-    """A request that is answered with `status` and the text as `error`."""
+    """A request is refused; the answer has `status`, and the text as `error`."""
 
     def __init__(self, status: HTTPStatus, text: str) -> None:
         super().__init__(text)
@@ -62,7 +64,7 @@ class Refusal(Exception):
 
 
 class Control:
-    """What a node is asked and told over its control socket; answers are given as they are sent, in JSON's types."""
+    """Answers the requests on a node's control socket, in JSON's types."""
 
     def __init__(
         self,
@@ -81,11 +83,11 @@ class Control:
         self._known_ring: tuple[str, Ring] | None = None
 
     def answer(self, method: str, target: str, body: bytes) -> tuple[HTTPStatus, dict[str, Any]]:
-        """Do what a request asks; `listener` in an answer is a descriptor, and sent as such.
+        """Handle a request; return status and answer. `listener` in the answer is a descriptor, and sent as one.
 
         Raises:
-            Refusal: it asks for nothing that there is, or for nothing that can be done now.
-            CannotRetireError: as `Incumbent` has it.
+            Refusal: the request is unknown, invalid or not possible now.
+            CannotRetireError: see `Incumbent`.
         """
         parts = urlsplit(target)
         status = HTTPStatus.OK
@@ -111,7 +113,7 @@ class Control:
             case "POST", "/retire":
                 status, answer = HTTPStatus.ACCEPTED, self._incumbent.retire()
             case _:
-                raise Refusal(HTTPStatus.NOT_FOUND, f"nothing answers {method} {parts.path} here")
+                raise Refusal(HTTPStatus.NOT_FOUND, f"there is no {method} {parts.path}")
         return status, answer
 
     def _list_sessions(self, wanted: str | None) -> dict[str, Any]:
@@ -133,27 +135,27 @@ class Control:
         except ValueError as error:
             raise Refusal(HTTPStatus.BAD_REQUEST, f"the request is not JSON: {error}") from None
         if not isinstance(order, dict) or "ring" not in order or order.keys() - {"ring", "rate"}:
-            raise Refusal(HTTPStatus.BAD_REQUEST, "a rebalance takes an object with ring and, if wanted, rate")
+            raise Refusal(HTTPStatus.BAD_REQUEST, "the request is not an object with ring and optionally rate")
         try:
             ring = self._ring(order["ring"])
         except RingError as error:
-            raise Refusal(HTTPStatus.BAD_REQUEST, f"this is no ring: {error}") from None
+            raise Refusal(HTTPStatus.BAD_REQUEST, f"invalid ring: {error}") from None
         rate = order.get("rate", default_rate(ring))
         if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate <= FASTEST_RATE:
-            raise Refusal(HTTPStatus.BAD_REQUEST, f"rate: {rate!r} is not a number of sessions up to {FASTEST_RATE}")
+            raise Refusal(HTTPStatus.BAD_REQUEST, f"rate: {rate!r} is not a number above 0, up to {FASTEST_RATE}")
         if self._rebalance is not None and self._rebalance.running:
             raise Refusal(HTTPStatus.CONFLICT, "a rebalance is running")
         self._rebalance = Rebalance(self._node_name, self._sessions, ring, rate, self._metrics)
         if self._rebalance.progress()["to_move"]:
             threading.Thread(target=self._rebalance.run, daemon=True).start()
         else:
-            # Mostly: the answer then says that it is over, and whoever asked need not ask again.
+            # The usual case: the answer says that it has ended, and the command need not poll.
             self._rebalance.run()
         return self._rebalance.progress()
 
     def _ring(self, document: dict[str, Any]) -> Ring:
-        # Making one keeps all else in this process waiting, for seconds with heavy weights; mostly it is the last one.
-        # Compared as text: in Python, true equals 1.
+        # Building a ring blocks this process, for seconds with large weights, and usually it is the last ring again.
+        # Compared as text, because true equals 1 in Python.
         text = json.dumps(document, sort_keys=True)
         if self._known_ring is None or self._known_ring[0] != text:
             self._known_ring = text, Ring.load(document)
@@ -161,10 +163,10 @@ class Control:
 
 
 class ControlServer(ThreadingMixIn, UnixStreamServer):
-    """Serves a `Control` on a listening Unix socket, a thread a request.
+    """Serves a `Control` on a listening Unix socket, with a thread per request.
 
-    The threads and sockets are the standard library's, as the worker class has patched it or not. The base's own loop
-    is not used: it waits in a selector, which not all of them patch.
+    Threads and sockets are the standard library's, patched or not by the worker class. The base's own loop is not used:
+    it waits in a selector, which not every worker class patches.
     """
 
     daemon_threads = True
@@ -172,7 +174,7 @@ class ControlServer(ThreadingMixIn, UnixStreamServer):
     def __init__(self, listener: socket.socket, control: Control) -> None:
         super().__init__("", _Request, bind_and_activate=False)
         self.socket.close()
-        # Made anew by descriptor: this one may be a green socket, which the master's is not.
+        # A new object for the same descriptor: sockets may be patched here, but the master's is not.
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=listener.detach())
         self.control = control
 
@@ -182,14 +184,14 @@ class ControlServer(ThreadingMixIn, UnixStreamServer):
             try:
                 connection, address = self.get_request()
             except OSError as error:
-                log.warning("the control socket accepts nothing for now: %s", error.strerror)
+                log.warning("the control socket cannot accept a connection: %s", error.strerror)
                 time.sleep(ACCEPT_PAUSE_SECONDS)
                 continue
             self.process_request(connection, address)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Log what went wrong with one request; it concerns nobody else."""
-        log.exception("a request on the control socket has failed")
+        """Log the error of one request; the server goes on."""
+        log.exception("a request on the control socket failed")
 
 
 class _Request(BaseHTTPRequestHandler):
@@ -200,7 +202,7 @@ class _Request(BaseHTTPRequestHandler):
         self._answer()
 
     def do_POST(self) -> None:
-        # There would be nobody to take the place of this node.
+        # If the caller has hung up, no process would replace this one.
         if self.path != "/retire" or self._is_awaited():
             self._answer()
 
@@ -226,7 +228,7 @@ class _Request(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _is_awaited(self) -> bool:
-        """Whether the other end is still there; nothing follows a request, so there is nothing to read if it is."""
+        """Whether the caller is still connected; then there is nothing to read, because nothing follows a request."""
         self.connection.setblocking(False)
         try:
             return bool(self.connection.recv(1, socket.MSG_PEEK))
@@ -240,7 +242,7 @@ class _Request(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "0")
         if not length.isdecimal() or int(length) > LARGEST_BODY:
-            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {LARGEST_BODY} bytes")
+            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the request is larger than {LARGEST_BODY} bytes")
         return self.rfile.read(int(length))
 
     def log_message(self, format: str, *args: object) -> None:

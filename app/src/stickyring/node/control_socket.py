@@ -1,4 +1,4 @@
-"""The listening Unix socket of a node's control server, and the file by which it is found."""
+"""The listening Unix socket of a node's control server, and its file."""
 
 import errno
 import os
@@ -10,13 +10,13 @@ import click
 
 
 class ControlSocket:
-    """A listening Unix socket that only this user may use, in place of one that nobody serves any more.
+    """A listening Unix socket at `path` for this user only; it replaces a file that no process serves any more.
 
-    With `beside`, it waits under a name of its own next to `path` until `move_in`; at most one of that kind is there at
-    a time. The file may be another process's by the time that this one ends: only one's own is removed.
+    With `beside`, the socket is at `path` plus `.next` until `move_in`; only one process can have that at a time. When
+    this process ends, it removes the file only if it is still its own.
 
     Raises:
-        click.ClickException: it cannot be had.
+        click.ClickException: the socket cannot be created.
     """
 
     def __init__(self, path: Path, *, beside: bool = False) -> None:
@@ -28,15 +28,15 @@ class ControlSocket:
 
     @property
     def waits(self) -> bool:
-        """Whether it is still to be found beside the path."""
+        """Whether its file is still there under the name with `.next`."""
         return _identity(self._beside) == self._file
 
     def move_in(self) -> None:
-        """Take the place of whatever is at the path."""
+        """Move its file to `path`, replacing what is there."""
         self._beside.replace(self.path)
 
     def remove(self) -> None:
-        """Remove its file, if that is still its own."""
+        """Remove its file, if it is still its own."""
         for path in (self.path, self._beside):
             if _identity(path) == self._file:
                 path.unlink(missing_ok=True)
@@ -51,7 +51,7 @@ def _listen(path: Path, served: str) -> socket.socket:
         listener.bind(str(path))
         listener.listen()
     except OSError as error:
-        there = served if path.is_socket() else "there is something else"
+        there = served if path.is_socket() else "the file exists and is not a socket"
         cause = there if error.errno == errno.EADDRINUSE else error.strerror or error
         raise click.ClickException(f"cannot make the control socket {path}: {cause}") from None
     finally:
@@ -61,13 +61,13 @@ def _listen(path: Path, served: str) -> socket.socket:
 
 def _is_served(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
-        # One that is too busy to take the call must not hold this up.
+        # A busy process must not block this.
         caller.setblocking(False)
         return caller.connect_ex(str(path)) != errno.ECONNREFUSED
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Which file that is; as long as a socket is open, no other file gets its number."""
+    """Return the file's device and inode; no other file gets them while the socket is open."""
     with suppress(FileNotFoundError):
         status = path.stat()
         return status.st_dev, status.st_ino

@@ -1,9 +1,8 @@
-"""Empties this node, before it stops or for maintenance: nobody new is taken in, and whoever is here is sent elsewhere.
+"""Empties this node, before it stops or for maintenance: no new users are accepted, and all users are moved.
 
-What a user is promised is what `stickyring.node.rebalance` promises one who moves. New handshakes, and requests of
-sessions that are not here, are sent on (`stickyring.node.gate.SocketIOGate`): where the edge would send the user if
-this node were gone. So a client's first attempt to come back succeeds, long before the edge's health checks miss this
-node.
+Users get the same guarantees as in a rebalance (`stickyring.node.rebalance`). The edge passes new handshakes, and
+requests of sessions that are not here, to the next node (`stickyring.node.gate.SocketIOGate`): the one that it would
+choose without this node. So a client's first attempt to reconnect succeeds, before health checks fail.
 """
 
 import logging
@@ -21,15 +20,15 @@ from stickyring.node.sessions import Session
 log = logging.getLogger(__name__)
 
 ASKING_SHARE = 0.5
-"""Of the time that is given, the part in which all are asked; the rest is for what is still under way."""
+"""All users are asked within this share of the given time; the rest is for what is still under way."""
 TICK_SECONDS = 0.05
 
 
 class Drain:
-    """Whether this node is being emptied, and how far that is; `begin` and `cancel` may be called at any time.
+    """The drain of this node and its progress; `begin` and `cancel` may be called at any time.
 
-    `active` tells the gate and `/readyz` to take nobody in. `requests` are those that the application is answering,
-    which are let end.
+    While `active`, the gate and `/readyz` refuse new users. `requests` are those that the application is answering; the
+    drain waits for them.
     """
 
     def __init__(self, sessions: Mapping[str, Session], requests: Set[object], metrics: MoveMetrics) -> None:
@@ -48,13 +47,13 @@ class Drain:
 
     @property
     def empty(self) -> bool:
-        """Whether nobody is here any more, nothing is being answered, and nobody will come."""
-        # The engine's session ends before the application's disconnect handlers have run: `left` is after them.
+        """Whether the node drains, all users have left, and no request is being answered."""
+        # The engine's session ends before the application's disconnect handlers have run; `left` counts after them.
         gone = not self._open() and all(move.asked == move.left for move in self._moves)
         return self.active and gone and not self._requests
 
     def begin(self, seconds: float = math.inf, *, final: bool = False) -> None:
-        """Take nobody in from now on, and ask everybody to leave within `seconds`; `final`: nothing can cancel it."""
+        """Accept no new users, and ask all users to reconnect within `seconds`; `final`: it cannot be cancelled."""
         self._final |= final
         rate = max(HANDSHAKES_A_SECOND, self._open() / (seconds * ASKING_SHARE))
         if self.active:
@@ -68,17 +67,17 @@ class Drain:
         threading.Thread(target=self._ask_until_empty, args=(moves,), daemon=True).start()
 
     def cancel(self) -> bool:
-        """Take users in again, and let those stay who were not asked yet; return False if the drain is final."""
+        """Accept users again, and stop asking the others to reconnect; return False if the drain is final."""
         if self._final:
             return False
         if self.active:
             self.active = False
             self._moves = []
-            log.info("draining ended: taking users in again", extra=self.progress())
+            log.info("undrained: accepting users again", extra=self.progress())
         return True
 
     def wait(self, seconds: float) -> None:
-        """Wait until nobody is here, for that long at most."""
+        """Wait until the node is empty, at most `seconds`."""
         deadline = time.monotonic() + seconds
         while not self.empty:
             if time.monotonic() > deadline:
@@ -106,11 +105,11 @@ class Drain:
         }
 
     def _add_move(self, moves: list[Move], rate: float) -> None:
-        # One drain, one list: those of a drain that was cancelled ask nobody any more.
+        # Each drain has a list of its own, so the moves of a cancelled drain ask nobody any more.
         moves.append(Move(self._sessions, lambda session: self._moves is moves, rate, self._metrics.moved.inc))
 
     def _ask_until_empty(self, moves: list[Move]) -> None:
-        """Ask those who are here, and whoever was on his way in when it began."""
+        """Ask the users who are here, and those whose handshake was under way when the drain began."""
         moves[0].run()
         while self._moves is moves:
             if self._open():

@@ -1,6 +1,6 @@
-"""The scheme and the address of a request's client, as an edge tells them; nobody else is believed.
+"""The scheme and the address of a request's client, from headers that only edges are trusted to send.
 
-An edge ends TLS and the client's connection, so a node's own connection says neither. What an edge sends:
+The edge terminates TLS and the client's connection, so the node's own connection shows neither. The edge sends
 `X-Forwarded-Proto`, http or https, and `x-stickyring-client`, an IP address.
 """
 
@@ -19,14 +19,14 @@ SCHEME_VARIABLE = "HTTP_X_FORWARDED_PROTO"
 CLIENT_VARIABLE = "HTTP_X_STICKYRING_CLIENT"
 SCHEMES = ("http", "https")
 FRESH_SECONDS = 1.0
-"""How long a list of edges is taken for what the file has."""
+"""How long the list of edges is cached before the file is read again."""
 LOOPBACK = ("127.0.0.1", "::1")
 
 
 class Edges:
-    """Who is believed: the addresses in a file, one a line, as it is now; loopback without a file, and without a line.
+    """The trusted addresses: those in a file, one per line; loopback without a file or if the file is empty.
 
-    The file is read again while the node serves, since a restart would cost users more than another edge is worth.
+    The file is read again while the node serves, so that a new edge does not need a restart.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -35,7 +35,7 @@ class Edges:
         self._read_at = -FRESH_SECONDS
 
     def tell(self, environ: "WSGIEnvironment") -> None:
-        """Put into `wsgi.url_scheme` and REMOTE_ADDR what the peer says of its client, if it is an edge."""
+        """Set `wsgi.url_scheme` and REMOTE_ADDR to what the peer's headers say, if it is an edge."""
         if _canonical(environ.get("REMOTE_ADDR", "")) not in self._believed():
             return
         if (scheme := environ.get(SCHEME_VARIABLE)) in SCHEMES:
@@ -56,7 +56,7 @@ class Edges:
 
 
 def _canonical(address: str) -> str:
-    """Return the one spelling of an IP address, that of IPv4 where IPv6 maps it; empty for what is none."""
+    """Return an IP address in canonical form, an IPv4-mapped one as IPv4; empty if it is not an address."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What stands before a Socket.IO application: a cap, counting, and whose each session is."""
+"""The gate in front of a Socket.IO application: it caps and counts connections, and knows the user of each session."""
 
 import contextlib
 import logging
@@ -31,7 +31,7 @@ NO_SNIFFING = ("X-Content-Type-Options", "nosniff")
 JSON = [("Content-Type", "application/json")]
 UNKNOWN_SESSION = b'{"code":1,"message":"Session ID unknown"}'
 BAD_REQUEST = b'{"code":3,"message":"Bad request"}'
-"""Engine.IO's own errors, as Node.js writes them."""
+"""Engine.IO's own errors, as in Node.js."""
 MOVED = b'"This session has moved: connect again"'
 FAILED = b'"This session has ended for an error"'
 NOOP = b"6"
@@ -40,36 +40,36 @@ JOIN_SECONDS = 45.0
 
 
 class SocketIOGate:
-    """Stands before a `socketio.WSGIApp`: refuses new handshakes when the node is full, counts, and knows the sessions.
+    """Wraps a `socketio.WSGIApp`: rejects new handshakes when the node is full, counts, and tracks the sessions.
 
     It works for any such application, through public names of python-engineio's server: `on()` and `handlers` (the
-    events connect, message and disconnect), `send_packet()` (every message that goes out) and `sockets` (the sessions).
-    A session is in `sessions` from its connect event to its disconnect event. WebSockets are those of
-    `stickyring.node.websocket`, which the engine finds where its asynchronous mode has its own; that name is not
-    public, and the engine's version is pinned. What the application sends goes to them at once where nothing waits
-    before it. Each session receives POSTs and hands out packets in place of the engine, and `stickyring.node.packets`
-    says what may be in them.
+    events connect, message and disconnect), `send_packet()` (every outgoing message) and `sockets` (the sessions). A
+    session is in `sessions` from its connect event to its disconnect event. WebSockets are those of
+    `stickyring.node.websocket`, put in place of the engine's under a private name; the engine's version is pinned. A
+    message that the application sends goes to the WebSocket at once if nothing is queued before it. Each session
+    handles POSTs and polls in place of the engine, and `stickyring.node.packets` checks what they contain.
 
-    Whatever fails while a request, a packet or a WebSocket of a session is handled ends the session at once, and its
-    client gets an error. So does JOIN_SECONDS without a namespace.
+    An error in a request, a packet or a WebSocket of a session ends the session at once, and its client gets an error.
+    The same happens after JOIN_SECONDS without a namespace.
 
-    A handshake is a GET without `sid`. Above `max_connections` sessions, one of protocol 4 gets 503 with Retry-After
-    before the engine sees it. Older protocols are left to the engine, which answers 400 and says so.
+    A handshake is a GET without `sid`. At `max_connections` sessions, a handshake of protocol 4 gets 503 with
+    Retry-After before the engine sees it. Older protocols are left to the engine, which answers 400 and says so.
 
-    While the node is drained, or its worker `exhausted`, handshakes are sent on: they get 503 with ELSEWHERE_HEADER.
-    (Such a worker answers on the connections that it has, and refuses new ones. A session made here on an old one would
-    end with its next request on a new one.) So is, at any time, a request of a session that is not here, if its user
-    has a key: after a node has gone, come or come back, the session of a client that polls is on the next node of the
-    ring until a rebalance ends it, and lives on there. If no node has it, the last answer, the protocol's 400, is the
-    client's. Without a key, and with one that the edge has made up for this request, there is no such order, and the
-    engine answers 400.
+    ELSEWHERE_HEADER makes the edge try the next node. It is sent
 
-    JSONP polling, which runs what comes in the page, is refused; protocol 4 has none.
+    - with 503 for handshakes, while the node drains or its worker is `exhausted` (such a worker answers only on open
+      connections; a session that begins on one would end with its first request on a new connection);
+    - with 400 for requests of a session that is not here, if the user has a key. When the ring changes, a polling
+      client's session is on the next node of the ring until a rebalance ends it, and works there. If no node has it,
+      the client gets the last node's 400. Without a key, or with one that the edge generated for this request, there
+      is no next node, and the engine's 400 is the answer.
 
-    Who ends the connection of a poll that waits has left, as with Node.js.
+    JSONP polling, which runs the answer as a script in the page, is refused; protocol 4 has none.
 
-    A poll that ends because its session was moved is answered with 410: the one answer after which every client, of
-    JavaScript and of Python, takes the connection for lost and makes a new one.
+    If a client closes the connection of a waiting poll, its session ends, as in Node.js.
+
+    A poll that ends because its session was moved gets a 410: the only answer after which both the JavaScript and the
+    Python client treat the connection as lost and reconnect.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class SocketIOGate:
         self._server: socketio.Server = application.engineio_app
         self._engine: Engine = self._server.eio
         check_packets(self._server)
-        # The only way to have python-engineio take another WebSocket.
+        # The only way to make python-engineio use another WebSocket.
         self._engine._async = {**self._engine._async, "websocket": _choose_websocket(self._engine._async["websocket"])}
         self._metrics = EngineMetrics(self._engine, max_connections, registry)
-        # Who has to have joined when, the first one first.
+        # (deadline for joining, session id), in order.
         self._arrivals: deque[tuple[float, str]] = deque()
         self._watches_arrivals = False
         self.predecessor: Predecessor | None = None
@@ -101,7 +101,7 @@ class SocketIOGate:
     @property
     def full(self) -> bool:
         """Whether a new handshake would be refused."""
-        # The engine keeps a polling session that has ended until its next round; it takes nobody's place.
+        # Not the engine's own count, which includes ended polling sessions until its next cleanup.
         return len(self._sessions) >= self._max_connections
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
@@ -113,7 +113,7 @@ class SocketIOGate:
         return self._serve(environ, start_response)
 
     def _serve(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        # Where python-engineio does not look: it would make a class for each request, for eventlet's WebSocket.
+        # Hidden from python-engineio, which would create a class per request for eventlet's WebSocket.
         environ[SOCKET_VARIABLE] = environ.pop("gunicorn.socket", None)
         query = environ.get("QUERY_STRING", "")
         sid = _parameter(query, "sid")
@@ -126,7 +126,7 @@ class SocketIOGate:
             if environ[SOCKET_VARIABLE] is None:
                 return self._pass_on(environ, start_response)
             if session is not None and (session.socket.upgrading or session.socket.upgraded):
-                # One at a time. Node.js opens the other one as well, and closes it.
+                # Only one WebSocket per session. Like Node.js, open the second one and close it.
                 WebSocket(lambda websocket: websocket.fail(PROTOCOL_ERROR), self._engine)(environ, start_response)
                 raise StopIteration
         if sid is None and environ["REQUEST_METHOD"] == "GET":
@@ -141,7 +141,7 @@ class SocketIOGate:
     ) -> tuple[str, list[tuple[str, str]], bytes] | None:
         """Return status, headers and body for a request that the engine must not see; else None."""
         if session is None and sid is not None:
-            # The engine keeps one that has ended until its next round, and fails on a POST for it.
+            # The engine keeps an ended session until its next cleanup, and fails on a POST for it.
             self._engine.sockets.pop(sid, None)
             self._metrics.unknown_sessions.labels(_transport_label(query)).inc()
             if self._drain.active or (key_of(environ) is not None and ISSUED_VARIABLE not in environ):
@@ -167,19 +167,19 @@ class SocketIOGate:
     def _ask_predecessor(
         self, predecessor: Predecessor, environ: "WSGIEnvironment"
     ) -> tuple[str, list[tuple[str, str]], bytes] | None:
-        """Return what the process before this one says to a request of one of its sessions; None if it is none."""
+        """Return the predecessor's answer to a request of one of its sessions; None if it is not one."""
         sid = _parameter(environ.get("QUERY_STRING", ""), "sid")
-        # A WebSocket is not passed on: its client goes on with polls.
+        # A WebSocket is not passed on: its client keeps polling.
         if sid is None or sid in self._sessions or "HTTP_UPGRADE" in environ:
             return None
         try:
             body = body_of(environ, int(self._engine.max_http_buffer_size))
-        except Exception:  # whatever the server raises for a body that is none
+        except Exception:  # the server's error for an invalid body
             return None
         return predecessor.ask(environ, body.encode(), self._engine.ping_interval + self._engine.ping_timeout)
 
     def _ask(self, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]], bytes]:
-        """Return status, headers and body of the application's answer; it does not return from a WebSocket."""
+        """Return status, headers and body of the application's answer; StopIteration at the end of a WebSocket."""
         begun: list[tuple[str, list[tuple[str, str]]]] = []
 
         def begin(status: str, headers: list[tuple[str, str]], *exc_info: "OptExcInfo") -> Callable[[bytes], object]:
@@ -189,13 +189,13 @@ class SocketIOGate:
         try:
             body = b"".join(self._application(environ, begin))
         except OSError:
-            raise  # a WebSocket whose client has gone, which knows what that means
+            raise  # the client of a WebSocket has gone; gunicorn handles that
         except Exception as error:
             if (session := environ.get(SESSION_VARIABLE)) is not None:
                 session.fail("packet", error)
             raise
         if not begun:
-            # What gunicorn takes for the end of a connection, of which nothing more is to be read or written.
+            # To gunicorn, this means that nothing more may be read from the connection or written to it.
             raise StopIteration
         ((status, headers),) = begun
         return status, headers, body
@@ -213,7 +213,7 @@ class SocketIOGate:
                 return "410 Gone", [*headers, ("Cache-Control", "no-store")], MOVED
             if session.failed:
                 return "400 Bad Request", [*headers, ("Cache-Control", "no-store")], FAILED
-            # Its client has closed it.
+            # The client has closed the session.
             return status, headers, NOOP
         return status, headers, body
 
@@ -224,7 +224,7 @@ class SocketIOGate:
         if supported and self.full:
             self._metrics.refused.labels(transport, "capacity").inc()
             return refuse(start_response, [RETRY_LATER])
-        # One that is accepted is counted at the engine's connect event. The engine takes polling for the default.
+        # An accepted handshake is counted at the engine's connect event. Unlike the engine, require `transport`.
         if supported and _parameter(environ.get("QUERY_STRING", ""), "transport") is None:
             status, headers, body = "400 Bad Request", [*JSON], BAD_REQUEST
         else:
@@ -235,7 +235,7 @@ class SocketIOGate:
         return _answer(start_response, status, headers, body)
 
     def _watch(self) -> None:
-        """Put counting in front of what the Socket.IO server does at the engine's events."""
+        """Wrap the Socket.IO server's handlers of the engine's events."""
         engine, metrics, sessions = self._engine, self._metrics, self._sessions
         connect, message, disconnect = (engine.handlers[event] for event in ("connect", "message", "disconnect"))
         send_packet = engine.send_packet
@@ -256,8 +256,7 @@ class SocketIOGate:
             return answer
 
         def on_message(sid: str, data: object) -> object:
-            # A session can end between two packets of one payload, and a client can still be sending: what comes after
-            # the end is nobody's.
+            # A session can end between two packets of a payload, and a client may still be sending: ignore the rest.
             if (session := sessions.get(sid)) is None or session.ended:
                 return None
             metrics.received[session.transport].inc()
@@ -289,11 +288,12 @@ class SocketIOGate:
         self._watch_acknowledgements()
 
     def _watch_acknowledgements(self) -> None:
-        """Count what the application owes, where events are decoded: any serializer may have made them.
+        """Count pending acknowledgements after events are decoded, so that it works with any serializer.
 
-        An event for a namespace that the client is not in ends the session, as with Node.js: python-socketio logs it.
+        An event for a namespace that the client has not joined ends the session, as in Node.js; python-socketio alone
+        only logs it.
 
-        The two names are not public, and python-socketio's version is pinned.
+        The two replaced names are private; python-socketio's version is pinned.
         """
         server, manager, sessions = self._server, self._server.manager, self._sessions
         handle, handle_and_answer = server._handle_event, server._handle_event_internal
@@ -301,7 +301,7 @@ class SocketIOGate:
         def count_and_handle(eio_sid: str, namespace: str | None, id: int | None, data: object) -> None:
             inside = namespace or "/"
             if not manager.is_connected(manager.sid_from_eio_sid(eio_sid, inside), inside):
-                raise ValueError("an event for a namespace that the client is not in")
+                raise ValueError("an event for a namespace that the client has not joined")
             if (session := sessions.get(eio_sid)) is None or session.takes(owing=id is not None):
                 handle(eio_sid, namespace, id, data)
 
@@ -337,7 +337,7 @@ class SocketIOGate:
 
 
 def _choose_websocket(other: Callable[..., "WSGIApplication"]) -> Callable[..., "WSGIApplication"]:
-    """Return what makes our WebSocket where gunicorn hands the connection over, and the other one elsewhere."""
+    """Return a factory of our WebSocket if gunicorn provides the connection, and of the other one if not."""
 
     def choose(handler: Callable[[WebSocket], object], server: Server) -> "WSGIApplication":
         def open_websocket(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
@@ -350,18 +350,18 @@ def _choose_websocket(other: Callable[..., "WSGIApplication"]) -> Callable[..., 
 
 
 def _parameter(query: str, name: str) -> str | None:
-    """Return the first value of a parameter; None if it is not there, or empty."""
-    # parse_qs takes longer than everything else here.
+    """Return the first non-empty value of a query parameter; None if there is none."""
+    # parse_qs would take longer than everything else here.
     for parameter in query.split("&"):
         found, _, value = parameter.partition("=")
-        # python-engineio decodes names too, and has to find the same one.
+        # python-engineio decodes names too, and must find the same parameter.
         if value and (found == name or ("%" in found and unquote_plus(found) == name)):
             return unquote_plus(value)
     return None
 
 
 def _transport_label(query: str) -> str:
-    """Return the transport that is asked for, but keep a client from making up new values of a label."""
+    """Return the requested transport as a metric's label; `other` for one that a client made up."""
     transport = _parameter(query, "transport") or "polling"
     return transport if transport in TRANSPORTS else "other"
 
@@ -379,7 +379,7 @@ def _is_a_poll(environ: "WSGIEnvironment") -> bool:
 def _conforming(
     environ: "WSGIEnvironment", answer: tuple[str, list[tuple[str, str]], bytes]
 ) -> tuple[str, list[tuple[str, str]], bytes]:
-    """Return an answer of the engine's in the words of the protocol."""
+    """Return the engine's answer with the protocol's own status and body."""
     status, headers, body = answer
     if environ["REQUEST_METHOD"] == "POST" and body == b"OK":
         return status, headers, b"ok"
@@ -389,14 +389,14 @@ def _conforming(
 def _answer(
     start_response: "StartResponse", status: str, headers: list[tuple[str, str]], body: bytes
 ) -> Iterable[bytes]:
-    # With its length: without, gunicorn sends a body in three pieces. Some have what a user has sent, which no browser
-    # is to take for a page.
+    # Without Content-Length, gunicorn sends a body in three pieces. Some bodies repeat a client's input, which no
+    # browser may interpret as a page.
     start_response(status, [*headers, NO_SNIFFING, ("Content-Length", str(len(body)))])
     return [body]
 
 
 def refuse(start_response: "StartResponse", headers: list[tuple[str, str]]) -> Iterable[bytes]:
-    """Answer 503 with these headers, and with no body."""
-    # One that comes a moment after the head ends a client of python-socketio for good.
+    """Answer 503 with these headers and no body."""
+    # If a body arrives a moment after the head, python-socketio's client never reconnects.
     start_response("503 Service Unavailable", [("Content-Length", "0"), *headers])
     return []

@@ -6,17 +6,21 @@ from typing import Any
 import click
 
 BACKLOG = 2048
-"""Clients of a node that comes back connect at once; those beyond it would wait for TCP's next try, a second."""
+"""When a node comes back, its clients connect at once; beyond the backlog they would wait a second for TCP's retry."""
 
 
 def listen(address: tuple[str, int]) -> socket.socket:
-    """Bind and listen here, where a failure is one line: gunicorn would try five times and log each."""
+    """Bind and listen; return the socket. gunicorn itself would try five times and log each failure.
+
+    Raises:
+        click.ClickException: the address cannot be resolved or bound.
+    """
     family, kind, protocol, where = _resolve(address)
     try:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
-        # Only a listening socket keeps a second process from taking the same address.
+        # Only a listening socket keeps a second process from binding the same address.
         listener.listen(BACKLOG)
     except OSError as error:
         raise _cannot_listen(address, error) from None
@@ -24,22 +28,26 @@ def listen(address: tuple[str, int]) -> socket.socket:
 
 
 def check_address(listener: socket.socket, address: tuple[str, int]) -> None:
-    """Refuse to take over the listening socket of another address than the one that is asked for."""
+    """Check that the listening socket to take over has this address.
+
+    Raises:
+        click.ClickException: it has another one.
+    """
     host, port, *_ = _resolve(address)[3]
     serving_host, serving_port, *_ = listener.getsockname()
     if host != serving_host or port not in {0, serving_port}:
         raise click.ClickException(
-            f"the node listens on {address_text((serving_host, serving_port))} and not on {address_text(address)}: "
-            "an address cannot be taken over, restart the node"
+            f"the node listens on {address_text((serving_host, serving_port))}, not on {address_text(address)}: "
+            "--replace cannot change the address, restart the node"
         )
 
 
 def _resolve(address: tuple[str, int]) -> tuple[socket.AddressFamily, socket.SocketKind, int, tuple[Any, ...]]:
-    """Return family, kind, protocol and address of the first socket address that the name has."""
+    """Return family, kind, protocol and address of the first socket address of a host name."""
     host, port = address
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:  # the latter from a host name that no resolver can take
+    except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
         raise _cannot_listen(address, error) from None
     family, kind, protocol, _, where = found[0]
     return family, kind, protocol, where
@@ -52,6 +60,6 @@ def _cannot_listen(address: tuple[str, int], error: Exception) -> click.ClickExc
 
 
 def address_text(address: tuple[str, int]) -> str:
-    """Return address:port, with the brackets that an IPv6 address has there."""
+    """Return address:port, an IPv6 address in brackets."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,8 +1,8 @@
-"""Logging of a node process: one JSON object a line on standard error, gunicorn's own log included.
+"""Logging of a node process: JSON lines on standard error, gunicorn's own log included.
 
-At `info` a node says when it serves, when it stopped, and what went wrong. Connects and disconnects are lines at
-`debug` only: a node that comes back gets all its users within seconds, and 100 000 of them would write more log than
-traffic. Their numbers are in /metrics, and the edge's access log has a line for each.
+At `info`, a node logs when it serves, when it stopped, and errors. Connects and disconnects are logged at `debug` only:
+a node that comes back gets all its users within seconds, and 100 000 of them would write more log than traffic. Their
+numbers are in /metrics, and the edge's access log has a line for each.
 """
 
 import logging
@@ -19,7 +19,7 @@ LIBRARIES = ("engineio.server", "socketio.server")
 def configure(level: str, node_name: str) -> None:
     """Send every log record of this process and its children to standard error.
 
-    A line has `time` (ISO 8601 in UTC), `level`, `logger`, `message`, `pid`, `node` and what a record adds.
+    A line has `time` (ISO 8601 in UTC), `level`, `logger`, `message`, `pid`, `node` and the record's extra fields.
     """
     formatter = JsonFormatter(
         ["levelname", "name", "message", "process"],
@@ -31,26 +31,26 @@ def configure(level: str, node_name: str) -> None:
     handler.setFormatter(formatter)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
-    # That eventlet advises against itself is known, and why the worker class is a setting.
+    # Known, and the reason why the worker class is a setting.
     warnings.filterwarnings("ignore", message=r"\s*Eventlet is deprecated")
     for library in LIBRARIES:
-        # Both log every packet at info. A level of their own also keeps them from adding a plain-text handler.
+        # Both log every packet at info. With a level set, they do not add a plain-text handler of their own.
         logging.getLogger(library).setLevel(logging.INFO if level == "debug" else logging.ERROR)
 
 
 class GunicornLogger(Logger):
-    """gunicorn's log through the root logger, with its narration of ordinary process events at `debug`."""
+    """gunicorn's log through the root logger, with its lines about ordinary process events at `debug`."""
 
     def setup(self, cfg: Config) -> None:
-        """Take part in the logging that `configure` set up instead of adding handlers."""
+        """Use the logging that `configure` set up instead of adding handlers."""
         super().setup(cfg)
         self.error_log.propagate = True
 
     def exception(self, msg: str, *args: object, **kwargs: object) -> None:
-        """Log without the query of a request's target: that is where user ids are."""
+        """Log without the query of a request's target, which contains user ids."""
         targets = (arg.partition("?")[0] if isinstance(arg, str) and arg.startswith("/") else arg for arg in args)
         super().exception(msg, *targets, **kwargs)
 
     def info(self, msg: str, *args: object, **kwargs: object) -> None:
-        """Log at `debug`: start, signals and worker numbers repeat what a node's own lines say."""
+        """Log at `debug`: the node's own lines already cover these events."""
         self.error_log.debug(msg, *args, **kwargs)

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEEPALIVE_SECONDS = 75
-"""Longer than the edge keeps an idle connection: when only the edge closes one, no request meets it closing."""
+"""Longer than the edge keeps an idle connection: only the edge closes one, so no request hits a closing connection."""
 GRACEFUL_SECONDS = 3
-"""Requests end in milliseconds; a poll or a WebSocket does not end by itself, and waiting longer helps neither."""
+"""Requests end in milliseconds. Polls and WebSockets do not end by themselves, so waiting longer does not help."""
 HUNG_SECONDS = 30
 LARGEST_FIELD = 65536
 MOST_FIELDS = 200
@@ -49,12 +49,12 @@ LISTENING, DRAINED = b"l", b"d"
 TICK_SECONDS = 0.1
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 SPARE_DESCRIPTORS = 64
-"""What a node needs beside its connections: listener, logs, epoll, scrapes and health checks."""
+"""File descriptors beside those of connections: listener, logs, epoll, scrapes and health checks."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the flags and the environment ask for."""
+    """The settings from flags and environment; `drain_timeout` and `watchdog` in seconds."""
 
     application: str
     address: tuple[str, int]
@@ -69,7 +69,7 @@ class Settings:
 
 
 class Node(BaseApplication):
-    """gunicorn, set up from `Settings` instead of from its own command line."""
+    """gunicorn, configured from `Settings` instead of its own command line."""
 
     def __init__(
         self,
@@ -88,34 +88,34 @@ class Node(BaseApplication):
         self._refusal_reader, self._refusal_writer = os.pipe()
         os.set_blocking(self._refusal_reader, False)
         self._manager = Manager()
-        # By this the master tells its worker to drain, and hears when that is done.
+        # Over these, the master tells its worker to drain, and the worker reports when it is done.
         self._drain_here, self._drain_there = socket.socketpair()
         self._retired = mmap.mmap(-1, 1)
         super().__init__()
 
     def load_config(self) -> None:
-        """Set what differs from gunicorn's defaults."""
+        """Set the settings that differ from gunicorn's defaults."""
         for name, value in {
-            "bind": self._address,  # told only: the master is given the socket
-            "workers": 1,  # the sessions of Socket.IO live in one process
+            "bind": self._address,  # for information: the master gets the socket itself
+            "workers": 1,  # Socket.IO sessions live in one process
             "worker_class": self._worker_class,
-            "worker_connections": 1_000_000,  # no cap: at its limit connections hang, those of health checks too
+            "worker_connections": 1_000_000,  # no cap: at the limit, connections hang, including health checks
             "keepalive": KEEPALIVE_SECONDS,
-            # Above what an edge lets through, which is 32 KiB and 100 fields; it adds a few.
+            # More than the edge's own limits, 32 KiB and 100 fields, since it adds a few headers.
             "limit_request_line": 0,
             "limit_request_field_size": LARGEST_FIELD,
             "limit_request_fields": MOST_FIELDS,
-            "forwarded_allow_ips": "",  # stickyring.node.forwarded knows whom to believe
+            "forwarded_allow_ips": "",  # stickyring.node.forwarded decides whom to trust
             "graceful_timeout": GRACEFUL_SECONDS,
-            # For a worker that hangs. systemd's watchdog waits as long as the unit says; and with 0 here every class
-            # beats twice a second.
+            # For a worker that hangs. Under systemd, the unit's watchdog does this; with 0 here, every worker class
+            # sends a heartbeat twice a second.
             "timeout": 0 if self._manager else HUNG_SECONDS,
             "preload_app": False,  # the worker class patches the standard library before the application is imported
             "control_socket_disable": True,
             "backlog": BACKLOG,
             "logger_class": logs.GunicornLogger,
             "loglevel": self._settings.log_level,
-            "errorlog": None,  # no handler of gunicorn's own
+            "errorlog": None,  # gunicorn adds no handler of its own
             "pre_fork": self._begin_with,
             "post_worker_init": self._begin_to_serve,
         }.items():
@@ -132,7 +132,7 @@ class Node(BaseApplication):
         try:
             _Master(self).run()
         except SystemExit:
-            # The worker, a fork of this process, leaves through here as well.
+            # The worker is a fork of this process and exits through here too.
             if os.getpid() == master:
                 if refusal := self._refusal():
                     if self.successor is not None:
@@ -145,8 +145,8 @@ class Node(BaseApplication):
                 self._control.remove()
 
     def load(self) -> "WSGIApplication":
-        """Import the application, in the worker; one that cannot be had ends the master."""
-        # Imported here, because python-socketio and the metrics' locks have to see the standard library as the worker
+        """Import the application in the worker; if that fails, end the master with the cause."""
+        # Imported here, because python-socketio and the metrics' locks must see the standard library as the worker
         # class has patched it.
         from stickyring.node.control import Control, ControlServer  # noqa: PLC0415
         from stickyring.node.forwarded import Edges  # noqa: PLC0415
@@ -161,7 +161,7 @@ class Node(BaseApplication):
         edges = Edges(self._settings.edges)
         limit = self._settings.max_connections
         self._runtime = runtime = Runtime(application, node_name=name, max_connections=limit, edges=edges)
-        # Only ours has it: other worker classes let connections wait.
+        # Only our worker class has it: others let connections wait.
         worker = self._worker
         runtime.heed(lambda: getattr(worker, "exhausted", False))
         incumbent = Incumbent(worker, runtime.drain, self._retired)
@@ -173,7 +173,7 @@ class Node(BaseApplication):
         return runtime
 
     def _drain_when_told(self, drain: "Drain") -> None:
-        # Made anew by descriptor, as the worker class has patched sockets or not.
+        # A new object for the same descriptor, because the worker class may have patched sockets.
         told = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(self._drain_there.fileno()))
         told.send(LISTENING)
         told.recv(1)
@@ -182,9 +182,9 @@ class Node(BaseApplication):
         told.send(DRAINED)
 
     def drain(self, goes_on: Callable[[], bool]) -> None:
-        """Have the worker drain, in the master; return when it has, and as soon as `goes_on` says no.
+        """In the master: have the worker drain. Return when it has, at its deadline, or once `goes_on()` is false.
 
-        A worker that has no application yet has no users either, and is not waited for.
+        A worker that has not loaded its application has no users, so it need not drain.
         """
         if not self._settings.drain_timeout or LISTENING not in self._heard(0):
             return
@@ -196,17 +196,17 @@ class Node(BaseApplication):
 
     @property
     def retired(self) -> bool:
-        """Whether another process has taken the place of this one, as master and worker know."""
+        """Whether another process has replaced this one; shared by master and worker."""
         return bool(self._retired[0])
 
     def _heard(self, seconds: float) -> bytes:
-        """What the worker has told, within that time."""
+        """Return what the worker has sent, waiting for at most that time."""
         return self._drain_here.recv(64) if select.select([self._drain_here], [], [], seconds)[0] else b""
 
     def _refuse(self, cause: str) -> NoReturn:
-        """Hand the cause to the master, end it, and end this worker."""
+        """Send the cause to the master, end the master, and end this worker."""
         os.write(self._refusal_writer, cause.encode()[:4096])
-        if os.getppid() == self._worker.ppid:  # and not whoever has inherited this one
+        if os.getppid() == self._worker.ppid:  # not a process that adopted this worker
             os.kill(self._worker.ppid, signal.SIGTERM)
         sys.exit()
 
@@ -218,7 +218,7 @@ class Node(BaseApplication):
 
     def _begin_with(self, master: Arbiter, worker: Worker) -> None:
         self._worker = worker
-        self._heard(0)  # what the worker before has told is no longer true
+        self._heard(0)  # discard what the previous worker sent
 
     def _begin_to_serve(self, worker: Worker) -> None:
         if self.successor is None or self.successor.done:
@@ -232,8 +232,8 @@ class Node(BaseApplication):
         if self._manager:
             beat = worker.notify
 
-            # A worker that is stuck beats no more, whatever its master does; and one that was replaced must not hide
-            # that its successor is stuck.
+            # The worker itself sends the watchdog's heartbeat, so a hung worker is detected. A replaced worker sends
+            # none: it must not hide that its successor hangs.
             def beat_aloud() -> None:
                 beat()
                 if not self.retired:
@@ -249,10 +249,10 @@ class Node(BaseApplication):
 
 
 class _Master(Arbiter):
-    """gunicorn's master, which lets its worker drain before it stops it gracefully."""
+    """gunicorn's master, which drains its worker before it stops it."""
 
     def start(self) -> None:
-        """Take the listening socket over with its family, of which gunicorn would tell PyPy a wrong one."""
+        """Use the listening socket with its own family: on PyPy, gunicorn would detect a wrong one."""
         listener: socket.socket = self.app.listener
         kind = TCP6Socket if listener.family == socket.AF_INET6 else TCPSocket
         name = listener.getsockname()
@@ -260,20 +260,20 @@ class _Master(Arbiter):
         super().start()
 
     def manage_workers(self) -> None:
-        """Keep a worker; but a successor that cannot take over any more ends, and so does who has been replaced."""
+        """Keep one worker running, except in a replaced process and in a successor that can no longer take over."""
         if self.app.retired and not self.WORKERS:
             raise HaltServer("the worker has ended after it was replaced", 0)
         if (successor := self.app.successor) is not None and not successor.done:
             if successor.failed:
-                raise HaltServer("nobody waits for the new process any more", 1)
+                raise HaltServer("the command that started the new process has ended", 1)
             if self.worker_age and not self.WORKERS:
-                raise HaltServer("the new process's worker has ended before it served", 1)
+                raise HaltServer("the new process's worker ended before it served", 1)
         super().manage_workers()
 
     def stop(self, graceful: bool = True) -> None:
-        """Stop the worker; at once, if a signal comes while it drains."""
+        """Drain and stop the worker; stop it at once if another signal arrives while it drains."""
         if self.app.retired:
-            # Held on to, it would keep connections waiting should the one that accepts end first.
+            # An open listener would keep connections waiting if the successor ended first.
             while self.LISTENERS:
                 self.LISTENERS.pop().close()
         if graceful:
@@ -284,10 +284,10 @@ class _Master(Arbiter):
     _told_again = False
 
     def _is_served(self) -> bool:
-        """Whether there is a worker to wait for, and no further signal."""
+        """Whether the worker still runs and no further signal has arrived."""
         try:
             self.reap_workers()
-        except HaltServer:  # the worker has ended with an error, which is an end all the same
+        except HaltServer:  # the worker ended with an error
             return False
         while not self.SIG_QUEUE.empty():
             self._told_again |= self.SIG_QUEUE.get_nowait() in ENDING_SIGNALS
@@ -295,15 +295,15 @@ class _Master(Arbiter):
 
 
 def load_worker_class(path: str) -> type[Worker]:
-    """Return the worker class of that name, module.Class.
+    """Return the gunicorn worker class named `path` (module.Class).
 
     Raises:
-        click.ClickException: there is none.
+        click.ClickException: there is no such class.
     """
     try:
         found = gunicorn.util.load_class(path)
     except (RuntimeError, ImportError, AttributeError, ValueError) as error:
-        # gunicorn's message holds a whole traceback, its context is the plain cause.
+        # gunicorn's message is a whole traceback; the exception's context is the cause.
         raise click.ClickException(f"no worker class {path}: {_one_line(error.__context__ or error)}") from None
     if not (isinstance(found, type) and issubclass(found, Worker)):
         raise click.ClickException(f"no worker class {path}: it is not derived from gunicorn.workers.base.Worker")
@@ -311,7 +311,7 @@ def load_worker_class(path: str) -> type[Worker]:
 
 
 def _raise_descriptor_limit(max_connections: int) -> None:
-    """Raise the soft limit as far as the hard one allows, and say so when the cap cannot be reached."""
+    """Raise the soft limit for `max_connections`, and warn if the hard limit is too low for it."""
     needed = max_connections + SPARE_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
@@ -319,14 +319,15 @@ def _raise_descriptor_limit(max_connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < needed:
         log.warning(
-            "%d file descriptors are allowed, too few for %d connections: raise LimitNOFILE or lower --max-connections",
+            "the limit of %d file descriptors is too low for %d connections: raise LimitNOFILE or lower "
+            "--max-connections",
             hard,
             max_connections,
         )
 
 
 def _describe(error: BaseException) -> str:
-    """Return the error in one line, with the place in the application's own code where it was raised."""
+    """Return the error in one line, with the file and line of the application that raised it."""
     if isinstance(error, AppImportError):
         return str(error)
     loaders = (__file__, gunicorn.util.__file__, importlib.__file__)

@@ -1,4 +1,4 @@
-"""What a node process counts, as Prometheus metrics in a registry of its own.
+"""The Prometheus metrics of a node process, in a registry of their own.
 
 A message is one Engine.IO message packet (protocol revision 4): a Socket.IO event, acknowledgement, connect or
 disconnect, or a binary attachment. Pings and the handshake itself are not messages.
@@ -16,23 +16,23 @@ TRANSPORTS = ("polling", "websocket")
 
 
 class Queue(Protocol):
-    """What is used of the packets that wait for their way to a client."""
+    """The used part of a session's queue of packets to its client."""
 
     def empty(self) -> bool:
-        """Whether none waits."""
+        """Whether no packet is queued."""
 
     def put(self, item: "Packet | None") -> None:
-        """Have one more wait; None says that none follows."""
+        """Queue a packet; None means that none follows."""
 
     def get(self, block: bool = True, timeout: float | None = None) -> "Packet | None":
-        """Take the next one, waiting for it."""
+        """Take the next packet, waiting for it at most `timeout` seconds."""
 
     def task_done(self) -> None:
-        """Say that one which was taken is dealt with."""
+        """Mark a taken packet as done."""
 
 
 class EngineSession(Protocol):
-    """What is used of one session of python-engineio, `engineio.Socket`."""
+    """The used part of python-engineio's session, `engineio.Socket`."""
 
     sid: str
     connected: bool
@@ -43,33 +43,33 @@ class EngineSession(Protocol):
 
     @property
     def queue(self) -> Queue:
-        """The packets that wait."""
+        """The packets that wait for the client."""
 
-    # The two that a `Session` puts its own in place of.
+    # `Session` replaces these two.
     poll: Callable[[], list["Packet"]]
     handle_post_request: Callable[[dict[str, Any]], None]
 
     def receive(self, packet: "Packet") -> None:
-        """Deal with a packet from the client."""
+        """Handle a packet from the client."""
 
     def check_ping_timeout(self) -> bool:
-        """Whether the client still answers pings; its end, if it does not."""
+        """Return whether the client still answers pings; if not, end the session."""
 
     def close(self, wait: bool, abort: bool, reason: str) -> None:
-        """End the session: the disconnect event first, then what waits for the client, then a CLOSE unless `abort`."""
+        """End the session: the disconnect event, then the queued packets, then a CLOSE unless `abort`."""
 
 
 class Packet(Protocol):
-    """What is used of `engineio.packet.Packet`."""
+    """The used part of `engineio.packet.Packet`."""
 
     data: object
 
     def encode(self) -> str | bytes:
-        """As it stands in a message of a WebSocket."""
+        """Return it as a WebSocket message."""
 
 
 class Engine(Protocol):
-    """What is used of `engineio.Server`, which has no type hints: public names only."""
+    """The used part of `engineio.Server`, which has no type hints: public names only."""
 
     sockets: dict[str, EngineSession]
     handlers: dict[str, Callable[..., object]]
@@ -79,13 +79,13 @@ class Engine(Protocol):
     ping_timeout: float
 
     def get_queue_empty_exception(self) -> type[Exception]:
-        """What a queue raises when nothing comes in time."""
+        """Return the exception that a queue raises on timeout."""
 
     def sleep(self, seconds: float) -> None:
-        """Let others run."""
+        """Sleep, and let other green threads run."""
 
     def start_background_task(self, target: Callable[..., object], *args: object) -> object:
-        """Run something beside this."""
+        """Run `target` in a task of its own."""
 
     def on(self, event: str, handler: Callable[..., object]) -> None:
         """Set the handler of `connect`, `message` or `disconnect`."""
@@ -103,16 +103,16 @@ def node_registry(node_name: str) -> CollectorRegistry:
 
 
 FAILURES = ("packet", "too_long", "unread", "unjoined", "handler")
-"""Why a node ends a session for an error: a packet that cannot be decoded or that a client may not send; a body or
-attachments that are too long; a client that does not read or that joins no namespace; a connect handler that fails."""
+"""Errors for which a node ends a session: an invalid packet; a body or attachments that are too long; a client that
+does not read; a client that joins no namespace; a connect handler that fails."""
 
 
 class EngineMetrics:
-    """The counters of one Engine.IO server; whoever sees an event increments them.
+    """The counters of one Engine.IO server; the gate increments them.
 
     Labels: `transport` is polling, websocket or other (a transport that the client made up); `direction` is received or
-    sent; `reason` of a session that failed is one of FAILURES, of a handshake capacity, draining or descriptors (503),
-    protocol (400: older than Engine.IO 4), unauthorized (401) or bad_request (400).
+    sent; `reason` of a failed session is one of FAILURES; `reason` of a refused handshake is capacity, draining or
+    descriptors (503), protocol (400: older than Engine.IO 4), unauthorized (401) or bad_request (400).
     """
 
     def __init__(self, engine: Engine, max_connections: int, registry: CollectorRegistry) -> None:
@@ -128,8 +128,8 @@ class EngineMetrics:
         )
         self.unknown_sessions = Counter(
             "stickyring_unknown_sessions",
-            "Requests for a session that this node does not know, by a user with a key sent on to the next: the edge's "
-            "ring has changed under a polling client, or the session has ended; without a key: the wrong node.",
+            "Requests for a session that this node does not have. With a key, the edge tries the next node: the ring "
+            "has changed under a polling client, or the session has ended. Without a key, it is the wrong node.",
             ["transport"],
             registry=registry,
         )
@@ -137,7 +137,7 @@ class EngineMetrics:
             "stickyring_sessions_failed", "Sessions that the node ended for an error.", ["reason"], registry=registry
         )
         messages = Counter("stickyring_messages", "Engine.IO messages.", ["transport", "direction"], registry=registry)
-        # Looked up once: these are incremented often. A metric that is there at 0 also makes rates right.
+        # Looked up once, because these are incremented often. Samples that begin at 0 also make rates right.
         self.accepted = {transport: accepted.labels(transport) for transport in TRANSPORTS}
         self.received = {transport: messages.labels(transport, "received") for transport in TRANSPORTS}
         self.sent = {transport: messages.labels(transport, "sent") for transport in TRANSPORTS}
@@ -149,23 +149,23 @@ class EngineMetrics:
             self.unknown_sessions.labels(transport)
 
     def count_failure(self, reason: str) -> None:
-        """Count a session that the node ended, for one of FAILURES."""
+        """Count a session that the node ended for `reason`, one of FAILURES."""
         self._failed[reason].inc()
 
 
 class MoveMetrics:
-    """The counters of sessions that a node sends elsewhere."""
+    """The metrics of sessions that a node moves."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.rebalances = Counter(
-            "stickyring_rebalances", "Times that users were asked to go where the ring has them.", registry=registry
+            "stickyring_rebalances", "Rebalances: moved users were asked to reconnect.", registry=registry
         )
         self.moved = Counter("stickyring_sessions_moved", "Sessions asked to reconnect elsewhere.", registry=registry)
-        self.draining = Gauge("stickyring_draining", "1 while the node takes no users in.", registry=registry)
+        self.draining = Gauge("stickyring_draining", "1 while the node drains.", registry=registry)
 
 
 class _ConnectionsCollector(Collector):
-    """Reads the open sessions by transport from the engine when a scrape asks: it cannot drift from the truth."""
+    """Counts the engine's open sessions by transport at each scrape, so the figure cannot drift."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

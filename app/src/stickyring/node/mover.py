@@ -1,4 +1,4 @@
-"""Asks sessions of this node to reconnect, so that the edge places their users anew; at a bounded rate."""
+"""Asks sessions of this node to reconnect, at a bounded rate, so that the edge sends their users to another node."""
 
 import logging
 import random
@@ -11,30 +11,30 @@ from stickyring.node.sessions import Session
 log = logging.getLogger(__name__)
 
 BATCH_SECONDS = 0.1
-"""Short, so that the nodes which take the clients in see a stream and no bursts."""
+"""Short, so that the other nodes get a steady stream of clients instead of bursts."""
 JITTER = 0.5
-"""Pauses vary by this share of themselves, so that nodes which began together do not keep step."""
+"""Pauses vary by this share, so that nodes which started together do not stay in step."""
 PATIENCE_SECONDS = 2.0
-"""How long to wait for a moment in which nothing is under way in a session, and how long again for what is under way
-when nothing new is taken in: an acknowledgement that is never given must not hold up the end."""
+"""How long to wait until nothing is under way in a session. Then it accepts nothing new, and gets the same time again
+for what is under way: an acknowledgement that is never given must not block the end."""
 RETURN_SECONDS = 2.0
-"""Clients wait 0.5 to 1.5 s before they connect again: after this, whoever the edge sends back here has arrived."""
+"""Clients wait 0.5 to 1.5 s before they reconnect: after this, those that the edge sends back here have arrived."""
 TICK_SECONDS = 0.05
 
 
 class Move:
-    """One run over the sessions of this node that `leaves` picks; `run()` does it, in a thread of the caller's.
+    """One run that asks the sessions selected by `leaves` to reconnect; the caller runs `run()` in a thread.
 
-    All sessions of one user (one key; a session without a key is a user of its own) are asked together, users in random
-    order, `rate` sessions a second on the average, in batches of a tenth of a second. A session ends once nothing is
-    under way in it (`Session.quiet`), after twice PATIENCE_SECONDS in any case.
+    All sessions of one user (one key; a session without a key counts as one user) are asked together, users in random
+    order, on average `rate` sessions per second, in batches of a tenth of a second. A session ends once nothing is
+    under way in it (`Session.quiet`), or after twice PATIENCE_SECONDS.
 
-    Whoever arrives during the run and should leave gets a turn after the others. Users who come back to this node,
-    because the edge has another ring than the caller, are not chased round and round: their sessions are counted.
+    Users who arrive during the run and should leave are asked after the others. Users who come back to this node,
+    because the edge has another ring than the caller, are not asked again: their sessions are counted.
 
-    Numbers of sessions, also while it runs: `to_move` found so far, `asked`, `left` (asked, and ended), `returned` (at
-    the end here and should not be). `asked` may stay below `to_move`: the others left by themselves. `users_asked` and
-    `users_returned` count the users of these sessions.
+    Numbers of sessions, also while it runs: `to_move` found so far, `asked`, `left` (asked, and ended), `returned`
+    (here at the end, though they should have left). `asked` may stay below `to_move`: the others left by themselves.
+    `users_asked` and `users_returned` count the users of these sessions.
     """
 
     def __init__(
@@ -60,21 +60,21 @@ class Move:
 
     @property
     def running(self) -> bool:
-        """Whether users are still to be asked or to leave."""
+        """Whether the run has not ended yet."""
         return self._ended is None
 
     @property
     def users_asked(self) -> int:
-        """How many users were asked so far."""
+        """Number of users asked so far."""
         return len(self._asked_at)
 
     @property
     def seconds(self) -> float:
-        """How long it has taken so far, or took."""
+        """How long the run has taken so far, or took, in seconds."""
         return (self._ended or time.monotonic()) - self._began
 
     def run(self) -> None:
-        """Ask those who are here, then once those who have arrived meanwhile; return when all of them have left."""
+        """Ask the users who are here, then once those who arrived meanwhile; return when all of them have left."""
         try:
             self._ask_all(self._users)
             if self.asked:
@@ -93,7 +93,7 @@ class Move:
         return not session.ended and self._leaves(session)
 
     def _to_ask(self) -> list[list[Session]]:
-        """Return, user by user, the sessions that should leave and were there before their user was asked."""
+        """Return, by user, the sessions that should leave and began before their user was asked."""
         users: dict[Hashable, list[Session]] = {}
         for session in [*self._sessions.values()]:
             user = _user(session)
@@ -109,7 +109,7 @@ class Move:
                 self._asked_at[_user(session)] = time.monotonic()
                 self.asked += 1
                 self._on_asked()
-                # A thread each: a session may have to wait, and the application's disconnect handlers may block.
+                # One thread each: a session may have to wait, and the application's disconnect handlers may block.
                 leaving.append(threading.Thread(target=self._see_off, args=(session,), daemon=True))
                 leaving[-1].start()
             time.sleep(len(batch) / self.rate * random.uniform(1 - JITTER, 1 + JITTER))

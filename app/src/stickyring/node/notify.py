@@ -1,4 +1,4 @@
-"""What a node tells systemd, as sd_notify(3) describes it."""
+"""Notifications to systemd (sd_notify(3))."""
 
 import logging
 import os
@@ -9,12 +9,12 @@ log = logging.getLogger(__name__)
 
 
 class Manager:
-    """The service manager that has started this process: systemd, if there is one."""
+    """The service manager that started this process: systemd, or none (false)."""
 
     def __init__(self) -> None:
-        # Taken away from gunicorn, whose master would say that it is ready before its worker is.
+        # Removed, because gunicorn's master would report READY before its worker is.
         self._address = re.sub("^@", "\0", os.environ.pop("NOTIFY_SOCKET", ""))
-        # Opened now: a worker that has no descriptor left has to be able to say that it lives.
+        # Opened now, so that a worker without free descriptors can still send its heartbeat.
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
 
@@ -22,17 +22,17 @@ class Manager:
         return bool(self._address)
 
     def tell(self, state: bytes) -> None:
-        """Tell it, if it is there: READY=1, for example.
+        """Send a state such as READY=1, if there is a manager.
 
         Raises:
-            OSError: systemd is busy, for example.
+            OSError: it was not sent, for example because systemd is busy.
         """
         if self:
             self._socket.sendto(state, self._address)
 
     def mention(self, state: bytes) -> None:
-        """Tell it; one that is busy hears the next time."""
+        """Send a state; if that fails, skip it."""
         try:
             self.tell(state)
         except OSError:
-            log.debug("systemd does not take %r", state, exc_info=True)
+            log.debug("cannot send %r to systemd", state, exc_info=True)

@@ -1,4 +1,4 @@
-"""The commands by which the operator of a host asks its node and tells it what to do, over its control socket."""
+"""The operator's commands on a node's host: `sessions`, `rebalance`, `drain` and `undrain`, over the control socket."""
 
 import json
 import socket
@@ -20,9 +20,11 @@ ANSWER_SECONDS = 30
 POLL_SECONDS = 0.2
 FEWEST_RETURNED = 2
 RETURNED_SHARE = 0.25
-"""What one user cannot reach. An edge with another ring sends back all whom that ring has here: of two edges, half."""
+"""A rebalance fails if both are reached, which one user alone cannot cause. If one of two edges has another ring, it
+sends back up to half of the users."""
 HEARD_SECONDS = 5 * POLL_SECONDS
-"""The node tells of its newest rebalance only: a command that waited for another's leaves that one time to hear."""
+"""The node reports only its newest rebalance: a command that waited for another command's rebalance leaves that one
+this time to read its result."""
 
 with_control = click.option(
     "--control",
@@ -39,10 +41,10 @@ with_control = click.option(
 @click.option("--key", help="Only the sessions of this user.")
 @with_control
 def sessions(*, key: str | None, path: Path) -> None:
-    """Print who is connected to a node of this host, as JSON.
+    """Print the open sessions of a node on this host as JSON.
 
     {"node": NAME, "sessions": [{"key": KEY or null, "cluster": CLUSTER or null, "transport": "polling" or "websocket",
-    "seconds": OPEN_FOR}]}; CLUSTER is the edge's, by which the user came.
+    "seconds": OPEN_FOR}]}. CLUSTER is the edge's cluster that routes the user.
 
     \b
     Examples:
@@ -55,23 +57,28 @@ def sessions(*, key: str | None, path: Path) -> None:
 
 @click.command()
 @click.option(
-    "--ring", "document", type=click.File(), required=True, help="The ring document that all edges serve; - reads it."
+    "--ring",
+    "document",
+    type=click.File(),
+    required=True,
+    help="File with the ring document that all edges serve; - for standard input.",
 )
 @click.option(
     "--rate",
     type=click.FloatRange(min=0, min_open=True),
-    help="Sessions to ask a second. [default: 250 divided by the number of other nodes on the ring]",
+    help="Sessions to ask per second. [default: 250 divided by the number of other nodes on the ring]",
 )
 @with_control
 def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
-    """Ask the users of a node whom the ring has elsewhere to reconnect, and wait until they have left.
+    """Ask a node's moved users to reconnect, and wait for them.
 
-    Run it when every edge has the new ring: users go where the edge sends them. Users whom the ring has here are not
-    touched, nor are sessions without a key or of another cluster than the ring's. One that is running already is waited
-    for first. Prints JSON: numbers of sessions that were to move, were staying and were without a key at the beginning,
-    and of those that were asked, left, and returned. A few users may return by their own doing. Exits with 1 if two or
-    more return, and a quarter of those that were asked, which means that an edge has another ring. Interrupting the
-    command does not stop the node.
+    Moved users are connected here but assigned to another node by the ring. Run this when every edge has the new ring.
+    Other users are not affected, nor are sessions without a key or of another cluster than the ring's. If a rebalance
+    is running, the command waits for it first.
+
+    Prints JSON with numbers of sessions: to move, staying and without a key at the beginning; asked, left and returned.
+    Exits with 1 if two or more users and a quarter of the asked ones return, which means that an edge has another ring.
+    Interrupting the command does not stop the rebalance.
 
     \b
     Examples:
@@ -80,7 +87,7 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
     """
     try:
         order: dict[str, Any] = {"ring": json.load(document)}
-    except ValueError as error:  # JSON that is none, or bytes that are no text
+    except ValueError as error:  # not JSON, or not UTF-8
         raise click.ClickException(f"{document.name} is not JSON: {error}") from None
     if rate is not None:
         order["rate"] = rate
@@ -91,22 +98,21 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
     del progress["running"]
     click.echo(json.dumps(progress))
     back, asked = progress["users_returned"], progress["users_asked"]
-    told = f"{progress['returned']} sessions are here though the ring has their users elsewhere"
+    result = f"{progress['returned']} sessions are here, but their users are assigned to another node"
     if back >= FEWEST_RETURNED and back >= asked * RETURNED_SHARE:
-        raise click.ClickException(f"{told}: an edge has another ring, or sends them by another key")
+        raise click.ClickException(f"{result}: an edge has another ring, or hashes another key")
     if back:
-        click.echo(f"{told}: {back} of {asked} users", err=True)
+        click.echo(f"{result}: {back} of {asked} users", err=True)
 
 
 @click.command()
 @with_control
 def drain(*, path: Path) -> None:
-    """Empty a node for maintenance, and wait until everybody has left.
+    """Empty a node for maintenance, and wait until all users have left.
 
-    The node takes no Socket.IO user in any more, says so at /readyz, and asks everybody to reconnect: the edge sends
-    them to the next node of the ring. It goes on running, and stays like that until `undrain` or a restart. Prints
-    JSON: numbers of sessions that were to move, were asked and left. Interrupting the command does not stop the node
-    from draining.
+    The node accepts no new Socket.IO users, answers 503 at /readyz, and asks all users to reconnect: the edge sends
+    them to the next node of the ring. The node keeps running and stays drained until `undrain` or a restart. Prints
+    JSON with numbers of sessions: to move, asked and left. Interrupting the command does not stop the drain.
 
     \b
     Examples:
@@ -116,16 +122,16 @@ def drain(*, path: Path) -> None:
     progress = _watch(begun, "asked to reconnect", lambda: ask(path, "GET", "/drain"), _drains)
     click.echo(json.dumps(progress))
     if not progress["draining"]:
-        raise click.ClickException("the node takes users in again: somebody has undrained it, or it was started anew")
+        raise click.ClickException("the node accepts users again: it was undrained or restarted")
 
 
 @click.command()
 @with_control
 def undrain(*, path: Path) -> None:
-    """Let a node that was drained take users in again.
+    """Let a drained node accept users again.
 
-    Whoever connects from now on comes to it if the ring has him here. Those who are connected elsewhere stay there
-    until the next rebalance.
+    From now on, users who connect reach it if it is their assigned node. Users who are connected to other nodes stay
+    there until the next rebalance.
 
     \b
     Examples:
@@ -135,7 +141,7 @@ def undrain(*, path: Path) -> None:
 
 
 def _start(path: Path, order: dict[str, Any]) -> dict[str, Any] | None:
-    """Begin a rebalance; return its progress, None while another one is running."""
+    """Start a rebalance; return its progress, or None if another one is running."""
     try:
         return ask(path, "POST", "/rebalance", order)
     except Refused as refused:
@@ -150,7 +156,7 @@ def _watch(
     ask: Callable[[], dict[str, Any]],
     goes_on: Callable[[dict[str, Any]], bool],
 ) -> dict[str, Any]:
-    """Show how many sessions have been asked, as long as it goes on; return the last progress."""
+    """Show how many sessions have been asked while `goes_on`; return the last progress."""
     to_move: int = progress["to_move"]
     with click.progressbar(length=to_move, label=label, file=sys.stderr) as bar:
         while goes_on(progress):
@@ -172,14 +178,12 @@ def _drains(drain: dict[str, Any]) -> bool:
 def _progress(path: Path) -> dict[str, Any]:
     progress = ask(path, "GET", "/rebalance")
     if "to_move" not in progress:
-        raise click.ClickException(
-            "the node was started anew, which ended the rebalance that was running: run it again"
-        )
+        raise click.ClickException("the node was restarted, which ended the running rebalance: run it again")
     return progress
 
 
 class Refused(click.ClickException):
-    """The node's refusal of a request, with the `status` of its answer."""
+    """The node refused a request; `status` is the HTTP status of its answer."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"the node refuses: {text}")
@@ -201,7 +205,7 @@ class _UnixConnection(HTTPConnection):
 
 
 class _Socket(socket.socket):
-    """A Unix socket that adds to `descriptors` what is sent along with the bytes that are read (SCM_RIGHTS)."""
+    """A Unix socket that appends received file descriptors (SCM_RIGHTS) to `descriptors`."""
 
     def __init__(self, descriptors: list[int]) -> None:
         super().__init__(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -218,11 +222,13 @@ class _Socket(socket.socket):
 def ask(
     path: Path, method: str, target: str, body: object = None, *, seconds: float = ANSWER_SECONDS
 ) -> dict[str, Any]:
-    """Return the node's answer, which may take so many seconds; `listener` in it is a descriptor that came along.
+    """Return the node's answer, decoded from JSON; `listener` in it is a received file descriptor.
+
+    `body` is sent as JSON; `seconds` is the timeout.
 
     Raises:
         Refused: the node refuses.
-        click.ClickException: there is none.
+        click.ClickException: there is no valid answer.
     """
     connection = _UnixConnection(path, seconds)
     try:
@@ -232,7 +238,7 @@ def ask(
     except FileNotFoundError:
         raise click.ClickException(f"no control socket {path}: does the node run, and with --control?") from None
     except ConnectionRefusedError:
-        raise click.ClickException(f"nobody serves the control socket {path}: the node does not run") from None
+        raise click.ClickException(f"no process serves the control socket {path}: the node does not run") from None
     except (OSError, HTTPException, ValueError) as error:
         raise click.ClickException(f"no answer on the control socket {path}: {error or type(error).__name__}") from None
     finally:

@@ -1,8 +1,8 @@
-"""What a client may send: checks of payloads and packets where python-engineio and python-socketio let errors pass.
+"""What a client may send: checks of payloads and packets where python-engineio and python-socketio ignore errors.
 
-Both log an error in what a client sends and go on: a POST is answered with OK though its packets are gone, and a
-client that waits for its place in a namespace waits for ever. Here an error is raised, and whoever calls ends the
-session, so that the client knows. Rules: Engine.IO protocol revision 4, Socket.IO protocol revision 5.
+Both log an invalid packet and go on: they answer a POST with OK although its packets are lost, and a client that joins
+a namespace waits for ever. Here an error is raised, and the caller ends the session, so that the client notices.
+Rules: Engine.IO protocol revision 4, Socket.IO protocol revision 5.
 """
 
 import logging
@@ -20,35 +20,35 @@ log = logging.getLogger(__name__)
 
 SEPARATOR = "\x1e"
 FROM_CLIENT = frozenset("134b")
-"""How a client's packets begin: CLOSE, PONG, MESSAGE, and a binary MESSAGE in base64."""
+"""First characters of a client's packets: CLOSE, PONG, MESSAGE, and a binary MESSAGE in base64."""
 LIFECYCLE_EVENTS = ("connect", "disconnect")
-"""An application handles them like events of a client, and no client may send them."""
+"""Applications handle these like a client's events, but no client may send them."""
 UNKNOWN_NAMESPACE = {"message": "Invalid namespace"}
 ATTACHMENTS = 10
-"""How many messages of the largest size the attachments of one event may fill: socket.io takes 10 attachments."""
+"""The attachments of one event may take as much as this many messages of the largest size; socket.io allows 10."""
 ATTACHMENT_BYTES = 100
-"""What an attachment takes beside its content: empty ones take room as well."""
+"""Memory of an attachment beside its content: empty ones need some too."""
 
 
 class TooLongError(ValueError):
-    """A body is longer than `maxPayload`, which every client is told."""
+    """A body is longer than `maxPayload`, which the handshake announces."""
 
 
 class HandlerError(Exception):
-    """The application's connect handler has failed, and the client is in none of the namespaces that it asked for."""
+    """The application's connect handler raised an exception, so the client did not join the namespace."""
 
 
 def body_of(environ: "WSGIEnvironment", longest: int) -> str:
-    """Return the body of a POST, also of one without Content-Length (chunked); `longest` is in bytes.
+    """Return the body of a POST, with Content-Length or chunked; `longest` is in bytes.
 
     Raises:
         TooLongError: it is longer.
-        ValueError: it ended before its length was reached, or is not UTF-8.
-        Exception: what the server raises for a connection that is lost or chunks that are none.
+        ValueError: it is shorter than its Content-Length, or not UTF-8.
+        Exception: the server's error for a lost connection or invalid chunks.
     """
     declared = environ.get("CONTENT_LENGTH")
     if not declared and not environ.get("wsgi.input_terminated"):
-        return ""  # PEP 3333: nothing says where it would end
+        return ""  # PEP 3333: without a length there is no body
     length = int(declared) if declared else longest + 1
     if declared and length > longest:
         raise TooLongError
@@ -56,29 +56,29 @@ def body_of(environ: "WSGIEnvironment", longest: int) -> str:
     if len(body) > longest:
         raise TooLongError
     if declared and len(body) < length:
-        raise ValueError("the body has ended early")
+        raise ValueError("the body is shorter than its Content-Length")
     return body.decode()
 
 
 def packets_of(body: str) -> Iterator[EnginePacket]:
-    """Return a payload's packets; none of an empty one. There may be as many as find room in it.
+    """Return a payload's packets, however many; none for an empty payload.
 
     Raises:
         ValueError: a client may not send one of them.
-        Exception: the JSON module's, or RecursionError.
+        Exception: an error of the JSON module, or RecursionError.
     """
     for encoded in body.split(SEPARATOR) if body else ():
         if encoded[:1] not in FROM_CLIENT:
-            raise ValueError("not a packet of a client's")
+            raise ValueError("not a packet that a client may send")
         yield EnginePacket(encoded_packet=encoded)
 
 
 def check_packets(server: socketio.Server) -> None:
-    """Have a Socket.IO server raise an error for each packet that is none, and keep the application's errors apart.
+    """Make a Socket.IO server raise an error for each invalid packet, and isolate errors of the application.
 
-    What event handlers and callbacks raise is logged; the session goes on, as it always did with `async_handlers`.
-    A disconnect handler that fails no longer keeps others from running and the client from being forgotten. The names
-    that begin with an underscore are those that python-socketio's own admin instrumentation replaces, and their like.
+    Exceptions of event handlers and callbacks are logged, and the session goes on, as with `async_handlers`. If a
+    disconnect handler fails, the other ones still run and the client is removed. The replaced private names are mostly
+    those that python-socketio's own admin instrumentation replaces.
     """
     server.packet_class = _checked(server.packet_class, ATTACHMENTS * int(server.eio.max_http_buffer_size))
     manager, disconnect = server.manager, server.disconnect
@@ -86,12 +86,12 @@ def check_packets(server: socketio.Server) -> None:
     send_packet = server._send_packet
 
     def forget(sid: str | None, namespace: str) -> None:
-        # As python-socketio does when a handler returns.
+        # As python-socketio does after a handler returns.
         if sid is not None:
             manager.disconnect(sid, namespace, ignore_queue=True)
 
     def send_as_clients_read_it(engine_sid: str, packet: Any) -> None:  # noqa: ANN401 - python-socketio has no types
-        # socket.io-client takes `message` of it, and would say "undefined" of the text that python-socketio sends.
+        # socket.io-client reads `message` of an object; of python-socketio's plain text it would show "undefined".
         if packet.packet_type == socketio.packet.CONNECT_ERROR and isinstance(packet.data, str):
             packet.data = UNKNOWN_NAMESPACE
         send_packet(engine_sid, packet)
@@ -125,7 +125,7 @@ def check_packets(server: socketio.Server) -> None:
 
 
 def _logging(message: str, call: Callable[..., object]) -> Callable[..., None]:
-    """Return a call whose errors are logged and end there."""
+    """Return a function that calls `call`, and logs `message` if it raises."""
 
     def call_and_log(*args: object) -> None:
         try:
@@ -137,7 +137,7 @@ def _logging(message: str, call: Callable[..., object]) -> Callable[..., None]:
 
 
 def _checked(packet_class: Any, longest: int) -> Any:  # noqa: ANN401 - python-socketio has no types
-    """Return a packet class that decodes only what a client may send; `longest` bounds attachments, in bytes."""
+    """Return a packet class that decodes only what a client may send; `longest` bounds its attachments, in bytes."""
 
     class CheckedPacket(packet_class):
         packet_type: int
@@ -147,7 +147,7 @@ def _checked(packet_class: Any, longest: int) -> Any:  # noqa: ANN401 - python-s
             attachments: int = super().decode(encoded_packet) or 0
             kind, data = self.packet_type, self.data
             if kind in {EVENT, BINARY_EVENT}:
-                # Whoever says 0 attachments has nothing to be waited for.
+                # With 0 attachments there is nothing to wait for.
                 self.packet_type = BINARY_EVENT if attachments else EVENT
                 if isinstance(data, list) and data and isinstance(data[0], str | int | float):
                     valid = data[0] not in LIFECYCLE_EVENTS
@@ -155,17 +155,17 @@ def _checked(packet_class: Any, longest: int) -> Any:  # noqa: ANN401 - python-s
                     valid = False
             elif kind in {ACK, BINARY_ACK}:
                 self.packet_type = BINARY_ACK if attachments else ACK
-                # Numbers begin at 1; behind 0, python-socketio keeps the counter of a client's numbers.
+                # Ids begin at 1; under id 0, python-socketio keeps its counter of a client's ids.
                 valid = isinstance(data, list) and isinstance(self.id, int) and self.id > 0
             else:
                 valid = kind in {CONNECT, DISCONNECT}
             if not valid:
-                raise ValueError("not a packet of a client's")
+                raise ValueError("not a packet that a client may send")
             return attachments
 
         def add_attachment(self, attachment: object) -> bool:
             if not isinstance(attachment, bytes):
-                raise TypeError("text where an attachment is due")
+                raise TypeError("text instead of an attachment")
             self.attached += len(attachment) + ATTACHMENT_BYTES
             if self.attached > longest:
                 raise TooLongError

@@ -1,18 +1,18 @@
-"""Sends the users of this node whom the ring has elsewhere to where the ring has them, and leaves the others alone.
+"""Asks moved users, who are connected here but assigned to another node, to reconnect; other users are not affected.
 
-It begins when every edge has the new ring: users go where the edge sends them. What a user is promised who moves:
+It starts when every edge has the new ring, because the edge decides where users reconnect. For a moved user:
 
-- One disconnect, after which the clients of JavaScript and of Python connect again by themselves, as after any lost
-  connection: the first attempt comes after 0.5 to 1.5 s with their default options. The application's disconnect
-  handlers run once, with the reason `transport close`.
-- The acknowledgement of every event that reached the application is written before the end, if it is given within four
-  seconds, and so is everything else that waits for a WebSocket. An event that wanted an acknowledgement and got none
-  did not reach the application, unless the handler takes longer than that: who sends it again has it handled once.
-  Nor did anything that was sent after it. Over polling, the request that brought it is answered with an error.
-- The same over polling: a request that reaches the new node before is sent on to the old one, the next on the ring.
-  Only a node that is on no ring any more is out of reach for those who poll: they connect again because of that.
+- There is one disconnect. JavaScript and Python clients reconnect by themselves, as after any lost connection: with
+  default options after 0.5 to 1.5 s. The application's disconnect handlers run once, with the reason `transport close`.
+- Every event that reached the application is acknowledged before the session ends, if the handler answers within four
+  seconds. Everything else that is queued for a WebSocket is sent too. If an event asks for an acknowledgement and gets
+  none, neither it nor anything sent after it has reached the application, unless the handler takes longer than that. So
+  a client that sends it again has it handled once. Over polling, its request is answered with an error.
+- Polling clients get the same: a request that reaches the new node too early is passed on to the old one, which is the
+  next on the ring. Only a node that was removed from the ring cannot be reached; its polling clients reconnect for that
+  reason.
 
-Not promised: that events without acknowledgement arrive which cross the end on their way, as with any lost connection.
+Not guaranteed: events without acknowledgement that are under way when the session ends, as with any lost connection.
 """
 
 import logging
@@ -27,24 +27,23 @@ from stickyring.ring import Ring
 log = logging.getLogger(__name__)
 
 HANDSHAKES_A_SECOND = 250
-"""What a node is asked to take in beside its users' traffic: at 0.7 (WebSocket) to 1.9 ms (polling) of CPU for a
-handshake (docs/benchmarks/nodes.md), they cost it 18 to 48 % of its core."""
+"""Handshakes that a node can accept beside its users' traffic: at 0.7 ms (WebSocket) to 1.9 ms (polling) of CPU each
+(docs/benchmarks/nodes.md), they take 18 to 48 % of its core."""
 
 
 def default_rate(ring: Ring) -> float:
-    """Return sessions a second that no node takes harm from.
+    """Return a rate, in sessions per second, that overloads no node.
 
-    After a node has been added all others send it their users at the same time, so its HANDSHAKES_A_SECOND are divided
-    among them.
+    When a node is added, all others send it users at the same time, so they share its HANDSHAKES_A_SECOND.
     """
     return HANDSHAKES_A_SECOND / max(1, len(ring.names) - 1)
 
 
 class Rebalance:
-    """One rebalance of the node `name`, with `Move`: who is asked, at what rate, and what happens with late arrivals.
+    """One rebalance of the node `name`; `Move` does the asking.
 
-    A session without a key is left alone: nobody knows where the edge will place its user. So is one that came by
-    another cluster of the edge's than the ring's: this ring does not place it.
+    Sessions without a key are not asked: it is unknown where the edge will send their users. Nor are sessions of
+    another cluster than the ring's, which this ring does not place.
     """
 
     def __init__(
@@ -60,18 +59,19 @@ class Rebalance:
 
     @property
     def running(self) -> bool:
-        """Whether users are still to be asked or to leave."""
+        """Whether the rebalance has not ended yet."""
         return self._move.running
 
     def run(self) -> None:
-        """Ask until all have left whom the ring has elsewhere."""
+        """Ask moved users to reconnect, and return when they have left."""
         move = self._move
         log.info("rebalancing: %d sessions to move at %.1f a second", move.to_move, move.rate, extra=self.progress())
         move.run()
         log.info("rebalanced: %d sessions left in %.1f s", move.left, move.seconds, extra=self.progress())
         if move.returned:
             log.warning(
-                "%d sessions came back, or came, though the ring has their users elsewhere: has every edge this ring?",
+                "%d sessions came back or arrived, but their users are assigned to another node: does every edge have "
+                "this ring?",
                 move.returned,
             )
 

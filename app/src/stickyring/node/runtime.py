@@ -1,4 +1,4 @@
-"""What a node adds to the application that it serves: health, readiness, metrics, a cap, and whose each session is."""
+"""What a node adds to the application that it serves: health, readiness, metrics, a cap, and its users' sessions."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 class Runtime:
-    """A WSGI application around the one that is deployed.
+    """A WSGI application around the deployed one.
 
-    It answers `/healthz` (200: the process lives), `/readyz` (200: takes new users; 503: full, or draining) and
-    `/metrics` (Prometheus exposition) itself; every other request reaches the application as it came. While the node is
-    drained, the edge is asked to try the next one instead.
+    It answers `/healthz` (200: the process lives), `/readyz` (200: accepts new users; 503: full or draining) and
+    `/metrics` (Prometheus exposition) itself; every other request reaches the application unchanged. While the node
+    drains, the edge is asked to try the next node instead.
 
-    A `socketio.WSGIApp` stands behind a `SocketIOGate`. One that another WSGI application hides inside itself is not
-    seen, and served as any other.
+    A `socketio.WSGIApp` gets a `SocketIOGate`. One inside another WSGI application is not recognised, and is served
+    like any other application.
 
-    The application sees scheme and address of the client where an edge tells them (`stickyring.node.forwarded`).
+    The application sees the client's scheme and address if an edge sends them (`stickyring.node.forwarded`).
 
-    `sessions` holds the open sessions by their Engine.IO id; there are none without a gate. `move_metrics`
-    counts those that are sent elsewhere. `drain` empties the node.
+    `sessions` holds the open sessions by Engine.IO id; it is empty without a gate. `move_metrics` counts moved
+    sessions. `drain` empties the node.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Runtime:
         """Serve one request."""
         self._edges.tell(environ)
         if self._gate is not None and environ["PATH_INFO"] == self._gate.path.rstrip("/"):
-            # As some clients ask (Swift, Dart), and as Node.js answers.
+            # Some clients (Swift, Dart) omit the slash, and Node.js accepts that.
             environ["PATH_INFO"] = self._gate.path
         match environ["PATH_INFO"]:
             case "/healthz":
@@ -64,18 +64,18 @@ class Runtime:
             case path if self.drain.active and not (self._gate and path.startswith(self._gate.path)):
                 return refuse(start_response, [(ELSEWHERE_HEADER, "1")])
             case _ if "HTTP_UPGRADE" in environ:
-                # Its session is what is waited for, and gunicorn knows the answer by what it is.
+                # Not wrapped: a drain waits for its session, and gunicorn checks the answer's type.
                 return self._application(environ, start_response)
             case _:
                 return _Answer(self._application, environ, start_response, self._requests)
 
     def succeed(self, predecessor: Predecessor | None) -> None:
-        """Pass on to the process whose place this one has taken what is of its sessions."""
+        """Pass requests of the predecessor's sessions on to it."""
         if self._gate is not None:
             self._gate.predecessor = predecessor
 
     def heed(self, exhausted: Callable[[], bool]) -> None:
-        """Take no new sessions while the worker says that it has no descriptors left."""
+        """Accept no new sessions while `exhausted()` is true: the worker has no descriptors left."""
         if self._gate is not None:
             self._gate.exhausted = exhausted
 
@@ -88,7 +88,7 @@ class Runtime:
 
 
 class _Answer:
-    """An application's answer, which is in `under_way` until it is closed."""
+    """An application's answer; it is in `under_way` until it is closed."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class _Answer:
         return iter(self._body)
 
     def close(self) -> None:
-        """Close the application's, as PEP 3333 asks."""
+        """Close the application's answer (PEP 3333)."""
         self._under_way.discard(self)
         if close := getattr(self._body, "close", None):
             close()

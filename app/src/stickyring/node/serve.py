@@ -15,12 +15,12 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 class AddressType(click.ParamType[tuple[str, int]]):
-    """`address:port`; an IPv6 address stands in brackets. Becomes (address, port)."""
+    """`address:port`, an IPv6 address in brackets; converted to (address, port)."""
 
     name = "address:port"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
-        """Split and check the value; a name in place of the address is resolved when it is bound."""
+        """Split and check the value; a host name is resolved when it is bound."""
         found = re.fullmatch(r"(?:\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<host>[^\s:\[\]]+)):(?P<port>[0-9]{1,5})", value)
         if not found or int(found["port"]) > 65535:
             self.fail(f"{value!r} is not address:port, for example 127.0.0.1:8001 or [::1]:8001", param, ctx)
@@ -28,7 +28,7 @@ class AddressType(click.ParamType[tuple[str, int]]):
 
 
 class NodeNameType(click.ParamType[str]):
-    """A name that can stand in a log line, a metric's label, a header and an endpoint's metadata."""
+    """A name that is valid in a log line, a metric's label, a header and an endpoint's metadata."""
 
     name = "name"
 
@@ -80,7 +80,7 @@ def default_node_name() -> str:
     show_default=True,
     envvar="STICKYRING_MAX_CONNECTIONS",
     show_envvar=True,
-    help="Socket.IO connections above which new ones get 503.",
+    help="Most Socket.IO connections; further ones get 503.",
 )
 @click.option(
     "--drain-timeout",
@@ -89,7 +89,7 @@ def default_node_name() -> str:
     show_default=True,
     envvar="STICKYRING_DRAIN_TIMEOUT",
     show_envvar=True,
-    help="Seconds that SIGTERM gives users to go elsewhere before the process ends; 0 ends it at once.",
+    help="Seconds that users get to reconnect elsewhere after SIGTERM; 0 ends the process at once.",
 )
 @click.option(
     "--control",
@@ -97,7 +97,7 @@ def default_node_name() -> str:
     type=click.Path(path_type=Path),
     envvar="STICKYRING_CONTROL",
     show_envvar=True,
-    help="Unix socket for `stickyring sessions`, `rebalance`, `drain` and `undrain`; none without it.",
+    help="Unix socket for `stickyring sessions`, `rebalance`, `drain` and `undrain`. [default: none]",
 )
 @click.option(
     "--edges",
@@ -105,20 +105,20 @@ def default_node_name() -> str:
     type=click.Path(path_type=Path),
     envvar="STICKYRING_EDGES",
     show_envvar=True,
-    help="File with the IP addresses of the edges, one a line, read again while the node serves: who is believed about "
-    "scheme and address of a client. [default: loopback]",
+    help="File with the IP addresses of the edges, one per line, read again while the node serves. The node trusts "
+    "only these about a client's scheme and address. [default: loopback]",
 )
 @click.option(
     "--replace",
     is_flag=True,
-    help="Take the place of the process that serves --control, on its listening socket.",
+    help="Replace the process that serves --control, and take over its listening socket.",
 )
 @click.option(
     "--watchdog",
     type=click.FloatRange(min=0),
     envvar="STICKYRING_WATCHDOG",
     show_envvar=True,
-    help="With --replace, the unit's WatchdogSec in seconds, 0 for none: systemd itself heeds it only at a start.",
+    help="With --replace, the unit's WatchdogSec in seconds, 0 for none: systemd itself applies it only at a start.",
 )
 @click.option(
     "--log-level",
@@ -127,7 +127,7 @@ def default_node_name() -> str:
     show_default=True,
     envvar="STICKYRING_LOG_LEVEL",
     show_envvar=True,
-    help="What to log on standard error, as JSON lines.",
+    help="Least severe level to log, as JSON lines on standard error.",
 )
 def serve(
     *,
@@ -145,17 +145,17 @@ def serve(
 ) -> None:
     """Serve APPLICATION as one node of a sticky Socket.IO deployment.
 
-    APPLICATION is `module:attribute` or `module:factory()`, a WSGI application; without it the echo service is served.
-    A python-socketio application is a `socketio.WSGIApp` with async_mode='eventlet'. /healthz, /readyz and /metrics are
-    answered for it.
+    APPLICATION is a WSGI application as `module:attribute` or `module:factory()`; the default is the echo service. A
+    python-socketio application is a `socketio.WSGIApp` with async_mode='eventlet'. The node answers /healthz, /readyz
+    and /metrics itself.
 
-    SIGTERM drains the node first: it takes nobody in, asks everybody to reconnect elsewhere, and ends when they have
-    left. A second signal, or SIGINT or SIGQUIT, ends it at once.
+    SIGTERM drains the node: it refuses new users, asks all users to reconnect, and ends when they have left. A second
+    signal, SIGINT or SIGQUIT ends it at once.
 
-    With --replace, a new process of whatever release and settings loads the application while the one that serves the
-    control socket goes on; then it takes over the listening socket, and the other one drains and ends. Nobody is
-    refused, and each user reconnects once. The command ends when the new process serves; if it cannot, with the cause,
-    and nothing has changed. It keeps the address.
+    With --replace, a new process loads the application while the old one keeps serving. Then it takes over the
+    listening socket, and the old process drains and ends. No connection is refused, and each user reconnects once. The
+    release and the settings may differ, but not the address. The command returns when the new process serves. If that
+    fails, it reports the cause, and the old process keeps serving.
 
     \b
     Examples:
@@ -188,7 +188,7 @@ def serve(
     logs.configure(log_level, node_name)
     # The application runs in the worker, a child of this process.
     os.environ["STICKYRING_NODE_NAME"] = node_name
-    # As gunicorn does: an application beside the working directory can be imported.
+    # As with gunicorn, an application in the working directory can be imported.
     sys.path.insert(0, str(Path.cwd()))
     found_class = load_worker_class(worker_class)
     if replace:

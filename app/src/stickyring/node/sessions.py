@@ -1,6 +1,6 @@
-"""The sessions of a node: whose each one is, since when, and how it is ended so that its client comes back.
+"""The sessions of a node: their users, their ages, and how to end them so that their clients reconnect.
 
-A session is one of Engine.IO (protocol revision 4), which is one connection of a user: a tab, a device.
+A session is an Engine.IO session (protocol revision 4): one connection of a user, such as a tab or a device.
 """
 
 import contextlib
@@ -26,47 +26,49 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Request headers of the edge's, as the WSGI environ names them.
+# Request headers that the edge sets, as the WSGI environ names them.
 KEY_VARIABLE = "HTTP_X_STICKYRING_KEY"
-"""`x-stickyring-key`: what the edge has hashed."""
+"""`x-stickyring-key`: the key that the edge hashed."""
 ISSUED_VARIABLE = "HTTP_X_STICKYRING_ISSUED"
-"""`x-stickyring-issued`: the edge has made the key up for this request, and the next one may have another."""
+"""`x-stickyring-issued`: the edge generated the key for this request; the next request may have another."""
 CLUSTER_VARIABLE = "HTTP_X_STICKYRING_CLUSTER"
-"""`x-stickyring-cluster`: the edge's cluster by which the request came; each has a ring of its own."""
+"""`x-stickyring-cluster`: the edge's cluster that the request used; each cluster has its own ring."""
 SESSION_VARIABLE = "stickyring.session"
-"""The open session that a request is of, in the WSGI environ."""
+"""The open session of a request, in the WSGI environ."""
 NO_OPERATION = str(NOOP)
 SETTLING_SECONDS = 1.0
-"""A client that has just connected still joins namespaces; cut off in that, python-socketio's gives up for good."""
+"""A new client is still joining namespaces; if its session ends meanwhile, python-socketio's client gives up."""
 TICK_SECONDS = 0.05
 REASON = "transport close"
-"""What applications are told: the reason that stands for a client who lost the connection and may be back."""
+"""The reason that applications get: the client lost the connection and may be back."""
 FAILED = "transport error"
-"""What applications are told of a session that the node ended for an error."""
+"""The reason that applications get if the node ended the session for an error."""
 PACKETS_AT_ONCE = 16
-"""The most that an answer to a poll holds: python-socketio's clients take no more, and give the connection up."""
+"""Most packets in an answer to a poll: python-socketio's clients drop the connection if there are more."""
 TURN_PACKETS = 64
-"""After so many packets of one payload, others get their turn."""
+"""After this many packets of one payload, other green threads run."""
 WAITING_MESSAGES = 64
-"""How many messages of the largest size may wait for a client that does not read. With python-engineio's default, 1 MB,
-that is 64 MB: an application may send a file in one go, and no client can have a node keep more for it."""
+"""How many messages of the largest size may wait for a client that does not read. With python-engineio's default of
+1 MB, that is 64 MB: enough for a file sent in one go, and a bound on a node's memory for one client."""
 PACKET_BYTES = 256
-"""What a packet that waits takes beside its content."""
+"""Memory of a waiting packet beside its content."""
 UPGRADE_SECONDS = 10.0
-"""How long a client may take to change its transport, as with socket.io; its polls do not wait meanwhile."""
+"""How long a client may take for an upgrade, as with socket.io; meanwhile its polls return at once."""
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class Session:
-    """One open session and what is known of it.
+    """One open session.
 
-    `key` is the user: the key of the handshake, by which the edge placed the session here, None if it had none;
-    `cluster` is the edge's cluster of the handshake. `websocket` is what carries it, once something other than
-    polls does. `unanswered` counts the events whose acknowledgement the application still owes; while `taking` is
-    false, it gets no more that want one, and once one was `refused`, nothing that was sent after it. `moved` says
-    that the node ended the session to have it elsewhere, `failed` for which error it ended it, one of
-    `metrics.FAILURES`; `on_failure` is called with that. `polling` is locked while a poll is answered; a session that
-    began as a WebSocket has none.
+    - `key`: the user, as the key of the handshake that the edge hashed; None without a key.
+    - `cluster`: the edge's cluster of the handshake; None without an edge.
+    - `websocket`: the WebSocket that carries the session; None while it polls.
+    - `unanswered`: number of events whose acknowledgement the application has not given yet.
+    - `taking`: if false, the application gets no more events that ask for an acknowledgement.
+    - `refused`: such an event was dropped; everything that the client sent after it is dropped too.
+    - `moved`: the node ended the session to move its user.
+    - `failed`: the error for which the node ended it, one of `metrics.FAILURES`; `on_failure` is called with it.
+    - `polling`: locked while a poll is answered; None if the session began as a WebSocket.
     """
 
     engine: Engine
@@ -82,8 +84,8 @@ class Session:
     failed: str = ""
     on_failure: Callable[[str], None] = lambda reason: None
     polling: "threading.Lock | None" = None
-    _waiting: int = field(default=0, init=False)  # bytes in the queue or on their way
-    _under_way: int = field(default=0, init=False)  # those on their way
+    _waiting: int = field(default=0, init=False)  # bytes queued or under way
+    _under_way: int = field(default=0, init=False)  # bytes under way
 
     @property
     def transport(self) -> str:
@@ -92,7 +94,7 @@ class Session:
 
     @property
     def seconds(self) -> float:
-        """How long it has been open."""
+        """How long it has been open, in seconds."""
         return time.monotonic() - self.began
 
     @property
@@ -102,7 +104,7 @@ class Session:
 
     @property
     def quiet(self) -> bool:
-        """Whether its end cuts nothing off now: no acknowledgement, no packet for a poll, no upgrade, no connecting."""
+        """Whether it can end without losing anything: no acknowledgement, queued packet, upgrade or join is pending."""
         return (
             self.unanswered <= 0
             and (self.socket.upgraded or self.socket.queue.empty())
@@ -111,27 +113,27 @@ class Session:
         )
 
     def note(self, environ: dict[str, object]) -> None:
-        """Note what the edge says with the handshake.
+        """Store the key and the cluster of the handshake.
 
-        Later keys do not count, not even the first one. A client that keeps no cookie has another one in each request,
-        and one may claim any: by these, a rebalance would ask them to leave, and they would come back to where they
-        were.
+        Keys of later requests are ignored, even if the handshake had none. A client without cookies has another key in
+        each request, and a client can claim any. With such keys, a rebalance would ask users to reconnect who then come
+        back to the same node.
         """
         self.key = key_of(environ)
         self.cluster = _on_the_wire(environ, CLUSTER_VARIABLE) or None
 
     def stand_in(self) -> None:
-        """Receive POSTs and hand out packets in place of the engine, from now on."""
+        """Replace the engine's methods for POSTs and polls by this object's."""
         self.socket.handle_post_request, self.socket.poll = self.take_in, self.poll
 
     def stand_back(self) -> None:
-        """Leave that to the engine again, which may keep its part of a session for a while after the end."""
+        """Restore the engine's methods: the engine may keep its part of a session for a while after the end."""
         del self.socket.handle_post_request, self.socket.poll
 
     def begin_poll(self) -> None:
-        """Wait for the poll before this one to end, and have it end: it waits on a connection that is lost in silence.
+        """End the previous poll, whose connection must be lost, and wait until it has ended.
 
-        Two polls would take the packets from each other, and the session's end would end one of them only.
+        Two polls would take packets from each other, and the session's end would end only one of them.
         """
         while self.polling is not None and not self.polling.acquire(timeout=TICK_SECONDS):
             if self.socket.queue.empty():
@@ -143,16 +145,16 @@ class Session:
             self.polling.release()
 
     def send_at_once(self, packet: Packet) -> bool:
-        """Send a packet over the WebSocket, if nothing waits before it; return whether that was done.
+        """Send a packet over the WebSocket if no other is queued; return whether it was sent.
 
-        It saves the engine's queue and the green thread that empties it.
+        This avoids the engine's queue and the switch to the green thread that empties it.
         """
         if self.websocket is None or self.ended or not self.socket.queue.empty():
             return False
         return not self.socket.check_ping_timeout() or self.websocket.send_at_once(packet.encode())
 
     def takes(self, *, owing: bool) -> bool:
-        """Note an event, `owing` if its client waits for an acknowledgement; return whether the application gets it."""
+        """Count an event, `owing` if its client asks for an acknowledgement; return whether the application gets it."""
         self.refused |= owing and not self.taking
         if self.ended or self.refused:
             return False
@@ -160,17 +162,17 @@ class Session:
         return True
 
     def handled(self) -> None:
-        """Note that the acknowledgement is in the queue or sent, or that the application gives none."""
+        """Count an acknowledgement that is queued or sent, or that the application does not give."""
         self.unanswered -= 1
 
     def take_in(self, environ: dict[str, Any]) -> None:
-        """Receive the packets of a POST, all of them in their order; stands in for `Socket.handle_post_request`.
+        """Receive all packets of a POST in order; replaces `Socket.handle_post_request`.
 
-        The engine's own takes 16 packets at most and a body with Content-Length only, and when it fails, which may be
-        after some of the packets, its answer is OK.
+        The engine's own method accepts at most 16 packets and only a body with Content-Length. If it fails, possibly
+        after some packets, it answers OK.
 
         Raises:
-            EngineIOError: something was not received. The session has ended, and the engine answers 400.
+            EngineIOError: a packet was not received. The session has ended, and the engine answers 400.
         """
         try:
             with _bounded(environ.get(SOCKET_VARIABLE), self.engine.ping_timeout):
@@ -191,22 +193,22 @@ class Session:
         except Exception as error:
             self.fail("packet", error)
             raise EngineIOError from error
-        # Who sends it away waits for what the application still owes. An answer before would have the client leave.
+        # The mover still waits for acknowledgements of the application. An answer now would make the client leave.
         while self.refused and not self.ended:
             self.engine.sleep(TICK_SECONDS)
-        # Not left to the engine, which would wait for the client to read what is in the queue.
+        # The engine itself would wait for the client to read what is queued.
         self.fail(self.failed)
-        raise EngineIOError("the session has ended, maybe before the last packet")
+        raise EngineIOError("the session ended, possibly before the last packet")
 
     def poll(self) -> list[Packet]:
-        """Wait for the packets that go next, none at the end of the session; stands in for `Socket.poll`.
+        """Wait for the next packets; return none at the end of the session. Replaces `Socket.poll`.
 
         Raises:
-            QueueEmpty: there were none for as long as a client may be silent.
+            QueueEmpty: no packet within the ping interval plus the ping timeout.
         """
         queue, empty = self.socket.queue, self.engine.get_queue_empty_exception()
-        # Whoever asks for more has sent what he had.
-        # The engine's own few packets, pings and such, are counted here only.
+        # The client polls again, so the packets under way have arrived.
+        # The engine's own few packets, such as pings, are counted only here.
         self._waiting = max(0, self._waiting - self._under_way)
         self._under_way = 0
         packets: list[Packet] = []
@@ -228,7 +230,7 @@ class Session:
         return packets
 
     def has_room_for(self, packet: Packet) -> bool:
-        """Return whether another packet may wait for its way to the client; if not, the session ends."""
+        """Return whether another packet may be queued for the client; if not, the session ends."""
         if self.failed:
             return False
         if self.ended:
@@ -236,23 +238,23 @@ class Session:
         self._waiting += _size(packet)
         if self._waiting <= WAITING_MESSAGES * self.engine.max_http_buffer_size:
             return True
-        # Beside this: it is some handler's turn to send, and the disconnect handlers may want what it holds.
+        # In a task of its own: a handler is sending, and the disconnect handlers may need a lock that it holds.
         self._note_failure("unread")
         self.engine.start_background_task(self._close, FAILED)
         return False
 
     def end(self) -> None:
-        """End it so that its client comes back by itself; the application's disconnect handlers have run on return.
+        """End it so that its client reconnects by itself; on return, the application's disconnect handlers have run.
 
-        There is neither a Socket.IO DISCONNECT nor an Engine.IO CLOSE: after the one the JavaScript client stays away,
-        after the other python-socketio's. A WebSocket is closed, after what waited for it; a waiting poll is answered
-        without a packet, which the gate turns into an error.
+        It sends neither a Socket.IO DISCONNECT, after which the JavaScript client stays away, nor an Engine.IO CLOSE,
+        after which python-socketio's client does. A WebSocket is closed after its queued packets are sent. A waiting
+        poll is answered without a packet, and the gate turns that into an error.
         """
         self.moved = True
         self._close(REASON)
 
     def fail(self, reason: str, error: BaseException | None = None) -> None:
-        """End it at once for an error, `reason` being one of `metrics.FAILURES`; its client gets an error as well."""
+        """End it at once for an error, and answer the client with an error; `reason` is one of `metrics.FAILURES`."""
         if self.ended:
             return
         if not self.failed:
@@ -260,12 +262,12 @@ class Session:
         self._close(FAILED)
 
     def lose(self) -> None:
-        """End it because its WebSocket has ended."""
+        """End it because its WebSocket has closed."""
         if not self.ended:
             self._close(REASON)
 
     def lose_poll(self) -> None:
-        """End it because its client has ended the connection of a waiting poll, unless it changes the transport."""
+        """End it because its client closed the connection of a waiting poll, unless it is upgrading."""
         if not (self.socket.upgrading or self.socket.upgraded):
             self.lose()
 
@@ -278,17 +280,17 @@ class Session:
 
     def _close(self, reason: str) -> None:
         self.socket.close(wait=False, abort=True, reason=reason)
-        # The engine keeps a polling session that has ended until its next round, and fails on a POST for it.
+        # The engine keeps an ended polling session until its next cleanup, and fails on a POST for it.
         self.engine.sockets.pop(self.socket.sid, None)
         if self.failed == "unread" and self.websocket is not None:
             self.websocket.cut()
 
 
 class SessionWebSocket(WebSocket):
-    """The WebSocket of a session, which knows it from when it carries the session: an upgrade may fail before.
+    """The WebSocket of a session; `Session.websocket` is set once the WebSocket carries it.
 
-    However the WebSocket ends, the session that it carries ends at once, and so does one whose client breaks the
-    protocol in the upgrade. If an upgrade is just not completed, the session goes on with polls.
+    When the WebSocket ends, its session ends at once. So does a session whose client breaks the protocol during the
+    upgrade. If an upgrade is not completed, the session goes on polling.
     """
 
     def __init__(self, handler: Callable[[WebSocket], object], server: Server) -> None:
@@ -298,7 +300,7 @@ class SessionWebSocket(WebSocket):
         self._status: int | None = None
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        """Open the connection, let the handler run, and close it."""
+        """Open the WebSocket, run the handler, and close it."""
         self._session: Session = environ[SESSION_VARIABLE]
         try:
             return super().__call__(environ, start_response)
@@ -306,7 +308,7 @@ class SessionWebSocket(WebSocket):
             self._leave()
 
     def wait(self) -> str | bytes | None:
-        """Return the client's next packet; None when the connection has ended, or something else came."""
+        """Return the client's next packet; None when the connection has ended or the client broke the protocol."""
         session = self._session
         if session.websocket is None:
             if not session.socket.upgraded:
@@ -314,7 +316,7 @@ class SessionWebSocket(WebSocket):
             self._carry()
         packet = super().wait()
         if packet is None:
-            # The engine would first wait for what is being sent, which nobody may be reading.
+            # The engine would first wait for data being sent, which the client may not read.
             session.lose()
         elif isinstance(packet, str) and packet[:1] not in FROM_CLIENT:
             self.fail(PROTOCOL_ERROR)
@@ -322,22 +324,22 @@ class SessionWebSocket(WebSocket):
         return packet
 
     def send(self, message: str | bytes) -> None:
-        """Send a packet, but not the NOOP that the engine has put into the queue to end a poll."""
+        """Send a packet, except the NOOP that the engine queues to end a poll."""
         if message != NO_OPERATION:
             super().send(message)
 
     def fail(self, status: int) -> None:
-        """Close it and end the session for a client that breaks the protocol."""
+        """Close it and end the session, because the client broke the protocol."""
         self.blame(status)
         self._session.fail("packet")
         super().fail(status)
 
     def blame(self, status: int) -> None:
-        """Have it closed with a status, whoever closes it."""
+        """Set the status that it is closed with, whoever closes it; the first one counts."""
         self._status = self._status or status
 
     def cut(self) -> None:
-        """End the connection without a word, for a client that would not read it."""
+        """Shut the connection down without a closing frame, for a client that does not read."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(SHUT_RDWR)
 
@@ -345,11 +347,11 @@ class SessionWebSocket(WebSocket):
         try:
             self._engine_handler(self)
         except OSError:
-            pass  # the client has gone in the upgrade
+            pass  # the client left during the upgrade
         except Exception as error:
             self._session.fail("packet", error)
         finally:
-            # Before the connection is closed, which takes a while.
+            # Closing the connection takes a while, so end the session first.
             self._leave()
 
     def _wait_for_upgrade(self) -> str | bytes | None:
@@ -378,15 +380,15 @@ class SessionWebSocket(WebSocket):
 
     def _close(self, status: int | None = None) -> None:
         if self._session.websocket is self:
-            # Before anything is sent, for which the client would have to read.
+            # First, because sending waits for the client to read.
             self._session.lose()
-        # The session's end has it closed as well: who comes first says why.
+        # The session's end closes it too; the first status counts.
         super()._close(self._status if status is None else status)
 
 
 @contextlib.contextmanager
 def _bounded(connection: Any, seconds: float) -> Iterator[None]:  # noqa: ANN401 - of the worker class's kind
-    """Bound each wait for more of what a connection brings."""
+    """Bound each wait for data of a connection to `seconds` in this block."""
     if connection is None:
         yield
         return
@@ -399,15 +401,15 @@ def _bounded(connection: Any, seconds: float) -> Iterator[None]:  # noqa: ANN401
 
 
 def _size(packet: Packet) -> int:
-    # Not sys.getsizeof(), which PyPy does not have.
+    # PyPy has no sys.getsizeof().
     return (len(packet.data) if isinstance(packet.data, str | bytes) else 0) + PACKET_BYTES
 
 
 def key_of(environ: dict[str, object]) -> str | None:
-    """Return the key that the edge hashed for a request; None without one."""
+    """Return the key that the edge hashed for a request; None without a key."""
     return _on_the_wire(environ, KEY_VARIABLE) or None
 
 
 def _on_the_wire(environ: dict[str, object], variable: str) -> str:
-    """Return the bytes that came, as UTF-8 with surrogates for what is none; WSGI has them as ISO-8859-1 (PEP 3333)."""
+    """Return a header as UTF-8, with surrogates for invalid bytes; WSGI decodes it as ISO-8859-1 (PEP 3333)."""
     return str(environ.get(variable, "")).encode("latin-1").decode("utf-8", "surrogateescape")

@@ -1,10 +1,9 @@
-"""One node process takes the place of another on the same listening socket: `stickyring serve --replace`.
+"""One node process replaces another on the same listening socket: `stickyring serve --replace`.
 
-The one that comes, the successor, asks the control socket of the one that serves, the incumbent, for its listening
-socket, loads its application, and only then has the incumbent retire: accept nothing more, and drain. Connections that
-arrive in between wait in the backlog of the socket, which both have. So no edge sees anything, and each user is
-disconnected once, when the drain asks him to reconnect. A successor that does not get that far leaves everything as it
-was.
+The new process, the successor, gets the listening socket from the serving process, the incumbent, over its control
+socket. It loads its application, and only then has the incumbent retire: accept nothing more, and drain. Connections
+that arrive in between wait in the backlog of the shared socket. So edges notice nothing, and each user is disconnected
+once, when the drain asks them to reconnect. If the successor fails before that, the incumbent keeps serving.
 """
 
 import logging
@@ -34,26 +33,26 @@ log = logging.getLogger(__name__)
 WAITING, COMMITTED, DONE = range(3)
 TAKEN = b"\0taken"
 ELSEWHERE_HEADER = "x-stickyring-elsewhere"
-"""On an answer with it, the edge tries the next node of the ring at once."""
+"""The edge retries a request at the next node of the ring if the answer has this header."""
 HOP_BY_HOP = frozenset({"HTTP_CONNECTION", "HTTP_KEEP_ALIVE", "HTTP_TE", "HTTP_TRANSFER_ENCODING", "HTTP_UPGRADE"})
 OWN_TO_AN_ANSWER = frozenset(
     {"connection", "content-length", "date", "server", "transfer-encoding", "x-content-type-options"}
 )
 RETIRE_SECONDS = 5
-"""How long the incumbent may take to answer: the successor's worker waits for it, and must not be taken for hung."""
+"""How long the incumbent may take to answer: the successor's worker waits, and must not look hung."""
 
 
 class CannotRetireError(Exception):
-    """The process that serves cannot be replaced, or not now; the text says why."""
+    """The serving process cannot be replaced, or not now; the text says why."""
 
 
 class Incumbent:
-    """The process that serves, as its worker stands for it.
+    """The serving process, as seen in its worker.
 
-    Its worker class may have `retire()`, which accepts nothing more from its return on but what comes by the Unix
-    socket whose name it returns (`Predecessor`), and later has the master end as by SIGTERM. Without it, the node can
-    be restarted only. `retired` is a byte that its master sees too: 1 as soon as a successor is given its place.
-    `Drain.final` is true only later, and before every end: once the drain has begun.
+    Its worker class may have `retire()`. That stops accepting connections except on the Unix socket whose name it
+    returns (`Predecessor`), and later ends the master as by SIGTERM. Without it, the node can only be restarted.
+    `retired` is a byte shared with the master: 1 as soon as a successor takes over. `Drain.final` becomes true later,
+    and before any other end: when the drain begins.
     """
 
     def __init__(self, worker: Worker, drain: "Drain", retired: mmap.mmap) -> None:
@@ -65,7 +64,7 @@ class Incumbent:
         """Return the answer to `GET /listener`; its `listener` is the descriptor of the listening socket.
 
         Raises:
-            CannotRetireError: it could not retire for the one who asks.
+            CannotRetireError: it could not retire.
         """
         self._check()
         return {"process": self._worker.ppid, "listener": self._worker.sockets[0].fileno()}
@@ -74,7 +73,7 @@ class Incumbent:
         """Leave the listening socket to the successor, and end; return the answer to `POST /retire`.
 
         Raises:
-            CannotRetireError: it cannot, and goes on.
+            CannotRetireError: it cannot, and keeps serving.
         """
         self._check()
         self._retired[0] = 1
@@ -85,25 +84,25 @@ class Incumbent:
     def _check(self) -> None:
         if not hasattr(self._worker, "retire"):
             name = type(self._worker).__name__
-            raise CannotRetireError(f"its worker class {name} cannot be replaced while it serves, restart it")
+            raise CannotRetireError(f"its worker class {name} does not support --replace: restart the node")
         if not self._worker.booted:
-            raise CannotRetireError("it does not serve yet")
+            raise CannotRetireError("the node does not serve yet")
         if self._retired[0] or self._drain.final or not self._worker.alive:
             raise CannotRetireError("the node is about to stop")
 
 
 class Successor:
-    """The process that is to serve, from when it asks for the listening socket until it has taken the place.
+    """The new process, from its request for the listening socket until it has taken over.
 
-    Made in the process that the command began; `fork` goes on in another one, whose worker calls `take_over`. `check`
-    may raise click.ClickException, if the listening socket is not the one that is wanted.
+    The command creates it; after `fork` it goes on in another process, whose worker calls `take_over`. `check` may
+    raise click.ClickException if the listening socket is not the wanted one.
 
     Raises:
-        click.ClickException: there is nobody at the control socket `path`, or he cannot be replaced.
+        click.ClickException: no process serves the control socket `path`, or it cannot be replaced.
     """
 
     def __init__(self, path: Path, check: Callable[[socket.socket], None]) -> None:
-        # First, because only one at a time can have it: whoever answers is replaced by nobody else meanwhile.
+        # First, because only one process at a time can have it: so no other successor replaces the incumbent.
         self.control = ControlSocket(path, beside=True)
         try:
             self.listener, self._incumbent = _ask_for_listener(path)
@@ -111,18 +110,18 @@ class Successor:
         except click.ClickException:
             self.control.remove()
             raise
-        # How far it is, for master and worker.
+        # Shared by master and worker.
         self._stage = mmap.mmap(-1, 1)
         self._here, self._there = socket.socketpair()
 
     def fork(self) -> None:
-        """Return in a process that has this one for neither parent nor session; in this one, wait for its outcome.
+        """Return in a new process, outside this one's session and not its child; here, wait for the outcome.
 
         Raises:
-            click.ClickException: in this one, the other has not taken over; the text is the cause.
-            SystemExit: in this one, it has.
+            click.ClickException: in this process: the new one has not taken over; the text is the cause.
+            SystemExit: in this process: the new one has taken over.
         """
-        # By way of a third one: systemd supervises its own children only, and orphans are.
+        # Forked twice: systemd supervises only its own children, and it adopts orphans.
         between = os.fork()
         if not between:
             os.setsid()
@@ -138,15 +137,15 @@ class Successor:
         except ConnectionError:
             outcome = b""
         if outcome == TAKEN:
-            log.info("the new process serves, the one before it is about to end")
+            log.info("the new process serves, the old one is about to end")
             sys.exit()
         self.control.remove()
         raise click.ClickException(outcome.decode(errors="replace") or "the new process ended before it served")
 
     @property
     def failed(self) -> bool:
-        """Whether nobody waits for it any more who could say that it has taken over. Asked by the master."""
-        # In this order: once this is true, a worker that commits itself later knows it too.
+        """Whether the waiting command has ended before the takeover. For the master."""
+        # In this order: a worker that commits later than this sees it too.
         return self._is_abandoned() and self._stage[0] == WAITING
 
     @property
@@ -155,36 +154,36 @@ class Successor:
         return self._stage[0] == DONE
 
     def fail(self, cause: str) -> NoReturn:
-        """End this master; the process that waits says why."""
-        with suppress(OSError):  # nobody waits for it
+        """Send the cause to the waiting command, and end this master."""
+        with suppress(OSError):  # the command has ended
             self._there.send(cause.encode()[:4096])
         sys.exit(1)
 
     def take_over(
         self, master: int, watchdog: float | None, tell_manager: Callable[[bytes], None]
     ) -> "Predecessor | None":
-        """Have the incumbent retire, and take its place; called by the worker, before it accepts anything.
+        """Have the incumbent retire, and take over; called by the worker before it accepts anything.
 
-        Return it as the one that its sessions' requests are passed on to; None if it is of a release that takes none.
+        Return the incumbent, for requests of its sessions; None if its release accepts none.
 
-        `master` is the process id of its master, `watchdog` the seconds that systemd is to wait for a beat: 0 without
-        end, None as long as so far. `tell_manager` tells systemd something, as sd_notify(3) has it, or raises OSError.
+        `master` is the process id of this worker's master. `watchdog` is how many seconds systemd waits for a
+        heartbeat: 0 for ever, None as before. `tell_manager` sends systemd a state (sd_notify(3)), or raises OSError.
 
         Raises:
-            click.ClickException: this must not or cannot be; the incumbent serves on.
+            click.ClickException: it cannot take over; the incumbent keeps serving.
         """
         self._stage[0] = COMMITTED
         if self._is_abandoned() or not self.control.waits or os.getppid() != master:
-            raise click.ClickException("nobody waits for the new process any more")
+            raise click.ClickException("the command that started the new process has ended")
         state = b"MAINPID=%d\nREADY=1" % master
         if watchdog is not None:
-            # Otherwise systemd goes on waiting as long as the unit said when the service was started.
+            # Otherwise systemd keeps the value that the unit had when the service was started.
             state += b"\nWATCHDOG_USEC=%d" % round(watchdog * 1_000_000)
-        # Before the end of the incumbent, which would be the end of the service.
+        # Before the incumbent ends, which would otherwise end the service.
         try:
             tell_manager(state)
         except OSError as error:
-            raise click.ClickException(f"systemd does not hear of the new process: {error.strerror}") from None
+            raise click.ClickException(f"cannot notify systemd of the new process: {error.strerror}") from None
         try:
             answer = ask(self.control.path, "POST", "/retire", seconds=RETIRE_SECONDS)
         except click.ClickException:
@@ -195,8 +194,8 @@ class Successor:
         try:
             self.control.move_in()
             self._there.send(TAKEN)
-        except OSError:  # there is no way back, and users matter more
-            log.exception("what follows from taking over has failed")
+        except OSError:  # too late to go back, and serving users matters more
+            log.exception("cannot finish taking over")
         return Predecessor(answer["relay"]) if "relay" in answer else None
 
     def _is_abandoned(self) -> bool:
@@ -207,10 +206,10 @@ class Successor:
 
 
 class Predecessor:
-    """A process that was replaced, by the Unix socket on which it answers requests of its sessions until it ends.
+    """A replaced process; `name` is the abstract Unix socket on which it answers its sessions' requests until it ends.
 
-    A client that polls sends each request on whichever connection is free, and new connections reach the successor. To
-    refuse one would end the session while an acknowledgement is under way, and its event would be handled twice.
+    A polling client uses any free connection for a request, and new connections reach the successor. If the successor
+    rejected the request, the session would end with an acknowledgement under way, and the event would be handled twice.
     """
 
     def __init__(self, name: str) -> None:
@@ -219,9 +218,9 @@ class Predecessor:
     def ask(
         self, environ: "WSGIEnvironment", body: bytes, seconds: float
     ) -> tuple[str, list[tuple[str, str]], bytes] | None:
-        """Return status, headers and body of its answer to a request; None if it has ended, or has no such session.
+        """Return status, headers and body of its answer to a request; None if it has ended or has no such session.
 
-        It may be silent for so many seconds.
+        `seconds` bounds each wait for the answer.
         """
         headers = {
             name.removeprefix("HTTP_").replace("_", "-"): value
@@ -252,16 +251,16 @@ class _Relay(HTTPConnection):
         self._address = address
 
     def connect(self) -> None:
-        # Of the class that the module has by now: the worker class may have patched it after this one's import.
+        # The module's current class: the worker class may have patched it after this module's import.
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._address)
 
 
 def _ask_for_listener(path: Path) -> tuple[socket.socket, int]:
-    """Return the listening socket of the node with that control socket, and its master's process id."""
+    """Return the listening socket of the node that serves `path`, and its master's process id."""
     answer = ask(path, "GET", "/listener")
     try:
         return socket.socket(fileno=answer["listener"]), answer["process"]
     except KeyError as missing:
-        raise click.ClickException(f"the node that serves {path} hands nothing over: no {missing}") from None
+        raise click.ClickException(f"the node that serves {path} does not support --replace: no {missing}") from None

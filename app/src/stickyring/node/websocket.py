@@ -1,8 +1,8 @@
-"""The server's side of a WebSocket (RFC 6455) for python-engineio, over a socket that gunicorn hands on.
+"""The server's side of a WebSocket (RFC 6455) for python-engineio, over the socket that gunicorn provides.
 
-It is what python-engineio spends most of its time in: with eventlet's own, and with simple-websocket, half of an echo.
-It takes up no extension. Compression (RFC 7692) costs 90 KiB a connection, and deflating each small message; socket.io
-has it off as well.
+We have our own because the WebSockets of eventlet and simple-websocket take half of the time of an echo. It supports no
+extensions: compression (RFC 7692) costs 90 KiB per connection and the deflating of small messages; socket.io has it off
+by default too.
 """
 
 import base64
@@ -26,27 +26,27 @@ VERSION = "13"
 GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # section 1.3
 READ_BYTES = 8192
 CLOSING_SECONDS = 5.0
-"""How long a client may take to close a connection that the server has closed."""
+"""How long a client may take to close a connection after the server has closed it."""
 FINAL, RESERVED, OPCODE, MASKED, LENGTH = 0x80, 0x70, 0x0F, 0x80, 0x7F
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 CONTROL = 0x8
 LONGEST_OF_CONTROL = 125
 NORMAL, PROTOCOL_ERROR, NOT_UTF8, TOO_BIG = 1000, 1002, 1007, 1009  # section 7.4.1
 STATUSES = (range(1000, 1004), range(1007, 1015), range(3000, 5000))
-"""Those that a closing frame may have (section 7.4)."""
+"""Valid statuses of a closing frame (section 7.4)."""
 
 
 class Server(Protocol):
-    """What is used of `engineio.Server`."""
+    """The part of `engineio.Server` that is used."""
 
     max_http_buffer_size: float
 
     def start_background_task(self, target: Callable[..., object], *args: object) -> object:
-        """Run something beside this."""
+        """Run `target` in a task of its own."""
 
 
 class _FailureError(Exception):
-    """The client breaks the protocol; `status` is what it is told in the closing frame."""
+    """The client broke the protocol; `status` goes into the closing frame."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -54,7 +54,7 @@ class _FailureError(Exception):
 
 
 def frame(message: str | bytes) -> bytes:
-    """Return a message to a client as one frame (section 5.2): text for str, binary for bytes."""
+    """Return a message as one unmasked frame (section 5.2): text for str, binary for bytes."""
     return _frame(TEXT, message.encode()) if isinstance(message, str) else _frame(BINARY, message)
 
 
@@ -68,8 +68,8 @@ def _frame(opcode: int, payload: bytes) -> bytes:
 
 
 def refusal(environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]]] | None:
-    """Return status and headers for a handshake that cannot be answered with a WebSocket (section 4.2); else None."""
-    # python-engineio takes the handshake for a poll without it.
+    """Return status and headers to reject an invalid handshake (section 4.2); None for a valid one."""
+    # Without it, python-engineio treats the handshake as a poll.
     if "upgrade" not in environ.get("HTTP_CONNECTION", "").lower().replace(" ", "").split(","):
         return "400 Bad Request", []
     if environ.get("HTTP_SEC_WEBSOCKET_VERSION") != VERSION:
@@ -80,10 +80,11 @@ def refusal(environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]]] | N
 
 
 class WebSocket:
-    """One connection, and the WSGI application that it is opened by; python-engineio makes one for each upgrade.
+    """One WebSocket, and the WSGI application that opens it; python-engineio makes one for each upgrade.
 
-    `handler` is called with this object when the connection is open; it may call `wait`, and any green thread the
-    others. A message is at most `server.max_http_buffer_size` bytes long. What `refusal` refuses must not come here.
+    `handler` is called with this object when the WebSocket is open. Only the handler may call `wait`; any green thread
+    may call the other methods. A message has at most `server.max_http_buffer_size` bytes. The handshake must have
+    passed `refusal`.
     """
 
     def __init__(self, handler: Callable[["WebSocket"], object], server: Server) -> None:
@@ -91,17 +92,17 @@ class WebSocket:
         self._server = server
         self._longest = int(server.max_http_buffer_size)
         self._buffer = b""
-        self._kind = CONTINUATION  # of the message that has begun, if one has
+        self._kind = CONTINUATION  # opcode of the message being received, if any
         self._checker: codecs.IncrementalDecoder | None = None
         self._sending = threading.Lock()
-        self._senders = 0  # including those that wait for the lock
+        self._senders = 0  # including those waiting for the lock
         self._closing = False
         self._end = math.inf
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        """Open the connection, let the handler run, and close it; what is returned says nothing.
+        """Open the WebSocket, run the handler, and close it; the returned body is empty.
 
-        Nothing more is to be read from the connection then, or written to it.
+        Afterwards, nothing may be read from the connection or written to it.
         """
         key = environ["HTTP_SEC_WEBSOCKET_KEY"]
         accept = base64.b64encode(hashlib.sha1(f"{key}{GUID}".encode(), usedforsecurity=False).digest()).decode()
@@ -139,7 +140,7 @@ class WebSocket:
         self._send(frame(message))
 
     def send_at_once(self, message: str | bytes) -> bool:
-        """Send a message without waiting, if nobody else is sending; return whether it is on its way, all of it."""
+        """Send a message without waiting, unless another one is being sent; return whether it is sent or under way."""
         if self._senders or self._closing or not hasattr(self.socket, "send_now"):
             return False
         data = frame(message)
@@ -151,10 +152,10 @@ class WebSocket:
         return bool(sent)
 
     def close(self) -> None:
-        """Say that nothing more comes, and give the client a while to say the same.
+        """Send a closing frame, and give the client CLOSING_SECONDS to answer it.
 
-        The connection stays open for that: closed while the client sends, it would be reset, and what was written last
-        may never arrive.
+        The connection stays readable meanwhile. Closing it while the client sends would reset it, and the last messages
+        could be lost.
         """
         self._close()
         with self._sending, contextlib.suppress(OSError):
@@ -164,7 +165,7 @@ class WebSocket:
             self.socket.settimeout(CLOSING_SECONDS)
 
     def fail(self, status: int) -> None:
-        """Close it for a client that breaks the protocol; what still comes is not read for what it is."""
+        """Close it with `status`, because the client broke the protocol; discard what the client still sends."""
         self._close(status)
         self.close()
         with contextlib.suppress(OSError):
@@ -183,7 +184,7 @@ class WebSocket:
         try:
             self.socket.sendall(data)
         except OSError:
-            # What has begun cannot be left out: nothing can follow it.
+            # A frame is cut off, so nothing can be sent after it.
             with contextlib.suppress(OSError):
                 self.socket.shutdown(SHUT_RDWR)
         finally:
@@ -209,7 +210,7 @@ class WebSocket:
                 continue
             self._kind = self._kind or opcode
             size += len(payload)
-            # Pieces without content take room as well.
+            # Empty fragments take memory too.
             if size + len(parts) > self._longest:
                 raise _FailureError(TOO_BIG)
             parts.append(payload)
@@ -218,7 +219,7 @@ class WebSocket:
         return None
 
     def _go_on_after(self, opcode: int, payload: bytes) -> bool:
-        """Answer a control frame; return whether more can come (section 5.5)."""
+        """Answer a control frame; return whether more frames can follow (section 5.5)."""
         if opcode == CLOSE:
             status = int.from_bytes(payload[:2], "big") if payload else NORMAL
             if len(payload) == 1 or not any(status in allowed for allowed in STATUSES):
@@ -269,13 +270,13 @@ class WebSocket:
         return first, payload
 
     def _receive(self) -> bool:
-        """Take in what comes; return False at the end of the connection."""
+        """Read into the buffer; return False at the end of the connection."""
         received = self._read()
         self._buffer += received
         return bool(received)
 
     def _receive_payload(self, begin: int, size: int, text: bool) -> bytes | None:
-        """Return the payload of a frame that has not come whole; None at the end of the connection."""
+        """Return the payload of a frame that is not in the buffer yet; None at the end of the connection."""
         while len(self._buffer) < begin + 4:
             if not self._receive():
                 return None
@@ -296,14 +297,14 @@ class WebSocket:
                 return None
 
     def _check(self, part: bytes) -> None:
-        """Refuse a text as soon as what has come of it cannot become UTF-8 any more (section 8.1)."""
+        """Reject a text as soon as it cannot be valid UTF-8 any more (section 8.1)."""
         if self._checker is None:
             self._checker = codecs.getincrementaldecoder("utf-8")()
         try:
             self._checker.decode(part)
         except UnicodeDecodeError:
             raise _FailureError(NOT_UTF8) from None
-        # Python's decoder waits for the third octet of a surrogate, which nothing can make right.
+        # Python's decoder waits for the third octet of a surrogate, which is never valid.
         if b"\xed\xa0" <= self._checker.getstate()[0] < b"\xee":
             raise _FailureError(NOT_UTF8)
 
@@ -312,7 +313,7 @@ class WebSocket:
 
 
 def _unmasked(payload: bytes, key: bytes) -> bytes:
-    """Return a payload without the client's mask (section 5.3), all of it in one operation."""
+    """Return a payload without the client's mask (section 5.3), in one operation."""
     size = len(payload)
     mask = (key * (size // 4 + 1))[:size]
     return (int.from_bytes(payload, "little") ^ int.from_bytes(mask, "little")).to_bytes(size, "little")

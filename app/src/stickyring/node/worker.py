@@ -1,9 +1,8 @@
-"""A gunicorn worker on eventlet: one green thread a connection, thousands of long-lived ones in a process.
+"""A gunicorn worker on eventlet: one green thread per connection, thousands of long-lived connections in a process.
 
-gunicorn had such a worker until 25.3 and dropped it in 26. This one carries `socketio.WSGIApp` over polling, WebSocket
-and the upgrade between them (gunicorn hands the connection over as `gunicorn.socket` in the WSGI environ). It outlives
-running out of file descriptors: new connections are refused until there are some again, in the way that has the edge
-try the next node.
+gunicorn dropped its own such worker in release 26. This one serves `socketio.WSGIApp` over polling, WebSocket and the
+upgrade between them (gunicorn passes the connection as `gunicorn.socket` in the WSGI environ). It survives running out
+of file descriptors: until some are free again, it answers new connections so that the edge tries the next node.
 """
 
 import contextlib
@@ -31,14 +30,14 @@ HEARTBEAT_SECONDS = 1.0
 ACCEPT_PAUSE_SECONDS = 0.2
 RELAY_BACKLOG = 2048
 RECOVERED_SECONDS = 1.0
-"""How long nobody was refused when descriptors are said to be back."""
+"""After the last refusal, descriptors count as exhausted for this long."""
 SUCCESSORS_ADDRESS = "127.0.0.1"
-"""Whom a request seems to come from that the successor passes on; a Unix socket has no address."""
+"""The client address of requests that the successor passes on: a Unix socket has none."""
 LAST_REQUEST_SECONDS = 1.0
-"""How long connections may take to bring their first or next request, when the worker retires."""
+"""When the worker retires: how long it waits for the first or next request of a connection."""
 TICK_SECONDS = 0.02
 OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-"""What accept(2) answers while the connection stays in the backlog, waiting for the process to have room again."""
+"""Errors of accept(2) that leave the connection in the backlog until the process has resources again."""
 READABLE_BYTES = 65536
 EVENTLET_SKIP_VARIABLE = "PYTEST_CURRENT_TEST"
 
@@ -46,9 +45,9 @@ EVENTLET_SKIP_VARIABLE = "PYTEST_CURRENT_TEST"
 class EventletWorker(AsyncWorker):
     """The worker class `stickyring.node.worker.EventletWorker` for gunicorn 27 and eventlet 0.41.
 
-    Of gunicorn's settings it heeds `worker_connections` (green threads at most; beyond it connections wait in the
-    backlog), `keepalive` (seconds that a connection may wait for its next request, and for that request's head) and
-    `graceful_timeout` (seconds between SIGTERM and the master's SIGKILL).
+    It uses these settings of gunicorn: `worker_connections` (most green threads; further connections wait in the
+    backlog), `keepalive` (seconds that a connection may wait for the head of its next request) and `graceful_timeout`
+    (seconds between SIGTERM and the master's SIGKILL).
     """
 
     def __init__(self, *args: object) -> None:
@@ -56,7 +55,7 @@ class EventletWorker(AsyncWorker):
         self._retired = False
         self._acceptors: list[Any] = []
         self._listeners: list[GreenSocket] = []
-        # Connections that have not asked anything yet, and those between two requests.
+        # Connections before their first request, and those between two requests.
         self._unheard: set[Connection] = set()
         self._idle: set[Connection] = set()
         self._requests: set[Request] = set()
@@ -64,30 +63,30 @@ class EventletWorker(AsyncWorker):
         self._refused_at = -math.inf
 
     def init_process(self) -> None:
-        """Make the standard library cooperative before the application is imported; the master stays as it is."""
-        # Named, because the hub that EVENTLET_HUB=asyncio asks for does not live with gunicorn's signal handling.
+        """Patch the standard library before the application is imported; the master stays unpatched."""
+        # Set explicitly: the asyncio hub, which EVENTLET_HUB can select, fails with gunicorn's signal handling.
         eventlet.hubs.use_hub("epolls")
         with _uncounted_locks():
             eventlet.monkey_patch()
-        # sendfile(2) in the standard library refuses sockets that do not block, and all of eventlet's are such.
+        # The standard library's sendfile refuses non-blocking sockets, and all of eventlet's are non-blocking.
         self.cfg.set("sendfile", False)
         super().init_process()
 
     @property
     def exhausted(self) -> bool:
-        """Whether connections are being refused, because descriptors have run out."""
+        """Whether connections are refused because file descriptors have run out."""
         return time.monotonic() < self._refused_at + RECOVERED_SECONDS
 
     @property
     def _refusal(self) -> bytes:
-        # Imported here: at the module's own import, the standard library is not patched yet.
+        # Imported here: when this module is imported, the standard library is not patched yet.
         from stickyring.node.takeover import ELSEWHERE_HEADER  # noqa: PLC0415
 
         head = ("HTTP/1.1 503 Service Unavailable", f"{ELSEWHERE_HEADER}: 1", "Content-Length: 0", "Connection: close")
         return "\r\n".join([*head, "", ""]).encode()
 
     def run(self) -> None:
-        """Accept and serve until SIGTERM or until the master is gone, then let running requests end."""
+        """Accept and serve until SIGTERM or until the master is gone, then let running requests finish."""
         connections = eventlet.GreenPool(self.worker_connections)
         self._spare = _spare_descriptor()
         self._listeners = [GreenSocket(listener.sock) for listener in self.sockets]
@@ -98,19 +97,18 @@ class EventletWorker(AsyncWorker):
             self._wait_for_signal(HEARTBEAT_SECONDS)
 
         self._stop_accepting()
-        # Not the idle ones: an edge that keeps connections may just be sending on one.
+        # Idle connections stay open: the edge may just be sending a request on one.
         self._let_requests_be_the_last()
-        # The master kills at graceful_timeout; ending before it means ending by ourselves.
+        # End before graceful_timeout, when the master kills.
         with eventlet.Timeout(max(self.cfg.graceful_timeout - HEARTBEAT_SECONDS, 0), False):
             connections.waitall()
 
     def retire(self) -> str:
-        """Leave the listening socket to another process, use up the connections, and have the master drain and end.
+        """Leave the listening socket to another process, close connections, and have the master drain and end.
 
-        What is accepted is answered, and each connection carries one more request at most, so that an edge that keeps
-        connections soon sends nothing here any more. Requests of sessions that are still here reach the other process
-        from now on: it passes them on to the Unix socket whose name is returned, in Linux's abstract namespace and
-        without the NUL byte that it begins with.
+        Accepted connections are answered, but each carries at most one more request, so the edge soon sends nothing
+        here. New requests of sessions that are still here reach the other process, which passes them on to the Unix
+        socket whose name is returned (Linux's abstract namespace, without the leading NUL byte).
         """
         self._retired = True
         self._stop_accepting()
@@ -120,43 +118,43 @@ class EventletWorker(AsyncWorker):
         listener = GreenSocket(relayed)
         self._listeners = [listener]
         self._acceptors = [eventlet.spawn(self._accept, listener, eventlet.GreenPool(self.worker_connections))]
-        # Not the idle ones: a request that is on its way to one would meet it closed. After the next it is used up.
+        # Idle connections stay open for one more request: one may be on its way.
         self._let_requests_be_the_last()
         eventlet.spawn(self._end_when_all_are_heard)
         name: bytes = relayed.getsockname()
         return name[1:].decode()
 
     def _let_requests_be_the_last(self) -> None:
-        """Have those that are being answered be their connections' last."""
+        """Close each busy connection after its current request."""
         for request in self._requests:
             request.force_close()
 
     def _end_when_all_are_heard(self) -> None:
-        # Whoever has been accepted and is about to ask did not come to a node that drains.
+        # The drain must not refuse the first request of a connection that was accepted before it.
         with eventlet.Timeout(LAST_REQUEST_SECONDS, False):
             eventlet.sleep(TICK_SECONDS)
             while self._unheard or self._idle:
                 eventlet.sleep(TICK_SECONDS)
         for client in self._idle:
-            # A request that is there already can still be read.
+            # A request that has already arrived can still be read.
             _stop_reading(client.fd)
         os.kill(self.ppid, signal.SIGTERM)
 
     def _stop_accepting(self) -> None:
-        # Killing lets others run: what was accepted has begun, and needs the listener no more, when that is closed.
+        # kill() lets accepted connections start before the listener is closed; they do not need it any more.
         for acceptor in self._acceptors:
             acceptor.kill()
         for listener in self._listeners:
             listener.close()
 
     def _wait_for_signal(self, seconds: float) -> None:
-        """Return at the next signal, at the latest after `seconds`: every signal writes a byte into the base's pipe."""
+        """Return at the next signal or after `seconds`: gunicorn writes a byte into this pipe for every signal."""
         with eventlet.Timeout(seconds, False):
             eventlet.hubs.trampoline(self.PIPE[0], read=True)
             os.read(self.PIPE[0], 4096)
 
     def _accept(self, listener: GreenSocket, connections: eventlet.GreenPool) -> None:
-        """Give every connection a green thread, for ever; one line when descriptors run out, one when they are back."""
+        """Give every connection a green thread, for ever; log when descriptors run out and when they are back."""
         warned = False
         while True:
             try:
@@ -165,12 +163,12 @@ class EventletWorker(AsyncWorker):
                 eventlet.hubs.trampoline(listener, read=True)
                 continue
             except OSError as error:
-                # Anything else (ECONNABORTED, a network error of the peer's) concerns the one connection that is gone.
+                # Other errors (ECONNABORTED, a network error of the peer) concern only the one lost connection.
                 if error.errno in OUT_OF_RESOURCES:
                     if not warned:
                         self.log.warning("refusing connections for now: %s", error.strerror)
                     warned, self._refused_at = True, time.monotonic()
-                    # Others run meanwhile, who may give descriptors back.
+                    # Let other green threads run, which may free descriptors.
                     eventlet.sleep(0 if self._refuse(listener.fd) else ACCEPT_PAUSE_SECONDS)
                 continue
             if warned and not self.exhausted:
@@ -179,10 +177,10 @@ class EventletWorker(AsyncWorker):
             connections.spawn_n(self.handle, listener, Connection(client), address)
 
     def _refuse(self, listener: socket.socket) -> bool:
-        """Answer a connection from the backlog with 503, on the descriptor kept for it; return whether that was done.
+        """Answer a connection from the backlog with 503, using the spare descriptor; return whether that worked.
 
-        Left waiting, it would hang: the edge took it for accepted, as its health checks come by a connection that they
-        have. Nothing in here lets others run, who would take the descriptor.
+        Otherwise the connection would hang: to the edge it looks accepted, and health checks use a connection of their
+        own. Nothing here may yield, because another green thread would take the descriptor.
         """
         if self._spare is not None:
             os.close(self._spare)
@@ -193,7 +191,7 @@ class EventletWorker(AsyncWorker):
         else:
             with client:
                 client.setblocking(False)
-                # Closed with something unread, the connection would be reset, and the answer maybe lost.
+                # Closing with unread data would reset the connection and could lose the answer.
                 with contextlib.suppress(OSError):
                     client.recv(READABLE_BYTES)
                 with contextlib.suppress(OSError):
@@ -212,7 +210,7 @@ class EventletWorker(AsyncWorker):
             self._idle.discard(client)
 
     def handle_request(self, listener_name: object, request: Request, client: Connection, address: object) -> bool:
-        """Serve one request, and know meanwhile and afterwards what the connection is doing."""
+        """Serve one request, and keep track of the connection's state."""
         self._unheard.discard(client)
         self._idle.discard(client)
         if self._retired:
@@ -230,30 +228,30 @@ class EventletWorker(AsyncWorker):
         return bool(answered)
 
     def timeout_ctx(self) -> eventlet.Timeout:
-        """Bound the wait for a request; gunicorn closes the connection when it ends without one."""
+        """Bound the wait for a request; without one, gunicorn closes the connection."""
         return eventlet.Timeout(self.cfg.keepalive, False)
 
     def is_already_handled(self, respiter: object) -> bool:
-        """Tell gunicorn that a WebSocket has used the connection up: nothing may be written to it any more."""
+        """Tell gunicorn that the connection was a WebSocket, so that it writes nothing more to it."""
         if getattr(eventlet.wsgi.WSGI_LOCAL, "already_handled", False):
             raise StopIteration
         return bool(super().is_already_handled(respiter))
 
     def handle_quit(self, sig: signal.Signals, frame: FrameType | None) -> None:
-        """End at once (SIGINT, SIGQUIT); in a green thread, as the base's handler sleeps and the hub must not."""
+        """End at once (SIGINT, SIGQUIT); in a green thread, because gunicorn's handler sleeps and the hub must not."""
         eventlet.spawn(super().handle_quit, sig, frame)
 
     def handle_usr1(self, sig: signal.Signals, frame: FrameType | None) -> None:
-        """Reopen log files; in a green thread, as that takes locks, which the hub must not wait for."""
+        """Reopen log files; in a green thread, because that takes locks, and the hub must not wait for them."""
         eventlet.spawn(super().handle_usr1, sig, frame)
 
 
 @contextlib.contextmanager
 def _uncounted_locks() -> Iterator[None]:
-    """On PyPy, keep eventlet from counting the locks that it has not patched: that takes a walk of all memory each.
+    """On PyPy, keep eventlet from counting the locks that it has not patched, which walks all memory each time.
 
-    It would warn of those of functools.lru_cache, which PyPy has in Python, and which no green thread holds while
-    another one runs. The variable is the one by which eventlet itself knows where the count means nothing.
+    It would warn of the locks of functools.lru_cache, which PyPy has in Python. They are harmless: no green thread
+    holds one while another runs. eventlet itself skips the count when this variable is set.
     """
     if platform.python_implementation() != "PyPy":
         yield
@@ -266,7 +264,7 @@ def _uncounted_locks() -> Iterator[None]:
 
 
 def _spare_descriptor() -> int | None:
-    """A descriptor to have one to give away; None if there is none."""
+    """Return a descriptor to keep in reserve; None if there is none."""
     try:
         return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
