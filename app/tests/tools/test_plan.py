@@ -107,7 +107,7 @@ def test_the_least_share_is_half_of_what_the_due_shares_differ_by(planned: Any) 
     }
     assert plan["members"][2]["after"] == {"weight": 1, "health": "DRAINING", "due": 0, "share": 0}
     assert not [move for move in plan["moves"] if move["to"] == "node3-1"]
-    assert "more move than must: on a ring what gains weight takes from all" in text
+    assert "more users move than necessary: on a ring, a member that gains weight takes users from all" in text
 
 
 def test_evenness_is_the_busiest_over_its_due(planned: Any) -> None:
@@ -179,39 +179,43 @@ def test_it_says_when_nothing_is_deployed_yet(planned: Any, before: Any) -> None
         (
             THREE | {"minimum_size": 1024},
             FOUR | {"minimum_size": 1024},
-            "more move than must: the points of every member that stays change, node1-1's from 342 to 256",
+            "more users move than necessary: the points of every member that stays change, node1-1's from 342 to 256",
         ),
-        (THREE, MAGLEV, "more move than must: the two policies place users independently of each other"),
-        (MAGLEV, MAGLEV | {"table_size": 1009}, "more move than must: tables of different sizes place users "),
+        (THREE, MAGLEV, "more users move than necessary: the two policies place users independently of each other"),
+        (
+            MAGLEV,
+            MAGLEV | {"table_size": 1009},
+            "more users move than necessary: tables of different sizes place users ",
+        ),
         (
             THREE,
             THREE | {"minimum_size": 30},
-            "more move than must: the points of every member that stays change, node1-1's from 1024 to 10",
+            "more users move than necessary: the points of every member that stays change, node1-1's from 1024 to 10",
         ),
         (
             fleet(4096, 4096, 4096),
             fleet(8192, 8192, 8192),
-            "more move than must: the points of every member that stays change, node1-1's from 4096 to 8192",
+            "more users move than necessary: the points of every member that stays change, node1-1's from 4096 to 8192",
         ),
         (
             fleet(4096, 4096, 4096),
             fleet(8192, 4096, 2048),
-            "more move than must: on a ring what gains weight takes from all, and what loses it gives to all",
+            "more users move than necessary: on a ring, a member that gains weight takes users from all, ",
         ),
         # With the total as it is, what one gains all others lose.
         (
             THREE,
             document(member("node1", 3), member("node2"), member("node3"), minimum_size=3072),
-            "more move than must: on a ring what gains weight takes from all, and what loses it gives to all",
+            "more users move than necessary: on a ring, a member that gains weight takes users from all, ",
         ),
         # A single one that stays hands users to those that come, whatever its points.
         (
             fleet(4096, 4096),
             document({"name": "nobody", "weight": 1}, member("node1", 8192), member("node3", 4096), minimum_size=1),
-            "more move than must: on a ring what gains weight takes from all, and what loses it gives to all",
+            "more users move than necessary: on a ring, a member that gains weight takes users from all, ",
         ),
-        (fleet(8, 4), fleet(8, 4, 8), "more move than must: a ring on which node2-1 has 4 points is coarse"),
-        (fleet(1, 2), fleet(1, 2, 2), "more move than must: a ring on which node1-1 has 1 point is coarse"),
+        (fleet(8, 4), fleet(8, 4, 8), "more users move than necessary: the ring is coarse: node2-1 has only 4 points"),
+        (fleet(1, 2), fleet(1, 2, 2), "more users move than necessary: the ring is coarse: node1-1 has only 1 point"),
     ],
 )
 def test_it_says_why_more_move_than_must(planned: Any, before: Any, after: Any, note: str) -> None:
@@ -250,7 +254,7 @@ def test_plots_are_pictures(planned: Any, tmp_path: Path, before: Any) -> None:
     assert plan["verdict"] in texts
     for each in plan["members"]:
         assert each["name"] in texts
-    assert ("users who move" in texts) is plan["moves_users"]
+    assert ("moved users, as a share of all" in texts) is plan["moves_users"]
 
 
 def test_the_same_plan_is_the_same_plot(planned: Any, tmp_path: Path) -> None:
@@ -264,18 +268,18 @@ def test_the_same_plan_is_the_same_plot(planned: Any, tmp_path: Path) -> None:
     ("before", "after", "arguments", "text"),
     [
         (THREE, None, [], "Missing option '--after'"),
-        (THREE, {}, [], "--after: an empty document is no ring"),
+        (THREE, {}, [], "--after: an empty document has no members"),
         (THREE, "{", [], "after.json is not JSON: "),
         (THREE, "[" * 100_000, [], "after.json is not JSON: "),
         (THREE, "[]", [], "after.json: a ring document is an object with cluster, policy and members, not []"),
         ({"policy": "RING_HASH"}, THREE, [], "before.json: a RING_HASH document has no cluster"),
         (THREE, document(member("node1", 0)), [], "after.json: members[0]: weight: 0 is not a whole number"),
-        (THREE | {"cluster": "others"}, THREE, [], "--before is of the cluster others, --after of nodes"),
+        (THREE | {"cluster": "others"}, THREE, [], "--before is for the cluster others, --after for nodes"),
         (None, THREE, ["--before", "missing.json"], "missing.json: No such file or directory"),
         (None, THREE, ["--before", "/"], "/: Is a directory"),
         (None, THREE, ["--ids", "missing.txt"], "missing.txt: No such file or directory"),
-        (None, THREE, ["--ids", "/dev/null"], "/dev/null holds no id"),
-        (None, THREE, ["--plot", "/dev/null/plots"], "cannot draw in /dev/null/plots: Not a directory"),
+        (None, THREE, ["--ids", "/dev/null"], "/dev/null contains no id"),
+        (None, THREE, ["--plot", "/dev/null/plots"], "cannot write plots to /dev/null/plots: Not a directory"),
         (None, THREE, ["--json", "/nonexistent/plan.json"], "'/nonexistent/plan.json': No such file or directory"),
     ],
 )

@@ -48,7 +48,7 @@ async def test_a_deployment_that_is_not_sticky_ends_with_1_and_the_cause(tmp_pat
         )
     assert status == 1
     words = " ".join(output.split())
-    assert "not sticky: 15 of 15 sessions met HTTP 400 Invalid session" in words
+    assert "not sticky: 15 of 15 sessions got HTTP 400 Invalid session" in words
     assert "no id was sent" in words
     assert json.loads(file.read_text())["sticky"] is False
 
@@ -111,7 +111,7 @@ def test_more_open_files_than_the_system_allows_are_refused_first(monkeypatch: p
     monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
     status, error = refused(LOCAL, "--ids", "100", "--hold", "1")
     assert status == 2
-    assert "this needs about 1400 open files and the system allows 1024" in error
+    assert "this needs about 1400 open files; the limit is 1024" in error
     # The same without --hold needs few, and gets as far as the connection.
     assert refused(LOCAL, "--ids", "100")[0] == 1
 
@@ -161,7 +161,7 @@ def test_ids_from_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [("a\nb c\n", "line 2: 'b c' needs"), ("a\nb\na\n", "line 3: a is already on line 1"), ("\n", "holds no id")],
+    [("a\nb c\n", "line 2: 'b c' needs"), ("a\nb\na\n", "line 3: a is already on line 1"), ("\n", "contains no id")],
 )
 def test_a_file_of_bad_ids_is_refused(tmp_path: Path, content: str, complaint: str) -> None:
     file = tmp_path / "ids"

@@ -72,7 +72,7 @@ def test_mixed_failures_are_all_named() -> None:
         record("a", "n1", "n2", cause=INVALID_SESSION), record("b", "n1", cause="HTTP 503"), record("c", "n1")
     )
     assert report.verdict == (
-        "not sticky: 1 of 3 sessions met HTTP 400 Invalid session: "
+        "not sticky: 1 of 3 sessions got HTTP 400 Invalid session: "
         "the requests of one session reached different nodes; "
         "1 of 3 ids were on more than one node; 1 of 3 sessions failed: 1 x HTTP 503"
     )

@@ -93,7 +93,7 @@ async def test_an_edge_that_leads_astray_is_found_out_by_invalid_session(manner:
     assert not report.sticky
     assert report.total.completed == 0
     assert report.total.failures == {INVALID_SESSION: 16}
-    assert "16 of 16 sessions met HTTP 400 Invalid session" in report.verdict
+    assert "16 of 16 sessions got HTTP 400 Invalid session" in report.verdict
     assert "the requests of one session reached different nodes" in report.verdict
 
 

@@ -93,8 +93,8 @@ def test_a_session_elsewhere_is_said_plainly(found: Any) -> None:
     nodes = {"host1": [holding(HOME, ("polling", 3))], "host2": [holding(OTHER, ("websocket", 60))]}
     result = found({"edge1": THREE}, nodes)("--live")
     assert result.exit_code == 1
-    assert f"{OTHER}: websocket, open for 60 s, astray" in result.output
-    assert "1 of these sessions are not where the ring has the user" in result.output
+    assert f"{OTHER}: websocket, open for 60 s, not the assigned node" in result.output
+    assert "1 of these sessions are not on the assigned node" in result.output
 
 
 def test_a_host_without_an_answer_is_not_taken_for_one_without_sessions(found: Any) -> None:
@@ -105,7 +105,7 @@ def test_a_host_without_an_answer_is_not_taken_for_one_without_sessions(found: A
         assert result.output.splitlines()[1:] == [
             f"  {HOME}: polling, open for 3 s",
             "  host2: no answer",
-            "whether the user has sessions on host2 is not known: do the nodes run there?",
+            "sessions on host2 are not known: do the nodes run there?",
         ]
         assert run().exit_code == 0, "nobody was asked"
     silent = found({"edge1": THREE}, {"host1": [holding(HOME)], "host2": ""})("--live")
@@ -125,7 +125,7 @@ def test_a_session_of_another_cluster_is_never_astray(found: Any) -> None:
     assert other.output.splitlines()[1:] == [f"  {OTHER}: websocket, open for 60 s (cluster first_node)"]
     for cluster in ("nodes", None):
         assert live(cluster).exit_code == 1
-        assert f"{OTHER}: websocket, open for 60 s, astray" in live(cluster).output
+        assert f"{OTHER}: websocket, open for 60 s, not the assigned node" in live(cluster).output
 
 
 def test_nobody_there_is_said(found: Any) -> None:

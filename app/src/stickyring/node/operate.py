@@ -108,7 +108,7 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
 @click.command()
 @with_control
 def drain(*, path: Path) -> None:
-    """Empty a node for maintenance, and wait until all users have left.
+    """Empty a node for maintenance, and wait until users have left.
 
     The node accepts no new Socket.IO users, answers 503 at /readyz, and asks all users to reconnect: the edge sends
     them to the next node of the ring. The node keeps running and stays drained until `undrain` or a restart. Prints

@@ -1,4 +1,4 @@
-"""`stickyring whereis`: the node that the ring has a user on, and the nodes that hold sessions of his now."""
+"""`stickyring whereis`: a user's assigned node, and the nodes that hold their sessions now."""
 
 import json
 import subprocess
@@ -21,13 +21,13 @@ Examples:
   stickyring whereis alice --live -- --ask-become-pass
 
 \b
-Exit status: 0 when all agree; 1 when the edges disagree, a session is not where the ring has its user, or a host gave
-no answer; 2 when that could not be found out.
+Exit status: 0 all agree; 1 the edges disagree, a session is not on the assigned node,
+or a host did not answer; 2 the answer is not known.
 """
 
 
 class Unknown(click.ClickException):
-    """It could not be found out."""
+    """The answer cannot be found."""
 
     exit_code = 2
 
@@ -35,16 +35,16 @@ class Unknown(click.ClickException):
 @click.command(epilog=EPILOG)
 @click.argument("user", metavar="ID")
 @click.argument("options", metavar="[-- OPTIONS]", nargs=-1, type=click.UNPROCESSED)
-@click.option("--live", is_flag=True, help="Ask the nodes as well which of them hold sessions of this user.")
+@click.option("--live", is_flag=True, help="Also ask all nodes for sessions of this user.")
 @click.option(
     "-i", "--inventory", type=click.Path(exists=True), help="As for ansible-playbook. [default: that of ansible.cfg]"
 )
 def whereis(*, user: str, options: tuple[str, ...], live: bool, inventory: str | None) -> None:
-    """Tell which node user ID is on, as the edges' rings have it now.
+    """Show the assigned node of user ID, from the rings of all edges.
 
-    ID is the user's id as the application knows it, without percent-encoding. Run it in the project's folder: edges,
-    and with --live nodes, are asked over SSH, as by any playbook. OPTIONS, after --, are given to ansible-playbook: -k,
-    -K, --vault-password-file and others.
+    ID is the user's id as the application knows it, without percent-encoding. Run this in the project's folder. It asks
+    the edges, and with --live the nodes, over SSH like any playbook. OPTIONS after -- are passed to ansible-playbook:
+    -k, -K, --vault-password-file and others.
     """
     if not PLAYBOOK.is_file():
         raise Unknown(f"there is no {PLAYBOOK} here: run this in the project's folder")
@@ -67,12 +67,15 @@ def whereis(*, user: str, options: tuple[str, ...], live: bool, inventory: str |
 
 
 def _ask(user: str, live: bool, inventory: str | None, options: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Return what the playbook found.
+    """Run the playbook and return its result.
 
-    {"rings": {edge: ring document}, "nodes": [answer of `stickyring sessions`, one an instance],
-    "silent": [host that gave no answer]}
+    {"rings": {edge: ring document}, "nodes": [answer of `stickyring sessions`, one per instance],
+    "silent": [host that did not answer]}
+
+    Raises:
+        Unknown: the playbook failed, or the inventory has no edge.
     """
-    # Ansible's copy makes no folders for a file.
+    # Ansible's copy does not create a file's folder.
     for kind in ("rings", "sessions"):
         (folder / kind).mkdir()
     command = [str(Path(sys.executable).with_name("ansible-playbook")), str(PLAYBOOK)]
@@ -107,7 +110,7 @@ def _owner(edge: str, document: dict[str, Any], user: str) -> str:
 
 
 def _tell_sessions(nodes: list[dict[str, Any]], owners: list[str], clusters: set[str]) -> bool:
-    """Print them by node; return whether all are where they belong. The ring does not place those of other clusters."""
+    """Print sessions by node; return whether all are on the assigned node. Those of other clusters do not count."""
     astray = 0
     for answer in nodes:
         for session in answer["sessions"]:
@@ -117,17 +120,17 @@ def _tell_sessions(nodes: list[dict[str, Any]], owners: list[str], clusters: set
                 mark = f" (cluster {cluster})"
             elif answer["node"] not in owners:
                 astray += 1
-                mark = ", astray"
+                mark = ", not the assigned node"
             click.echo(f"  {answer['node']}: {session['transport']}, open for {session['seconds']:.0f} s{mark}")
     if astray:
-        click.echo(f"{astray} of these sessions are not where the ring has the user: run playbooks/rebalance.yml")
+        click.echo(f"{astray} of these sessions are not on the assigned node: run playbooks/rebalance.yml")
     return not astray
 
 
 def _tell_silent(hosts: list[str]) -> bool:
-    """Print them; return whether there are none."""
+    """Print the hosts that did not answer; return whether there are none."""
     for host in hosts:
         click.echo(f"  {host}: no answer")
     if hosts:
-        click.echo(f"whether the user has sessions on {', '.join(hosts)} is not known: do the nodes run there?")
+        click.echo(f"sessions on {', '.join(hosts)} are not known: do the nodes run there?")
     return not hosts

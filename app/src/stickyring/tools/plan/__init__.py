@@ -1,1 +1,1 @@
-"""`stickyring plan`: what a change of membership does to the users, before it is made."""
+"""`stickyring plan`: how many users a membership change will move, and where."""

@@ -1,9 +1,9 @@
-"""What lies between two rings: members, users who move, evenness; and its JSON file.
+"""The difference between two rings: members, moved users, evenness; and its JSON file.
 
-The JSON file, schema 1 (shares of all users from 0 to 1, null where there is nothing to say):
+The JSON file, schema 1 (shares of all users from 0 to 1; null: not known):
 
     {"schema": 1, "cluster": "nodes", "verdict": "one line", "notes": ["one line", ...],
-     "changes": true (anything at all differs), "moves_users": true,
+     "changes": true (anything differs), "moves_users": true,
      "before": RING | null (nothing is deployed), "after": RING,
      "members": [{"name": "node1-1", "change": "comes", "before": STANDING | null, "after": STANDING | null}, ...],
      "moved_share": 0.251 | null, "least_share": 0.25 | null,
@@ -14,10 +14,10 @@ The JSON file, schema 1 (shares of all users from 0 to 1, null where there is no
      "serving": 3, "evenness": 1.02, "busiest": "node2-1"}
     STANDING = {"weight": 4096, "health": "HEALTHY", "due": 0.333, "share": 0.341}
 
-The member `nobody` of a ring (see stickyring.ring) is no node, and not told of.
+The member `nobody` of a ring (see stickyring.ring) is not a node, and is left out.
 `due` is a member's share of the weights, `share` what it owns, `evenness` the largest share / due, that of `busiest`.
-`least_share` is what has to move whatever places the users, if all own what they are due: half the L1 distance between
-the due shares before and after.
+`least_share` is what any placement would have to move if all members owned exactly their due share: half the L1
+distance between the due shares before and after.
 """
 
 from collections import Counter
@@ -28,14 +28,14 @@ from typing import Any
 
 from stickyring.ring import Member, Ring, moved
 
-# A ring on which those that stay keep their points moves the least, but for the odds of where points fall.
+# If staying members keep their points, a ring moves the least share, up to this much by the chance of where points are.
 ODDS_WORTH_A_NOTE = 0.015
-# By rounding alone, as when a total is shared out, points change less.
+# Rounding alone changes points by less.
 CHANGE_OF_POINTS = 0.01
 
 
 class Change:
-    """The change from the ring `before`, None when nothing is deployed, to `after`, seen by the users `ids`."""
+    """The change from the ring `before` (None: nothing is deployed) to `after`, also for the users `ids`."""
 
     def __init__(self, before: Ring | None, after: Ring, ids: Sequence[str] | None) -> None:
         self.before = before
@@ -44,14 +44,14 @@ class Change:
 
     @cached_property
     def members(self) -> list["MemberChange"]:
-        """What becomes of every member, in the order of `after`, those that go at the end."""
+        """The change of every member, in the order of `after`; leaving members are last."""
         old = _standings(self.before) if self.before else {}
         new = _standings(self.after)
         return [MemberChange(name, old.get(name), new.get(name)) for name in new | old]
 
     @cached_property
     def moves(self) -> dict[tuple[str, str], float]:
-        """The share of all users that moves, by (from, to); nothing moves when nothing was there."""
+        """The share of all users that moves, by (from, to); empty if nothing is deployed."""
         return moved(self.before, self.after) if self.before else {}
 
     @property
@@ -61,14 +61,14 @@ class Change:
 
     @cached_property
     def least_share(self) -> float:
-        """The share of all users that has to move between members that own what they are due."""
+        """The share of all users that would have to move if all members owned exactly their due share."""
         old = self.before.due() if self.before else {}
         new = self.after.due()
         return sum(max(0.0, due - new.get(name, 0.0)) for name, due in old.items())
 
     @cached_property
     def moved_ids(self) -> list[tuple[str, str, str]]:
-        """Id, from and to of each of `ids` that moves."""
+        """(id, from, to) of each of `ids` that moves."""
         if not self.before or not self.ids:
             return []
         owners = zip(self.ids, self.before.owners(self.ids), self.after.owners(self.ids), strict=True)
@@ -76,12 +76,12 @@ class Change:
 
     @cached_property
     def moved_ids_by_pair(self) -> Counter[tuple[str, str]]:
-        """How many of `ids` move, by (from, to)."""
+        """Number of `ids` that move, by (from, to)."""
         return Counter((old, new) for _, old, new in self.moved_ids)
 
     @property
     def anything(self) -> bool:
-        """Whether the two rings differ in anything, be it that nobody moves."""
+        """Whether the two rings differ at all, even if nobody moves."""
         return self.before is None or any(
             (
                 self.before.policy != self.after.policy,
@@ -92,21 +92,21 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """One line: who moves."""
+        """One line: how many users move."""
         serving = len(self.after.names)
         if self.before is None:
             return f"nothing is deployed yet: nobody moves, {serving} {_members(serving)} will serve"
         if not self.anything:
             return f"nothing changes: {serving} {_members(serving)} serve as before"
         if not self.moves:
-            return "nobody moves: the edge is changed, every user stays where he is"
+            return "nobody moves: the edge changes, every user stays on their node"
         ids = f", {len(self.moved_ids)} of the {len(self.ids)} ids" if self.ids is not None else ""
         least = f"{percent(self.least_share)} if each had exactly its share"
         return f"{percent(self.moved_share)} of all users move{ids} ({least})"
 
     @property
     def notes(self) -> list[str]:
-        """What else a reader should know, a line each."""
+        """Further remarks, one line each."""
         if self.before is None:
             return []
         notes = []
@@ -117,7 +117,7 @@ class Change:
             if old != size:
                 notes.append(f"{name} changes from {old} to {size}")
         if self.moved_share > self.least_share + ODDS_WORTH_A_NOTE:
-            notes.append(f"more move than must: {self._cause()}")
+            notes.append(f"more users move than necessary: {self._cause()}")
         return notes
 
     def _cause(self) -> str:
@@ -127,13 +127,13 @@ class Change:
         if self.after.policy == "MAGLEV":
             if self.before.sizes != self.after.sizes:
                 return "tables of different sizes place users independently of each other"
-            return "Maglev also moves some between members that stay"
+            return "Maglev also moves some users between members that stay"
         stay = [member for member in self.members if member.points_before and member.points_after]
         if _all_change_alike(stay):
             old, new = stay[0].points_before, stay[0].points_after
             return f"the points of every member that stays change, {stay[0].name}'s from {old:.0f} to {new:.0f}"
         if self._comes_and_goes():
-            return "on a ring what gains weight takes from all, and what loses it gives to all"
+            return "on a ring, a member that gains weight takes users from all, and one that loses weight gives to all"
         counts = [
             (count, member.name)
             for member in self.members
@@ -141,7 +141,7 @@ class Change:
             if count
         ]
         count, name = min(counts)
-        return f"a ring on which {name} has {count:.0f} {'point' if round(count) == 1 else 'points'} is coarse"
+        return f"the ring is coarse: {name} has only {count:.0f} {'point' if round(count) == 1 else 'points'}"
 
     def _comes_and_goes(self) -> bool:
         """Whether some members gain points on the ring while others lose them."""
@@ -149,7 +149,7 @@ class Change:
         return min(gains) < 0 < max(gains)
 
     def as_json(self) -> dict[str, Any]:
-        """The object of the module's docstring."""
+        """Return the object of the module's docstring."""
         deployed = self.before is not None
         return {
             "schema": 1,
@@ -175,7 +175,7 @@ class Change:
 
 
 class Standing:
-    """A member within a ring: its points, and how much it is due and owns, as shares of all users; 0 if it is out."""
+    """A member on a ring: its points, and its due and owned shares of all users; 0 if it is not healthy."""
 
     def __init__(self, member: Member, points: float, due: float, share: float) -> None:
         self.member = member
@@ -184,7 +184,7 @@ class Standing:
         self.share = share
 
     def as_json(self) -> dict[str, Any]:
-        """STANDING of the schema."""
+        """Return STANDING of the schema."""
         return {
             "weight": self.member.weight,
             "health": self.member.health,
@@ -194,7 +194,7 @@ class Standing:
 
 
 class MemberChange:
-    """What becomes of one member; None stands for the ring that it is not in."""
+    """The change of one member; `before` or `after` is None if it is not on that ring."""
 
     def __init__(self, name: str, before: Standing | None, after: Standing | None) -> None:
         self.name = name
@@ -203,17 +203,17 @@ class MemberChange:
 
     @property
     def points_before(self) -> float:
-        """How many points it has on the ring before, 0 when it does not serve."""
+        """Its number of points on the ring before, 0 if it does not serve."""
         return self.before.points if self.before else 0
 
     @property
     def points_after(self) -> float:
-        """How many points it has on the ring after, 0 when it does not serve."""
+        """Its number of points on the ring after, 0 if it does not serve."""
         return self.after.points if self.after else 0
 
     @property
     def change(self) -> str:
-        """In a word or two, empty when it stays as it is."""
+        """The change in a word or two, empty if it stays as it is."""
         if self.before is None:
             return "comes"
         if self.after is None:
@@ -227,7 +227,7 @@ class MemberChange:
         return ", ".join(changes)
 
     def as_json(self) -> dict[str, Any]:
-        """The member of the schema."""
+        """Return the member of the schema."""
         return {
             "name": self.name,
             "change": self.change,
@@ -237,13 +237,13 @@ class MemberChange:
 
 
 def evenness(ring: Ring) -> tuple[float, str]:
-    """The largest share / due, and the member that has it."""
+    """Return the largest share / due, and its member."""
     due = ring.due()
     return max((share / due[name], name) for name, share in ring.shares().items())
 
 
 def percent(share: float) -> str:
-    """One decimal is what a reader can use."""
+    """Return the share in percent with one decimal."""
     if 0 < share < 0.0005:
         return "< 0.1 %"
     return f"{share:.1%}".replace("%", " %")
@@ -263,9 +263,9 @@ def _standings(ring: Ring) -> dict[str, Standing]:
 
 
 def _all_change_alike(members: Sequence[MemberChange]) -> bool:
-    """Whether the points of all have one factor between before and after, other than 1: then some move among them.
+    """Return whether all members' points change by one factor other than 1: then users move among these members.
 
-    Not so with a single member, which has no other to move them to.
+    False for a single member, which has no other to move users to.
     """
     factors = [member.points_after / member.points_before for member in members]
     return (

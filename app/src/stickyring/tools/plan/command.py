@@ -20,22 +20,21 @@ Examples:
   stickyring plan --after wanted.json                  nothing is deployed yet
 
 \b
-A file holds what an edge serves, or is to serve, for one cluster:
+A file is the ring document of one cluster, as an edge serves it now or will serve it:
   {"cluster": "nodes", "policy": "RING_HASH", "minimum_size": 1, "maximum_size": 8388608,
    "members": [{"name": "nobody", "weight": 1},
                {"name": "node1-1", "weight": 4096, "health": "HEALTHY"}, ...]}
-or "policy": "MAGLEV" with "table_size": 65537 and without nobody, who is no node but
-makes a weight the number of a node's points on a ring. Health is HEALTHY, UNHEALTHY
-or DRAINING.
-{} says that nothing is deployed.
+or "policy": "MAGLEV" with "table_size": 65537 and without nobody. On a ring, nobody is
+not a node; with it, a weight is a node's number of points. Health is HEALTHY,
+UNHEALTHY or DRAINING. {} means that nothing is deployed.
 
 \b
-Exit status: 0 whether users move or not; 2 for files of which no plan can be made.
+Exit status: 0 whether users move or not; 2 if a file is not valid.
 """
 
 
 class RingType(click.ParamType[Ring | None]):
-    """A file with a ring document. Becomes its ring, or None when the document is empty."""
+    """A file with a ring document; converted to its ring, or None if the document is empty."""
 
     name = "file"
 
@@ -53,25 +52,25 @@ class RingType(click.ParamType[Ring | None]):
 
 
 class IdsType(click.ParamType[list[str]]):
-    """A file with an id a line, without percent-encoding. One that is there twice counts once, an empty line never."""
+    """A file with one id per line, without percent-encoding; duplicates and empty lines are skipped."""
 
     name = "file"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
         """Read the file."""
         try:
-            # Bytes that are no UTF-8 are kept: the edge hashes them as well.
+            # Bytes that are not UTF-8 are kept: the edge hashes them too.
             lines = Path(value).read_bytes().decode("utf-8", "surrogateescape").split("\n")
         except OSError as error:
             self.fail(f"{value}: {error.strerror}", param, ctx)
         ids = list(dict.fromkeys(line for each in lines if (line := each.removesuffix("\r"))))
-        return ids or self.fail(f"{value} holds no id", param, ctx)
+        return ids or self.fail(f"{value} contains no id", param, ctx)
 
 
 @click.command(epilog=EPILOG)
-@click.option("--before", type=RingType(), help="What the edge serves now. [default: nothing]")
-@click.option("--after", type=RingType(), required=True, help="What it is to serve.")
-@click.option("--ids", type=IdsType(), help="Tell which of these users move: one id a line, as it stands in the URL.")
+@click.option("--before", type=RingType(), help="The ring document that the edge serves now. [default: nothing]")
+@click.option("--after", type=RingType(), required=True, help="The ring document that it will serve.")
+@click.option("--ids", type=IdsType(), help="Report which of these users move: one id per line.")
 @click.option(
     "json_file", "--json", type=click.File("w", lazy=False), metavar="FILE", help="Write the plan to FILE as well."
 )
@@ -80,21 +79,21 @@ class IdsType(click.ParamType[list[str]]):
     "--plot",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIRECTORY",
-    help="Draw plan.png and plan.svg there.",
+    help="Write plan.png and plan.svg to DIRECTORY.",
 )
 def plan(
     *, before: Ring | None, after: Ring | None, ids: list[str] | None, json_file: TextIO | None, plots: Path | None
 ) -> None:
-    """Tell what a change of membership does to the users, before it is made.
+    """Show how many users a membership change will move, and where.
 
-    Which members come, go or weigh something else; how many users move, from where to where, beside the fewest that
-    such a change can move; and how evenly the users are spread before and after. Users are placed exactly as the edge
-    places them.
+    The plan shows which members join, leave or change weight; how many users move from where to where, and the least
+    that such a change can move; and how evenly users are spread before and after. It places users exactly as the edge
+    does.
     """
     if after is None:
-        raise click.UsageError("--after: an empty document is no ring; a fleet that is to go has no users to plan for")
+        raise click.UsageError("--after: an empty document has no members to place users on")
     if before is not None and before.cluster != after.cluster:
-        raise click.UsageError(f"--before is of the cluster {before.cluster}, --after of {after.cluster}")
+        raise click.UsageError(f"--before is for the cluster {before.cluster}, --after for {after.cluster}")
     change = Change(before, after, ids)
     with needing("plan", "rich", "matplotlib"):
         from stickyring.tools.plan.report import show  # noqa: PLC0415
@@ -109,4 +108,4 @@ def plan(
         try:
             draw(change, plots)
         except OSError as error:
-            raise click.ClickException(f"cannot draw in {plots}: {error.strerror}") from error
+            raise click.ClickException(f"cannot write plots to {plots}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""The plan as a picture: what each member owns before and after, and who hands users to whom."""
+"""The plan as a picture: each member's share before and after, and how many users move from where to where."""
 
 from math import nan
 from pathlib import Path
@@ -15,7 +15,7 @@ from stickyring.tools.plan.change import Change, evenness, percent
 INK, FAINT, BEFORE, AFTER, GONE, OTHER = "#22272e", "#8b949e", "#c3ccd6", "#2f6f9f", "#b5483a", "#946c00"
 NOTHING = "#f5f7f9"
 WAY = LinearSegmentedColormap.from_list("way", ["#e3ebf2", AFTER])
-# Inches; cells with figures in them are wide, and from some number on there are only colours.
+# Inches. Cells with figures are wide; above MOST_WIDE_CELLS columns there are only colours.
 SHARES_WIDTH, WIDE_CELL, NARROW_CELL = 8.0, 0.9, 0.36
 MOST_WIDE_CELLS = 8
 STYLE: dict[Any, Any] = {
@@ -28,14 +28,14 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "xtick.color": INK,
     "ytick.color": INK,
-    "text.parse_math": False,  # a name may hold a dollar sign
+    "text.parse_math": False,  # a name may contain a dollar sign
     "svg.fonttype": "none",  # text stays text: it can be searched, and the file is small
     "svg.hashsalt": "stickyring",  # the same plan is the same file
 }
 
 
 def draw(change: Change, directory: Path) -> None:
-    """Write plan.png and plan.svg to `directory`, which is made if it is missing. Raises OSError."""
+    """Write plan.png and plan.svg to `directory`, and create it if it is missing. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         figure = _figure(change)
@@ -83,11 +83,11 @@ def _draw_shares(axes: Axes, change: Change) -> None:
     axes.set_ylim(len(members) - 0.4, -0.6)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("share of all users; the upright line is what the weight is due")
+    axes.set_xlabel("share of all users; the vertical line is the share due by weight")
     rings = [("before", change.before, BEFORE), ("after", change.after, AFTER)]
     for when, ring, color in rings:
         if ring:
-            axes.barh(0, 0, color=color, label=f"{when}: busiest at {evenness(ring)[0]:.3f} times its due")
+            axes.barh(0, 0, color=color, label=f"{when}: busiest at {evenness(ring)[0]:.3f} times its due share")
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, borderaxespad=0.2)
 
 
@@ -111,4 +111,4 @@ def _draw_moves(axes: Axes, change: Change) -> None:
     axes.spines[:].set_visible(False)
     axes.set_xlabel("to")
     axes.set_ylabel("from")
-    axes.set_title("users who move, of all", loc="left", fontsize=10)
+    axes.set_title("moved users, as a share of all", loc="left", fontsize=10)

@@ -64,11 +64,11 @@ def _remarks(change: Change) -> list[Text]:
 
 def _busiest(ring: Ring) -> str:
     value, name = evenness(ring)
-    return f"{name} owns {value:.3f} times what it is due"
+    return f"{name} owns {value:.3f} times its due share"
 
 
 def _moves_table(change: Change) -> Table:
-    """A matrix while it can be taken in at a glance, the largest pairs when it cannot."""
+    """Return a matrix of moved users, or the largest pairs if it would have too many columns."""
     columns = sorted({to for _, to in change.moves})
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     if len(columns) > MOST_COLUMNS:

@@ -1,1 +1,1 @@
-"""`stickyring probe`: real Socket.IO sessions that prove a deployment sticky, or show how it is not."""
+"""`stickyring probe`: real Socket.IO sessions that prove a deployment sticky, or show why it is not."""

@@ -16,11 +16,11 @@ from stickyring.tools.probe.targets import NothingListensError, TargetError
 
 DEFAULT_IDS = 60
 MOST_SESSIONS = 200_000
-# A held session has a connection, a polling one a second for what it posts; the rest is for the process itself.
+# A held session has one connection, a polling one a second for its POSTs; these are for the process itself.
 SPARE_FILES = 100
 GARBAGE_THRESHOLD = 50_000
 
-# RFC 3986, unreserved: what no client and no edge ever rewrites.
+# RFC 3986, unreserved: characters that no client or edge rewrites.
 PLAIN_ID = re.compile(r"[A-Za-z0-9._~-]+")
 # RFC 9110, token.
 TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
@@ -28,21 +28,22 @@ TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 EPILOG = """\b
 Examples:
   stickyring probe http://127.0.0.1:9002
-  stickyring probe http://127.0.0.1:9002 --no-key            what fails without an id
+  stickyring probe http://127.0.0.1:9002 --no-key            what fails without a user id?
   stickyring probe http://127.0.0.1:9002 --ids 500 --json result.json
   stickyring probe http://127.0.0.1:9002 --ids 200 --connections 1 \\
       --transport websocket --hold 60                        do live sessions survive a change?
   stickyring probe https://chat.example.com --i-own-this-target \\
-      --path /ws/socket.io/ --key-param user --no-echo       somebody else's application
+      --path /ws/socket.io/ --key-param user --no-echo       your own application
 
 \b
-Exit status: 0 sticky; 1 not sticky, or not proven; 2 bad usage, or a target that gets no load; 130 interrupted.
-A private certificate authority is taken from the environment variable SSL_CERT_FILE.
+Exit status: 0 sticky; 1 not sticky, or not proven; 2 bad usage, or load on the target
+is not allowed; 130 interrupted.
+For a private certificate authority, set the environment variable SSL_CERT_FILE.
 """
 
 
 class Refused(click.ClickException):
-    """Bad usage in one line, without click's reminder of the usage."""
+    """Bad usage, reported in one line without click's usage text."""
 
     exit_code = 2
 
@@ -54,21 +55,21 @@ class Refused(click.ClickException):
     "--transport",
     type=click.Choice([manner.value for manner in Manner]),
     multiple=True,
-    help="Probe only this transport; may be repeated. websocket-first falls back to polling. [default: all four]",
+    help="Probe only this transport; repeatable. websocket-first falls back to polling. [default: all four]",
 )
 @click.option("count", "--ids", type=click.IntRange(min=1), help=f"Number of ids. [default: {DEFAULT_IDS}]")
 @click.option("--id-prefix", default="user-", show_default=True, help="Ids are PREFIX00001, PREFIX00002, ...")
 @click.option(
     "--ids-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Take the ids from FILE, one a line.",
+    help="Read the ids from FILE, one per line.",
 )
 @click.option(
     "--connections",
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help="Sessions of an id in each transport.",
+    help="Sessions per id and transport.",
 )
 @click.option(
     "--concurrency",
@@ -81,8 +82,8 @@ class Refused(click.ClickException):
     "--hold",
     type=click.FloatRange(min=0),
     metavar="SECONDS",
-    help="Keep all sessions open together for so long, with an echo every 5 s, and count those that are dropped. "
-    "`all N sessions are open` is printed when they are.",
+    help="Keep all sessions open together for SECONDS, with an echo every 5 s, and count dropped ones. Prints "
+    "`all N sessions are open` when they are.",
 )
 @click.option(
     "--timeout",
@@ -90,37 +91,35 @@ class Refused(click.ClickException):
     default=10.0,
     show_default=True,
     metavar="SECONDS",
-    help="For each step of a session.",
+    help="Timeout of each step of a session.",
 )
-@click.option("--path", default="/socket.io/", show_default=True, help="The path of Socket.IO.")
+@click.option("--path", default="/socket.io/", show_default=True, help="Path of the Socket.IO endpoint.")
 @click.option("--key-param", default="client_id", show_default=True, help="Query parameter that carries the id.")
-@click.option("--key-header", metavar="NAME", help="Send the id as this header instead.")
-@click.option("--no-key", is_flag=True, help="Send no id at all: the negative control.")
+@click.option("--key-header", metavar="NAME", help="Send the id in this header instead.")
+@click.option("--no-key", is_flag=True, help="Send no id: the negative control.")
 @click.option(
     "--keep-cookies",
     is_flag=True,
-    help="Keep the cookies that the edge issues, as a browser does: one jar for each id. By default all are dropped.",
+    help="Keep the edge's cookies as a browser does, one jar per id. By default cookies are dropped.",
 )
 @click.option(
     "--node-header",
     default="x-served-by",
     show_default=True,
-    help="Response header that names the node; where it is missing, texts like `node#NAME: welcome` do.",
+    help="Response header that names the node. Without it, texts like `node#NAME: welcome` name it.",
 )
 @click.option("--event", default="message", show_default=True, help="Event that the application echoes.")
 @click.option(
     "--no-echo",
     is_flag=True,
-    help="The application has no echo: time an answer of Socket.IO, default serializer or msgpack.",
+    help="The application has no echo: time an answer of Socket.IO itself, with the default serializer or msgpack.",
 )
-@click.option(
-    "json_file", "--json", type=click.File("w", lazy=False), metavar="FILE", help="Write the figures to FILE."
-)
+@click.option("json_file", "--json", type=click.File("w", lazy=False), metavar="FILE", help="Write the result to FILE.")
 @click.option(
     "owned",
     "--i-own-this-target",
     is_flag=True,
-    help="Allow load on a target that is neither this machine nor the lab.",
+    help="Allow load on a target outside this machine and the lab.",
 )
 def probe(
     *,
@@ -144,11 +143,11 @@ def probe(
     json_file: TextIO | None,
     owned: bool,
 ) -> None:
-    """Prove that the Socket.IO deployment at URL keeps every id on one node.
+    """Prove that the deployment at URL keeps every id on one node.
 
-    Real sessions (Engine.IO 4) go through every transport: handshake, connect, an echo, a proper end. Every HTTP
-    request has a TCP connection of its own, so that it is the edge that keeps a session together and not the
-    connection. Extra parameters in URL's query are sent along with every request.
+    The probe opens real Socket.IO sessions (Engine.IO 4) over every transport: handshake, connect, echo, disconnect.
+    Every HTTP request uses a new TCP connection, so that only the edge can keep a session on one node. Parameters in
+    the query of URL are added to every request.
     """
     if no_key and key_header:
         raise Refused("--no-key and --key-header contradict each other")
@@ -158,7 +157,7 @@ def probe(
         if name is not None and not TOKEN.fullmatch(name):
             raise Refused(f"{option}: {name!r} is not a valid name")
     if not path.startswith("/") or not path.isascii() or re.search(r"[\s?#]", path):
-        raise Refused(f"--path: {path!r} must start with / and hold no space, ? or #")
+        raise Refused(f"--path: {path!r} must start with / and contain no space, ? or #")
     shape = Shape(
         ids=made_ids(id_prefix, count or DEFAULT_IDS) if ids_file is None else read_ids(ids_file),
         manners=[manner for manner in Manner if not transports or manner in transports],
@@ -168,7 +167,7 @@ def probe(
         keep_cookies=keep_cookies,
     )
     if shape.total > MOST_SESSIONS and not owned:
-        raise Refused(f"{shape.total} sessions are more than {MOST_SESSIONS}; say --i-own-this-target if that is meant")
+        raise Refused(f"{shape.total} sessions are more than {MOST_SESSIONS}: use --i-own-this-target to allow that")
     allow_files(shape)
     dialect = Dialect(
         path=path,
@@ -180,7 +179,7 @@ def probe(
     )
     with needing("probe", "aiohttp", "msgpack", "rich"):
         from stickyring.tools.probe.run import judge_and_measure, publish  # noqa: PLC0415
-    # Nearly all that a request leaves behind frees itself; looking for the rest so often costs a fifth of the time.
+    # Nearly all garbage is freed by reference counting; frequent collections would cost a fifth of the time.
     gc.set_threshold(GARBAGE_THRESHOLD)
     try:
         report = asyncio.run(judge_and_measure(url, dialect, shape, owned=owned))
@@ -192,14 +191,14 @@ def probe(
 
 
 def made_ids(prefix: str, count: int) -> list[str]:
-    """`count` ids with five digits or more, the same in every run."""
+    """Return `count` ids, PREFIX00001 and so on, the same in every run."""
     if prefix and not PLAIN_ID.fullmatch(prefix):
         raise Refused(f"--id-prefix: {prefix!r} needs percent-encoding; use letters, digits and . _ ~ -")
     return [f"{prefix}{number:05}" for number in range(1, count + 1)]
 
 
 def read_ids(file: Path) -> list[str]:
-    """The ids in `file`, one a line; empty lines do not count."""
+    """Return the ids in `file`, one per line; empty lines are skipped."""
     try:
         lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -215,15 +214,15 @@ def read_ids(file: Path) -> list[str]:
             raise Refused(f"{file}, line {number}: {name} is already on line {ids[name]}")
         ids[name] = number
     if not ids:
-        raise Refused(f"{file} holds no id")
+        raise Refused(f"{file} contains no id")
     return list(ids)
 
 
 def allow_files(shape: Shape) -> None:
-    """Raise this process's limit of open files as far as it may go, and refuse a shape that needs more."""
+    """Raise this process's limit of open files to the hard limit, and refuse a shape that needs more."""
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     together = min(shape.concurrency, shape.total)
     needed = 2 * together + (shape.total if shape.hold is not None else 0) + SPARE_FILES
     if limit != resource.RLIM_INFINITY and needed > limit:
-        raise Refused(f"this needs about {needed} open files and the system allows {limit} (ulimit -Hn): ask for fewer")
+        raise Refused(f"this needs about {needed} open files; the limit is {limit} (ulimit -Hn): use fewer sessions")

@@ -1,4 +1,4 @@
-"""Why a session failed, in words that are the same each time, so that they can be counted."""
+"""Why a session failed, in fixed words, so that causes can be counted."""
 
 import asyncio
 import errno
@@ -12,14 +12,14 @@ LONGEST = 120
 
 
 class Failure(Exception):
-    """A session ended before it was complete; the text is the cause as it is counted."""
+    """A session ended before it was complete; the text is its cause."""
 
 
 def refusal(status: int, body: str) -> Failure:
-    """The failure that an HTTP answer other than 200 or 101 stands for.
+    """Return the failure for an HTTP answer other than 200 or 101.
 
-    python-engineio answers a session that it does not know with 400 `"Invalid session <sid>"`, Engine.IO on Node.js
-    with 400 `{"code":1,"message":"Session ID unknown"}`: the same fact, a request that reached another node.
+    For an unknown session, python-engineio answers 400 `"Invalid session <sid>"`, and Engine.IO on Node.js 400
+    `{"code":1,"message":"Session ID unknown"}`. Both mean that the request reached another node.
     """
     if status == 400 and (INVALID_SESSION in body or "Session ID unknown" in body):
         return Failure(INVALID_SESSION)
@@ -30,7 +30,7 @@ def refusal(status: int, body: str) -> Failure:
 
 
 def explanation(body: str) -> str:
-    """The human part of an Engine.IO error body (JSON text, or an object with `message`), at most 80 characters."""
+    """Return the text of an Engine.IO error body (JSON string, or object with `message`), at most 80 characters."""
     try:
         content = json.loads(body)
     except ValueError:
@@ -41,7 +41,7 @@ def explanation(body: str) -> str:
 
 
 def cause(error: BaseException, stage: str) -> str:
-    """Name the cause of an exception of aiohttp, asyncio or this package; `stage` is what was under way."""
+    """Return the cause of an exception of aiohttp, asyncio or this package; `stage` is the step that failed."""
     match error:
         case Failure():
             text = str(error)
@@ -64,7 +64,7 @@ def cause(error: BaseException, stage: str) -> str:
 
 
 def os_cause(error: OSError) -> str:
-    """Name an operating system error of a connection."""
+    """Return the cause of an operating system error of a connection."""
     match error.errno:
         case errno.ECONNREFUSED:
             return "connection refused"

@@ -1,4 +1,4 @@
-"""All sessions of one probe: how many are under way at once, and how long they are held open."""
+"""All sessions of one probe: it bounds how many open at once, and how long they are held open."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from stickyring.tools.probe.transports import connector
 
 
 class Load:
-    """A run of all sessions of a shape against a judged target; `records` grows as sessions end."""
+    """A run of all sessions of a shape against a target; `records` grows as sessions end."""
 
     def __init__(self, target: Target, dialect: Dialect, shape: Shape, announce: Callable[[str], None]) -> None:
         self.shape = shape
@@ -33,11 +33,11 @@ class Load:
 
     @property
     def held(self) -> int:
-        """Number of sessions that are held open now."""
+        """Number of sessions held open now."""
         return len(self._holds)
 
     async def run(self) -> None:
-        """Run every session, or until `interrupt`."""
+        """Run all sessions, or until `interrupt`."""
         nobody = aiohttp.DummyCookieJar()
         users = [
             User(name, aiohttp.CookieJar(unsafe=True), asyncio.Lock())
@@ -50,7 +50,7 @@ class Load:
         async with connector(self._target) as connections, asyncio.TaskGroup() as sessions:
             if self._dialect.event is None:
                 self._dialect = await self._find_dialect(connections, base_url)
-            # Connection by connection, so that the sessions of one id are spread over the whole run.
+            # In this order, the sessions of one id are spread over the whole run.
             for number, user, manner in itertools.product(
                 range(1, self.shape.connections + 1), users, self.shape.manners
             ):
@@ -68,14 +68,14 @@ class Load:
                 self._opening.add(sessions.create_task(self._session(session)))
 
     def interrupt(self) -> None:
-        """Give up what is opening, close what is held open, start nothing more."""
+        """Cancel sessions that are opening, close those held open, and start no more."""
         self.interrupted = True
         for task in self._opening:
             task.cancel()
         self._end_holds(0)
 
     async def _find_dialect(self, connections: aiohttp.BaseConnector, base_url: str) -> Dialect:
-        """Return the dialect in which the server answers: nothing that it sends before says which one that is."""
+        """Return the dialect in which the server answers; the handshake does not show which one that is."""
         user = User(self.shape.ids[0], aiohttp.DummyCookieJar(), contextlib.nullcontext())
         for dialect in (self._dialect, dataclasses.replace(self._dialect, msgpack=True)):
             session = Session(
@@ -137,7 +137,7 @@ class Load:
                     self._holds.discard(hold)
 
     def _settled(self) -> None:
-        """Count a session that is open or has failed to open; the last one starts the clock of all that are held."""
+        """Count a session that has opened or failed to open; the last one starts the hold time of all sessions."""
         self._unsettled -= 1
         if self._unsettled == 0 and self.shape.hold is not None:
             total, held = self.shape.total, len(self._holds)

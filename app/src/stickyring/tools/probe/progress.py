@@ -15,7 +15,7 @@ LINE_EVERY = 5.0
 
 @contextlib.asynccontextmanager
 async def shown(load: Load) -> AsyncIterator[None]:
-    """Show the progress of `load` as long as the block runs."""
+    """Show the progress of `load` while the block runs."""
     console = Console(stderr=True, highlight=False)
     task = asyncio.create_task(bar(load, console) if console.is_terminal else lines(load, console))
     try:
@@ -26,7 +26,7 @@ async def shown(load: Load) -> AsyncIterator[None]:
 
 
 def state(load: Load) -> str:
-    """The counts that matter while waiting."""
+    """Return the counts to show beside the number of ended sessions."""
     return f"{load.held} held open, {load.failed} failed" if load.shape.hold is not None else f"{load.failed} failed"
 
 

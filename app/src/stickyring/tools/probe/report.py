@@ -1,6 +1,6 @@
-"""What the sessions showed: figures, verdict, tables, JSON.
+"""The result of a probe: figures, verdict, tables, JSON.
 
-The JSON file, schema 1 (times in milliseconds, null where there is nothing to say):
+The JSON file, schema 1 (null: not known):
 
     {"schema": 1,
      "target": "http://127.0.0.1:9002", "address": "127.0.0.1",
@@ -16,9 +16,9 @@ The JSON file, schema 1 (times in milliseconds, null where there is nothing to s
      "sessions_per_node": {"node1-1": 60, ...}, "ids_per_node": {"node1-1": 20, ...}, "busiest_over_mean_ids": 1.05,
      "handshake_ms": {"p50": 3.1, "p99": 9.0}, "round_trip_ms": {"p50": 1.2, "p99": 4.0}}
 
-`failures` counts by cause every session that is not completed, `Invalid session` among them; `dropped` are those of
-them that had been open before. `busiest_over_mean_ids` is the largest of `ids_per_node` over their mean: nodes that
-served nobody are not known to a client and count in neither.
+`failures` counts all sessions that did not complete by cause, including `Invalid session`; `dropped` counts those of
+them that had been open. `busiest_over_mean_ids` is the largest of `ids_per_node` divided by their mean, over the nodes
+that served an id: a client does not know the others.
 """
 
 import math
@@ -43,7 +43,7 @@ NODES_SHOWN = 40
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """The nearest-rank percentile of `values` at `share` (0 to 1); None when there are none."""
+    """Return the nearest-rank percentile of `values` at `share` (0 to 1); None without values."""
     if not values:
         return None
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
@@ -69,7 +69,7 @@ class Figures:
 
     @property
     def invalid(self) -> int:
-        """Sessions that met HTTP 400 `Invalid session`."""
+        """Sessions that got HTTP 400 `Invalid session`."""
         return self.failures[INVALID_SESSION]
 
     @property
@@ -84,12 +84,12 @@ class Figures:
 
     @property
     def busiest_over_mean(self) -> float | None:
-        """Ids on the busiest node over the mean of the nodes seen."""
+        """Ids on the busiest node, divided by the mean of all nodes seen."""
         counts = self.ids_per_node.values()
         return max(counts) * len(counts) / sum(counts) if counts else None
 
     def as_json(self, nodes_known: bool) -> dict[str, Any]:
-        """FIGURES of the schema."""
+        """Return FIGURES of the schema."""
         return {
             "sessions": self.sessions,
             "completed": self.completed,
@@ -109,7 +109,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of a run; `elapsed` in seconds."""
+    """The result of a run; `elapsed` is in seconds."""
 
     target: Target
     dialect: Dialect
@@ -125,7 +125,7 @@ class Report:
 
     @cached_property
     def by_manner(self) -> dict[str, Figures]:
-        """The figures of each transport, in the order asked for."""
+        """The figures of each transport, in the requested order."""
         return {
             manner: Figures(record for record in self.records if record.manner == manner)
             for manner in self.shape.manners
@@ -133,7 +133,7 @@ class Report:
 
     @property
     def key(self) -> str | None:
-        """How the id is sent, None when it is not."""
+        """How the id is sent; None if it is not sent."""
         if self.dialect.key_header is not None:
             return f"header {self.dialect.key_header}"
         return None if self.dialect.key_param is None else f"query parameter {self.dialect.key_param}"
@@ -147,13 +147,13 @@ class Report:
 
     @property
     def sticky(self) -> bool:
-        """Every session asked for completed, and no id was seen on two nodes."""
+        """Whether every requested session completed, and no id was seen on two nodes."""
         total = self.total
         return total.completed == self.shape.total and not total.split_ids
 
     @property
     def verdict(self) -> str:
-        """One line: the judgement and its cause."""
+        """The result and its cause, in one line."""
         total = self.total
         if self.interrupted:
             ended = f"{total.sessions} of {self.shape.total} sessions had ended"
@@ -173,9 +173,9 @@ class Report:
         total = self.total
         parts = []
         if total.invalid:
-            unkeyed = "" if self.key else ", and no id was sent by which the edge could tell users apart"
+            unkeyed = "" if self.key else ", and no id was sent"
             parts.append(
-                f"{total.invalid} of {total.sessions} sessions met HTTP 400 {INVALID_SESSION}: "
+                f"{total.invalid} of {total.sessions} sessions got HTTP 400 {INVALID_SESSION}: "
                 f"the requests of one session reached different nodes{unkeyed}"
             )
         if total.split_ids:
@@ -191,7 +191,7 @@ class Report:
         return f"{'not sticky' if unsticky else 'not proven sticky'}: {'; '.join(parts)}"
 
     def as_json(self) -> dict[str, Any]:
-        """The object of the module's docstring."""
+        """Return the object of the module's docstring."""
         known = self.nodes_known_by is not None
         return {
             "schema": 1,
@@ -236,10 +236,10 @@ class Report:
         ]
 
     def _notes(self) -> list[str]:
-        notes = ["split ids: seen on more than one node; busiest/mean: of the ids on each node"]
+        notes = ["split ids: seen on more than one node; busiest/mean: ids on the busiest node over the mean"]
         if self.nodes_known_by is None:
             notes.append(f"which node served is unknown: no {self.dialect.node_header} header, no node#<id> text;")
-            notes.append(f"only completion and {INVALID_SESSION} are judged")
+            notes.append(f"only completion and {INVALID_SESSION} count")
         else:
             notes.append(f"nodes known by {self.nodes_known_by}")
         if self.total.fell_back:
@@ -311,12 +311,12 @@ class Report:
 
 
 def rounded(value: float | None) -> float | None:
-    """Three decimals are what a reader can use."""
+    """Return the value rounded to three decimals."""
     return None if value is None else round(value, 3)
 
 
 def milliseconds(seconds: Sequence[float]) -> dict[str, float | None]:
-    """p50 and p99 in milliseconds."""
+    """Return p50 and p99 in milliseconds, by name."""
     return {
         name: None if (value := percentile(seconds, share)) is None else round(value * 1000, 3)
         for name, share in (("p50", 0.5), ("p99", 0.99))
@@ -324,6 +324,6 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, float | None]:
 
 
 def pair(seconds: Sequence[float]) -> str:
-    """p50 and p99 in milliseconds, for a table."""
+    """Return p50 and p99 in milliseconds, for a table."""
     values = milliseconds(seconds).values()
     return "/".join("-" if value is None else f"{value:.{0 if value >= 100 else 1}f}" for value in values)

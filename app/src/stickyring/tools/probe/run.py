@@ -17,12 +17,12 @@ from stickyring.tools.terminal import console_for_stdout
 
 
 async def measure(target: Target, dialect: Dialect, shape: Shape) -> Report:
-    """Run all sessions, with progress. SIGINT ends the run early and leaves the report of what there is."""
+    """Run all sessions and show progress. SIGINT ends the run early; the report covers the sessions so far."""
     load = Load(target, dialect, shape, announce=click.echo)
     loop = asyncio.get_running_loop()
 
     def interrupt() -> None:
-        # A second SIGINT is for whoever does not want to wait for the closing.
+        # A second SIGINT ends the process without waiting for sessions to close.
         loop.remove_signal_handler(signal.SIGINT)
         load.interrupt()
 
@@ -37,7 +37,11 @@ async def measure(target: Target, dialect: Dialect, shape: Shape) -> Report:
 
 
 async def judge_and_measure(url: str, dialect: Dialect, shape: Shape, *, owned: bool) -> Report:
-    """Put load on `url` if that is allowed; TargetError when it is not, or when nothing can be reached there."""
+    """Probe `url` if load is allowed there.
+
+    Raises:
+        TargetError: load is not allowed, or nothing listens there.
+    """
     return await measure(await judge(url, owned=owned, timeout=dialect.timeout), dialect, shape)
 
 

@@ -1,4 +1,4 @@
-"""One Socket.IO session as a browser would hold it, and the record of what was seen.
+"""One Socket.IO session like a browser's, and the record of what it saw.
 
 Protocols: Engine.IO revision 4 (https://socket.io/docs/v4/engine-io-protocol/) and Socket.IO revision 5
 (https://socket.io/docs/v4/socket-io-protocol/).
@@ -23,7 +23,7 @@ from stickyring.tools.probe.failures import TWO_NODES, Failure, cause, refusal
 from stickyring.tools.probe.settings import Dialect, Manner
 from stickyring.tools.probe.transports import Polling, Transport, WebSocket
 
-# What a deployment that misbehaves can raise here; anything else is a fault of the probe and must be seen.
+# Errors that a faulty deployment can cause; any other is a bug of the probe and must be seen.
 ERRORS = (Failure, TimeoutError, aiohttp.ClientError, OSError, ValueError)
 CONNECT, DISCONNECT, EVENT = 0, 1, 2
 ECHO_EVERY = 5.0
@@ -37,7 +37,7 @@ NODE_TEXT = re.compile(r"node#(.+?): ", re.DOTALL)
 
 @dataclass(slots=True)
 class User:
-    """One id, with the cookies of its browser; `visit` is entered while a session opens."""
+    """One id with its cookie jar; `visit` is held while a session opens."""
 
     name: str
     cookies: AbstractCookieJar
@@ -46,10 +46,10 @@ class User:
 
 @dataclass(slots=True)
 class Record:
-    """What one session saw. Times in seconds; `cause` None means completed.
+    """What one session saw. Times in seconds; `cause` is None if it completed.
 
-    `header_nodes` are the nodes named by the response header, `spoken_nodes` those named by the application's texts.
-    `opened` is set when the first round trip succeeded, so a record with `opened` and a `cause` is a dropped session.
+    `header_nodes` are the nodes named in the response header, `spoken_nodes` those named in the application's texts.
+    `opened` is set when the first round trip succeeds, so a record with `opened` and a `cause` is a dropped session.
     """
 
     user: str
@@ -64,15 +64,15 @@ class Record:
 
     @property
     def nodes(self) -> set[str]:
-        """The nodes that answered: by header if there was one, else by the texts."""
+        """The nodes that answered: from the header if there was one, else from the texts."""
         return self.header_nodes or self.spoken_nodes
 
 
 class Session:
     """A Socket.IO session: `open`, any number of `round_trip`, perhaps `stay`, then `close` or `abort`.
 
-    All but `abort` raise Failure, with the cause, when the deployment does not do its part within the timeout.
-    `base_url` is the Socket.IO path with a query to which more can be appended.
+    All but `abort` raise Failure with the cause if the deployment fails or exceeds the timeout. `base_url` is the URL
+    of the Socket.IO path, with a query to which parameters can be appended.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Session:
         return bool(self._sid)
 
     async def open(self) -> None:
-        """Handshake, Socket.IO connect acknowledgement (packet 40) and, if so asked, the upgrade to WebSocket."""
+        """Do the handshake, the Socket.IO connect (packet 40) and, for UPGRADE, the upgrade to WebSocket."""
         manner = self.record.manner
         begin = time.perf_counter()
         async with self._user.visit:
@@ -127,7 +127,7 @@ class Session:
                 except Failure:
                     if manner is Manner.WEBSOCKET:
                         raise
-                    # Nothing of the session existed yet, so whoever refused the WebSocket is no node of it.
+                    # The session did not exist yet, so the node that refused the WebSocket does not count.
                     self.record.header_nodes.clear()
                     self.record.fell_back = True
                     await self._drop_transport()
@@ -138,10 +138,10 @@ class Session:
             await self._step("upgrade", self._upgrade())
 
     async def round_trip(self) -> None:
-        """One question and its answer through the whole deployment; its time is recorded.
+        """Send a question through the whole deployment, wait for the answer, and record the time.
 
-        With an echo: an event with a text of our own, answered when that text comes back, as an event or in the
-        acknowledgement. Without: a request for a namespace that nobody serves, which every Socket.IO server answers.
+        With an echo, the question is an event with a unique text, and the answer an event or acknowledgement with it.
+        Without, it is a connect to a namespace that does not exist, which every Socket.IO server answers.
         """
         self._questions += 1
         if self._dialect.event is None:
@@ -156,7 +156,7 @@ class Session:
         self.record.opened = True
 
     async def stay(self) -> NoReturn:
-        """Stay in the session, answering pings, with a round trip every few seconds, until cancelled."""
+        """Keep the session open until cancelled: answer pings, and do a round trip every few seconds."""
         loop = asyncio.get_running_loop()
         while True:
             next_echo = loop.time() + ECHO_EVERY
@@ -165,12 +165,12 @@ class Session:
             await self.round_trip()
 
     async def close(self) -> None:
-        """Leave properly."""
+        """Disconnect, and close the transport."""
         assert self._transport is not None
         await self._step("close", self._transport.close(self._packet(DISCONNECT)))
 
     async def abort(self) -> None:
-        """Free what is still open; harmless after `close`."""
+        """Free everything that is still open; may follow `close`."""
         await self._drop_transport()
         await self._http.close()
 
@@ -180,7 +180,7 @@ class Session:
             await transport.abort()
 
     def verify(self) -> None:
-        """Failure when two nodes took part."""
+        """Raise Failure if two nodes answered."""
         if len(self.record.header_nodes) > 1 or len(self.record.spoken_nodes) > 1:
             raise Failure(TWO_NODES)
 
@@ -192,7 +192,7 @@ class Session:
             raise Failure(cause(error, stage)) from error
 
     async def _packets_before(self, when: float) -> list[str | bytes]:
-        """The next packets, or none when the loop's clock reaches `when` first; no packet is lost by that."""
+        """Return the next packets, or none if the loop's clock reaches `when` first; that loses no packet."""
         assert self._transport is not None
         try:
             async with asyncio.timeout_at(when):
@@ -205,7 +205,7 @@ class Session:
     async def _watch(
         self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
     ) -> aiohttp.ClientResponse:
-        """See every response, the 101 of a WebSocket included: who served, and whether it refused."""
+        """Check every response, including a WebSocket's 101: record the node, and raise Failure for a refusal."""
         response = await handler(request)
         node = response.headers.get(self._dialect.node_header)
         if node:
@@ -218,7 +218,7 @@ class Session:
 
     def _url(self, transport: str, sid: str | None = None) -> URL:
         session = "" if sid is None else f"&sid={sid}"
-        # Already encoded, so that what is asked is what was typed.
+        # Already encoded: request exactly what the user typed.
         return URL(f"{self._base_url}&transport={transport}{session}", encoded=True)
 
     async def _open_polling(self) -> None:
@@ -239,7 +239,7 @@ class Session:
             await self._take()
 
     async def _upgrade(self) -> None:
-        """Probe the WebSocket while a GET waits, end polling when the server has answered that GET, then switch."""
+        """Probe the WebSocket while a GET waits; when the server has answered the GET, switch to the WebSocket."""
         polling = self._transport
         assert isinstance(polling, Polling)
         if "websocket" not in self._upgrades:
@@ -249,7 +249,7 @@ class Session:
         try:
             await websocket.send("2probe")
             answer = await websocket.receive()
-            # The server answers the waiting GET with a noop; were it left alone, packets could go both ways.
+            # The server answers the waiting GET with a NOOP. Wait for it, so that only one transport carries packets.
             while polling.waiting:
                 await self._take()
             await websocket.send("5")
@@ -264,7 +264,7 @@ class Session:
         return min(self._dialect.timeout, LONGEST_CLOSE)
 
     def _packet(self, kind: int, namespace: str = "/", data: list[str | None] | None = None) -> str | bytes:
-        """Return a Socket.IO packet as Engine.IO carries it; one with data wants an acknowledgement."""
+        """Return a Socket.IO packet as an Engine.IO message; one with data asks for an acknowledgement."""
         if self._dialect.msgpack:
             fields: dict[str, Any] = {"type": kind, "nsp": namespace}
             packed: bytes = msgpack.packb(fields if data is None else fields | {"data": data, "id": self._questions})
@@ -313,7 +313,7 @@ class Session:
 
     def _heard(self, text: str) -> None:
         ours = self._awaited is not None and self._awaited in text
-        # Only the welcome and our own echo speak of this session: a chat passes on what other nodes said to others.
+        # Only the welcome and our own echo count: a chat can forward texts of other nodes.
         if (ours or text.endswith(": welcome")) and (match := NODE_TEXT.match(text)):
             self.record.spoken_nodes.add(match.group(1))
         if ours:
@@ -325,7 +325,7 @@ def _parsed(packet: str) -> tuple[int, str, Any]:
     if match is None:
         raise Failure(f"not a Socket.IO packet: {packet[:40]}")
     kind, namespace, _, body = match.groups()
-    # Attachments are not looked at: what an echo says is text.
+    # Attachments are ignored: an echo is text.
     return int(kind), namespace or "/", json.loads(body) if kind in "234" and body else None
 
 
@@ -338,7 +338,7 @@ def _unpacked(packet: bytes) -> tuple[int, str, Any]:
 
 
 def open_packet(packet: str) -> tuple[str, list[str]]:
-    """The session id and the upgrades of an Engine.IO open packet; Failure when it is something else."""
+    """Return the session id and the upgrades of an Engine.IO open packet; raise Failure for anything else."""
     try:
         content = json.loads(packet.removeprefix("0"))
         return str(content["sid"]), list(content["upgrades"])

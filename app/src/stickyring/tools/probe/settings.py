@@ -1,4 +1,4 @@
-"""What is asked of a probe: how the deployment is spoken to, and how much load it gets."""
+"""The settings of a probe: how to talk to the deployment, and how much load to put on it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from enum import StrEnum
 
 
 class Manner(StrEnum):
-    """The order of transports that a session goes through.
+    """The order of transports that a session tries.
 
-    `websocket-first` falls back to polling when the WebSocket handshake is refused (socket.io-client's
-    `transports: ["websocket", "polling"]` with `tryAllTransports`), `websocket` never does.
+    `websocket-first` falls back to polling if the WebSocket handshake fails (socket.io-client's
+    `transports: ["websocket", "polling"]` with `tryAllTransports`); `websocket` does not.
     """
 
     POLLING = "polling"
@@ -20,11 +20,11 @@ class Manner(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How the deployment is spoken to.
+    """How to talk to the deployment.
 
-    The id is sent as the query parameter `key_param`, or as the header `key_header`, or (both None) not at all. `event`
-    None means that the deployment has no echo. `msgpack` means that its server has `serializer="msgpack"`, in Node.js
-    the parser socket.io-msgpack-parser. `timeout` is in seconds, for each step.
+    The id is sent as the query parameter `key_param`, or in the header `key_header`, or (both None) not at all. `event`
+    is None if the deployment has no echo. `msgpack` is for a server with `serializer="msgpack"`, in Node.js with the
+    parser socket.io-msgpack-parser. `timeout` is in seconds, for each step.
     """
 
     path: str = "/socket.io/"
@@ -38,10 +38,10 @@ class Dialect:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How much load: every id has `connections` sessions in each manner, `concurrency` of them opening at once.
+    """How much load: every id has `connections` sessions in each manner; at most `concurrency` open at once.
 
-    `hold` None closes each session after its echo. Otherwise every session stays open until all of them have been open
-    together for `hold` seconds. `keep_cookies` gives every id a browser's cookie jar, shared by its sessions.
+    With `hold` None, each session closes after its echo. Otherwise all sessions stay open together for `hold` seconds.
+    `keep_cookies` gives every id a cookie jar, shared by its sessions.
     """
 
     ids: Sequence[str]

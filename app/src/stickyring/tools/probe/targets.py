@@ -1,4 +1,4 @@
-"""The load guard: which targets the probe may put load on, and the one address that it then connects to."""
+"""The load guard: which targets the probe may put load on, and the one address that it connects to."""
 
 import asyncio
 import ipaddress
@@ -29,7 +29,7 @@ class NothingListensError(TargetError):
 
 @dataclass(frozen=True)
 class Target:
-    """A judged target: `origin` is `scheme://host[:port]`, `query` goes along on every request, `address` is an IP."""
+    """An allowed target: `origin` is `scheme://host[:port]`, `query` is added to every request, `address` is an IP."""
 
     origin: str
     host: str
@@ -39,7 +39,11 @@ class Target:
 
 
 def resolve_name(host: str, port: int) -> list[str]:
-    """All addresses of `host`, each once, in the system's order of preference."""
+    """Return all addresses of `host`, each once, in the system's order of preference.
+
+    Raises:
+        TargetError: the name cannot be resolved.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -49,7 +53,7 @@ def resolve_name(host: str, port: int) -> list[str]:
 
 
 def kernel_route(address: str) -> dict[str, Any] | None:
-    """The route to `address` as `ip -j route get` prints it; None without iproute2 or without a route."""
+    """Return the route to `address` as `ip -j route get` prints it; None without iproute2 or a route."""
     # An unprivileged user's PATH often lacks /usr/sbin, where Debian keeps `ip`.
     command = shutil.which("ip", path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin")))
     if command is None:
@@ -64,9 +68,9 @@ def kernel_route(address: str) -> dict[str, Any] | None:
 
 
 def is_ours(address: str, route: Route = kernel_route) -> bool:
-    """Whether `address` is loopback or a neighbour on the lab's own bridge.
+    """Return whether `address` is loopback or a neighbour on the lab's bridge.
 
-    A route through a gateway on the bridge does not count: what lies behind a lab host is not the lab.
+    A route through a gateway on the bridge does not count: networks behind a lab host are not the lab.
     """
     if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         return True
@@ -75,7 +79,11 @@ def is_ours(address: str, route: Route = kernel_route) -> bool:
 
 
 def parse(url: str) -> SplitResult:
-    """Check the form of a target URL: scheme, host, port, no path (that is `--path`), no fragment."""
+    """Split and check a target URL: scheme, host, port, query, no path (that is `--path`), no fragment.
+
+    Raises:
+        TargetError: the URL is not valid.
+    """
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -88,7 +96,7 @@ def parse(url: str) -> SplitResult:
     if parts.username is not None:
         raise TargetError(f"bad URL {url}: user names in URLs are not supported")
     if not url.isascii() or any(character <= " " for character in url):
-        raise TargetError(f"bad URL {url}: percent-encode everything that is not plain ASCII")
+        raise TargetError(f"bad URL {url}: percent-encode all characters that are not printable ASCII")
     if parts.path not in ("", "/") or parts.fragment:
         raise TargetError(f"bad URL {url}: give only scheme, host and port, and the Socket.IO path with --path")
     return parts
@@ -99,9 +107,12 @@ async def judge(
 ) -> Target:
     """Decide whether load may be put on `url`, and choose the address to connect to.
 
-    Every address of the name must be loopback or on the lab's bridge, unless the user says `owned`. The first judged
-    address that accepts a connection within `timeout` seconds is used for the whole run, so the name is resolved once
-    only and cannot change its meaning afterwards. Raises TargetError or NothingListensError.
+    Every address of the name must be loopback or on the lab's bridge, unless the user says `owned`. The first address
+    that accepts a connection within `timeout` seconds is used for the whole run, so the name is resolved only once.
+
+    Raises:
+        TargetError: no load is allowed there, or the URL is not valid.
+        NothingListensError: no address accepts a connection.
     """
     parts = parse(url)
     host = parts.hostname or ""
@@ -112,8 +123,8 @@ async def judge(
             if not await asyncio.to_thread(is_ours, address, route):
                 where = host if address == host else f"{host} ({address})"
                 raise TargetError(
-                    f"{where} is neither loopback nor on the lab's bridge {LAB_BRIDGE}; "
-                    "no load is sent there unless you say --i-own-this-target"
+                    f"{where} is neither loopback nor on the lab's bridge {LAB_BRIDGE}: "
+                    "use --i-own-this-target to put load on it"
                 )
     failures: list[str] = []
     for address in addresses:

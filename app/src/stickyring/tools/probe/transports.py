@@ -23,7 +23,7 @@ LINGER = struct.pack("ii", 0, 0)
 
 
 class JudgedResolver(AbstractResolver):
-    """Answers for the judged host with the judged address, and for nothing else."""
+    """Resolves the target's host to the chosen address, and nothing else."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -31,7 +31,7 @@ class JudgedResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """One entry, whatever `family` is asked for; OSError for another host."""
+        """Return one entry, whatever `family` is; raise OSError for another host."""
         if host.lower() != self._target.host:
             raise OSError(f"{host} is not the target")
         address = self._target.address
@@ -47,18 +47,18 @@ class JudgedResolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: nothing is open."""
 
 
 def connector(target: Target) -> aiohttp.TCPConnector:
-    """Connections to the judged address only, each for one request."""
+    """Return a connector to the target's address only, with a new connection for each request."""
 
     def open_socket(entry: aiohttp.AddrInfoType) -> socket.socket:
         if entry[4][0] != target.address:
-            raise OSError(f"{entry[4][0]} was not judged")
+            raise OSError(f"{entry[4][0]} is not the target's address")
         connection = socket.socket(entry[0], entry[1], entry[2])
-        # A connection for every request leaves that many ports in TIME_WAIT for a minute, and only 28 000 exist for one
-        # destination. The answer has been read when the connection is dropped, so a reset loses nothing.
+        # Each connection would leave its port in TIME_WAIT for a minute, and there are only 28 000 ports for one
+        # destination. The answer has been read when the connection closes, so a reset loses nothing.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
         return connection
 
@@ -73,13 +73,13 @@ def connector(target: Target) -> aiohttp.TCPConnector:
 
 
 class Transport(Protocol):
-    """What a session needs: Engine.IO packets out, Engine.IO packets in; bytes are binary messages."""
+    """Sends and receives Engine.IO packets; bytes are binary messages."""
 
     async def send(self, *packets: str | bytes) -> None:
         """Send packets in order."""
 
     async def receive(self) -> list[str | bytes]:
-        """Wait for the next packets, at least one. Cancelling the wait loses none."""
+        """Return the next packets, at least one. Cancelling the wait loses none."""
 
     async def close(self, farewell: str | bytes) -> None:
         """Send a last packet and free the connection."""
@@ -89,7 +89,7 @@ class Transport(Protocol):
 
 
 class Polling:
-    """Long-polling: every packet that is sent is a POST, every wait is a GET, each on a connection of its own."""
+    """Long-polling: packets are sent with POST and received with GET, each request on a new connection."""
 
     def __init__(self, http: aiohttp.ClientSession, url: URL) -> None:
         self._http = http
@@ -107,16 +107,16 @@ class Polling:
 
     @property
     def waiting(self) -> bool:
-        """Whether a GET is under way, or has ended without being received yet."""
+        """Whether a GET is under way, or its packets have not been received yet."""
         return self._poll is not None
 
     def poll(self) -> None:
-        """Have a GET wait at the server, as a browser's client always has."""
+        """Start a GET unless one is under way, as a browser's client does."""
         if self._poll is None:
             self._poll = asyncio.create_task(self._get())
 
     async def receive(self) -> list[str | bytes]:
-        """Wait for the GET under way, or for a new one."""
+        """Return the packets of the GET under way, or of a new one."""
         self.poll()
         poll = self._poll
         assert poll is not None
@@ -129,12 +129,12 @@ class Polling:
             return [_from_text(packet) for packet in (await response.text("utf-8")).split(RECORD_SEPARATOR)]
 
     async def close(self, farewell: str | bytes) -> None:
-        """Send it and close the session in one POST, as socket.io-client does."""
+        """Send `farewell` and close the session in one POST, as socket.io-client does."""
         await self.send(farewell, "1")
         await self.abort()
 
     async def abort(self) -> None:
-        """Drop the GET under way."""
+        """Cancel the GET under way."""
         poll, self._poll = self._poll, None
         if poll is not None:
             poll.cancel()
@@ -149,11 +149,11 @@ class WebSocket:
 
     @classmethod
     async def open(cls, http: aiohttp.ClientSession, url: URL, timeout: float) -> "WebSocket":
-        """Handshake at `url` (http or https); closing waits at most `timeout` seconds for the server's part."""
+        """Open a WebSocket at `url` (http or https); on close, wait at most `timeout` seconds for the server."""
         connection = await http.ws_connect(url, timeout=aiohttp.ClientWSTimeout(ws_close=timeout), autoping=True)
         own_socket = connection.get_extra_info("socket")
         if own_socket is not None:
-            # One long connection, not one a request: it ends in good order, so that no server logs a reset.
+            # One long connection does not use up ports: close it without a reset, which a server might log.
             own_socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
         return cls(connection)
 
@@ -166,7 +166,7 @@ class WebSocket:
                 await self._connection.send_str(packet)
 
     async def receive(self) -> list[str | bytes]:
-        """The next message; Failure when the server has ended the connection."""
+        """Return the next message; raise Failure if the server has closed the connection."""
         message = await self._connection.receive()
         if message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
             return [message.data]
@@ -175,13 +175,13 @@ class WebSocket:
         raise Failure("websocket cut without a close frame" if ended else f"websocket closed, code {code}")
 
     async def close(self, farewell: str | bytes) -> None:
-        """Send it, then the closing handshake."""
+        """Send `farewell`, then do the closing handshake."""
         with contextlib.suppress(aiohttp.ClientError, ConnectionError):
             await self.send(farewell)
         await self._connection.close()
 
     async def abort(self) -> None:
-        """The closing handshake alone; at once when the connection is already down."""
+        """Do only the closing handshake; return at once if the connection is already down."""
         await self._connection.close()
 
 
