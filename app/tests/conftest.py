@@ -1,4 +1,4 @@
-"""Fixtures that run the real thing: a `stickyring serve` process on a free loopback port."""
+"""Fixtures that run a real `stickyring serve` process on a free loopback port."""
 
 import json
 import os
@@ -23,7 +23,7 @@ Answer = TypeVar("Answer")
 
 
 def wait_until(question: Callable[[], Answer], what: str, seconds: float = DEADLINE_SECONDS) -> Answer:
-    """Return the first true answer; fail when there is none in time."""
+    """Return the first true answer; fail if there is none in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if answer := question():
@@ -45,7 +45,7 @@ class ServeProcess:
         return f"http://{self.address}"
 
     def log(self) -> list[dict[str, Any]]:
-        """Return the log so far; every line on standard error has to be a JSON object."""
+        """Return the log so far; every line on standard error must be a JSON object."""
         return [json.loads(line) for line in self._stderr.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
     def logged(self, message: str) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ class ServeProcess:
     def get(
         self, path: str, headers: dict[str, str] | None = None, method: str = "GET", body: str | None = None
     ) -> HTTPResponse:
-        """Send one request on a connection of its own; the body is at hand through read()."""
+        """Send one request on a new connection; read() of the result returns the body."""
         connection = self.connect()
         connection.request(method, path, body, headers or {})
         return connection.getresponse()
@@ -79,7 +79,7 @@ class ServeProcess:
 def serving(
     directory: Path, *arguments: str, descriptors: int | None = None, **environment: str
 ) -> Iterator[ServeProcess]:
-    """Run `stickyring serve` in `directory`, where it also finds applications, from when it serves until the end."""
+    """Run `stickyring serve` in `directory`, which may contain applications; the block runs while it serves."""
     limit = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
     command = [*limit, str(STICKYRING), "serve", "--listen", "127.0.0.1:0", "--node-name", "node1-1", *arguments]
     stderr = directory / "stderr"
@@ -95,21 +95,21 @@ def serving(
         yield node
     finally:
         if process.poll() is None:
-            # The quick way out: SIGTERM would wait for what a test left open.
+            # SIGTERM would wait for connections that a test left open.
             process.send_signal(signal.SIGQUIT)
             process.wait(DEADLINE_SECONDS)
 
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., ServeProcess]]:
-    """A function that starts `serving` in the test's own folder; the node ends with the test."""
+    """A function that runs `serving` in the test's own folder until the end of the test."""
     with ExitStack() as stack:
         yield lambda *arguments, **options: stack.enter_context(serving(tmp_path, *arguments, **options))
 
 
 @pytest.fixture(scope="session")
 def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose node_modules holds the client that package-lock.json pins."""
+    """A folder with the pinned JavaScript client in node_modules."""
     folder = tmp_path_factory.mktemp("javascript")
     for name in ("package.json", "package-lock.json"):
         shutil.copy(APP / name, folder)

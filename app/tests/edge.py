@@ -1,4 +1,4 @@
-"""A tiny edge for tests: passes each request on to the node that a ring names, by the user's `client_id`."""
+"""A tiny edge for tests: it passes each request to the node that owns its `client_id` on a ring."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ CONNECTION = re.compile(rb"\r\nconnection:[^\r]*", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Request:
-    """What came through: when (seconds, monotonic), whose, where to, and the request's first line."""
+    """A request that passed the edge: monotonic time in seconds, key, node and request line."""
 
     time: float
     key: str
@@ -31,9 +31,9 @@ class Request:
 
 @dataclass
 class Edge:
-    """Listens on loopback from `with` to its end. `ring` may be set at any time; `addresses` are the nodes' host:port.
+    """Listens on loopback inside `with`. `ring` may be set at any time; `addresses` are the nodes' host:port.
 
-    Every request has a connection of its own, but for a WebSocket's. It reaches the node with `x-stickyring-key`.
+    Every request uses a new connection, and reaches the node with `x-stickyring-key`.
     """
 
     ring: Ring
@@ -85,7 +85,7 @@ class Edge:
         host, _, port = self.addresses[node].partition(":")
         upstream_reader, upstream_writer = await asyncio.open_connection(host, int(port))
         upstream_writer.write(head)
-        # Cancelled by the end of the edge, which is no error of this connection.
+        # The edge's end cancels this; that is not an error of the connection.
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(_pipe(reader, upstream_writer), _pipe(upstream_reader, writer))
         for end in (writer, upstream_writer):
@@ -93,7 +93,7 @@ class Edge:
 
 
 async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Copy until the end, and pass that on."""
+    """Copy until the end of the input, then end the output."""
     try:
         while data := await reader.read(65536):
             writer.write(data)

@@ -1,9 +1,9 @@
-// Sends numbered messages with the JavaScript client's own retries, one for every line that it reads, until standard
-// input ends and all are acknowledged.
+// Sends a numbered message with the JavaScript client's own retries for every line of standard input, and ends when all
+// are acknowledged.
 //
 //   node sending_client.mjs PACKAGE URL EVENT
 //
-// PACKAGE is a folder whose node_modules hold socket.io-client. Prints each acknowledgement on a line of its own.
+// PACKAGE is a folder with socket.io-client in node_modules. Prints each acknowledgement on a line.
 
 import { randomBytes } from "node:crypto";
 import { createRequire } from "node:module";

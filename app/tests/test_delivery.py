@@ -1,4 +1,4 @@
-"""Messages with an id: handled once, sent until acknowledged; in threads, and on a node that drains and dies."""
+"""Messages with an id: handled once and sent until acknowledged, in threads and on a node that drains or dies."""
 
 import asyncio
 import copy
@@ -70,7 +70,7 @@ def message_id(counter: int, sender: str = NAME) -> str:
 
 
 class Handler:
-    """An event handler that tells how often it has run; `before` is called first each time."""
+    """An event handler that records its calls; `before` is called first each time."""
 
     def __init__(self, senders: int = 10, before: Callable[[], object] = lambda: None) -> None:
         self.calls: list[tuple[tuple[object, ...], str | None]] = []
@@ -111,7 +111,7 @@ def is_remembered(handler: Handler, sender: str) -> bool:
     return len(handler.calls) == handled
 
 
-def test_who_makes_senders_up_displaces_none_of_others() -> None:
+def test_a_client_that_makes_up_senders_displaces_only_its_own() -> None:
     handler = Handler(senders=20_000)
     handler.event("honest", "hello", message_id(1))
     for number in range(20_100):
@@ -122,7 +122,7 @@ def test_who_makes_senders_up_displaces_none_of_others() -> None:
     assert not is_remembered(handler, name(20_099 - delivery.SENDERS_OF_A_CONNECTION))
 
 
-def test_a_sender_that_comes_back_is_one_of_its_new_connection() -> None:
+def test_a_sender_that_reconnects_counts_for_its_new_connection() -> None:
     handler = Handler(senders=100)
     for connection in range(1000):
         for counter in (connection, connection + 1):
@@ -152,7 +152,7 @@ def test_large_acknowledgements_take_no_more_than_64_mib(answer: object) -> None
     assert len(calls) == 1001, "beyond"
 
 
-def test_few_messages_wait_for_their_turn_and_others_are_left_to_be_repeated() -> None:
+def test_waiting_messages_are_bounded_and_further_ones_not_acknowledged() -> None:
     gate = threading.Event()
     handler = Handler(before=lambda: gate.wait(10))
     answers: list[object] = []
@@ -192,7 +192,7 @@ def test_without_an_id_every_event_is_handled(data: tuple[object, ...]) -> None:
     assert handler.calls == [(data, None)] * 2
 
 
-def test_what_failed_is_handled_again() -> None:
+def test_a_message_whose_handler_failed_is_handled_again() -> None:
     def fail_once() -> None:
         if len(handler.calls) == 1:
             raise RuntimeError("the first try fails")
@@ -203,7 +203,7 @@ def test_what_failed_is_handled_again() -> None:
     assert [handler.event("a", "hello", message_id(1)) for _ in range(2)] == ["answer 2"] * 2
 
 
-def test_the_senders_of_latest_are_remembered_and_no_more() -> None:
+def test_only_the_most_recent_senders_are_remembered() -> None:
     handler = Handler(senders=2)
     first, second, third = (f"{NAME}{letter}" for letter in "abc")
     for sender in (first, second, first, third):
@@ -322,7 +322,7 @@ async def test_messages_sent_at_the_same_time_go_one_after_the_other(node: Node)
 
 
 @pytest.mark.asyncio
-async def test_a_client_that_left_for_good_sends_nothing(node: Node) -> None:
+async def test_a_client_that_disconnected_on_purpose_sends_nothing(node: Node) -> None:
     async with user(node) as client:
         sender = Sender(client)
         waiting = asyncio.create_task(sender.send("at_the_gate", "hello"))
@@ -351,7 +351,7 @@ async def test_a_message_can_be_given_up(node: Node) -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("transports", [["websocket"], ["polling"]])
-async def test_a_drain_lets_the_acknowledgement_out_first(node: Node, transports: list[str]) -> None:
+async def test_a_drain_waits_for_the_acknowledgement(node: Node, transports: list[str]) -> None:
     async with user(node, transports) as client:
         sender = Sender(client)
         waiting = asyncio.create_task(sender.send("at_the_gate", "hello"))
@@ -366,8 +366,8 @@ async def test_a_drain_lets_the_acknowledgement_out_first(node: Node, transports
 
 
 @pytest.mark.asyncio
-async def test_who_is_cut_off_comes_back_for_the_answer(node: Node) -> None:
-    """The node waits four seconds for the acknowledgement; after that, the answer is there for the repetition."""
+async def test_a_user_who_is_cut_off_gets_the_answer_after_reconnecting(node: Node) -> None:
+    """The node waits four seconds for the acknowledgement; later, the repetition gets the answer."""
     async with user(node) as client:
         sender = Sender(client, ack_timeout=60)  # it does not wait for that
         lost = asyncio.create_task(client.call("at_the_gate", "without id", timeout=30))
@@ -387,8 +387,8 @@ async def test_who_is_cut_off_comes_back_for_the_answer(node: Node) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_process_that_dies_before_the_acknowledgement_has_it_handled_again(node: Node) -> None:
-    """What is promised is at least once: the second time has the same id."""
+async def test_a_message_is_handled_again_if_the_process_dies_before_its_acknowledgement(node: Node) -> None:
+    """The guarantee is at least once: the second time has the same id."""
     async with user(node) as client:
         sender = Sender(client, ack_timeout=60)  # it does not wait for that
         waiting = asyncio.create_task(sender.send("at_the_gate", "hello"))
@@ -403,7 +403,7 @@ async def test_a_process_that_dies_before_the_acknowledgement_has_it_handled_aga
 
 
 class Stream:
-    """One sender's numbered messages, each sent when the one before is acknowledged, until `ended`."""
+    """One sender's numbered messages, each sent when the previous one is acknowledged, until `ended`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -436,7 +436,7 @@ class Stream:
 
 
 class Streams:
-    """Streams that run side by side, one for each setting of transports in Python, and one in JavaScript."""
+    """Concurrent streams: one in Python for each setting of transports, and one in JavaScript."""
 
     def __init__(self, node: Node, package: Path, *transports: list[str]) -> None:
         self._node = node
@@ -474,7 +474,7 @@ class Streams:
 
 
 @pytest.mark.asyncio
-async def test_a_drain_loses_nothing_and_has_nothing_handled_again(node: Node, javascript: Path) -> None:
+async def test_a_drain_loses_no_message_and_handles_none_twice(node: Node, javascript: Path) -> None:
     streams = Streams(node, javascript, ["websocket"], ["polling"], ["polling", "websocket"])
     await streams.go_on()
     assert await asyncio.to_thread(node.command("drain").wait, 20) == 0
@@ -484,12 +484,10 @@ async def test_a_drain_loses_nothing_and_has_nothing_handled_again(node: Node, j
 
 
 @pytest.mark.asyncio
-async def test_killed_processes_lose_nothing_and_have_handled_again_what_was_under_way(
-    node: Node, javascript: Path
-) -> None:
+async def test_killed_processes_lose_no_message_and_repeat_only_those_under_way(node: Node, javascript: Path) -> None:
     streams = Streams(node, javascript, ["websocket"], ["polling"], ["polling", "websocket"])
     await streams.go_on()
     for _ in range(2):
         node.kill()
         await streams.go_on()
-    assert 0 < await streams.end() <= 2 * 4, "each kill can meet one message of each sender"
+    assert 0 < await streams.end() <= 2 * 4, "each kill can hit one message of each sender"

@@ -1,4 +1,4 @@
-"""The wheel and the build step that brings the client script into it."""
+"""The wheel, and the build step that adds the client script."""
 
 import hashlib
 import os
@@ -22,12 +22,12 @@ NODE_ALONE = ("gunicorn", "eventlet", "prometheus_client", "pythonjsonlogger")
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the distribution's sources, with the script that the installation brought."""
+    """A copy of the distribution's sources, with the installed client script."""
     copy = tmp_path / "app"
     shutil.copytree(APP / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__"))
     for name in SOURCES:
         shutil.copy(APP / name, copy)
-    # What git ignores, hatchling leaves out unless it is told otherwise.
+    # Hatchling leaves out files that git ignores unless configured otherwise.
     (copy / ".gitignore").write_text("socket.io.min.js\n")
     return copy
 
@@ -48,7 +48,7 @@ def built(tree: Path, pattern: str) -> Path:
 
 
 def npm_that_brings(folder: Path, script: bytes) -> str:
-    """A search path on which npm puts these bytes where the client script belongs, and notes that it ran."""
+    """Return a PATH with an npm that installs `script` as the client script, and logs its calls."""
     programs = folder / "bin"
     programs.mkdir()
     (folder / "brought.js").write_bytes(script)
@@ -108,7 +108,7 @@ def test_npm_is_not_run_when_the_script_is_there(tree: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("present", [None, b"tampered"])
-def test_missing_or_changed_script_is_brought_anew(tree: Path, tmp_path: Path, present: bytes | None) -> None:
+def test_a_missing_or_changed_script_is_installed_again(tree: Path, tmp_path: Path, present: bytes | None) -> None:
     genuine = (tree / SCRIPT).read_bytes()
     if present is None:
         (tree / SCRIPT).unlink()
@@ -142,12 +142,12 @@ def test_without_npm_the_message_names_the_package(tree: Path) -> None:
 
 
 def without_node(program: str) -> subprocess.CompletedProcess[str]:
-    """Runs a Python program where nothing can be imported that only the extra `node` brings."""
+    """Run a Python program that cannot import the packages of the extra `node`."""
     blocked = f"import sys; sys.modules.update(dict.fromkeys({NODE_ALONE}))\n"
     return subprocess.run([sys.executable, "-c", blocked + program], capture_output=True, text=True, check=False)
 
 
-def test_who_sends_or_receives_messages_needs_no_node() -> None:
+def test_delivery_and_ring_do_not_need_the_node_extra() -> None:
     done = without_node(
         "import socketio, stickyring.delivery, stickyring.ring; stickyring.delivery.Sender(socketio.AsyncClient())"
     )
@@ -156,7 +156,7 @@ def test_who_sends_or_receives_messages_needs_no_node() -> None:
     assert {one.name for one in asked if one.marker is None} == {"click", "python-socketio", "xxhash"}
 
 
-def test_serve_says_what_it_needs() -> None:
+def test_serve_without_the_node_extra_says_what_to_install() -> None:
     done = without_node("from stickyring.cli import main; main(['serve'])")
     assert (done.returncode, done.stderr) == (1, "Error: gunicorn is not installed: pip install stickyring[node]\n")
 

@@ -20,7 +20,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
-    """A node that takes few connections, shared: a test leaves none behind."""
+    """A shared node with a low cap; each test must close its connections."""
     folder = tmp_path_factory.mktemp("echo")
     for name, (_, text) in FILES.items():
         Path(folder, name).write_text(text)
@@ -29,7 +29,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
 
 
 def total(node: ServeProcess, metric: str, label: str = "") -> float:
-    """Return the sum over both transports, of the samples that have the other label, if one is given."""
+    """Return the sum of a metric over both transports, for one value of another label if given."""
     return sum(node.metric(f'{metric}{{{label}transport="{transport}"}}') for transport in ("polling", "websocket"))
 
 
@@ -71,7 +71,7 @@ async def test_welcome_echo_and_acknowledgement(node: ServeProcess, transports: 
     await client.disconnect()
     wait_until(lambda: nobody_is_connected(node), "no connection is left")
     assert "alice" not in str(node.log())
-    # A WebSocket that ended is no failed request: nothing is written to its connection any more.
+    # A closed WebSocket is not a failed request: nothing is written to its connection any more.
     assert not [line for line in node.log() if line["level"] == "ERROR"]
 
 
@@ -105,7 +105,7 @@ async def test_the_cap_refuses_a_websocket_before_it_is_one(node: ServeProcess) 
 
 
 class PollingSession:
-    """A session over plain HTTP requests; `opened` is what the handshake got."""
+    """A session over plain HTTP requests; `opened` is the answer to the handshake."""
 
     def __init__(self, node: ServeProcess, headers: dict[str, str] | None = None) -> None:
         self._node = node

@@ -1,4 +1,4 @@
-"""The ring by itself: facts that can be checked by hand, what a change of membership moves, and bad documents.
+"""The ring alone: facts that can be checked by hand, users moved by membership changes, and invalid documents.
 
 That the owners are Envoy's is the matter of test_ring_against_envoy.py.
 """
@@ -54,7 +54,7 @@ def fleet(weights: Sequence[int], failed: int | None = None) -> dict[str, Any]:
 
 
 def points(ring: Any) -> dict[str, int]:
-    """How many points each member has; behind the last there is one arc more."""
+    """How many points each member has; after the last point there is one more arc."""
     return Counter(ring.arc_owners[:-1])
 
 
@@ -72,20 +72,18 @@ def test_a_key_belongs_to_the_first_point_at_or_above_its_hash() -> None:
         own = xxh64_intdigest(user.encode())
         assert ring.owner(user) == points[min((point for point in points if point >= own), default=first)]
         wrapped += own > last
-    assert wrapped, "some keys must lie behind the last point, or wrapping round was not tried"
-    # A key that is itself a point's name has that point's very hash.
+    assert wrapped, "some keys must be above the last point to test the wrap-around"
+    # A key that is a point's name has that point's hash.
     assert [ring.owner(f"{name}_1") for name in ring.names] == list(ring.names)
 
 
 @pytest.mark.parametrize(("points", "even"), [(4096, True), (512, False)])
-def test_twenty_nodes_have_users_within_3_percent_of_even_with_the_points_that_the_role_gives(
-    points: int, even: bool
-) -> None:
+def test_twenty_nodes_are_within_3_percent_of_even_with_the_points_of_the_role(points: int, even: bool) -> None:
     shares = Ring.load(circle(nodes(20), points)).shares().values()
     assert (max(shares) * 20 < 1.03 and min(shares) * 20 > 0.97) == even
 
 
-def test_owners_that_envoy_was_seen_to_choose() -> None:
+def test_owners_agree_with_recorded_choices_of_envoy() -> None:
     members = [
         *(member(f"node{number}-1", number) for number in range(1, 5)),
         member("node5-1", 5, "DRAINING"),
@@ -100,10 +98,10 @@ def test_owners_that_envoy_was_seen_to_choose() -> None:
     assert owners(circle(nodes(4), minimum_size=1024)) != "3 3 4 1 2 3 3 4"
 
 
-def test_bytes_that_are_no_text_are_hashed_as_they_are() -> None:
+def test_bytes_that_are_not_utf_8_are_hashed_unchanged() -> None:
     key = b"\xff\xfealice"
     slots = Ring.load(table(nodes(20), table_size=1009))
-    # A key of the same slot, found by its hash alone.
+    # A key of the same slot, found by its hash.
     same = next(user for user in USERS if xxh64_intdigest(user.encode()) % 1009 == xxh64_intdigest(key) % 1009)
     assert slots.owner(key.decode("utf-8", "surrogateescape")) == slots.owner(same)
     assert slots.owner(key.decode("latin-1")) != slots.owner(same), "the control: other bytes, another slot"
@@ -120,7 +118,7 @@ def test_the_order_of_members_does_not_matter_but_a_name_does(made: Any) -> None
 
 @POLICIES
 @pytest.mark.parametrize("health", ["UNHEALTHY", "DRAINING"])
-def test_a_member_out_of_service_owns_nothing_as_if_it_were_not_there(made: Any, health: str) -> None:
+def test_a_member_out_of_service_owns_nothing(made: Any, health: str) -> None:
     out = [*nodes(3), member("node4-1", health=health)]
     ring = Ring.load(made(out))
     assert ring.names == ("node1-1", "node2-1", "node3-1")
@@ -159,7 +157,7 @@ def test_shares_sum_to_one_and_agree_with_counted_owners(made: Any) -> None:
         assert counted[name] == pytest.approx(share * len(USERS), abs=4 * (len(USERS) * share * (1 - share)) ** 0.5)
 
 
-def test_shares_are_those_of_the_arcs() -> None:
+def test_shares_agree_with_the_arcs() -> None:
     ring = Ring.load(circle([member("a"), member("b")], points=1))
     at = {name: xxh64_intdigest(f"{name}_0".encode()) for name in "ab"}
     low, high = sorted("ab", key=at.__getitem__)
@@ -192,7 +190,7 @@ def test_another_policy_or_table_moves_as_counted(before: dict[str, Any], after:
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 4), (5, 6), (10, 11), (20, 21)])
-def test_a_fixed_number_of_points_moves_what_must_and_a_fixed_total_far_more(before: int, after: int) -> None:
+def test_a_fixed_number_of_points_moves_the_least_and_a_fixed_total_far_more(before: int, after: int) -> None:
     fixed = moved(Ring.load(circle(nodes(before), points=4096)), Ring.load(circle(nodes(after), points=4096)))
     assert sum(fixed.values()) == pytest.approx(1 / after, abs=0.015)
     assert {to for _, to in fixed} == {f"node{after}-1"}, "nobody moves between nodes that stay"
@@ -228,7 +226,7 @@ def test_without_nobody_a_member_that_fails_moves_users_of_others() -> None:
 
 
 def test_rounding_adds_or_takes_a_single_point() -> None:
-    """Among unequal weights of any size; what the default of the edge's role gives to equal ones is exact."""
+    """Only with unequal weights; with the default of the edge's role, equal weights are exact."""
     draw = random.Random(1)
     off = Counter[int]()
     for _ in range(200):
@@ -239,7 +237,7 @@ def test_rounding_adds_or_takes_a_single_point() -> None:
     assert off[0] > 0.95 * off.total()
 
 
-def test_nobody_is_no_member_and_due_nothing() -> None:
+def test_nobody_is_not_a_member_of_a_ring() -> None:
     ring = Ring.load(fleet([4096, 4096, 8192]))
     assert ring.names == tuple(each.name for each in ring.members) == ("node1-1", "node2-1", "node3-1")
     assert ring.due() == {"node1-1": 0.25, "node2-1": 0.25, "node3-1": 0.5}
@@ -248,7 +246,7 @@ def test_nobody_is_no_member_and_due_nothing() -> None:
     assert ring.owner("nobody_0") in ring.names, "nobody's point is on no ring"
 
 
-def test_nobody_is_a_member_like_others_of_a_maglev_table() -> None:
+def test_nobody_is_an_ordinary_member_of_a_maglev_table() -> None:
     slots = Ring.load(table([NOBODY, member("node1-1")]))
     assert slots.names == ("nobody", "node1-1")
     assert slots.due() == {"nobody": 0.5, "node1-1": 0.5}

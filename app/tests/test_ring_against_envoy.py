@@ -1,10 +1,10 @@
-"""The ring's truth is Envoy: memberships at random, and every owner as a running Envoy chooses it.
+"""The ring against a running Envoy: for random memberships, all owners must agree.
 
-Envoy is the one that the project deploys, brought here as the deployment brings it. All of its listeners are Unix
-sockets, so that no port of the machine is taken: one for clients, who name the cluster in a header, and thirty that
-answer for the members and are shared by all clusters. Health states are those of the configuration, not of checks.
+It is the Envoy that the project deploys, installed in the same way. All of its listeners are Unix sockets, so no port
+of the machine is used: one for clients, which name the cluster in a header, and thirty that answer for the members and
+are shared by all clusters. Health states come from the configuration, not from checks.
 
-Every run draws new memberships. A failing one tells its seed: STICKYRING_RING_SEED=<seed> draws the same again.
+Every run draws new memberships. A failure reports its seed: STICKYRING_RING_SEED=<seed> repeats the run.
 """
 
 import asyncio
@@ -38,12 +38,12 @@ SEED = int(os.environ.get("STICKYRING_RING_SEED") or random.randrange(2**32))
 RINGS, TABLES = 14, 6
 MOST_MEMBERS = 29
 CONNECTIONS = 20
-# With a third one under way Envoy may take a client for one that does not read its answers, and leave.
+# With three requests under way, Envoy may treat a client as one that does not read, and close the connection.
 PIPELINED = 2
 EXTENSIONS = "type.googleapis.com/envoy.extensions.filters"
 END = b"\r\n\r\n"
 
-# What a browser leaves as it is, what it percent-encodes, and what no URL but a header may hold.
+# Characters that a browser sends unchanged, percent-encoded characters, and characters that only a header can have.
 ALPHABETS = (
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~",
     "abc %20%C3%A9+!'()*;:@/?,=",
@@ -52,7 +52,7 @@ ALPHABETS = (
 
 
 def documents(seed: int) -> list[dict[str, Any]]:
-    """Ring documents of every kind: equal and weighted, small and large, whole and partly out of service."""
+    """Ring documents of every kind: equal and weighted, small and large, healthy and partly out of service."""
     draw = random.Random(seed)
     return [document(draw, f"ring-{number}", "RING_HASH") for number in range(RINGS)] + [
         document(draw, f"table-{number}", "MAGLEV") for number in range(TABLES)
@@ -77,25 +77,25 @@ def document(draw: random.Random, cluster: str, policy: str) -> dict[str, Any]:
     made = {"cluster": cluster, "policy": policy, "members": members}
     if policy == "MAGLEV":
         return made | {"table_size": draw.choice((31, 1009, 65537, 65537, 65537))}
-    # From a ring of few points to one of many, and at times a maximum that leaves members fractions of points.
+    # Few to many points, and sometimes a maximum that gives members fractions of points.
     least = round(2 ** draw.uniform(0, 17))
     return made | {"minimum_size": least, "maximum_size": draw.choice((8_388_608, 8_388_608, least + 3))}
 
 
 def keys(seed: int) -> list[str]:
-    """10 000 different keys; the first is empty, which is a key like any other."""
+    """10 000 different keys; the first one is empty."""
     draw = random.Random(seed)
     drawn = {"".join(draw.choices(draw.choice(ALPHABETS), k=draw.randint(1, 40))).strip() for _ in range(12_000)}
     return ["", *sorted(drawn - {""})][:10_000]
 
 
-# As the edge's role has it among the endpoints, and passes on whoever meets it.
+# As in the edge's role: an endpoint without a node, whose requests are retried at the next point.
 NOBODY: dict[str, Any] = {"name": "nobody", "weight": 1}
 RETRIES = yaml.safe_load((PROJECT / "roles/stickyring_edge/vars/main.yml").read_text())["__stickyring_edge_route"][
     "retry_policy"
 ]
 
-# The negative controls' own: in a random one it may well make no difference what is changed.
+# Fixed documents for the negative controls: in a random one, a change may make no difference.
 MEMBERS = [{"name": f"node{number}-1", "weight": number} for number in range(1, 5)] + [
     {"name": "node5-1", "weight": 5, "health": "DRAINING"}
 ]
@@ -112,19 +112,19 @@ POINTS = 4096  # the default of the edge's role
 
 
 def fleet(size: int, points: int = POINTS) -> dict[str, Any]:
-    """As many equal members, each with its own points on the ring, as the edge's role has them."""
+    """`size` equal members with `points` each, as in the edge's role."""
     members = [{"name": f"node{number}-1", "weight": points} for number in range(1, size + 1)]
     return RING | {"cluster": f"fleet-{size}", "minimum_size": 1, "members": [NOBODY, *members]}
 
 
 def stock(size: int) -> dict[str, Any]:
-    """The same members as Envoy has them by default: 1024 points for all, each has fewer of them in a larger fleet."""
+    """The same members with Envoy's default: 1024 points in all, so each has fewer of them in a larger fleet."""
     members = [{"name": f"node{number}-1", "weight": 1} for number in range(1, size + 1)]
     return RING | {"cluster": f"stock-{size}", "minimum_size": 1024, "members": members}
 
 
 def failing(document: dict[str, Any]) -> dict[str, Any]:
-    """The same when the last member has failed."""
+    """The same document with the last member failed."""
     *others, last = document["members"]
     return document | {
         "cluster": document["cluster"] + "-failing",
@@ -138,7 +138,7 @@ KEYS = keys(SEED)
 
 
 class Client(asyncio.Protocol):
-    """A connection that asks for the owner of one key after the other; `owners` has them in the same order."""
+    """A connection that requests the owner of each key; `owners` has them in the same order."""
 
     def __init__(self, cluster: str, keys: Sequence[str]) -> None:
         self._requests = (request(cluster, key) for key in keys)
@@ -157,7 +157,7 @@ class Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        # An answer has no body: it ends with its headers.
+        # Answers have no body.
         if ended := self._received.count(END, self._answered):
             self._answered = self._received.rindex(END) + len(END)
             self._missing -= ended
@@ -176,14 +176,14 @@ class Client(asyncio.Protocol):
 
 
 class Envoy:
-    """A running Envoy that serves all of `DOCUMENTS`, and what it answered."""
+    """A running Envoy that serves all of `DOCUMENTS`, and its answers."""
 
     def __init__(self, clients: Path) -> None:
         self._clients = clients
         self._owners: dict[str, list[str]] = {}
 
     def owners(self, cluster: str) -> list[str]:
-        """The owners of `KEYS`, in their order, as Envoy itself has chosen them."""
+        """The owners of `KEYS` that Envoy chose, in order."""
         if cluster not in self._owners:
             self._owners[cluster] = asyncio.run(asyncio.wait_for(self._ask(cluster), 60))
         return self._owners[cluster]
@@ -200,7 +200,7 @@ class Envoy:
 
 
 def request(cluster: str, key: str) -> bytes:
-    """A request that carries the key, in the path where that can hold it, else in a header."""
+    """A request with the key, in the query if possible, else in a header."""
     plain = re.fullmatch(r"[!-~]*", key) and not set(key) & set("&#")
     where = ("/?client_id=" + key, "") if plain else ("/", f"x-client-id: {key}\r\n")
     return f"GET {where[0]} HTTP/1.1\r\nhost: ring\r\nx-cluster: {cluster}\r\n{where[1]}\r\n".encode()
@@ -208,7 +208,7 @@ def request(cluster: str, key: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def envoy_binary() -> Path:
-    """The pinned Envoy, made by the program with which a deployment makes it (35 MB are fetched, once)."""
+    """The pinned Envoy, installed by the same program as in a deployment (35 MB are downloaded once)."""
     directory, lock = PROJECT / ".artifacts", ARTIFACTS / "envoy.lock"
     made = subprocess.run(
         [
@@ -227,7 +227,7 @@ def envoy_binary() -> Path:
 
 @pytest.fixture(scope="module")
 def envoy(envoy_binary: Path) -> Iterator[Envoy]:
-    # The path of a Unix socket may have 107 bytes, less than pytest's own folders take in places.
+    # The path of a Unix socket is limited to 107 bytes, and pytest's own folders can be longer.
     with tempfile.TemporaryDirectory(prefix="ring-") as folder:
         directory = Path(folder)
         bootstrap, log = directory / "envoy.json", directory / "log"
@@ -257,9 +257,9 @@ def listens(path: Path) -> bool:
 
 
 def configuration(directory: Path) -> dict[str, Any]:
-    """Envoy's bootstrap: a cluster for each document, the members at the sockets m0 to m29, in random order.
+    """Envoy's bootstrap: a cluster for each document, with its members at the sockets m0 to m29 in random order.
 
-    Nothing listens at the socket of `nobody`, so that Envoy passes on whoever meets it.
+    Nothing listens at the socket of `nobody`, so Envoy retries its requests at the next point.
     """
     draw = random.Random(SEED)
     sockets = [directory / f"m{number}" for number in range(MOST_MEMBERS + 1)]
@@ -332,7 +332,7 @@ def cluster(document: dict[str, Any], sockets: Sequence[Path]) -> dict[str, Any]
 
 
 def differing(envoy: Envoy, document: dict[str, Any], **change: Any) -> list[tuple[str, str, str]]:
-    """The keys whose owner is not the one that Envoy chose: key, Envoy's choice, ours."""
+    """The keys whose owner differs: key, Envoy's choice, ours."""
     chosen, computed = envoy.owners(document["cluster"]), Ring.load(document | change).owners(KEYS)
     return [each for each in zip(KEYS, chosen, computed, strict=True) if each[1] != each[2]]
 
@@ -368,7 +368,7 @@ def test_a_new_member_moves_only_its_share(envoy: Envoy, few: int, more: int) ->
 
 
 def strangers_moved(envoy: Envoy, document: dict[str, Any]) -> int:
-    """How many users of the members that stay have another owner when the last member fails."""
+    """How many users of the other members change their owner when the last member fails."""
     before, after = (envoy.owners(each["cluster"]) for each in (document, failing(document)))
     failed = document["members"][-1]["name"]
     assert failed in before

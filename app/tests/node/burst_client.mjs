@@ -1,9 +1,9 @@
-// Sends a burst of events with the JavaScript client, and prints what the application has noted of them.
+// Sends a burst of events with the JavaScript client, and prints those that the application recorded.
 //
 //   node burst_client.mjs PACKAGE URL COUNT ATTACHMENT OPTIONS
 //
-// PACKAGE is a folder whose node_modules hold socket.io-client, OPTIONS the client's, as JSON. COUNT events `note` with
-// their numbers, and with ATTACHMENT bytes each unless that is 0, are emitted at once before the client is connected.
+// PACKAGE is a folder with socket.io-client in node_modules; OPTIONS are the client's, as JSON. COUNT numbered events
+// `note`, with ATTACHMENT bytes each unless that is 0, are emitted at once before the client is connected.
 
 import { createRequire } from "node:module";
 import { resolve } from "node:path";

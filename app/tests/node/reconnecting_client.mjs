@@ -1,9 +1,9 @@
-// Holds one Socket.IO connection of the JavaScript client until standard input ends, and tells what happens to it.
+// Holds one Socket.IO connection of the JavaScript client until standard input ends, and prints its events.
 //
 //   node reconnecting_client.mjs PACKAGE URL TRANSPORT...
 //
-// PACKAGE is a folder whose node_modules hold socket.io-client; options other than the transports are the client's
-// defaults. Prints one JSON object a line: {event: connect | upgrade | message | disconnect | connect_error |
+// PACKAGE is a folder with socket.io-client in node_modules; options other than the transports are the client's
+// defaults. Prints one JSON object per line: {event: connect | upgrade | message | disconnect | connect_error |
 // reconnect_attempt, detail, at: milliseconds}.
 
 import { createRequire } from "node:module";

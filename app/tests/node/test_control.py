@@ -76,7 +76,7 @@ def close(node: ServeProcess, sid: str) -> None:
     assert node.get(f"/socket.io/?EIO=4&transport=polling&sid={sid}", method="POST", body="1").read() == b"ok"
 
 
-def test_sessions_tells_who_is_connected(node: ServeProcess, folder: Path) -> None:
+def test_sessions_lists_the_open_sessions(node: ServeProcess, folder: Path) -> None:
     sids = [connect(node, "alice", "nodes"), *(connect(node, key) for key in ("alice", "a%20b&c", None))]
     listed = invoke("sessions", "--control", folder / "control")
     assert listed.exit_code == 0
@@ -108,7 +108,7 @@ def test_sessions_tells_who_is_connected(node: ServeProcess, folder: Path) -> No
         ("POST", "/rebalance", json.dumps({"ring": RING, "rate": True}), 400, "rate: True is not"),
     ],
 )
-def test_what_cannot_be_done_is_refused(
+def test_an_invalid_request_is_refused(
     node: ServeProcess, folder: Path, method: str, target: str, body: str, status: int, error: str
 ) -> None:
     answered, answer = ask(folder / "control", method, target, body)
@@ -120,7 +120,7 @@ def test_before_the_first_rebalance_none_runs(node: ServeProcess, folder: Path) 
     assert ask(folder / "control", "GET", "/rebalance") == (200, {"running": False})
 
 
-def test_a_request_that_goes_wrong_harms_nobody(node: ServeProcess, folder: Path) -> None:
+def test_a_bad_request_does_not_affect_others(node: ServeProcess, folder: Path) -> None:
     control = folder / "control"
     assert ask(control, "POST", "/rebalance", length=10**9)[0] == 413
     assert ask(control, "POST", "/rebalance", "[" * 100_000)[0] in {400, 500}  # deeper than Python goes
@@ -132,7 +132,7 @@ def test_a_request_that_goes_wrong_harms_nobody(node: ServeProcess, folder: Path
         assert node.get("/healthz").status == 200
 
 
-def test_a_rebalance_without_anybody_to_move(node: ServeProcess, folder: Path) -> None:
+def test_a_rebalance_without_moved_users(node: ServeProcess, folder: Path) -> None:
     sid = connect(node, "alice")
     Path(folder, "ring.json").write_text(json.dumps(RING))
     done = invoke("rebalance", "--control", folder / "control", "--ring", folder / "ring.json", "--rate", "20")
@@ -143,11 +143,11 @@ def test_a_rebalance_without_anybody_to_move(node: ServeProcess, folder: Path) -
     expected |= {"users_asked": 0, "users_returned": 0}
     assert numbers == {"rate": 20, **expected}
     status, answer = ask(folder / "control", "POST", "/rebalance", json.dumps({"ring": RING}))
-    assert (status, answer["running"]) == (202, False), "nobody need ask again whether it is over"
+    assert (status, answer["running"]) == (202, False), "the command need not poll"
     close(node, sid)
 
 
-def test_a_rebalance_concerns_the_sessions_of_its_cluster(node: ServeProcess, folder: Path) -> None:
+def test_a_rebalance_affects_only_sessions_of_its_cluster(node: ServeProcess, folder: Path) -> None:
     connect(node, "alice", "nodes")
     connect(node, "bob")
     others = [connect(node, "alice", "first_node"), connect(node, None, "first_node")]
@@ -170,17 +170,17 @@ def test_one_rebalance_at_a_time(node: ServeProcess, folder: Path) -> None:
     refused = ask(folder / "control", "POST", "/rebalance", json.dumps({"ring": RING}))
     assert refused == (409, {"error": "a rebalance is running"})
     before = node.metric("stickyring_rebalances_total")
-    # The command waits for it and then begins its own.
+    # The command waits for the running one, then starts its own.
     done = invoke("rebalance", "--control", folder / "control", "--ring", folder / "ring.json", "--rate", "30")
     assert done.exit_code == 0, done.stderr
     assert {"rate": 30, "to_move": 0, "returned": 0}.items() <= json.loads(done.stdout).items()
     assert done.stderr.splitlines() == ["asked by the rebalance that is running", "asked to reconnect"]
     assert node.metric("stickyring_rebalances_total") == before + 1
-    assert node.logged("rebalanced: 1 sessions left"), "the first one was seen to its end"
+    assert node.logged("rebalanced: 1 sessions left"), "the first one finished"
 
 
 @pytest.mark.parametrize("waiting", [False, True], ids=["for its own", "for another"])
-def test_a_node_that_is_started_anew_meanwhile_is_told_of(
+def test_a_restart_during_a_rebalance_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: bool
 ) -> None:
     ring = tmp_path / "ring.json"
@@ -200,7 +200,7 @@ def test_a_node_that_is_started_anew_meanwhile_is_told_of(
     assert "Traceback" not in result.stderr
 
 
-def test_an_equal_ring_is_not_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_equal_ring_is_not_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
     load = Ring.load
 
@@ -222,7 +222,7 @@ def test_an_equal_ring_is_not_made_anew(monkeypatch: pytest.MonkeyPatch) -> None
     assert made == [RING]
     start(ELSEWHERE)
     assert made == [RING, ELSEWHERE]
-    # Python takes true for 1, a ring does not; and what is no ring does not take the place of one.
+    # In Python true equals 1, but not in a ring. And an invalid ring does not replace the cached one.
     with pytest.raises(Refusal, match="weight: True"):
         start({**ELSEWHERE, "members": [{"name": "node2-1", "weight": True}]})
     start(ELSEWHERE)
@@ -257,7 +257,7 @@ def test_an_error_is_one_line(
     assert not result.stdout
 
 
-def test_the_node_s_refusal_is_one_line(node: ServeProcess, folder: Path) -> None:
+def test_a_refusal_by_the_node_is_one_line(node: ServeProcess, folder: Path) -> None:
     Path(folder, "other.json").write_text('{"policy": "ROUND_ROBIN"}')
     result = invoke("rebalance", "--control", folder / "control", "--ring", folder / "other.json")
     assert result.exit_code == 1
@@ -270,22 +270,22 @@ def test_help_shows_examples() -> None:
         assert f"stickyring {command} --control /run/" in invoke(command, "--help").stdout
 
 
-def test_the_socket_is_the_owners_and_goes_with_the_node(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:
+def test_the_socket_is_private_and_removed_with_the_node(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:
     Path(tmp_path, "plain.py").write_text(PLAIN)
     control = tmp_path / "control"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(control))
-    # Left behind by a process that was killed: replaced. And any application and worker class will do.
+    # The socket of a killed process is replaced. Any application and worker class works.
     node = serve("plain:application", "--worker-class", "gthread", "--control", str(control))
     assert control.stat().st_mode & 0o777 == 0o600
     assert json.loads(invoke("sessions", "--control", control).stdout) == {"node": "node1-1", "sessions": []}
     assert refusal(tmp_path, "control").endswith("control: another process serves it\n")
-    assert control.is_socket(), "the refused process must leave it alone"
+    assert control.is_socket(), "the refused process must not remove it"
     assert node.stop() == 0
     assert not control.exists()
 
 
-def test_a_socket_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
+def test_a_control_socket_that_cannot_be_created_is_one_line(tmp_path: Path) -> None:
     Path(tmp_path, "file").touch()
     assert refusal(tmp_path, "file").endswith("file: the file exists and is not a socket\n")
     assert Path(tmp_path, "file").exists()
@@ -294,7 +294,7 @@ def test_a_socket_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
 
 
 def refusal(directory: Path, control: str) -> str:
-    """Run a `serve` that does not get its control socket; return the only line that it says."""
+    """Run a `serve` that cannot create its control socket; return the only line of its error."""
     command = [str(STICKYRING), "serve", "--listen", "127.0.0.1:0", "--control", control]
     run = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False)
     assert run.returncode == 1

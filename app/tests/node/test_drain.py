@@ -1,4 +1,4 @@
-"""A node that is told to stop, or to make room, sends everybody elsewhere first; seen without an edge."""
+"""A node that stops or is drained moves all users first; tested without an edge."""
 
 import asyncio
 import json
@@ -62,7 +62,7 @@ DEADLINE = 6
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Callable[..., ServeProcess]]:
-    """Starts the node with the drain timeout given."""
+    """Starts the node with a drain timeout in seconds."""
     (tmp_path / "chat.py").write_text(APPLICATION)
     with ExitStack() as running:
 
@@ -74,7 +74,7 @@ def node(tmp_path: Path) -> Iterator[Callable[..., ServeProcess]]:
 
 
 class Users:
-    """Clients that do not come back, and what they noticed: how often they were disconnected, and why."""
+    """Clients that do not reconnect; `reasons` are those of their disconnects."""
 
     def __init__(self) -> None:
         self.clients: list[socketio.AsyncClient] = []
@@ -100,7 +100,7 @@ def command(node: ServeProcess, folder: Path, name: str) -> subprocess.Popen[str
 
 
 @pytest.mark.parametrize("transports", [["polling"], ["websocket"]])
-def test_sigterm_sends_everybody_away_and_ends_before_the_deadline(node: Any, transports: list[str]) -> None:
+def test_sigterm_moves_all_users_and_ends_before_the_deadline(node: Any, transports: list[str]) -> None:
     serve = node()
 
     async def play() -> None:
@@ -117,7 +117,7 @@ def test_sigterm_sends_everybody_away_and_ends_before_the_deadline(node: Any, tr
     assert (drained["asked"], drained["left"], drained["sessions"]) == (SESSIONS, SESSIONS, 0)
 
 
-def test_what_is_under_way_ends_and_nobody_comes_in_meanwhile(node: Any) -> None:
+def test_a_drain_waits_for_acknowledgements_and_refuses_new_users(node: Any) -> None:
     serve = node()
 
     async def play() -> None:
@@ -127,8 +127,8 @@ def test_what_is_under_way_ends_and_nobody_comes_in_meanwhile(node: Any) -> None
         await asyncio.sleep(0.2)
         assert serve.get("/readyz").status == serve.get(HANDSHAKE).status == 200
         serve.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: serve.get("/readyz").status == 503, "it says that it drains")
-        # What the client gets if every node refuses it: come back later, or no such session.
+        wait_until(lambda: serve.get("/readyz").status == 503, "it drains")
+        # What the client gets if every node refuses: 503 with Retry-After, or an unknown session.
         unknown = f"{HANDSHAKE}&sid=unknown", "/socket.io/?EIO=4&transport=websocket&sid=unknown"
         for path, status in {HANDSHAKE: 503, **dict.fromkeys(unknown, 400)}.items():
             refusal = serve.get(path)
@@ -144,7 +144,7 @@ def test_what_is_under_way_ends_and_nobody_comes_in_meanwhile(node: Any) -> None
 
 
 @pytest.mark.parametrize("serializer", ["default", "msgpack"])
-def test_acknowledgements_arrive_whatever_packets_are_made_of(node: Any, serializer: str) -> None:
+def test_acknowledgements_arrive_with_any_serializer(node: Any, serializer: str) -> None:
     serve = node(20, SERIALIZER=serializer)
 
     async def connect(transport: str, namespace: str) -> socketio.AsyncClient:
@@ -167,22 +167,22 @@ def test_acknowledgements_arrive_whatever_packets_are_made_of(node: Any, seriali
         serve.process.send_signal(signal.SIGTERM)
         assert await asking == ["done"] * len(kinds)
         await asyncio.gather(*(client.wait() for client in clients))
-        assert time.monotonic() - began < 2 * PATIENCE_SECONDS, "and nothing else is waited for"
+        assert time.monotonic() - began < 2 * PATIENCE_SECONDS, "it waits for nothing else"
 
     asyncio.run(play())
     assert serve.process.wait(20) == 0
 
 
-@pytest.mark.parametrize("acknowledged", [True, False], ids=["who waits for an acknowledgement", "who waits for none"])
+@pytest.mark.parametrize("acknowledged", [True, False], ids=["with acknowledgement", "without"])
 def test_a_post_is_answered_with_ok_only_if_the_application_gets_it(
     node: Any, tmp_path: Path, acknowledged: bool
 ) -> None:
-    """Also while the node waits for what the application owes, and takes in nothing that would be owed as well."""
+    """Also while the node waits for acknowledgements, and accepts no event that asks for one."""
     serve = node(20)
     session = f"{HANDSHAKE}&sid={json.loads(serve.get(HANDSHAKE).read()[1:])['sid']}"
     assert serve.get(session, None, "POST", '40\x1e421["slow",10]').status == 200
     serve.get(session).read()
-    # Not a stop, at whose end the socket is closed.
+    # Not a stop, which would close the socket at the end.
     draining = command(serve, tmp_path, "drain")
     wait_until(lambda: serve.get("/readyz").status == 503, "it drains")
     events, answered = f'42{"2" if acknowledged else ""}["mark",{{0}}]\x1e42["mark",{{0}}]', 0
@@ -190,15 +190,15 @@ def test_a_post_is_answered_with_ok_only_if_the_application_gets_it(
         answered += 1
         time.sleep(0.1)  # a client that writes now and then
     assert status == 400
-    assert answered > 1, "at first it has taken events"
+    assert answered > 1, "at first it accepts events"
     marks = Path(tmp_path, "marks").read_text().split()
     assert marks == [str(number) for number in range(answered) for _ in range(2)]
     draining.communicate(timeout=20)
     assert draining.returncode == 0
 
 
-def test_a_request_that_is_being_answered_ends(node: Any, tmp_path: Path) -> None:
-    """However long the application takes, within the deadline; only then the process is stopped."""
+def test_a_drain_waits_for_requests_being_answered(node: Any, tmp_path: Path) -> None:
+    """The process waits for the application until the deadline, longer than gunicorn itself would."""
     serve = node(60)
     connection = serve.connect(60)
     connection.request("GET", "/page")
@@ -214,8 +214,8 @@ def test_a_request_that_is_being_answered_ends(node: Any, tmp_path: Path) -> Non
     assert serve.process.wait(10) == 0
 
 
-def test_a_poll_that_waits_on_a_lost_connection_does_not_hold_it_up(node: Any) -> None:
-    """The client has asked again on another one."""
+def test_a_poll_on_a_lost_connection_does_not_delay_a_drain(node: Any) -> None:
+    """The client polls again on another connection."""
     serve = node()
     sid = json.loads(serve.get(HANDSHAKE).read()[1:])["sid"]
     lost, poll = serve.connect(10), serve.connect(10)
@@ -230,7 +230,7 @@ def test_a_poll_that_waits_on_a_lost_connection_does_not_hold_it_up(node: Any) -
 
 @asynccontextmanager
 async def never_answered(serve: ServeProcess) -> AsyncIterator[None]:
-    """A user who waits for an acknowledgement that comes long after the node has ended, and does not get it."""
+    """A user who waits for an acknowledgement that would come long after the node has ended."""
     client = await Users().connect(serve, ["websocket"])
     asking = asyncio.create_task(client.call("slow", 30, timeout=1))
     await asyncio.sleep(0.2)
@@ -240,7 +240,7 @@ async def never_answered(serve: ServeProcess) -> AsyncIterator[None]:
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
-def test_a_second_signal_ends_it_at_once(node: Any, second: signal.Signals) -> None:
+def test_a_second_signal_ends_the_node_at_once(node: Any, second: signal.Signals) -> None:
     serve = node(60)
 
     async def play() -> None:
@@ -255,7 +255,7 @@ def test_a_second_signal_ends_it_at_once(node: Any, second: signal.Signals) -> N
     asyncio.run(play())
 
 
-def test_the_deadline_ends_it(node: Any) -> None:
+def test_a_drain_ends_at_its_deadline(node: Any) -> None:
     serve = node(1)
 
     async def play() -> None:
@@ -269,7 +269,7 @@ def test_the_deadline_ends_it(node: Any) -> None:
     assert serve.logged("not drained after 1 s: 1 sessions and 0 requests are left")
 
 
-def test_without_a_drain_nobody_is_asked(node: Any) -> None:
+def test_with_drain_timeout_0_the_node_ends_at_once(node: Any) -> None:
     serve = node(0)
 
     async def play() -> None:
@@ -281,7 +281,7 @@ def test_without_a_drain_nobody_is_asked(node: Any) -> None:
     assert not serve.logged("drain")
 
 
-def test_drain_empties_a_node_that_goes_on_and_undrain_opens_it_again(node: Any, tmp_path: Path) -> None:
+def test_drain_empties_a_running_node_and_undrain_reopens_it(node: Any, tmp_path: Path) -> None:
     serve = node()
 
     async def play() -> None:
@@ -299,7 +299,7 @@ def test_drain_empties_a_node_that_goes_on_and_undrain_opens_it_again(node: Any,
     assert (serve.get("/readyz").status, serve.get(HANDSHAKE).status) == (200, 200)
 
 
-def test_nothing_reopens_a_node_that_is_about_to_stop(node: Any, tmp_path: Path) -> None:
+def test_undrain_does_not_reopen_a_node_that_is_about_to_stop(node: Any, tmp_path: Path) -> None:
     serve = node()
 
     async def play() -> None:
@@ -318,7 +318,7 @@ def test_nothing_reopens_a_node_that_is_about_to_stop(node: Any, tmp_path: Path)
     assert serve.process.wait(DEADLINE) == 0
 
 
-def test_a_node_that_still_loads_its_application_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_node_that_still_loads_its_application_ends_at_once(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
     arguments = ["serve", "slow:application", "--listen", "127.0.0.1:0", "--drain-timeout", "20"]
     process = subprocess.Popen([STICKYRING, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
@@ -329,7 +329,7 @@ def test_a_node_that_still_loads_its_application_is_not_waited_for(tmp_path: Pat
 
 
 class FakeSession:
-    """A session that leaves when it is told to."""
+    """A session that ends at once."""
 
     def __init__(self, key: str | None = None) -> None:
         self.key = key
@@ -356,7 +356,7 @@ def drain(sessions: dict[str, Any]) -> Drain:
     return Drain(sessions, set(), MoveMetrics(CollectorRegistry()))
 
 
-def test_a_drain_that_is_under_way_hurries_when_time_is_short(drain: Drain, sessions: dict[str, Any]) -> None:
+def test_a_second_drain_with_less_time_raises_the_rate(drain: Drain, sessions: dict[str, Any]) -> None:
     drain.begin()
     drain.begin(1, final=True)
     drain.wait(3)
@@ -364,20 +364,20 @@ def test_a_drain_that_is_under_way_hurries_when_time_is_short(drain: Drain, sess
     assert left(sessions) == 1000
 
 
-def test_undrain_keeps_those_who_were_not_asked_yet(drain: Drain, sessions: dict[str, Any]) -> None:
+def test_undrain_keeps_users_who_were_not_asked_yet(drain: Drain, sessions: dict[str, Any]) -> None:
     drain.begin()
     wait_until(lambda: left(sessions) > 0, "somebody has left")
     assert drain.cancel()
     gone = left(sessions)
     assert gone < 300
-    time.sleep(0.5)  # the claim is that nothing happens: at 250 a second, 125 more would have left
+    time.sleep(0.5)  # nothing should happen; at 250 a second, 125 more would have left
     assert left(sessions) <= gone + 50
     drain.begin()
     drain.wait(10)
     assert left(sessions) == 1000
 
 
-def test_who_was_on_his_way_in_is_asked_too(drain: Drain, sessions: dict[str, Any]) -> None:
+def test_a_user_whose_handshake_was_under_way_is_asked_too(drain: Drain, sessions: dict[str, Any]) -> None:
     sessions.clear()
     drain.begin()
     sessions["late"] = FakeSession("late")

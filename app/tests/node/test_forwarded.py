@@ -1,4 +1,4 @@
-"""Scheme and address of a client: believed of edges, and of nobody else."""
+"""Scheme and address of a client: only edges are trusted."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ EDGE, OTHER, CLIENT = "192.0.2.10", "192.0.2.66", "198.51.100.7"
 
 
 def seen(edges: Edges, peer: str, scheme: str = "https", client: str = CLIENT) -> tuple[str, str]:
-    """What the application sees of a request."""
+    """The scheme and client address that the application sees."""
     environ: dict[str, Any] = {"wsgi.url_scheme": "http", "REMOTE_ADDR": peer}
     edges.tell(environ | {})
     environ |= {"HTTP_X_FORWARDED_PROTO": scheme, "HTTP_X_STICKYRING_CLIENT": client}
@@ -26,7 +26,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "edges"
 
 
-def test_an_edge_is_believed_and_nobody_else(file: Path) -> None:
+def test_only_edges_are_trusted(file: Path) -> None:
     file.write_text(f"{EDGE}\n2001:db8::1\n")
     edges = Edges(file)
     assert seen(edges, EDGE) == ("https", CLIENT)
@@ -36,14 +36,14 @@ def test_an_edge_is_believed_and_nobody_else(file: Path) -> None:
         assert seen(edges, other) == ("http", other)
 
 
-def test_what_is_no_scheme_or_address_is_not_taken(file: Path) -> None:
+def test_an_invalid_scheme_or_address_is_ignored(file: Path) -> None:
     file.write_text(EDGE)
     edges = Edges(file)
     assert seen(edges, EDGE, scheme="ftp", client="somebody") == ("http", EDGE)
     assert seen(edges, EDGE, scheme="https,http", client="2001:db8::7") == ("http", "2001:db8::7")
 
 
-def test_another_edge_is_believed_without_a_restart(file: Path) -> None:
+def test_a_new_edge_is_trusted_without_a_restart(file: Path) -> None:
     file.write_text(f"{EDGE}\n")
     edges = Edges(file)
     assert seen(edges, OTHER) == ("http", OTHER)
@@ -53,7 +53,7 @@ def test_another_edge_is_believed_without_a_restart(file: Path) -> None:
     assert seen(edges, EDGE) == ("http", EDGE)
 
 
-def test_without_a_file_or_a_line_loopback_is_believed(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_file_or_a_line_loopback_is_trusted(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     file.write_text("")
     for edges in (Edges(), Edges(file)):
         assert seen(edges, "127.0.0.1") == seen(edges, "::1") == ("https", CLIENT)

@@ -1,4 +1,4 @@
-"""Who is asked to reconnect, when and at what rate: the mover over sessions without a server."""
+"""The mover with sessions without a server: which are asked to reconnect, when and at what rate."""
 
 import queue
 import threading
@@ -18,7 +18,7 @@ RATE = 100.0
 
 
 class FakeSocket:
-    """What a session uses of python-engineio's."""
+    """The part of python-engineio's socket that a session uses."""
 
     def __init__(self, sid: str, upgraded: bool, on_end: Callable[[], None]) -> None:
         self.sid = sid
@@ -31,13 +31,13 @@ class FakeSocket:
         raise AssertionError("a session that moves is sent nothing")
 
     def close(self, wait: bool, abort: bool, reason: str) -> None:
-        assert (wait, abort) == (False, True), "no CLOSE packet may be sent, and nobody waits for the client"
+        assert (wait, abort) == (False, True), "it must not send a CLOSE packet or wait for the client"
         self.closed = True
         self._on_end()
 
 
 class Node:
-    """Sessions of a node; those of users whose name begins with `away` should leave. `left` is when who did."""
+    """Sessions of a node; users whose name begins with `away` should leave. `left` is (time, key) of those who did."""
 
     def __init__(self) -> None:
         self.sessions: dict[str, Session] = {}
@@ -116,7 +116,7 @@ def test_the_sessions_of_a_user_leave_together_and_users_in_random_order(node: N
     assert [group[0] for group in groups] != users
 
 
-def test_users_without_a_key_are_users_of_their_own(node: Node) -> None:
+def test_each_session_without_a_key_is_a_user(node: Node) -> None:
     sessions = [node.connect(None) for _ in range(3)]
     move = Move(node.sessions, lambda session: True, RATE, node.count)
     move.run()
@@ -130,7 +130,7 @@ def in_background(move: Move) -> threading.Thread:
     return thread
 
 
-def test_who_arrives_meanwhile_is_asked_and_who_comes_back_is_counted(
+def test_users_who_arrive_are_asked_and_those_who_come_back_counted(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mover, "RETURN_SECONDS", 0.5)
@@ -142,11 +142,11 @@ def test_who_arrives_meanwhile_is_asked_and_who_comes_back_is_counted(
     back, late = node.connect("away1", age=-0.01), node.connect("away2")
     thread.join()
     assert late.ended
-    assert not back.ended, "asking again would chase the user round"
+    assert not back.ended, "a user who comes back must not be asked again"
     assert (move.to_move, move.asked, move.returned) == (2, 2, 1)
 
 
-def test_a_session_ends_when_its_acknowledgement_is_out(node: Node) -> None:
+def test_a_session_ends_when_its_acknowledgement_is_sent(node: Node) -> None:
     session = node.connect("away1")
     assert session.takes(owing=True)
     move = node.move()
@@ -161,7 +161,7 @@ def test_a_session_ends_when_its_acknowledgement_is_out(node: Node) -> None:
     assert move.seconds < mover.PATIENCE_SECONDS
 
 
-def test_an_acknowledgement_that_never_comes_does_not_hold_up_the_end(
+def test_an_acknowledgement_that_never_comes_does_not_block_the_end(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mover, "PATIENCE_SECONDS", 0.2)
@@ -171,7 +171,7 @@ def test_an_acknowledgement_that_never_comes_does_not_hold_up_the_end(
     thread = in_background(move)
     while session.taking:
         time.sleep(0.01)
-    assert not session.takes(owing=True), "meanwhile nothing is taken in that would be owed an answer"
+    assert not session.takes(owing=True), "meanwhile no event that asks for an acknowledgement is accepted"
     assert not session.ended
     thread.join()
     assert session.ended
@@ -179,7 +179,7 @@ def test_an_acknowledgement_that_never_comes_does_not_hold_up_the_end(
 
 
 @pytest.mark.parametrize("unfinished", ["packet for the next poll", "upgrade", "connecting"])
-def test_a_session_is_not_ended_in_the_middle_of_something(node: Node, unfinished: str) -> None:
+def test_a_session_does_not_end_while_something_is_under_way(node: Node, unfinished: str) -> None:
     session = node.connect("away1", age=0.8 if unfinished == "connecting" else 5, upgraded=False)
     socket: Any = session.socket
     if unfinished == "packet for the next poll":

@@ -1,4 +1,4 @@
-"""What clients send over a running node arrives whole and in order, or ends the session at once with an error."""
+"""What clients send to a running node arrives complete and in order, or the session ends at once with an error."""
 
 import asyncio
 import contextlib
@@ -134,7 +134,7 @@ class Polling:
             return connection.getresponse().status
 
     def post_raw(self, head: str, body: bytes, end: bool = True) -> int:
-        """Send a head and what there is of a body, and nothing more."""
+        """Send a head and a part of a body; with `end`, then shut down sending."""
         host, _, port = self.node.address.partition(":")
         with socket.create_connection((host, int(port)), timeout=10) as connection:
             connection.sendall(f"POST {self.path} HTTP/1.1\r\nHost: {host}\r\n{head}\r\n\r\n".encode() + body)
@@ -145,7 +145,7 @@ class Polling:
             return answer.status
 
     def take(self, beginning: str) -> str:
-        """Poll until a packet begins like that, and return its rest."""
+        """Poll until a packet begins with `beginning`, and return the rest of it."""
         for _ in range(100):
             status, body = self.poll()
             assert status == 200, body
@@ -201,7 +201,7 @@ def failures(node: ServeProcess, reason: str) -> float:
 
 
 def census(node: ServeProcess) -> tuple[int, int, int]:
-    """What the application knows beside this session: sessions, places in namespaces, places in `/`."""
+    """What the application knows apart from this session: sessions, clients in all namespaces, clients in `/`."""
     session = Polling(node)
     sessions, places, here, _ = session.call("census")
     session.close()
@@ -209,7 +209,7 @@ def census(node: ServeProcess) -> tuple[int, int, int]:
 
 
 def left(node: ServeProcess) -> list[str]:
-    """Why others were disconnected from `/` so far, unless they asked for it."""
+    """The reasons of all disconnects from `/` so far, except those by the client itself."""
     session = Polling(node)
     *_, reasons = session.call("census")
     session.close()
@@ -269,7 +269,7 @@ def test_a_burst_of_the_python_client_arrives_whole_and_in_order(node: ServeProc
     for number in range(count):
         client.emit("note", number)
     assert client.call("noted", timeout=30) == expected(count)
-    client.eio.queue.join()  # while it sends, it leaves without a word
+    client.eio.queue.join()  # while sending, it would leave without a CLOSE
     client.disconnect()
 
 
@@ -288,7 +288,7 @@ async def test_a_burst_of_the_asynchronous_python_client_arrives_whole_and_in_or
 
 @pytest.mark.asyncio
 async def test_a_burst_to_the_python_client_arrives_whole(node: ServeProcess) -> None:
-    """It takes 16 packets at once, and gives the connection up when there are more."""
+    """It accepts 16 packets at once, and drops the connection if there are more."""
     heard: list[str] = []
     client = socketio.AsyncClient(reconnection=False)
     client.on("flood", heard.append)
@@ -299,7 +299,7 @@ async def test_a_burst_to_the_python_client_arrives_whole(node: ServeProcess) ->
     await client.disconnect()
 
 
-def test_a_body_that_comes_in_chunks_is_read(node: ServeProcess) -> None:
+def test_a_chunked_body_is_read(node: ServeProcess) -> None:
     session = Polling(node)
     packets = "\x1e".join([NOTE] * 100).encode()
     pieces = (packets[start : start + 7] for start in range(0, len(packets), 7))
@@ -309,7 +309,7 @@ def test_a_body_that_comes_in_chunks_is_read(node: ServeProcess) -> None:
 
 
 def fill(size: int) -> str:
-    """A payload with NOTE and as much as makes it so many bytes."""
+    """A payload of `size` bytes that begins with NOTE."""
     head = f'{NOTE}\x1e42["note","'
     return f'{head}{"x" * (size - len(head) - 2)}"]'
 
@@ -335,7 +335,7 @@ BODIES: dict[str, tuple[int, Callable[[Polling], int]]] = {
         400,
         lambda session: session.post_raw("Transfer-Encoding: chunked", b"c\r\n" + NOTE.encode() + b"\r\n"),
     ),
-    "chunks that are none": (400, lambda session: session.post_raw("Transfer-Encoding: chunked", b"zz\r\n")),
+    "invalid chunks": (400, lambda session: session.post_raw("Transfer-Encoding: chunked", b"zz\r\n")),
     "not UTF-8": (400, lambda session: session.post(NOTE.encode() + b'\x1e42["note","\xff"]')),
 }
 
@@ -349,7 +349,7 @@ def test_a_body_that_cannot_be_read_ends_the_session(node: ServeProcess, kind: s
     assert left(node) == [*before, "transport error"]
 
 
-def test_a_body_that_does_not_come_ends_the_session(node: ServeProcess) -> None:
+def test_a_body_that_does_not_arrive_ends_the_session(node: ServeProcess) -> None:
     session = Polling(node)
     assert session.post_raw("Content-Length: 9", b"42", end=False) == 400
 
@@ -359,14 +359,14 @@ NO_PACKETS = {
     "no type": "abc",
     **{f"type {number}": str(number) for number in (0, 2, 5, 6, 7, 9)},
     "a digit of another script": "\N{ARABIC-INDIC DIGIT FOUR}2[]",
-    "base64 that is none": "bAAAAA",
-    "no Socket.IO packet": "4",
+    "invalid base64": "bAAAAA",
+    "not a Socket.IO packet": "4",
     "no text": "4null",
     "an object": '4{"a":1}',
     "too deep": f"4{'[' * 50_000}",
     **{f"Socket.IO type {number}": f"4{number}[]" for number in (4, 7, 8, 9)},
     "an event without data": "42",
-    "an event that is no list": '42{"a":1}',
+    "an event that is not a list": '42{"a":1}',
     "an event that is a text": '42"note"',
     "an event without a name": "42[]",
     "an event whose name is null": "42[null]",
@@ -375,12 +375,12 @@ NO_PACKETS = {
     "an event that is too deep": f"42{'[' * 50_000}",
     "the server's own connect": '42["connect",{}]',
     "the server's own disconnect": '42["disconnect","x"]',
-    "an id that is none": '42abc["note",1]',
+    "an invalid id": '42abc["note",1]',
     "an id that is too long": f"42{'1' * 101}[]",
     "an acknowledgement without id": "43[]",
     "an acknowledgement with id 0": "430[]",
-    "an acknowledgement that is no list": "431{}",
-    "an event for a namespace that it is not in": '42/leaving,["note",1]',
+    "an acknowledgement that is not a list": "431{}",
+    "an event for a namespace that it has not joined": '42/leaving,["note",1]',
     "the same with an acknowledgement": '42/leaving,1["note",1]',
     "the same with an attachment": '451-/leaving,["note",{"_placeholder":true,"num":0}]',
     "too many attachments": '4599999999999-["note"]',
@@ -391,7 +391,7 @@ NO_PACKETS = {
 
 
 @pytest.mark.parametrize("kind", NO_PACKETS)
-def test_what_is_no_packet_ends_a_polling_session(
+def test_an_invalid_packet_ends_a_polling_session(
     node: ServeProcess, in_background: Callable[..., "Future[Any]"], kind: str
 ) -> None:
     session, before = Polling(node), left(node)
@@ -403,11 +403,11 @@ def test_what_is_no_packet_ends_a_polling_session(
 
 
 @pytest.mark.parametrize("kind", NO_PACKETS)
-def test_what_is_no_packet_ends_a_session_over_websocket(node: ServeProcess, kind: str) -> None:
+def test_an_invalid_packet_ends_a_websocket_session(node: ServeProcess, kind: str) -> None:
     session, before = Frames(node), left(node)
     session.send(NO_PACKETS[kind])
     assert session.status() == (None if "handler" in kind else 1002)
-    # The client leaves the connection open, and has lost its place all the same.
+    # The client leaves the connection open, but its session has ended.
     wait_until(lambda: connections(node) == 0, "its place is free", seconds=4)
     assert left(node) == [*before, "transport error"]
     session.vanish()
@@ -418,7 +418,7 @@ def test_what_is_no_packet_ends_a_session_over_websocket(node: ServeProcess, kin
     [TEXT, BINARY],
     ids=["a text instead of an attachment", "an attachment that the event does not know"],
 )
-def test_an_attachment_that_is_none_ends_the_session(node: ServeProcess, attachment: int) -> None:
+def test_an_invalid_attachment_ends_the_session(node: ServeProcess, attachment: int) -> None:
     session = Frames(node)
     session.send(f'451-["note",{PLACEHOLDER % 1}]')
     session.raw.send(attachment, b'2["note",1]')
@@ -443,7 +443,7 @@ def test_attachments_are_bounded_and_may_be_none(node: ServeProcess) -> None:
     session.vanish()
 
 
-def test_what_an_event_handler_raises_ends_no_session(node: ServeProcess) -> None:
+def test_an_error_of_an_event_handler_does_not_end_the_session(node: ServeProcess) -> None:
     session = Polling(node)
     for event in ("fail", "no_json", "nobody_handles_it"):
         assert session.post(f'421["{event}"]') == 200
@@ -457,7 +457,7 @@ def test_what_an_event_handler_raises_ends_no_session(node: ServeProcess) -> Non
     session.close()
 
 
-def test_a_disconnect_handler_that_fails_for_the_application_keeps_nothing(node: ServeProcess) -> None:
+def test_a_client_is_removed_if_its_disconnect_handler_fails_for_the_application(node: ServeProcess) -> None:
     session = Polling(node)
     assert session.post("40/leaving,") == 200
     session.take("40/leaving,")
@@ -467,7 +467,7 @@ def test_a_disconnect_handler_that_fails_for_the_application_keeps_nothing(node:
 
 
 @pytest.mark.parametrize("end", ["41/leaving,", "1", "abc"])
-def test_a_disconnect_handler_that_fails_keeps_nothing(node: ServeProcess, end: str) -> None:
+def test_a_client_is_removed_if_its_disconnect_handler_fails(node: ServeProcess, end: str) -> None:
     session = Polling(node)
     assert session.post("40/leaving,") == 200
     session.take("40/leaving,")
@@ -481,7 +481,7 @@ BROKEN_UPGRADES: dict[str, list[tuple[int, bytes]]] = {
     "another probe": [(TEXT, b"2prob")],
     "no probe": [(TEXT, b"5")],
     "a binary probe": [(BINARY, b"2probe")],
-    "text that is none": [(TEXT, b"\xff")],
+    "invalid text": [(TEXT, b"\xff")],
     "no frame": [(0x83, b"")],
     "a message for the upgrade": [(TEXT, b"2probe"), (TEXT, NOTE.encode())],
     "nothing for the upgrade": [(TEXT, b"2probe"), (TEXT, b"")],
@@ -512,7 +512,7 @@ def test_an_upgrade_that_breaks_the_protocol_ends_the_session(
 
 
 @pytest.mark.parametrize("kind", ABANDONED_UPGRADES)
-def test_after_an_upgrade_that_was_abandoned_polls_wait_again(
+def test_after_an_abandoned_upgrade_polls_wait_again(
     node: ServeProcess, in_background: Callable[..., "Future[Any]"], kind: str
 ) -> None:
     session = Polling(node)
@@ -522,7 +522,7 @@ def test_after_an_upgrade_that_was_abandoned_polls_wait_again(
         upgrade.send(text)
         assert upgrade.raw.frame()[1] == b"3probe"
         assert session.poll() == (200, "6")
-        # One at a time.
+        # Only one upgrade at a time.
         assert Frames(node, f"&sid={session.sid}").status() == 1002
     leave(upgrade)
 
@@ -536,14 +536,14 @@ def test_after_an_upgrade_that_was_abandoned_polls_wait_again(
     assert session.post('427["noted"]') == 200
     assert polls[-1].result(10) == (200, "437[[]]")
     upgrade.raw.connection.close()
-    # And another try may succeed.
+    # Another upgrade can succeed.
     again = Frames(node, f"&sid={session.sid}")
     again.send("2probe")
     assert again.raw.frame()[1] == b"3probe"
     again.send("5")
     again.send('427["noted"]')
-    assert again.raw.frame() == (TEXT, b"437[[]]"), "what ends a poll is not for a WebSocket"
-    # It goes on beside another one, which is closed.
+    assert again.raw.frame() == (TEXT, b"437[[]]"), "the NOOP that ends a poll is not sent over the WebSocket"
+    # A second WebSocket is closed, and the first one goes on.
     assert Frames(node, f"&sid={session.sid}").status() == 1002
     again.send('428["noted"]')
     assert again.raw.frame() == (TEXT, b"438[[]]")
@@ -551,8 +551,8 @@ def test_after_an_upgrade_that_was_abandoned_polls_wait_again(
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
-def test_who_ends_the_connection_of_a_waiting_poll_has_left(node: ServeProcess, reset: bool) -> None:
-    """As with Node.js: a page that was closed, or a client that has died, is not waited for until its ping timeout."""
+def test_closing_the_connection_of_a_waiting_poll_ends_the_session(node: ServeProcess, reset: bool) -> None:
+    """As in Node.js: the session of a closed page or a dead client ends before its ping timeout."""
     session, before = Polling(node), left(node)
     poll = node.connect(10)
     poll.request("GET", session.path)
@@ -564,7 +564,7 @@ def test_who_ends_the_connection_of_a_waiting_poll_has_left(node: ServeProcess, 
     assert session.poll()[0] == 400
 
 
-def test_who_sends_more_while_a_poll_waits_is_no_less_there(node: ServeProcess) -> None:
+def test_extra_bytes_after_a_waiting_poll_do_not_end_the_session(node: ServeProcess) -> None:
     session = Polling(node)
     with contextlib.closing(node.connect(10)) as poll:
         poll.request("GET", session.path)
@@ -575,7 +575,7 @@ def test_who_sends_more_while_a_poll_waits_is_no_less_there(node: ServeProcess) 
     session.close()
 
 
-def test_a_handshake_that_asks_for_half_an_upgrade_takes_no_place(node: ServeProcess) -> None:
+def test_an_incomplete_upgrade_request_opens_no_session(node: ServeProcess) -> None:
     session = Polling(node)
     for path in ("/socket.io/?EIO=4&transport=websocket", session.path):
         host, _, port = node.address.partition(":")
@@ -588,19 +588,21 @@ def test_a_handshake_that_asks_for_half_an_upgrade_takes_no_place(node: ServePro
 
 
 @pytest.mark.parametrize("transport", [Polling, Frames])
-def test_a_client_that_does_not_read_is_given_up(node: ServeProcess, transport: type[Polling] | type[Frames]) -> None:
-    """A node keeps 64 of the largest messages for it; the kernel's buffers take some as well."""
+def test_a_session_ends_if_its_client_does_not_read(
+    node: ServeProcess, transport: type[Polling] | type[Frames]
+) -> None:
+    """A node queues 64 of the largest messages for it; the kernel's buffers hold some more."""
     session: Any = transport(node)
     before, memory = failures(node, "unread"), node.metric("process_resident_memory_bytes")
     getattr(session, "post" if transport is Polling else "send")('42["flood",1000]')
-    wait_until(lambda: failures(node, "unread") == before + 1, "it is given up")
+    wait_until(lambda: failures(node, "unread") == before + 1, "the session has failed")
     wait_until(lambda: connections(node) == 0, "its place is free")
     assert node.metric("process_resident_memory_bytes") - memory < 3 * 64 * LONGEST
     getattr(session, "close" if transport is Polling else "vanish")()
 
 
 @pytest.mark.parametrize("transport", [Polling, Frames])
-def test_a_client_that_reads_gets_more_than_may_wait(
+def test_a_client_that_reads_may_get_more_than_the_queue_holds(
     node: ServeProcess, transport: type[Polling] | type[Frames]
 ) -> None:
     session: Any = transport(node)
@@ -622,7 +624,7 @@ def test_a_websocket_that_closes_without_reading_frees_its_place(node: ServeProc
     session.vanish()
 
 
-def test_who_joins_no_namespace_is_ended(node: ServeProcess) -> None:
+def test_a_session_that_joins_no_namespace_ends(node: ServeProcess) -> None:
     joined = Polling(node)
     before = failures(node, "unjoined")
     strangers = [RawWebSocket(node)]

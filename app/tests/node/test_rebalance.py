@@ -1,4 +1,4 @@
-"""Rebalancing two real nodes behind a tiny edge, with the clients that users have."""
+"""Rebalancing two real nodes behind a tiny edge, with JavaScript and Python clients."""
 
 import asyncio
 import json
@@ -61,7 +61,7 @@ USERS = [f"user{number}" for number in range(400)]
 
 
 class Fleet:
-    """Two nodes, all users on the first, and a second ring by which half of them belong to the second."""
+    """Two nodes with all users on the first, and a new ring that assigns half of them to the second."""
 
     def __init__(self, nodes: dict[str, ServeProcess], folder: Path) -> None:
         self.nodes = nodes
@@ -73,7 +73,7 @@ class Fleet:
         return Edge(ONE, {name: node.address for name, node in self.nodes.items()})
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run one on the first node's control socket."""
+        """Run a command on the first node's control socket."""
         return subprocess.run(
             [STICKYRING, *arguments, "--control", self._folder / "node1-1" / "control"],
             capture_output=True,
@@ -93,7 +93,7 @@ class Fleet:
         return list(json.loads(done.stdout)["sessions"])
 
     def ended(self) -> dict[str, str]:
-        """The sessions on the first node whose disconnect handler ran, with the reason that it was given."""
+        """The sessions on the first node whose disconnect handler ran, with its reason."""
         ended = json.loads(self.nodes["node1-1"].get("/").read())
         assert len(dict(ended)) == len(ended), "a disconnect handler ran twice"
         return dict(ended)
@@ -114,7 +114,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 
 class User:
-    """One client and what happened to it: `events` holds connect, disconnect, message and connect_error, in order."""
+    """One client; `events` are its connect, disconnect, message and connect_error, in order."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -128,7 +128,7 @@ class User:
 
 
 class PythonUser(User):
-    """One client of python-socketio, which also says its session's id and can ask for an acknowledgement."""
+    """One client of python-socketio, with its session id and calls that wait for an acknowledgement."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -190,7 +190,7 @@ async def until(question: Callable[[], object], what: str) -> None:
 
 
 @pytest.mark.asyncio
-async def test_users_go_where_the_ring_has_them_and_nobody_else_moves(fleet: Fleet, javascript: Path) -> None:
+async def test_moved_users_reach_their_assigned_node_and_nobody_else_moves(fleet: Fleet, javascript: Path) -> None:
     async with AsyncExitStack() as stack:
         edge = stack.enter_context(fleet.edge())
         python, engine, browsers = [], [], []
@@ -218,7 +218,7 @@ async def test_users_go_where_the_ring_has_them_and_nobody_else_moves(fleet: Fle
         for user in users:
             assert len(user.all("connect")) == 2, user.name
             assert user.all("connect_error") == [], user.name
-        # A closed WebSocket and a failed poll are the reasons after which clients come back by themselves.
+        # After a closed WebSocket and a failed poll, clients reconnect by themselves.
         assert [user.all("disconnect") for user in browsers] == [
             ["transport error"],
             ["transport close"],
@@ -231,7 +231,7 @@ async def test_users_go_where_the_ring_has_them_and_nobody_else_moves(fleet: Fle
             [("connect", sid), ("message", "node#node1-1: welcome")] for sid in sids
         ]
         assert [user.sid for user in staying] == sids
-        # Those of Engine.IO alone never joined a namespace, and the application does not know them.
+        # The plain Engine.IO clients never joined a namespace, so the application does not know them.
         assert [*fleet.ended().values()] == ["transport close"] * 6
 
         again = await asyncio.to_thread(fleet.rebalance)
@@ -246,8 +246,8 @@ async def test_users_go_where_the_ring_has_them_and_nobody_else_moves(fleet: Fle
 
 
 @pytest.mark.asyncio
-async def test_nothing_under_way_is_cut_off_and_who_is_sent_back_is_told_of(fleet: Fleet) -> None:
-    with fleet.edge() as edge:  # which keeps the old ring: what is under way over polling would be lost otherwise
+async def test_nothing_under_way_is_lost_and_returning_users_are_reported(fleet: Fleet) -> None:
+    with fleet.edge() as edge:  # with the old ring; otherwise polling would lose what is under way
         async with AsyncExitStack() as stack:
             users = [await stack.enter_async_context(python_user(edge, next(fleet.moving), t)) for t in TRANSPORTS[:2]]
             requests = [asyncio.create_task(user.ask("slow", 1.5)) for user in users]
@@ -256,7 +256,7 @@ async def test_nothing_under_way_is_cut_off_and_who_is_sent_back_is_told_of(flee
 
             for user, request in zip(users, requests, strict=True):
                 assert await request == "node1-1"
-                # Back on the same node, and asked no second time.
+                # Back on the same node, and not asked a second time.
                 assert len(user.all("disconnect")) == 1
                 assert len(user.all("connect")) == 2
             assert done.returncode == 1
@@ -266,13 +266,13 @@ async def test_nothing_under_way_is_cut_off_and_who_is_sent_back_is_told_of(flee
 
             assert plain.recv(4096) == b"\x88\x00", "RFC 6455: a close frame without a status"
             for frame in (b"\x81\x81\0\0\0\0" + b"2", b"\x88\x80\0\0\0\0"):
-                plain.sendall(frame)  # a message that crossed, and the client's own close frame
-            assert plain.recv(4096) == b"", "the end came in order, not as a reset"
+                plain.sendall(frame)  # a message under way, and the client's own close frame
+            assert plain.recv(4096) == b"", "the connection closes without a reset"
 
 
 @pytest.mark.asyncio
-async def test_one_user_who_comes_back_fails_no_run(fleet: Fleet) -> None:
-    """Two of two do, above: whatever one client does, everybody else's deployment goes on."""
+async def test_one_user_who_comes_back_does_not_fail_the_rebalance(fleet: Fleet) -> None:
+    """In the test above two of two come back, and it fails; a single client must not fail a deployment."""
     async with AsyncExitStack() as stack:
         edge = stack.enter_context(fleet.edge())
         stubborn = await stack.enter_async_context(python_user(edge, next(fleet.moving), ["websocket"]))

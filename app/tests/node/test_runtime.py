@@ -1,4 +1,4 @@
-"""The WSGI layer around an application, without a server: health, readiness, metrics, cap and counts."""
+"""The WSGI layer around an application, without a server: health, readiness, metrics, cap and counters."""
 
 import gc
 import io
@@ -20,7 +20,7 @@ CAP = 2
 
 
 class Answer:
-    """What one request got."""
+    """The answer to one request."""
 
     def __init__(
         self, application: Runtime, path: str, method: str = "GET", body: str = "", key: str | None = None, **query: str
@@ -93,7 +93,7 @@ def test_a_handshake_above_the_cap_gets_503(runtime: Runtime) -> None:
     assert sample(runtime, "stickyring_connections_limit") == CAP
 
 
-def test_a_full_node_still_serves_the_sessions_that_it_has(runtime: Runtime) -> None:
+def test_a_full_node_still_serves_its_sessions(runtime: Runtime) -> None:
     first, *_ = [sid_of(handshake(runtime)) for _ in range(CAP)]
     answer = Answer(runtime, "/socket.io/", method="POST", EIO="4", transport="polling", sid=first)
     assert answer.status == 200
@@ -115,11 +115,11 @@ def test_a_session_of_another_node_is_refused_and_counted(runtime: Runtime) -> N
 
 @pytest.mark.parametrize("transport", ["polling", "websocket"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_a_session_of_another_node_is_sent_on_if_its_user_has_a_key(
+def test_a_session_of_another_node_is_passed_on_if_its_user_has_a_key(
     runtime: Runtime, method: str, transport: str
 ) -> None:
     answer = Answer(runtime, "/socket.io/", method, key="alice", EIO="4", transport=transport, sid="elsewhere")
-    # The last node's answer is the client's: what the protocol says of a session that nobody knows.
+    # The client gets the last node's answer: the protocol's own for an unknown session.
     assert (answer.status, answer.headers["x-stickyring-elsewhere"]) == (400, "1")
     assert json.loads(answer.text) == {"code": 1, "message": "Session ID unknown"}
     assert sample(runtime, f'stickyring_unknown_sessions_total{{transport="{transport}"}}') == 1
@@ -128,7 +128,7 @@ def test_a_session_of_another_node_is_sent_on_if_its_user_has_a_key(
     assert pong.status == 200
 
 
-def test_a_key_that_was_made_up_for_a_request_leads_nowhere_else(runtime: Runtime) -> None:
+def test_a_request_with_an_issued_key_is_not_passed_on(runtime: Runtime) -> None:
     environ = {"PATH_INFO": "/socket.io/", "QUERY_STRING": "EIO=4&transport=polling&sid=elsewhere"}
     environ |= {"HTTP_X_STICKYRING_KEY": "random", "HTTP_X_STICKYRING_ISSUED": "1"}
     setup_testing_defaults(environ)
@@ -153,7 +153,7 @@ def test_an_older_protocol_gets_a_400_that_says_so(runtime: Runtime, protocol: s
     assert sample(runtime, 'stickyring_handshakes_refused_total{reason="protocol",transport="polling"}') == CAP + 1
 
 
-def test_other_refusals_are_counted_and_clients_make_up_no_labels(runtime: Runtime) -> None:
+def test_other_refusals_are_counted_and_clients_cannot_make_up_labels(runtime: Runtime) -> None:
     assert handshake(runtime, transport="websocket").status == 400  # without an Upgrade header
     assert handshake(runtime, transport="pigeon").status == 400
     for transport in ("websocket", "other"):
@@ -166,11 +166,11 @@ def test_other_refusals_are_counted_and_clients_make_up_no_labels(runtime: Runti
     ("method", "query"),
     [("GET", {"EIO": "4"}), *((method, {"EIO": "4", "transport": "polling"}) for method in ("POST", "PUT", "HEAD"))],
 )
-def test_what_is_no_handshake_gets_a_400(runtime: Runtime, method: str, query: dict[str, str]) -> None:
+def test_an_invalid_handshake_gets_a_400(runtime: Runtime, method: str, query: dict[str, str]) -> None:
     assert Answer(runtime, "/socket.io/", method, **query).status == 400
 
 
-def test_packets_and_an_unknown_namespace_are_answered_as_the_protocol_has_it(runtime: Runtime) -> None:
+def test_packets_and_an_unknown_namespace_are_answered_as_in_the_protocol(runtime: Runtime) -> None:
     sid = sid_of(handshake(runtime))
     assert (request(runtime, sid, "40/nowhere,").text, request(runtime, sid).text) == (
         "ok",
@@ -186,14 +186,14 @@ def test_each_runtime_counts_for_itself(runtime: Runtime) -> None:
 
 
 def request(runtime: Runtime, sid: str, body: str = "", key: str | None = None) -> Answer:
-    """Send packets in a session; without any, receive."""
+    """POST packets in a session; without packets, poll."""
     method = "POST" if body else "GET"
     return Answer(runtime, "/socket.io/", method, body, key, EIO="4", transport="polling", sid=sid)
 
 
 @pytest.mark.parametrize("first", ["alice", None])
 def test_a_session_has_the_key_of_its_handshake(runtime: Runtime, first: str | None) -> None:
-    """By a later one, which a client may make up, a rebalance would ask it to leave, and it would come back."""
+    """With a later key, which a client may make up, a rebalance would ask users to leave who then come back."""
     sid = sid_of(handshake(runtime, key=first))
     session = runtime.sessions[sid]
     for later in ("bob", None, "", "alice"):
@@ -205,12 +205,12 @@ def test_a_session_has_the_key_of_its_handshake(runtime: Runtime, first: str | N
 
 @pytest.mark.parametrize("wire", ["größe".encode(), b"caf%C3%A9", b"\xff\xfe"])
 def test_a_key_is_the_bytes_on_the_wire(runtime: Runtime, wire: bytes) -> None:
-    # PEP 3333 hands headers over as ISO-8859-1.
+    # PEP 3333 decodes headers as ISO-8859-1.
     sid = sid_of(handshake(runtime, key=wire.decode("latin-1")))
     assert (runtime.sessions[sid].key or "").encode("utf-8", "surrogateescape") == wire
 
 
-def test_the_key_is_what_the_edge_says_whatever_the_query_has() -> None:
+def test_the_key_comes_from_the_edge_and_not_from_the_query() -> None:
     environ: dict[str, object] = {"HTTP_X_STICKYRING_KEY": "größe %41".encode().decode("latin-1")}
     environ["QUERY_STRING"] = "client_id=gr%C3%B6%C3%9Fe%20%2541"
     assert key_of(environ) == "größe %41"
@@ -252,12 +252,12 @@ def test_a_session_is_forgotten_however_it_ends() -> None:
     assert runtime.sessions == {}
     gc.collect()
     assert [reference() for reference in gone] == [None] * len(ends)
-    # The control: one that has not ended is there.
+    # The control: a session that has not ended is there.
     sid = joined()
     assert [*runtime.sessions] == [sid]
 
 
-def test_a_handshake_that_the_application_refuses_is_no_session(runtime: Runtime) -> None:
+def test_a_handshake_that_the_application_refuses_opens_no_session(runtime: Runtime) -> None:
     assert handshake(runtime, protocol="3").status == 400
     assert handshake(runtime, transport="websocket").status == 400
     assert runtime.sessions == {}
@@ -283,13 +283,13 @@ def test_the_waiting_poll_of_a_moved_session_ends_in_an_error(runtime: Runtime) 
     poll.join()
     assert (polls[0].status, polls[0].headers["Cache-Control"]) == (410, "no-store")
     assert "moved" in polls[0].text
-    # Neither a packet that the client still sends nor another poll does harm.
+    # Another packet or poll of the client does no harm.
     assert request(runtime, first, "42[]").status == request(runtime, first).status == 400
     assert request(runtime, second, "40").status == 200
     assert "40{" in request(runtime, second).text
 
 
-def test_a_poll_ends_the_one_before_whose_connection_is_lost(runtime: Runtime) -> None:
+def test_a_new_poll_ends_the_previous_one(runtime: Runtime) -> None:
     sid = sid_of(handshake(runtime))
     request(runtime, sid, "40")
     session = runtime.sessions[sid]
@@ -320,7 +320,7 @@ def test_a_poll_ends_the_one_before_whose_connection_is_lost(runtime: Runtime) -
     assert polls[2].status == 410
 
 
-def test_where_gunicorn_hands_no_connection_over_a_websocket_is_the_engines_own() -> None:
+def test_without_a_connection_from_gunicorn_the_engines_websocket_is_used() -> None:
     server = socketio.Server(async_mode="threading", monitor_clients=False)
     taken: list[str] = []
 
@@ -345,14 +345,14 @@ def test_where_gunicorn_hands_no_connection_over_a_websocket_is_the_engines_own(
 
 
 def test_the_path_without_its_last_slash_is_the_same(runtime: Runtime) -> None:
-    """As clients of Swift and Dart ask."""
+    """Swift and Dart clients omit it."""
     accepted = Answer(runtime, "/socket.io", EIO="4", transport="polling")
     assert accepted.status == 200
     assert sid_of(accepted) in runtime.sessions
     assert Answer(runtime, "/socket.iox", EIO="4", transport="polling").status == 404
 
 
-def test_jsonp_is_refused_and_no_answer_is_taken_for_a_page(runtime: Runtime) -> None:
+def test_jsonp_is_refused_and_answers_are_not_sniffed(runtime: Runtime) -> None:
     accepted = handshake(runtime)
     refused = Answer(runtime, "/socket.io/", EIO="4", transport="polling", j="0")
     assert (refused.status, json.loads(refused.text)["code"]) == (400, 3)

@@ -23,7 +23,7 @@ def application(environ, start_response):
 
 
 def refusal(directory: Path, *arguments: str) -> str:
-    """Run a `serve` that cannot start; return the only line that it says."""
+    """Run a `serve` that cannot start; return the only line of its error."""
     run = subprocess.run(
         [STICKYRING, "serve", *arguments],
         cwd=directory,
@@ -98,7 +98,7 @@ def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.Mo
         ("stickyring.echo:create_application('.')", "socket.io.min.js is missing: run `pip install .`"),
     ],
 )
-def test_an_application_that_cannot_be_had_ends_the_process(tmp_path: Path, application: str, cause: str) -> None:
+def test_an_application_that_cannot_be_loaded_ends_the_process(tmp_path: Path, application: str, cause: str) -> None:
     Path(tmp_path, "plain.py").write_text(PLAIN)
     Path(tmp_path, "broken.py").write_text('raise ValueError("no database\\nat all")\n')
     line = refusal(tmp_path, "--listen", "127.0.0.1:0", application)
@@ -106,7 +106,7 @@ def test_an_application_that_cannot_be_had_ends_the_process(tmp_path: Path, appl
     assert cause in line
 
 
-def test_a_worker_class_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
+def test_an_unknown_worker_class_is_one_line(tmp_path: Path) -> None:
     line = refusal(tmp_path, "--worker-class", "stickyring.node.worker.Nothing")
     assert line.startswith("Error: no worker class stickyring.node.worker.Nothing: ")
 
@@ -153,7 +153,7 @@ def test_another_worker_class(serve: Callable[..., ServeProcess], tmp_path: Path
     assert node.get("/").read() == b"plain"
 
 
-def test_it_serves_on_with_a_new_worker_after_sighup(serve: Callable[..., ServeProcess]) -> None:
+def test_it_keeps_serving_with_a_new_worker_after_sighup(serve: Callable[..., ServeProcess]) -> None:
     node = serve()
     node.process.send_signal(signal.SIGHUP)
     wait_until(lambda: len(node.logged("serving stickyring.echo")) == 2, "there is a new worker")

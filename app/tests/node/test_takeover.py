@@ -1,4 +1,4 @@
-"""One process takes the place of another: what users, edge, operator and systemd notice of it."""
+"""A process replaces another one: what users, the edge, the operator and systemd notice."""
 
 import asyncio
 import contextlib
@@ -66,7 +66,7 @@ Start = Callable[..., ServeProcess]
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Start]:
-    """Starts the node that is to be replaced; whoever is in its place at the end of the test ends, too."""
+    """Starts the node to replace; its successor is ended after the test too."""
     (tmp_path / "chat.py").write_text(APPLICATION)
     (tmp_path / "loading.py").write_text(LOADING)
     with contextlib.ExitStack() as running:
@@ -83,14 +83,14 @@ def end_what_serves(folder: Path) -> None:
 
 
 def master(folder: Path) -> int:
-    """Return the process id of who answers at the control socket."""
+    """Return the process id of the master that serves the control socket."""
     answer = ask(folder / "control", "GET", "/listener")
     os.close(answer["listener"])
     return int(answer["process"])
 
 
 def start_replacing(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-    # Into a file, and each into its own: the new process has the command's standard error, and lives on.
+    # A new file each time: the new process keeps the command's standard error open.
     (folder / "replaced").unlink(missing_ok=True)
     with (folder / "replaced").open("wb") as output:
         return subprocess.Popen(
@@ -108,7 +108,7 @@ def replace(folder: Path, *arguments: str, **environment: str) -> None:
 
 
 def refusal(folder: Path, *arguments: str, **environment: str) -> str:
-    """Run a replacement that fails; return the only line that it says."""
+    """Run a replacement that fails; return the only line of its error."""
     command = start_replacing(folder, *arguments, **environment)
     assert command.wait(DEADLINE_SECONDS) in {1, 2}
     assert not (folder / "control.next").exists()
@@ -117,12 +117,12 @@ def refusal(folder: Path, *arguments: str, **environment: str) -> str:
 
 
 def where(node: ServeProcess) -> int:
-    """Return who answers a request on a fresh connection: the process id of its master."""
+    """Return the process id of the master that answers a request on a new connection."""
     return int(node.get("/").read())
 
 
 class Asking:
-    """Asks one time after another, by a function that returns the status of the answer, and keeps what went wrong."""
+    """Calls `ask` again and again in a thread; `faults` are exceptions and statuses other than 200."""
 
     def __init__(self, ask: Callable[[], int]) -> None:
         self.faults: list[object] = []
@@ -153,12 +153,12 @@ class Asking:
 
 
 def shake_hands(node: ServeProcess) -> Asking:
-    """Handshakes, each on a connection of its own."""
+    """Handshakes, each on a new connection."""
     return Asking(lambda: node.get(HANDSHAKE).status)
 
 
 class User:
-    """A client that comes back by itself, and counts how often it was disconnected."""
+    """A client that reconnects by itself, and counts its disconnects."""
 
     def __init__(self) -> None:
         self.disconnects = 0
@@ -205,13 +205,13 @@ def test_each_user_is_disconnected_once_and_nobody_is_refused(node: Start, tmp_p
     assert where(serve) == master(tmp_path)
 
 
-def test_no_request_on_a_connection_that_is_kept_is_lost(node: Start, tmp_path: Path) -> None:
-    """As an edge keeps connections, and sends requests on them until it hears that they end."""
+def test_no_request_on_a_kept_connection_is_lost(node: Start, tmp_path: Path) -> None:
+    """Like an edge, which sends requests on kept connections until an answer closes them."""
     serve = node()
     ended: list[str] = []
 
     def keep_asking() -> Asking:
-        connection = serve.connect()  # anew, whenever an answer was its last
+        connection = serve.connect()  # reconnects after an answer that closes it
 
         def ask_again() -> int:
             status, kept, who = request(connection, "/")
@@ -224,13 +224,13 @@ def test_no_request_on_a_connection_that_is_kept_is_lost(node: Start, tmp_path: 
     with contextlib.ExitStack() as clients:
         asking = [clients.enter_context(keep_asking()) for _ in range(USERS)]
         replace(tmp_path)
-        wait_until(lambda: len(ended) == USERS, "each has heard that its connection ends")
+        wait_until(lambda: len(ended) == USERS, "every connection was closed by an answer")
         assert serve.process.wait(DEADLINE_SECONDS) == 0
     assert [client.faults for client in asking] == [[]] * USERS
     assert ended == [str(serve.process.pid)] * USERS, "and no other connection ends"
 
 
-def test_no_connection_leads_to_the_one_that_was_replaced(node: Start, tmp_path: Path) -> None:
+def test_no_new_connection_reaches_the_replaced_process(node: Start, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         serve = node(NOTIFY_SOCKET=str(tmp_path / "notify"))
@@ -241,17 +241,17 @@ def test_no_connection_leads_to_the_one_that_was_replaced(node: Start, tmp_path:
         polling.request("GET", f"{HANDSHAKE}&sid={sid}")
         slow.request("GET", "/slow")
         unheard.connect()
-        assert where(serve) == serve.process.pid, "and all that came before it have been accepted"
+        assert where(serve) == serve.process.pid, "all earlier connections have been accepted"
 
         replacing = start_replacing(tmp_path, "chat:application")
         wait_until(lambda: serve.logged("replaced: accepting nothing more"), "it retires")
-        # Who was accepted but has not asked yet is answered as ever, and so is who asks again.
+        # A connection without a request yet is answered as before, and so is a kept one.
         for connection in (unheard, idle):
             assert request(connection, "/") == (200, "close", str(serve.process.pid))
         assert replacing.wait(DEADLINE_SECONDS) == 0
         assert silent.sock.recv(1) == b""
         assert answer(polling)[:2] == (410, "close")
-        # Whether its successor lives, systemd shall hear from that one.
+        # Only the successor sends systemd its heartbeat.
         manager.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while manager.recv(64):
@@ -259,7 +259,7 @@ def test_no_connection_leads_to_the_one_that_was_replaced(node: Start, tmp_path:
         manager.settimeout(1.5)
         with pytest.raises(TimeoutError):
             manager.recv(64)
-        # Should the successor end first, nobody is left waiting.
+        # If the successor ends first, no connection is left waiting.
         end_what_serves(tmp_path)
         with pytest.raises(ConnectionRefusedError):
             where(serve)
@@ -278,7 +278,7 @@ def answer(connection: HTTPConnection) -> tuple[int, str | None, str]:
     return found.status, found.getheader("Connection"), found.read().decode()
 
 
-def test_what_cannot_start_disturbs_nobody(node: Start, tmp_path: Path) -> None:
+def test_a_successor_that_cannot_start_affects_nobody(node: Start, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text('raise ValueError("no database")\n')
     (tmp_path / "dying.py").write_text("import os\nos._exit(1)\n")
     serve = node()
@@ -307,7 +307,7 @@ def test_what_cannot_start_disturbs_nobody(node: Start, tmp_path: Path) -> None:
     assert master(tmp_path) != serve.process.pid
 
 
-def test_again_and_again_with_new_settings(node: Start, tmp_path: Path) -> None:
+def test_repeated_replacements_with_new_settings(node: Start, tmp_path: Path) -> None:
     serve = node()
     assert 'stickyring_node_info{node="node1-1"' in serve.get("/metrics").read().decode()
     for name in ("second", "third"):
@@ -316,7 +316,7 @@ def test_again_and_again_with_new_settings(node: Start, tmp_path: Path) -> None:
         assert f'stickyring_node_info{{node="{name}"' in serve.get("/metrics").read().decode()
     assert serve.process.wait(DEADLINE_SECONDS) == 0
     assert where(serve) == master(tmp_path)
-    # A worker that comes in place of a dead one takes nothing over.
+    # A worker that replaces a dead one does not take over again.
     os.kill(worker(tmp_path), signal.SIGKILL)
     wait_until(lambda: (tmp_path / "replaced").read_text().count("serving ") == 2, "there is a worker again")
     assert where(serve) == master(tmp_path)
@@ -331,7 +331,7 @@ def worker(folder: Path) -> int:
     return int([line["pid"] for line in lines if line["message"].startswith("serving ")][-1])
 
 
-def test_one_at_a_time(node: Start, tmp_path: Path) -> None:
+def test_only_one_replacement_at_a_time(node: Start, tmp_path: Path) -> None:
     serve = node()
     first = start_replacing(tmp_path, "loading:application")
     wait_until((tmp_path / "loading").exists, "it loads")
@@ -347,22 +347,22 @@ def test_one_at_a_time(node: Start, tmp_path: Path) -> None:
     assert where(serve) == master(tmp_path) != serve.process.pid
 
 
-def test_it_does_not_retire_for_one_who_has_hung_up(node: Start, tmp_path: Path) -> None:
-    """As a successor does whom the answer did not reach in time."""
+def test_it_does_not_retire_for_a_caller_that_has_hung_up(node: Start, tmp_path: Path) -> None:
+    """A successor hangs up if the answer does not arrive in time."""
     serve = node()
     with socket.socket(socket.AF_UNIX) as asker:
         asker.connect(str(tmp_path / "control"))
         asker.sendall(b"POST /retire HTTP/1.0\r\n\r\n")
     assert where(serve) == master(tmp_path) == serve.process.pid
-    # The control: it does for one who waits, which a successor is.
+    # The control: it retires for a successor that waits.
     replace(tmp_path)
     assert len(serve.logged("replaced: accepting nothing more")) == 1
     assert where(serve) == master(tmp_path) != serve.process.pid
 
 
 @pytest.mark.parametrize("loads", [False, True], ids=["that never loads", "that loads"])
-def test_without_the_command_that_waits_for_it_the_new_process_ends(node: Start, tmp_path: Path, loads: bool) -> None:
-    """As systemd kills a reload that takes too long."""
+def test_the_new_process_ends_if_the_waiting_command_is_killed(node: Start, tmp_path: Path, loads: bool) -> None:
+    """systemd kills a reload that takes too long."""
     serve = node()
 
     async def play() -> None:
@@ -396,11 +396,11 @@ def test_without_the_command_that_waits_for_it_the_new_process_ends(node: Start,
         ),
     ],
 )
-def test_what_cannot_be_replaced_is_one_line(
+def test_a_replacement_that_is_not_possible_is_one_line(
     running: tuple[ServeProcess, Path], arguments: list[str], cause: str
 ) -> None:
     serve, folder = running
-    # An empty variable is none.
+    # An empty variable counts as unset.
     assert cause in refusal(folder, "chat:application", *arguments, STICKYRING_CONTROL="")
     assert where(serve) == serve.process.pid
 
@@ -413,7 +413,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServePro
         yield node, folder
 
 
-def test_a_worker_class_that_cannot_retire_is_one_line(tmp_path: Path) -> None:
+def test_a_worker_class_without_retire_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "chat.py").write_text(APPLICATION)
     with serving(tmp_path, "chat:application", "--control", "control", "--worker-class", "gthread") as serve:
         line = refusal(tmp_path, "chat:application")
@@ -423,7 +423,7 @@ def test_a_worker_class_that_cannot_retire_is_one_line(tmp_path: Path) -> None:
 
 
 class Faithless:
-    """A node that promises its listening socket, and sends none along."""
+    """A node that answers for its listening socket without sending it."""
 
     def answer(self, method: str, target: str, body: bytes) -> tuple[HTTPStatus, dict[str, Any]]:
         return HTTPStatus.OK, {"process": 1}
@@ -440,7 +440,7 @@ def test_an_answer_without_the_listening_socket_is_one_line(tmp_path: Path) -> N
 
 
 class FakeIncumbent:
-    """A node with process id 1 that is asked for its listening socket, and what systemd had heard when it retired."""
+    """A node with process id 1; `heard` is what systemd had received when the node retired."""
 
     def __init__(self, manager: socket.socket, listener: socket.socket, refusal: Refusal | None) -> None:
         self._manager = manager
@@ -467,7 +467,9 @@ class FakeIncumbent:
         (False, "0", b"\nWATCHDOG_USEC=0"),
     ],
 )
-def test_systemd_hears_of_the_new_process_first(tmp_path: Path, refusing: bool, watchdog: str, told: bytes) -> None:
+def test_systemd_is_notified_of_the_new_process_first(
+    tmp_path: Path, refusing: bool, watchdog: str, told: bytes
+) -> None:
     environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "STICKYRING_WATCHDOG": watchdog}
     (tmp_path / "chat.py").write_text(APPLICATION)
     with (
@@ -518,8 +520,8 @@ application = socketio.WSGIApp(server)
 """.replace("\\\\", "\\")
 
 
-def test_users_who_poll_have_each_order_handled_once_whatever_else_they_send(tmp_path: Path) -> None:
-    """Each request of theirs may take a new connection, which reaches the new process."""
+def test_each_order_of_a_polling_user_is_handled_once_in_a_takeover(tmp_path: Path) -> None:
+    """Each request of a polling client may use a new connection, which reaches the new process."""
     (tmp_path / "shop.py").write_text(ORDERS)
     until = asyncio.Event()
     bought: list[list[str]] = [[] for _ in range(USERS)]
@@ -551,7 +553,7 @@ def test_users_who_poll_have_each_order_handled_once_whatever_else_they_send(tmp
         assert await asyncio.to_thread(serve.process.wait, DEADLINE_SECONDS) == 0
         before = [len(own) for own in bought]
         goes_on = lambda: all(len(own) > then + 1 for own, then in zip(bought, before, strict=True))  # noqa: E731
-        await asyncio.to_thread(wait_until, goes_on, "all of them buy of the new process")
+        await asyncio.to_thread(wait_until, goes_on, "all of them buy from the new process")
         until.set()
         await asyncio.gather(*buyers)
 

@@ -1,4 +1,4 @@
-"""The WebSocket of a node on the wire, as RFC 6455 has it."""
+"""The WebSocket of a node on the wire (RFC 6455)."""
 
 import contextlib
 import json
@@ -16,14 +16,14 @@ from conftest import ServeProcess, serving, wait_until
 from stickyring.node.websocket import WebSocket, frame
 
 TEXT, BINARY, CLOSE, PING, PONG = 0x81, 0x82, 0x88, 0x89, 0x8A
-KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # section 1.3, with the accept value to it
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # section 1.3, with its accept value
 ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
 OFFER = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n"
 LONGEST = 1_000_000
 
 
 class Client:
-    """A connection that can send whatever bytes, right or wrong."""
+    """A connection that can send any bytes, valid or not."""
 
     def __init__(self, node: ServeProcess, version: str = "13", key: str = KEY, query: str = "") -> None:
         host, _, port = node.address.partition(":")
@@ -49,7 +49,7 @@ class Client:
         self.connection.sendall(bytes([first]) + length + mask + masked)
 
     def send_in_part(self, first: int, payload: bytes, size: int, step: int | None = None) -> None:
-        """Send the beginning of a frame of that size, so many bytes at a time."""
+        """Send the beginning of a frame of `size` bytes, `step` bytes at a time."""
         mask = b"\x37\xfa\x21\x3d"
         masked = bytes(byte ^ mask[at % 4] for at, byte in enumerate(payload))
         length = bytes([0x80 | size]) if size < 126 else struct.pack("!BH", 0xFE, size)
@@ -58,7 +58,7 @@ class Client:
             self.connection.sendall(data[at : at + (step or len(data))])
 
     def frame(self) -> tuple[int, bytes]:
-        """The next frame, as its first byte and its payload."""
+        """Return the next frame: first byte and payload."""
         first, size = self._take(2)
         if size > 125:
             size = int.from_bytes(self._take(2 if size == 126 else 8), "big")
@@ -100,7 +100,7 @@ def connect(node: ServeProcess) -> Iterator[Callable[..., Client]]:
 
 @pytest.fixture
 def client(connect: Callable[..., Client]) -> Client:
-    """One that has joined the namespace and has been welcomed."""
+    """A client that has joined the namespace and got the welcome."""
     client = connect()
     assert client.frame()[1].startswith(b"0{")
     client.send(TEXT, b"40")
@@ -116,14 +116,14 @@ def echo(text: str) -> tuple[int, bytes]:
     return TEXT, f"42{json.dumps(['message', f'node#node1-1: {text}'], separators=(',', ':'))}".encode()
 
 
-def test_the_handshake_takes_up_no_compression(connect: Callable[..., Client]) -> None:
+def test_the_handshake_accepts_no_compression(connect: Callable[..., Client]) -> None:
     head = connect().head
     assert head[0] == "HTTP/1.1 101 Switching Protocols"
     assert f"Sec-WebSocket-Accept: {ACCEPT}" in head
     assert not [line for line in head if line.lower().startswith("sec-websocket-extensions")]
 
 
-def test_another_version_is_told_which_one_there_is(node: ServeProcess, connect: Callable[..., Client]) -> None:
+def test_another_version_gets_a_426_with_the_supported_one(node: ServeProcess, connect: Callable[..., Client]) -> None:
     refused = 'stickyring_handshakes_refused_total{reason="bad_request",transport="websocket"}'
     before = node.metric(refused) if refused in node.get("/metrics").read().decode() else 0
     head = connect(version="8").head
@@ -148,7 +148,7 @@ def test_messages_of_all_sizes_come_back(client: Client, size: int) -> None:
     assert client.frame() == echo("x" * size)
 
 
-def test_a_message_in_pieces_with_a_ping_between_them(client: Client) -> None:
+def test_a_fragmented_message_with_a_ping_in_between(client: Client) -> None:
     whole = message("in pieces: ✓")
     client.send(0x01, whole[:20])
     client.send(PING, b"are you there")
@@ -158,7 +158,7 @@ def test_a_message_in_pieces_with_a_ping_between_them(client: Client) -> None:
     assert client.frame()[1] == message("node#node1-1: in pieces: ✓").replace(b", ", b",")
 
 
-def test_bytes_that_come_one_by_one(client: Client) -> None:
+def test_a_frame_that_arrives_byte_by_byte(client: Client) -> None:
     client.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     payload = bytes(byte ^ 7 for byte in message("slow"))
     for byte in bytes([TEXT, 0x80 | len(payload)]) + b"\x07\x07\x07\x07" + payload:
@@ -167,7 +167,7 @@ def test_bytes_that_come_one_by_one(client: Client) -> None:
 
 
 def test_answers_stay_whole_and_in_order_when_the_client_does_not_read(client: Client) -> None:
-    """More than the connection's buffers hold: the node waits in the middle of a frame, and goes on with it."""
+    """The answers exceed the connection's buffers: the node waits in the middle of a frame, then continues."""
     texts = [f"{number} " + "x" * 100_000 for number in range(200)]
     for text in texts:
         client.send(TEXT, message(text), mask=bytes(4))
@@ -193,8 +193,8 @@ def message(sid, data):
 """
 
 
-def test_nobody_writes_into_what_another_sends(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:
-    """Many speak at once, pings are answered in between, and the client reads in its own time."""
+def test_concurrent_senders_do_not_mix_their_frames(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:
+    """Many send at once, pings are answered in between, and the client reads slowly."""
     Path(tmp_path, "crowded.py").write_text(CROWDED)
     node = serve("crowded:application")
     client = Client(node)
@@ -234,7 +234,7 @@ def test_nobody_writes_into_what_another_sends(serve: Callable[..., ServeProcess
 
 
 class SlowSocket:
-    """Takes the beginning of what is sent at once, and the rest, or anything else, when it is told to."""
+    """Accepts the beginning of the first message at once, and everything else only when allowed."""
 
     def __init__(self) -> None:
         self.sent = b""
@@ -268,14 +268,14 @@ class Server:
         self.tasks[-1].start()
 
 
-def test_nothing_is_sent_at_once_while_somebody_sends_or_waits_to() -> None:
+def test_nothing_is_sent_at_once_while_another_message_is_being_sent() -> None:
     server = Server()
     websocket = WebSocket(lambda _: None, server)
     slow = websocket.socket = SlowSocket()
     assert websocket.send_at_once("ab")
     assert websocket.send_at_once("begun")
     assert slow.waiting.wait(10)
-    assert not websocket.send_at_once("cd"), "into the middle of what has begun"
+    assert not websocket.send_at_once("cd"), "it would be sent in the middle of another frame"
     server.start_background_task(websocket.send, "next")
     wait_until(lambda: websocket._senders == 2, "another waits")
     slow.free.set()
@@ -297,8 +297,8 @@ def test_nothing_follows_a_close() -> None:
     assert slow.sent.endswith(struct.pack("!H", 1002))
 
 
-def test_pieces_without_content_are_bounded_too(client: Client) -> None:
-    """Within seconds; the control is that the node answers others meanwhile."""
+def test_empty_fragments_are_bounded_too(client: Client) -> None:
+    """Within seconds; the control: the node answers others meanwhile."""
     piece = b"\x80\0\0\0\0"
     client.connection.settimeout(30)
     client.connection.sendall(b"\x01" + piece)
@@ -307,8 +307,8 @@ def test_pieces_without_content_are_bounded_too(client: Client) -> None:
     assert client.frame() == (CLOSE, struct.pack("!H", 1009))
 
 
-def test_who_is_still_sending_hears_what_is_wrong(client: Client) -> None:
-    """It is read on for that: closed with bytes unread, the connection would be reset."""
+def test_a_client_that_is_still_sending_gets_the_status(client: Client) -> None:
+    """The node keeps reading: closing with unread bytes would reset the connection."""
     client.connection.sendall(b"\x81\xff" + struct.pack("!Q", 9_000_000) + b"\0\0\0\0")
     for _ in range(90):
         client.connection.sendall(100_000 * b"x")
@@ -318,7 +318,7 @@ def test_who_is_still_sending_hears_what_is_wrong(client: Client) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"x", b"b4000"])
-def test_what_is_no_packet_ends_the_session(node: ServeProcess, client: Client, text: bytes) -> None:
+def test_an_invalid_packet_ends_the_session(node: ServeProcess, client: Client, text: bytes) -> None:
     def sessions() -> float:
         return node.metric('stickyring_connections{transport="websocket"}')
 
@@ -331,7 +331,7 @@ def test_what_is_no_packet_ends_the_session(node: ServeProcess, client: Client, 
     assert not [line for line in node.log()[lines:] if line["level"] == "ERROR"]
 
 
-def test_another_request_does_not_take_over_what_is_sent(node: ServeProcess, connect: Callable[..., Client]) -> None:
+def test_data_of_a_websocket_does_not_reach_another_request(node: ServeProcess, connect: Callable[..., Client]) -> None:
     client = connect()
     sid = json.loads(client.frame()[1][1:])["sid"]
     client.send(TEXT, b"40")
@@ -364,8 +364,8 @@ def test_an_encoded_name_of_a_parameter_is_the_same_parameter(node: ServeProcess
         pytest.param(b"\x01\x81\0\0\0\0x\x81\x81\0\0\0\0x", 1002, id="a message within a message"),
         pytest.param(b"\x88\x81\0\0\0\0\x03", 1002, id="half a status"),
         pytest.param(b"\x88\x82\0\0\0\0\x03\xed", 1002, id="a status that may not be sent"),
-        pytest.param(b"\x88\x83\0\0\0\0\x03\xe8\xff", 1007, id="a reason that is no UTF-8"),
-        pytest.param(b"\x81\x81\0\0\0\0\xff", 1007, id="a text that is no UTF-8"),
+        pytest.param(b"\x88\x83\0\0\0\0\x03\xe8\xff", 1007, id="a reason that is not UTF-8"),
+        pytest.param(b"\x81\x81\0\0\0\0\xff", 1007, id="a text that is not UTF-8"),
         pytest.param(b"\x81\xff" + struct.pack("!Q", LONGEST + 1) + b"\0\0\0\0", 1009, id="too long"),
         pytest.param(
             (b"\x01\xff" + struct.pack("!Q", 600_000) + 4 * b"\0" + 600_000 * b"x")
@@ -375,7 +375,7 @@ def test_an_encoded_name_of_a_parameter_is_the_same_parameter(node: ServeProcess
         ),
     ],
 )
-def test_who_breaks_the_protocol_is_told_how(client: Client, sent: bytes, status: int) -> None:
+def test_a_breach_of_the_protocol_is_closed_with_its_status(client: Client, sent: bytes, status: int) -> None:
     client.connection.sendall(sent)
     assert client.frame() == (CLOSE, struct.pack("!H", status))
     assert client.ended()
@@ -393,8 +393,8 @@ def test_who_breaks_the_protocol_is_told_how(client: Client, sent: bytes, status
     ],
 )
 @pytest.mark.parametrize("sent", ["in a piece", "in a later piece", "in a piece that is not whole", "byte by byte"])
-def test_a_text_that_can_no_longer_be_utf_8_is_refused_before_its_end(client: Client, bad: bytes, sent: str) -> None:
-    """RFC 6455, section 8.1; nothing follows, neither the frame's rest nor the message's."""
+def test_invalid_utf_8_is_refused_before_the_end_of_the_text(client: Client, bad: bytes, sent: str) -> None:
+    """RFC 6455, section 8.1; the client sends neither the rest of the frame nor of the message."""
     match sent:
         case "in a piece":
             client.send(0x01, bad)
@@ -414,7 +414,7 @@ def test_a_text_that_can_no_longer_be_utf_8_is_refused_before_its_end(client: Cl
 
 
 @pytest.mark.parametrize("size", [1, 3, 7])
-def test_a_character_may_be_split_by_pieces_and_reads(client: Client, size: int) -> None:
+def test_a_character_may_be_split_between_fragments_and_reads(client: Client, size: int) -> None:
     client.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     content = message("żółć 𐍈 \U0010ffff" * 3)
     pieces = [content[at : at + size] for at in range(0, len(content), size)]
@@ -432,10 +432,10 @@ def test_a_close_is_answered_with_its_status(client: Client) -> None:
     assert client.ended()
 
 
-def test_nobody_breaks_the_node(node: ServeProcess, connect: Callable[..., Client]) -> None:
+def test_broken_connections_do_not_affect_the_node(node: ServeProcess, connect: Callable[..., Client]) -> None:
     before = len(node.log())
     client = connect()
-    client.connection.sendall(b"\x81\xfe\x00")  # and gone in the middle of a frame
+    client.connection.sendall(b"\x81\xfe\x00")  # leaves in the middle of a frame
     client.connection.close()
     assert node.get("/healthz").status == 200
     assert not [line for line in node.log()[before:] if line["level"] in {"WARNING", "ERROR"}]
@@ -448,7 +448,7 @@ application = socketio.WSGIApp(socketio.Server(async_mode="eventlet", ping_inter
 """
 
 
-def test_who_answers_no_ping_is_let_go_and_who_does_is_not(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:
+def test_only_a_client_that_answers_no_ping_is_disconnected(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:
     Path(tmp_path, "impatient.py").write_text(IMPATIENT)
     node = serve("impatient:application")
     silent, alive = Client(node), Client(node)

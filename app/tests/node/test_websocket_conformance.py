@@ -1,7 +1,7 @@
-"""The WebSocket of a node, case by case: sections 1 to 7 and 10 of the Autobahn test suite's list, judged strictly.
+"""The WebSocket of a node, case by case: sections 1 to 7 and 10 of the Autobahn test suite, judged strictly.
 
-Each case is what a client sends, piece by piece, and all frames that it gets. What is refused has to be refused then:
-nothing follows in those cases.
+Each case is what a client sends, piece by piece, and all frames that it gets. In cases with a protocol error, the
+client sends nothing after it, so the node must reject it at once.
 """
 
 import itertools
@@ -21,7 +21,7 @@ DEADLINE_SECONDS = 20
 NORMAL, PROTOCOL_ERROR, NOT_UTF8 = (struct.pack("!H", status) for status in (1000, 1002, 1007))
 GREEK = bytes.fromhex("cebae1bdb9cf83cebcceb5")  # 2, 3, 2, 2 and 2 octets
 MIXED = "Hello-µ@ßöäüàá-UTF-8!!".encode()
-BEYOND = b"\xf4\x90\x80\x80"  # the first code point that is none
+BEYOND = b"\xf4\x90\x80\x80"  # the first value above Unicode's range
 
 
 class Server:
@@ -43,7 +43,7 @@ def masked(opcode: int, payload: bytes = b"", *, final: bool = True, reserved: i
 
 
 def answer(opcode: int, payload: bytes = b"") -> bytes:
-    """A server's frame; of a message, as it is echoed."""
+    """A server's frame; for a message, its echo."""
     if opcode == TEXT:
         return frame(payload.decode())
     return frame(payload) if opcode == BINARY else bytes((FINAL | opcode, len(payload))) + payload
@@ -54,7 +54,7 @@ def chopped(data: bytes, size: int = 1) -> list[bytes]:
 
 
 def fragments(opcode: int, payloads: Iterable[bytes]) -> list[bytes]:
-    """A message in as many frames."""
+    """A message with one frame for each payload."""
     parts = [*payloads]
     return [
         masked(CONTINUATION if number else opcode, part, final=number == len(parts) - 1)
@@ -77,7 +77,7 @@ Case = tuple[str, Sequence[bytes], Sequence[bytes]]
 
 
 def echoed(name: str, sent: Sequence[bytes], *answers: bytes) -> Case:
-    """A case that the client ends, when it has got all the answers."""
+    """A case in which the client closes after it has got all answers."""
     return name, [*sent, BYE], [*answers, CLOSED]
 
 
@@ -161,7 +161,7 @@ def texts() -> Iterable[Case]:
         yield echoed(f"6.2.{number}", fragments(TEXT, parts), answer(TEXT, b"".join(parts)))
     surrogate = GREEK + b"\xed\xa0\x80" + b"edited"
     yield "6.3.1", [masked(TEXT, surrogate)], [refused(NOT_UTF8)]
-    # Nothing after the octet that cannot be: "as soon as" is judged by what is not sent any more.
+    # Nothing is sent after the invalid octet, so it must be rejected as soon as it arrives.
     yield "6.3.2", fragments(TEXT, chopped(surrogate))[: len(GREEK) + 2], [refused(NOT_UTF8)]
     yield "6.4.1", fragments(TEXT, [GREEK, BEYOND, b"edited"])[:2], [refused(NOT_UTF8)]
     yield "6.4.2", fragments(TEXT, [GREEK + BEYOND[:1], BEYOND[1:2], BEYOND[2:] + b"edited"])[:2], [refused(NOT_UTF8)]
@@ -244,7 +244,7 @@ def closes() -> Iterable[Case]:
         yield f"7.7.{number}", [closing(struct.pack("!H", status))], [refused(struct.pack("!H", status))]
     for number, status in enumerate((0, 999, 1004, 1005, 1006, 1016, 1100, 2000, 2999), start=1):
         yield f"7.9.{number}", [closing(struct.pack("!H", status))], [refused(PROTOCOL_ERROR)]
-    # Undefined there; refused here.
+    # Undefined in the suite; rejected here.
     for number, status in enumerate((5000, 65535), start=1):
         yield f"7.13.{number}", [closing(struct.pack("!H", status))], [refused(PROTOCOL_ERROR)]
 
@@ -278,7 +278,7 @@ def echo(websocket: WebSocket) -> None:
 def test_case(sent: Sequence[bytes], expected: Sequence[bytes]) -> None:
     client, server = socket.socketpair()
     environ = {"HTTP_SEC_WEBSOCKET_KEY": "dGhlIHNhbXBsZSBub25jZQ==", SOCKET_VARIABLE: server}
-    # On a thread: it reads while the client sends.
+    # In a thread, because it reads while the client sends.
     node = threading.Thread(target=WebSocket(echo, Server()), args=(environ, lambda *_: None))
     node.start()
     with client, server:

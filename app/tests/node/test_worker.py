@@ -63,19 +63,19 @@ def answers(node: ServeProcess) -> bool:
 
 @pytest.fixture
 def manager(tmp_path: Path) -> Iterator[socket.socket]:
-    """The socket of systemd's that a service tells its state; its address is `notify` in the test's folder."""
+    """systemd's notification socket, at `notify` in the test's folder."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind(str(tmp_path / "notify"))
         listening.settimeout(2 * STUCK_SECONDS)
         yield listening
 
 
-def test_it_outlives_running_out_of_descriptors(
+def test_it_survives_running_out_of_descriptors(
     serve: Callable[..., ServeProcess], application: str, tmp_path: Path, manager: socket.socket
 ) -> None:
     node = serve(application, descriptors=DESCRIPTORS, NOTIFY_SOCKET=str(tmp_path / "notify"))
     assert answers(node)
-    (warning,) = node.logged("too few for 10000 connections")
+    (warning,) = node.logged("too low for 10000 connections")
     assert warning["level"] == "WARNING"
 
     host, _, port = node.address.partition(":")
@@ -90,7 +90,7 @@ def test_it_outlives_running_out_of_descriptors(
     for _ in range(DESCRIPTORS):
         refusal = node.get("/healthz")
         assert (refusal.status, refusal.getheader("x-stickyring-elsewhere")) == (503, "1")
-    assert len(node.logged("refusing connections")) == 1, "a line for each attempt"
+    assert len(node.logged("refusing connections")) == 1, "it must not log every attempt"
 
     for connection in held:
         connection.close()
@@ -98,10 +98,10 @@ def test_it_outlives_running_out_of_descriptors(
     assert len(node.logged("accepting connections again")) == 1
 
 
-def test_without_descriptors_nobody_new_is_taken_in_on_a_connection_that_is_open(
+def test_without_descriptors_no_session_begins_on_an_open_connection(
     serve: Callable[..., ServeProcess],
 ) -> None:
-    """Such a session's next request would come on a new connection, and be refused."""
+    """Its next request could use a new connection, which would be refused."""
     node = serve("stickyring.echo:create_application()", descriptors=DESCRIPTORS)
     kept = node.connect()
 
@@ -119,14 +119,14 @@ def test_without_descriptors_nobody_new_is_taken_in_on_a_connection_that_is_open
     assert asked("") == (503, "1", b"")
     kept.request("POST", f"/socket.io/?EIO=4&transport=polling&sid={sid}", "40")
     assert kept.getresponse().read() == b"ok"
-    assert asked(f"&sid={sid}")[:2] == (200, None), "who is here stays"
+    assert asked(f"&sid={sid}")[:2] == (200, None), "open sessions stay"
     for connection in held:
         connection.close()
     wait_until(lambda: asked("")[0] == 200, "it takes sessions again")
     assert node.metric('stickyring_handshakes_refused_total{reason="descriptors",transport="polling"}') >= 1
 
 
-def test_a_slow_request_does_not_hold_up_others(node: ServeProcess) -> None:
+def test_a_slow_request_does_not_delay_others(node: ServeProcess) -> None:
     slow = node.connect()
     slow.request("GET", "/slow")
     assert answers(node)
@@ -155,7 +155,9 @@ def test_sigterm_lets_a_running_request_end(serve: Callable[..., ServeProcess], 
     assert not answers(node)
 
 
-def test_sigterm_leaves_kept_connections_one_more_request(serve: Callable[..., ServeProcess], application: str) -> None:
+def test_after_sigterm_a_kept_connection_carries_one_more_request(
+    serve: Callable[..., ServeProcess], application: str
+) -> None:
     node = serve(application)
     kept = node.connect()
     kept.request("GET", "/")
@@ -176,7 +178,7 @@ def test_a_worker_whose_master_is_gone_ends(serve: Callable[..., ServeProcess], 
     wait_until(lambda: not answers(node), "the worker ends")
 
 
-def test_systemd_is_told_when_it_serves_and_as_long_as_its_loop_turns(
+def test_systemd_gets_ready_and_a_heartbeat_while_the_loop_runs(
     serve: Callable[..., ServeProcess], application: str, tmp_path: Path, manager: socket.socket
 ) -> None:
     node = serve(application, NOTIFY_SOCKET=str(tmp_path / "notify"))

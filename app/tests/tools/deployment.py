@@ -1,4 +1,4 @@
-"""A small deployment in this process: python-socketio nodes behind an edge that routes as a test says."""
+"""A small deployment in this process: python-socketio nodes behind an edge with a routing policy."""
 
 import asyncio
 import contextlib
@@ -52,7 +52,7 @@ def owner(key: str) -> Answer:
 
 
 def astray() -> Policy:
-    """The negative control, with no luck in it: an id's sessions begin on two nodes by turns and go on on the third."""
+    """The negative control, deterministic: an id's sessions begin on two nodes in turn and continue on the third."""
     turns: dict[str | None, Iterator[int]] = defaultdict(itertools.count)
 
     def policy(request: Request) -> Answer:
@@ -63,7 +63,7 @@ def astray() -> Policy:
 
 
 def by_parameter(name: str = "client_id") -> Policy:
-    """By query parameter, astray where it is missing: what ring_hash does with its first policy."""
+    """By query parameter, like a hash policy; not sticky without it."""
     fallback = astray()
     return lambda request: owner(key) if (key := request.parameter(name)) else fallback(request)
 
@@ -74,7 +74,7 @@ def by_header(name: str) -> Policy:
 
 
 def by_issued_cookie() -> Policy:
-    """By a cookie that the edge issues to whoever has none."""
+    """By a cookie that the edge issues to clients without one."""
     serial = itertools.count()
 
     def policy(request: Request) -> Answer:
@@ -110,7 +110,7 @@ class Deployment:
         return f"http://127.0.0.1:{self.port}"
 
     def cut(self) -> None:
-        """Lose every connection, as an edge does that is restarted."""
+        """Reset every connection, as a restart of the edge does."""
         for writer in self.live:
             writer.transport.abort()
 
@@ -163,13 +163,13 @@ async def deployed(
     quick_pings: bool = False,
     serializer: str = "default",
 ) -> AsyncIterator[Deployment]:
-    """Nodes node1-1, node2-1, ... and an edge on free loopback ports"""
+    """Nodes node1-1, node2-1, ... and an edge on free loopback ports."""
     deployment = Deployment()
     async with contextlib.AsyncExitStack() as stack:
         ports = []
         for number in range(1, nodes + 1):
             application = node_application(deployment, f"node{number}-1", echo, quick_pings, serializer)
-            # A poll that waits for nobody any more would hold up the end of the test for a ping interval.
+            # Otherwise an abandoned poll would delay the end of the test by a ping interval.
             runner = web.AppRunner(application, access_log=None, shutdown_timeout=0, handler_cancellation=True)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
@@ -208,7 +208,7 @@ async def forward(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
-    """Carry one connection: its first request decides for all of it, so a client that reused it would be sticky."""
+    """Forward one connection. Its first request chooses the node, so a client that reused it would be sticky."""
     head = await reader.readuntil(b"\r\n\r\n")
     first, *lines = head.decode().rstrip("\r\n").split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -223,7 +223,7 @@ async def forward(
     node_reader, node_writer = await asyncio.open_connection("127.0.0.1", ports[node])
     node_writer.write(head)
     to_node = asyncio.create_task(copy(reader, node_writer))
-    # Whichever side leaves takes the other with it, as at a real edge: a poll must not wait on for a client that left.
+    # When one side closes, close the other too, as a real edge does: a poll must not outlive its client.
     to_node.add_done_callback(lambda _: node_writer.transport.abort())
     try:
         response, _, rest = (await node_reader.readuntil(b"\r\n\r\n")).partition(b"\r\n")

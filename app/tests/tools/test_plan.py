@@ -1,4 +1,4 @@
-"""The command `stickyring plan` as a user runs it: tables, JSON, plots, and one line for what is no plan."""
+"""The command `stickyring plan` as a user runs it: tables, JSON, plots and one-line errors."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def member(name: str, weight: int = 1, **more: str) -> dict[str, Any]:
 
 
 def document(*members: dict[str, Any], points: int = 1024, **change: Any) -> dict[str, Any]:
-    """A ring with so many points for a unit of weight."""
+    """A ring with `points` for a unit of weight."""
     weight = sum(each["weight"] for each in members if each.get("health", "HEALTHY") == "HEALTHY")
     return {
         "cluster": "nodes",
@@ -36,7 +36,7 @@ def document(*members: dict[str, Any], points: int = 1024, **change: Any) -> dic
 
 
 def fleet(*weights: int) -> dict[str, Any]:
-    """A ring as an edge serves it now: with `nobody`, a weight is a number of points."""
+    """A ring as an edge serves it: with `nobody`, a weight is a number of points."""
     nodes = [member(f"node{number}", weight) for number, weight in enumerate(weights, 1)]
     return document({"name": "nobody", "weight": 1}, *nodes, minimum_size=1)
 
@@ -48,7 +48,7 @@ MAGLEV = {"cluster": "nodes", "policy": "MAGLEV", "table_size": 65537, "members"
 
 @pytest.fixture
 def planned(tmp_path: Path) -> Callable[..., tuple[str, dict[str, Any]]]:
-    """A function that plans from `before`, None to leave it out, to `after`, and returns the text and the JSON."""
+    """A function that plans from `before` (None: no option) to `after`, and returns the text and the JSON."""
 
     def run(before: Any, after: Any, *arguments: str) -> tuple[str, dict[str, Any]]:
         result = invoke(tmp_path, before, after, "--json", str(tmp_path / "plan.json"), *arguments)
@@ -68,7 +68,7 @@ def invoke(folder: Path, before: Any, after: Any, *arguments: str) -> Result:
     return CliRunner().invoke(main, ["plan", *given, *arguments])
 
 
-def test_a_member_that_comes_takes_from_all_and_nobody_else_moves(planned: Any) -> None:
+def test_a_new_member_takes_users_from_all_and_nobody_else_moves(planned: Any) -> None:
     text, plan = planned(THREE, FOUR)
     assert plan["least_share"] == pytest.approx(0.25)
     assert plan["moved_share"] == pytest.approx(0.25, abs=0.015)
@@ -86,7 +86,7 @@ def test_a_member_that_comes_takes_from_all_and_nobody_else_moves(planned: Any) 
     assert plan["changes"] is plan["moves_users"] is True
 
 
-def test_the_fleet_without_members_goes_back(planned: Any) -> None:
+def test_removing_the_member_moves_its_users_back(planned: Any) -> None:
     _, plan = planned(FOUR, THREE)
     assert [each["change"] for each in plan["members"]] == ["", "", "", "goes"]
     assert {move["from"] for move in plan["moves"]} == {"node4-1"}
@@ -121,7 +121,7 @@ def test_evenness_is_the_busiest_over_its_due(planned: Any) -> None:
     assert plan["after"]["serving"] == 2
 
 
-def test_the_users_who_move_are_told_one_by_one(planned: Any, tmp_path: Path) -> None:
+def test_moved_users_are_listed_by_id(planned: Any, tmp_path: Path) -> None:
     (tmp_path / "ids").write_text("\n".join([*IDS, "", IDS[0]]) + "\r\n")
     text, plan = planned(THREE, FOUR, "--ids", str(tmp_path / "ids"))
     old, new = (Ring.load(each).owners(IDS) for each in (THREE, FOUR))
@@ -136,13 +136,13 @@ def test_the_users_who_move_are_told_one_by_one(planned: Any, tmp_path: Path) ->
         assert f"{origin} {share:.1%}".replace("%", " %") + f" ({count} ids)" in text
 
 
-def test_without_ids_none_are_told(planned: Any) -> None:
+def test_without_ids_none_are_listed(planned: Any) -> None:
     text, plan = planned(THREE, FOUR)
     assert plan["ids"] is None
     assert " ids" not in text
 
 
-def test_ids_keep_bytes_that_are_no_text(planned: Any, tmp_path: Path) -> None:
+def test_ids_keep_bytes_that_are_not_utf_8(planned: Any, tmp_path: Path) -> None:
     raw = [b"\xff%d" % number for number in range(50)]
     (tmp_path / "ids").write_bytes(b"\n".join(raw))
     _, plan = planned(THREE, FOUR, "--ids", str(tmp_path / "ids"))
@@ -202,13 +202,13 @@ def test_it_says_when_nothing_is_deployed_yet(planned: Any, before: Any) -> None
             fleet(8192, 4096, 2048),
             "more users move than necessary: on a ring, a member that gains weight takes users from all, ",
         ),
-        # With the total as it is, what one gains all others lose.
+        # With a fixed total, what one member gains all others lose.
         (
             THREE,
             document(member("node1", 3), member("node2"), member("node3"), minimum_size=3072),
             "more users move than necessary: on a ring, a member that gains weight takes users from all, ",
         ),
-        # A single one that stays hands users to those that come, whatever its points.
+        # A single staying member gives users to the new ones, whatever its points.
         (
             fleet(4096, 4096),
             document({"name": "nobody", "weight": 1}, member("node1", 8192), member("node3", 4096), minimum_size=1),
@@ -218,13 +218,13 @@ def test_it_says_when_nothing_is_deployed_yet(planned: Any, before: Any) -> None
         (fleet(1, 2), fleet(1, 2, 2), "more users move than necessary: the ring is coarse: node1-1 has only 1 point"),
     ],
 )
-def test_it_says_why_more_move_than_must(planned: Any, before: Any, after: Any, note: str) -> None:
+def test_it_says_why_more_users_move_than_necessary(planned: Any, before: Any, after: Any, note: str) -> None:
     _, plan = planned(before, after)
     assert plan["moved_share"] > plan["least_share"] + 0.015
     assert [each for each in plan["notes"] if each.startswith(note)]
 
 
-def test_a_ring_with_nobody_tells_of_nodes_alone(planned: Any) -> None:
+def test_a_ring_with_nobody_reports_only_nodes(planned: Any) -> None:
     text, plan = planned(fleet(4096, 4096, 4096), fleet(4096, 4096, 4096, 4096))
     assert "nobody" not in text
     assert [each["name"] for each in plan["members"]] == ["node1-1", "node2-1", "node3-1", "node4-1"]
@@ -283,9 +283,7 @@ def test_the_same_plan_is_the_same_plot(planned: Any, tmp_path: Path) -> None:
         (None, THREE, ["--json", "/nonexistent/plan.json"], "'/nonexistent/plan.json': No such file or directory"),
     ],
 )
-def test_what_is_no_plan_ends_in_one_line(
-    tmp_path: Path, before: Any, after: Any, arguments: list[str], text: str
-) -> None:
+def test_an_error_ends_in_one_line(tmp_path: Path, before: Any, after: Any, arguments: list[str], text: str) -> None:
     result = invoke(tmp_path, before, after, *arguments)
     assert result.exit_code != 0
     assert len(result.stderr.splitlines()) == 1, result.stderr

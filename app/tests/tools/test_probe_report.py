@@ -1,4 +1,4 @@
-"""Figures, verdict and tables from records made by hand."""
+"""Figures, verdict and tables of hand-made records."""
 
 import io
 import itertools
@@ -41,7 +41,7 @@ def test_percentiles_are_nearest_rank(count: int, share: float, expected: int) -
     assert percentile(list(range(count, 0, -1)), share) == expected
 
 
-def test_no_value_has_no_percentile() -> None:
+def test_without_values_there_is_no_percentile() -> None:
     assert percentile([], 0.5) is None
 
 
@@ -60,7 +60,7 @@ def test_an_id_on_two_nodes_over_two_transports_counts_in_all_only() -> None:
     assert report.as_json()["split_ids"] == {"a": ["n1", "n2"]}
 
 
-def test_a_session_that_is_missing_is_not_sticky() -> None:
+def test_a_missing_session_is_not_sticky() -> None:
     complete = reported(record("a", "n1"), record("b", "n2"))
     assert complete.sticky
     short = Report(TARGET, Dialect(), complete.shape, complete.records[:1], interrupted=False, elapsed=1)
@@ -78,7 +78,7 @@ def test_mixed_failures_are_all_named() -> None:
     )
 
 
-def test_failures_that_say_nothing_of_stickiness_are_not_called_unsticky() -> None:
+def test_failures_unrelated_to_stickiness_are_not_called_unsticky() -> None:
     report = reported(record("a", "n1", cause="HTTP 503"), record("b", "n2"))
     assert report.verdict == "not proven sticky: 1 of 2 sessions failed: 1 x HTTP 503"
 

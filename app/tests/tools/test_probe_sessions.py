@@ -1,4 +1,4 @@
-"""Real sessions against real python-socketio nodes behind an edge that is sticky, or is not."""
+"""Real sessions against python-socketio nodes behind an edge that is sticky or not."""
 
 import asyncio
 import contextlib
@@ -56,7 +56,7 @@ async def test_a_keyed_edge_is_sticky_over_every_transport() -> None:
     assert report.verdict == "sticky: all 64 sessions completed, each of 8 ids on one of 3 nodes"
 
 
-async def test_each_transport_goes_over_the_wire_as_its_name_says() -> None:
+async def test_each_transport_sends_the_requests_of_its_name() -> None:
     steps = {}
     for manner in Manner:
         async with deployed(by_parameter(), nodes=1) as deployment:
@@ -75,7 +75,7 @@ async def test_each_transport_goes_over_the_wire_as_its_name_says() -> None:
 async def test_every_request_has_a_connection_of_its_own() -> None:
     async with deployed(by_parameter()) as deployment:
         await probed(deployment, ALL)
-    # One more connection than requests: the first look whether anything listens.
+    # One more connection than requests: the check whether anything listens.
     assert deployment.connections - 1 == deployment.node_requests == len(deployment.requests)
     assert len({request.parameter("client_id") for request in deployment.requests}) == len(IDS)
 
@@ -87,7 +87,7 @@ async def test_sessions_are_closed_by_the_client_and_not_left_to_time_out() -> N
 
 
 @pytest.mark.parametrize("manner", [Manner.POLLING, Manner.UPGRADE])
-async def test_an_edge_that_leads_astray_is_found_out_by_invalid_session(manner: Manner) -> None:
+async def test_an_edge_that_is_not_sticky_shows_invalid_sessions(manner: Manner) -> None:
     async with deployed(astray()) as deployment:
         report = await probed(deployment, Shape(IDS, [manner], connections=2))
     assert not report.sticky
@@ -107,7 +107,7 @@ async def test_an_upgrade_that_reaches_another_node_is_an_invalid_session() -> N
     assert report.by_manner["upgrade"].failures == {INVALID_SESSION: 8}
 
 
-async def test_websockets_alone_show_an_edge_that_leads_astray_by_ids_on_two_nodes() -> None:
+async def test_websockets_show_an_edge_that_is_not_sticky_by_ids_on_two_nodes() -> None:
     async with deployed(astray()) as deployment:
         report = await probed(deployment, Shape(IDS, [Manner.WEBSOCKET], connections=4))
     assert report.total.completed == report.total.sessions
@@ -184,7 +184,7 @@ async def test_an_echo_in_msgpack_is_understood() -> None:
     assert report.nodes_known_by == "texts of the application"
 
 
-async def test_only_one_node_is_said() -> None:
+async def test_the_verdict_says_if_there_was_only_one_node() -> None:
     async with deployed(astray(), nodes=1) as deployment:
         report = await probed(deployment, POLLING)
     assert report.sticky
@@ -209,7 +209,7 @@ async def test_websocket_first_falls_back_to_polling_and_websocket_does_not() ->
         report = await probed(deployment, Shape(IDS, [Manner.WEBSOCKET_FIRST, Manner.WEBSOCKET], connections=1))
     first, only = report.by_manner["websocket-first"], report.by_manner["websocket"]
     assert (first.completed, first.fell_back) == (8, 8)
-    # Who refused the websocket is no node of the session that polling then opened.
+    # A node that refused the WebSocket does not count for the polling session.
     assert set(first.sessions_per_node) == {f"node{owner('one').node % 3 + 1}-1"}
     assert (only.completed, only.fell_back) == (0, 0)
     assert only.failures == {"HTTP 403": 8}
@@ -243,7 +243,7 @@ async def test_other_failures_are_counted_by_cause(policy: Callable[[Request], A
     assert report.verdict.startswith(f"not proven sticky: 16 of 16 sessions failed: 16 x {cause}")
 
 
-async def test_a_server_that_stops_listening_is_named() -> None:
+async def test_a_server_that_stops_listening_is_reported() -> None:
     async with deployed(by_parameter()) as deployment:
         target = await judge(deployment.url, owned=False, timeout=5)
     report = await measure(target, Dialect(), POLLING)
@@ -273,7 +273,7 @@ async def test_no_connection_is_made_to_an_address_that_was_not_judged() -> None
             assert deployment.connections == connections
 
 
-async def test_the_query_of_the_url_goes_along_as_it_stands() -> None:
+async def test_the_query_of_the_url_is_sent_unchanged() -> None:
     async with deployed(by_parameter()) as deployment:
         report = await judge_and_measure(f"{deployment.url}/?token=%61b+c", Dialect(), BRIEF, owned=False)
         assert report.sticky
@@ -281,7 +281,7 @@ async def test_the_query_of_the_url_goes_along_as_it_stands() -> None:
 
 
 async def held(deployment: Deployment, shape: Shape, when_open: Callable[[], None]) -> tuple[Report, list[str]]:
-    """Probe with `when_open` called as soon as all sessions are open."""
+    """Run a probe that calls `when_open` as soon as all sessions are open."""
     said: list[str] = []
 
     def announce(line: str) -> None:
@@ -294,7 +294,7 @@ async def held(deployment: Deployment, shape: Shape, when_open: Callable[[], Non
     return Report(target, Dialect(), shape, load.records, load.interrupted, 0.0), said
 
 
-# With quick pings there is one every 0.2 s, and one that is not answered ends the session after 2 s more.
+# Quick pings come every 0.2 s, and an unanswered one ends the session 2 s later.
 HELD = Shape(IDS, connections=1, hold=3, concurrency=5)
 
 
@@ -332,7 +332,7 @@ async def test_dropped_sessions_are_counted() -> None:
     assert report.verdict.endswith("16 sessions were dropped after they had been open")
 
 
-async def test_sessions_that_never_open_do_not_keep_the_others_waiting() -> None:
+async def test_sessions_that_never_open_do_not_block_the_others() -> None:
     def one_in_two(request: Request) -> Answer:
         key = request.parameter("client_id") or ""
         return refuse("503 Service Unavailable") if int(key[-1]) % 2 else owner(key)

@@ -1,4 +1,4 @@
-"""The load guard judges what the resolver and the kernel say."""
+"""The load guard, with fake answers of the resolver and the kernel."""
 
 import asyncio
 import shutil
@@ -50,7 +50,7 @@ def test_without_iproute2_nothing_but_loopback_is_ours(monkeypatch: pytest.Monke
     assert not is_ours("198.51.100.11")
 
 
-def test_the_kernel_knows_the_way_to_loopback() -> None:
+def test_the_kernel_has_a_route_to_loopback() -> None:
     route = targets.kernel_route("127.0.0.1")
     assert route is not None
     assert route["dev"] == "lo"
@@ -67,8 +67,8 @@ def test_one_foreign_address_among_several_refuses_the_name(port: int) -> None:
         judged(url, ["127.0.0.1", "192.0.2.7"])
 
 
-def test_who_owns_a_target_may_put_load_on_it(port: int) -> None:
-    # 192.0.2.7 stands second, so nothing is sent there.
+def test_load_is_allowed_on_an_owned_target(port: int) -> None:
+    # 192.0.2.7 is second, so nothing is sent there.
     assert judged(f"http://mixed.example:{port}", ["127.0.0.1", "192.0.2.7"], owned=True).address == "127.0.0.1"
 
 

@@ -1,4 +1,4 @@
-"""`stickyring whereis`, with a playbook that has been told what to find."""
+"""`stickyring whereis`, with a fake playbook."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def holding(node: str, *sessions: tuple[str, float]) -> dict[str, Any]:
 
 @pytest.fixture
 def commands() -> list[list[str]]:
-    """What was run."""
+    """The commands that were run."""
     return []
 
 
@@ -39,7 +39,7 @@ def commands() -> list[list[str]]:
 def found(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, commands: list[list[str]]
 ) -> Callable[..., Callable[..., Result]]:
-    """Sets what the playbook finds; returns a function that runs the command."""
+    """A function that sets the playbook's result and returns a function that runs the command."""
     (tmp_path / "playbooks").mkdir()
     (tmp_path / "playbooks" / "whereis.yml").touch()
     monkeypatch.chdir(tmp_path)
@@ -63,15 +63,15 @@ def found(
     return prepare
 
 
-def test_the_owner_is_that_of_the_ring(found: Any) -> None:
+def test_the_assigned_node_comes_from_the_ring(found: Any) -> None:
     result = found({"edge1": THREE, "edge2": THREE})()
     assert (result.exit_code, result.output) == (0, f"alice belongs to {HOME}\n")
 
 
-def test_options_after_two_hyphens_are_given_to_ansible(found: Any, commands: list[list[str]]) -> None:
+def test_options_after_two_hyphens_are_passed_to_ansible(found: Any, commands: list[list[str]]) -> None:
     assert found({"edge1": THREE})("--live", "--", "-K", "--ssh-common-args=-o ProxyJump=bastion").exit_code == 0
     assert commands[0][-2:] == ["-K", "--ssh-common-args=-o ProxyJump=bastion"]
-    # And nothing else is: a misspelt option of ours is an error here.
+    # Other options are not passed: a misspelt option of ours is an error.
     assert found({"edge1": THREE})("--lvie").exit_code == 2
 
 
@@ -82,14 +82,14 @@ def test_edges_that_disagree_are_named(found: Any) -> None:
     assert "says edge2" in result.output
 
 
-def test_sessions_at_home_are_listed(found: Any) -> None:
+def test_sessions_on_the_assigned_node_are_listed(found: Any) -> None:
     nodes = {"host1": [holding(HOME, ("websocket", 12.3), ("polling", 3)), holding(OTHER)]}
     result = found({"edge1": THREE}, nodes)("--live")
     assert result.exit_code == 0
     assert result.output.splitlines()[1:] == [f"  {HOME}: websocket, open for 12 s", f"  {HOME}: polling, open for 3 s"]
 
 
-def test_a_session_elsewhere_is_said_plainly(found: Any) -> None:
+def test_a_session_on_another_node_is_reported(found: Any) -> None:
     nodes = {"host1": [holding(HOME, ("polling", 3))], "host2": [holding(OTHER, ("websocket", 60))]}
     result = found({"edge1": THREE}, nodes)("--live")
     assert result.exit_code == 1
@@ -97,7 +97,7 @@ def test_a_session_elsewhere_is_said_plainly(found: Any) -> None:
     assert "1 of these sessions are not on the assigned node" in result.output
 
 
-def test_a_host_without_an_answer_is_not_taken_for_one_without_sessions(found: Any) -> None:
+def test_a_host_that_does_not_answer_is_reported(found: Any) -> None:
     for text in ("", "\n"):
         run = found({"edge1": THREE}, {"host1": [holding(HOME, ("polling", 3))], "host2": text})
         result = run("--live")
@@ -113,7 +113,7 @@ def test_a_host_without_an_answer_is_not_taken_for_one_without_sessions(found: A
     assert "no session is open" not in silent.output
 
 
-def test_a_session_of_another_cluster_is_never_astray(found: Any) -> None:
+def test_a_session_of_another_cluster_does_not_count(found: Any) -> None:
     def live(cluster: str | None) -> Result:
         answer = holding(OTHER, ("websocket", 60))
         answer["sessions"][0]["cluster"] = cluster
@@ -128,12 +128,12 @@ def test_a_session_of_another_cluster_is_never_astray(found: Any) -> None:
         assert f"{OTHER}: websocket, open for 60 s, not the assigned node" in live(cluster).output
 
 
-def test_nobody_there_is_said(found: Any) -> None:
+def test_it_says_when_no_session_is_open(found: Any) -> None:
     result = found({"edge1": THREE}, {"host1": [holding(HOME)]})("--live")
     assert (result.exit_code, result.output.splitlines()[1]) == (0, "  no session is open")
 
 
-def test_what_cannot_be_found_out_is_an_error(found: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unknown_answer_is_an_error(found: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = found({"edge1": {}})
     result = run()
     assert (result.exit_code, result.output) == (2, "Error: edge1 serves no ring yet\n")
