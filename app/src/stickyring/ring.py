@@ -21,7 +21,7 @@ Unhealthy and draining members own nothing: the edge runs with healthy_panic_thr
 On a ring, the member `nobody` fixes how many points a weight gets. It is not a node and owns nothing: the edge sends a
 request that hits its point to the next one. Envoy gives the lightest member a whole number of points (one, with
 minimum_size 1), and scales all others to it. `nobody` has weight 1, so a member has as many points as its weight says,
-whoever else joins, leaves or fails. Without it, everybody's points would change with the membership. In some fleets of
+whichever members join, leave or fail. Without it, all points would change with the membership. In some fleets of
 unequal weights, Envoy's rounding adds or removes a single point. In a Maglev table, `nobody` is a name like any other.
 """
 

@@ -161,7 +161,7 @@ class MoveMetrics:
             "stickyring_rebalances", "Rebalances: moved users were asked to reconnect.", registry=registry
         )
         self.moved = Counter("stickyring_sessions_moved", "Sessions asked to reconnect elsewhere.", registry=registry)
-        self.draining = Gauge("stickyring_draining", "1 while the node drains.", registry=registry)
+        self.draining = Gauge("stickyring_draining", "1 while the node drains or is drained.", registry=registry)
 
 
 class _ConnectionsCollector(Collector):

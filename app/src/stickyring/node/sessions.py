@@ -335,7 +335,7 @@ class SessionWebSocket(WebSocket):
         super().fail(status)
 
     def blame(self, status: int) -> None:
-        """Set the status that it is closed with, whoever closes it; the first one counts."""
+        """Set the status of the closing frame, unless one is set already."""
         self._status = self._status or status
 
     def cut(self) -> None:

@@ -16,7 +16,7 @@ from stickyring.tools.probe.targets import NothingListensError, TargetError
 
 DEFAULT_IDS = 60
 MOST_SESSIONS = 200_000
-# A held session has one connection, a polling one a second for its POSTs; these are for the process itself.
+# A session has one connection, or two while it polls (GET and POST); these files are for the process itself.
 SPARE_FILES = 100
 GARBAGE_THRESHOLD = 50_000
 
