@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON_OUTSIDE_APP := plugins playbooks roles molecule docs bench
 PROGRAMS := $(wildcard roles/*/files/*.py molecule/*.py docs/*.py)
 
-.PHONY: help root controller demo proof down test tools lint lint-python lint-ansible unit molecule chaos soak bench lock reference screenshot
+.PHONY: help root controller demo proof down test tools lint lint-python lint-ansible unit molecule chaos soak bench lock collection reference screenshot
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -82,6 +82,13 @@ soak: root .venv/.tools ## Everything that `make test` leaves out, chaos and PyP
 bench: root .venv/.tools ## Measure this stack (PARTS='nodes edges' or one of operations, faults; PROFILE=quick: 5 minutes; full: 40)
 	@$(call need,node:nodejs npm:npm mmdebstrap:mmdebstrap)
 	python -m bench $(PARTS) --profile $(PROFILE)
+
+collection: .venv/.installed ## Build .artifacts/stickyring-fleet-VERSION.tar.gz, for `ansible-galaxy collection install` (INSTALL=FOLDER does it)
+	ansible-galaxy collection build --force --output-path .artifacts
+ifdef INSTALL
+	ansible-galaxy collection install --force --offline --collections-path $(INSTALL) \
+	  .artifacts/stickyring-fleet-$(shell sed -n 's/^version: //p' galaxy.yml).tar.gz
+endif
 
 reference: .venv/.installed ## Write the reference tables and the example inventory from what the roles say of their variables
 	docs/reference.py
