@@ -98,7 +98,8 @@ screenshot: .venv/.tools ## Take docs/demo.png of the running demo
 	docs/screenshot.py "$(EDGE):9002"
 
 lock: .venv/.installed ## Resolve the dependencies of an application and of the node that runs it (PROJECT=../chat), or our own
-ifdef PROJECT
+# Only as an argument: somebody may have exported a variable of this name.
+ifeq ($(origin PROJECT),command line)
 	uv pip compile $(COMPILE) $(PROJECT)/pyproject.toml app/pyproject.toml --extra node --output-file $(PROJECT)/requirements.lock
 else
 	uv pip compile $(COMPILE) app/pyproject.toml --extra node --output-file app/requirements.lock

@@ -72,7 +72,7 @@ def test_the_tarball_has_what_deploys_and_no_more(tarball: Path) -> None:
     ).stdout.split()
     kept = {name for name in tracked if re.match(r"(plugins|meta|app/src|app/requirements\.lock)", name)}
     kept |= {name for name in tracked if re.match(r"(playbooks|roles)/", name) and "/tests/" not in name}
-    kept -= {name for name in kept if name.startswith(("roles/stickyring_lab", "playbooks/collections"))}
+    kept -= {name for name in kept if name.startswith("playbooks/collections")}
     assert kept <= names
     files = {name for name in names if "." in Path(name).name} - {"MANIFEST.json", "FILES.json"}
     assert files <= set(tracked), "it has what is no part of the project"
