@@ -100,7 +100,9 @@ screenshot: .venv/.tools ## Take docs/demo.png of the running demo
 lock: .venv/.installed ## Resolve the dependencies of an application and of the node that runs it (PROJECT=../chat), or our own
 # Only as an argument: somebody may have exported a variable of this name.
 ifeq ($(origin PROJECT),command line)
-	uv pip compile $(COMPILE) $(PROJECT)/pyproject.toml app/pyproject.toml --extra node --output-file $(PROJECT)/requirements.lock
+	@# It may name stickyring, which is built from here and in no index.
+	uv pip compile $(COMPILE) $(PROJECT)/pyproject.toml app/pyproject.toml --extra node --no-emit-package stickyring \
+	  --override <(echo 'stickyring @ file://$(CURDIR)/app') --output-file $(PROJECT)/requirements.lock
 else
 	uv pip compile $(COMPILE) app/pyproject.toml --extra node --output-file app/requirements.lock
 	uv pip compile $(COMPILE) requirements.in app/pyproject.toml --extra node --extra probe --extra plan --output-file requirements.lock

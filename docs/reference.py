@@ -70,7 +70,7 @@ def table(role: str) -> list[str]:
     """Return the Markdown table of a role's variables, a line each."""
     specs = yaml.safe_load((PROJECT / "roles" / role / "meta" / "argument_specs.yml").read_text())["argument_specs"]
     rows = [
-        f"| `{name}` | {default_of(option)} | {html.escape(' '.join(option['description'].split()), quote=False)} |"
+        f"| `{name}` | {default_of(option)} | {html.escape(meaning_of(option), quote=False)} |"
         for name, option in options(specs["main"]["options"])
     ]
     return ["| variable | default | what it is |", "|---|---|---|", *rows]
@@ -96,6 +96,13 @@ def default_of(option: dict[str, Any]) -> str:
     if not isinstance(value, str):
         text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
     return f"`{text}`" if len(text) <= LONGEST_DEFAULT else "see below"
+
+
+def meaning_of(option: dict[str, Any]) -> str:
+    """Return what the table says that an option means, with its choices."""
+    words = " ".join(option["description"].split())
+    choices = ", ".join(f"`{choice}`" for choice in option.get("choices", []))
+    return f"{words} One of {choices}." if choices else words
 
 
 def example(role: str) -> list[str]:
