@@ -19,8 +19,8 @@ from bench.tests.fake_lab import ROOT, command, run, told
 
 DEADLINE_SECONDS = 20.0
 LINES = [
-    (0.5, "PLAY [Judge the inventory] ****"),
-    (0.6, "TASK [stickyring.fleet.stickyring : Judge the inventory] ****"),
+    (0.5, "PLAY [Check the inventory] ****"),
+    (0.6, "TASK [stickyring.fleet.stickyring : Check the inventory] ****"),
     (0.7, "ok: [localhost]"),
     (1.6, "TASK [stickyring_node : Look at the host] ****"),
     (2.0, "TASK [stickyring_node : Write the unit] ****"),
@@ -40,7 +40,7 @@ def test_a_task_lasts_until_the_next_one() -> None:
     assert tasks == pytest.approx(
         {
             AROUND: 0.6 + 0.1 + 0.5,
-            "stickyring.fleet.stickyring : Judge the inventory": 1.0,
+            "stickyring.fleet.stickyring : Check the inventory": 1.0,
             "stickyring_node : Look at the host": 0.4 + 0.3,
             "stickyring_node : Write the unit": 0.5,
             "Restart": 0.1,

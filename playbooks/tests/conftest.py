@@ -1,4 +1,4 @@
-"""Ansible finds its collections itself, once it is told before a test imports a part of one."""
+"""Makes this collection importable for the tests."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The collection as another team has it: installed from its tarball in an empty folder, with README's playbooks."""
+"""The collection installed from its tarball into an empty folder, with the playbooks of the README."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tarball(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def team(tarball: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The home and working folder of somebody who has done what README says."""
+    """The home and working folder of a user who has followed the README."""
     folder = tmp_path_factory.mktemp("team")
     shutil.copy(tarball, folder)
     section = (PROJECT / "README.md").read_text().split("### In your own playbooks\n")[1].split("\n### ")[0]
@@ -64,7 +64,7 @@ def run(folder: Path, program: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_the_tarball_has_what_deploys_and_no_more(tarball: Path) -> None:
+def test_the_tarball_has_only_what_a_deployment_needs(tarball: Path) -> None:
     with tarfile.open(tarball) as archive:
         names = set(archive.getnames())
     tracked = subprocess.run(
@@ -75,7 +75,7 @@ def test_the_tarball_has_what_deploys_and_no_more(tarball: Path) -> None:
     kept -= {name for name in kept if name.startswith("playbooks/collections")}
     assert kept <= names
     files = {name for name in names if "." in Path(name).name} - {"MANIFEST.json", "FILES.json"}
-    assert files <= set(tracked), "it has what is no part of the project"
+    assert files <= set(tracked), "it has files that are not part of the project"
     assert [name for name in files if "/tests/" in name or name.startswith((".", "molecule", "findings"))] == []
 
 

@@ -1,4 +1,4 @@
-"""What the documents tell a reader to run or to read is there, and the example inventory is a good one."""
+"""The commands and links of the documents work, and the example inventory passes preflight."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_every_link_leads_somewhere(file: Path, link: str) -> None:
     assert (file.parent / link).exists()
 
 
-def test_every_command_is_of_a_kind_that_is_tested() -> None:
+def test_the_documents_have_only_commands_that_tests_run() -> None:
     assert COMMANDS
     by_hand = {"cp", "export", "ssh-keyscan", "ansible", "."}  # molecule/shared/tests/readme/test_own_hosts.py
     assert {shlex.split(command)[0] for command in COMMANDS} == {
@@ -63,7 +63,7 @@ def test_every_command_is_of_a_kind_that_is_tested() -> None:
 
 
 def test_the_application_of_the_readme_answers(tmp_path: Path) -> None:
-    """As a wheel, which has what its pyproject.toml says."""
+    """It is installed as a wheel, built with the README's pyproject.toml."""
     (source,) = re.findall(r"^```python\n(import socketio.*?)^```", README, re.M | re.S)
     (project,) = re.findall(r"^```toml\n(.*?)^```", README, re.M | re.S)
     (tmp_path / "chat.py").write_text(source)
@@ -90,7 +90,7 @@ def test_the_example_inventory_passes_preflight() -> None:
 
 
 def test_the_plan_of_a_listener_without_its_certificate_is_refused() -> None:
-    """With the tag of what is always judged, so that no host is contacted."""
+    """The tag `always` runs only the checks, so no host is contacted."""
     command = (PROGRAMS / "ansible-playbook", "-i", "inventory/example", "playbooks/plan.yml", "--tags", "always")
     good = run(*command)
     assert good.returncode == 0, good.stdout + good.stderr
@@ -102,8 +102,8 @@ def test_the_plan_of_a_listener_without_its_certificate_is_refused() -> None:
         assert f"edge1: listener sticky: {message}" in " ".join(refused.stdout.split())
 
 
-def test_the_certificates_of_the_readme_can_lie_in_the_inventory(tmp_path: Path) -> None:
-    """Its example as it stands, in a copy of the example inventory."""
+def test_certificates_can_be_kept_in_the_inventory(tmp_path: Path) -> None:
+    """The README's example, in a copy of the example inventory."""
     inventory = tmp_path / "production"
     shutil.copytree(PROJECT / "inventory" / "example", inventory)
     (example,) = re.findall(r"^```yaml\n# group_vars/edge.yml\n(stickyring_edge_listeners.*?)^```", README, re.M | re.S)

@@ -1,4 +1,4 @@
-"""The judgement of an inventory, on inventories that differ from a good one by one fault."""
+"""The check of an inventory, on inventories that differ from a good one by one fault."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HOSTVARS: dict[str, dict[str, Any]] = {
 }
 
 
-def judge(groups: dict[str, list[str]] | None = None, **changes: dict[str, Any]) -> list[str]:
+def check(groups: dict[str, list[str]] | None = None, **changes: dict[str, Any]) -> list[str]:
     """Problems of the good inventory after the named hosts' variables were changed."""
     hostvars = deepcopy(HOSTVARS)
     for host, variables in changes.items():
@@ -42,89 +42,87 @@ def judge(groups: dict[str, list[str]] | None = None, **changes: dict[str, Any])
 
 
 def test_a_good_inventory_has_no_problem() -> None:
-    assert judge() == []
+    assert check() == []
 
 
 @pytest.mark.parametrize(
     ("group", "rest"), [("nodes", {"edge": ["edge1"]}), ("edge", {"nodes": ["node1"], "edge": []})]
 )
 def test_an_empty_group_is_named(group: str, rest: dict[str, list[str]]) -> None:
-    assert judge(rest) == [f"The group `{group}` has no host: add one to the inventory."]
+    assert check(rest) == [f"The group `{group}` has no host: add one to the inventory."]
 
 
 def test_an_address_twice_names_both_hosts() -> None:
-    assert judge(node2={"stickyring_address": "198.51.100.11"}) == [
-        "node1 and node2 have the same address 198.51.100.11: a host is named once."
+    assert check(node2={"stickyring_address": "198.51.100.11"}) == [
+        "node1 and node2 have the same address 198.51.100.11: list each host once."
     ]
 
 
 def test_a_name_twice_names_both_hosts() -> None:
-    (message,) = judge(node2={"stickyring_node_name": "node1"})
+    (message,) = check(node2={"stickyring_node_name": "node1"})
     assert message.startswith("node1 and node2 have the same name node1 on the ring")
 
 
 def test_a_host_without_an_address_is_named() -> None:
-    (message,) = judge({"edge": ["edge1"], "nodes": ["node1", "node3"]}, node3={})
+    (message,) = check({"edge": ["edge1"], "nodes": ["node1", "node3"]}, node3={})
     assert message.startswith("node3: stickyring_address is not set")
 
 
 @pytest.mark.parametrize("address", ["node3.example.com", "localhost", "192.0.2.300"])
 def test_a_name_instead_of_an_address_is_refused_with_the_remedy(address: str) -> None:
-    (message,) = judge(node2={"stickyring_address": address})
-    assert message.startswith(
-        f"node2: its address is {address!r}, and Envoy looks up no names: give stickyring_address"
-    )
+    (message,) = check(node2={"stickyring_address": address})
+    assert message.startswith(f"node2: its address is {address!r}, and Envoy resolves no names: set stickyring_address")
     # Nodes know the edges by their addresses.
-    (message,) = judge(edge1={"stickyring_address": address})
+    (message,) = check(edge1={"stickyring_address": address})
     assert message.startswith(f"edge1: its address is {address!r}")
 
 
 @pytest.mark.parametrize("share", [0, "0%", "-1", "101%", "x"])
-def test_a_share_of_no_node_is_refused(share: object) -> None:
-    (message,) = judge(node1={"stickyring_share": share})
+def test_an_invalid_share_is_refused(share: object) -> None:
+    (message,) = check(node1={"stickyring_share": share})
     assert message.startswith(f"stickyring_share is '{share}': give the number of nodes")
 
 
 @pytest.mark.parametrize("share", [1, "2", "25%", "100%"])
-def test_a_share_of_nodes_is_taken(share: object) -> None:
-    assert judge(node1={"stickyring_share": share}) == []
+def test_a_valid_share_is_accepted(share: object) -> None:
+    assert check(node1={"stickyring_share": share}) == []
 
 
 def test_options_of_the_probe_that_are_no_list_are_refused() -> None:
-    """Before all is deployed that it is to prove."""
-    (message,) = judge(edge1={"stickyring_probe_options": "--no-echo"})
+    """They are checked before anything is deployed."""
+    (message,) = check(edge1={"stickyring_probe_options": "--no-echo"})
     assert message == "edge1: stickyring_probe_options is '--no-echo': give a list, [--no-echo] for example."
-    (message,) = judge(edge1={"stickyring_probe_urls": "http://x"})
+    (message,) = check(edge1={"stickyring_probe_urls": "http://x"})
     assert message.startswith("edge1: stickyring_probe_urls is 'http://x': give a list")
 
 
-def test_a_port_is_free_to_be_used_again_on_another_host() -> None:
-    assert judge(node1={"stickyring_node_port": 9002}) == []
+def test_two_hosts_can_use_the_same_port() -> None:
+    assert check(node1={"stickyring_node_port": 9002}) == []
 
 
 def test_a_host_that_is_edge_and_node_has_one_set_of_ports() -> None:
     groups = {"edge": ["node1"], "nodes": ["node1"]}
-    assert judge(groups) == []
-    assert judge(groups, node1={"stickyring_node_port": 9001, "stickyring_node_instances": 2}) == [
+    assert check(groups) == []
+    assert check(groups, node1={"stickyring_node_port": 9001, "stickyring_node_instances": 2}) == [
         "node1: port 9002 is used by instance node1-2 and by listener sticky."
     ]
 
 
-def test_what_an_earlier_playbook_has_found_out_is_no_setting() -> None:
-    assert judge(node1={"stickyring_node_result_state": {}}, edge1={"stickyring_edge_result_ring": {}}) == []
-    (message,) = judge(node1={"stickyring_probe_result_state": {}})
+def test_results_of_an_earlier_playbook_are_not_taken_for_settings() -> None:
+    assert check(node1={"stickyring_node_result_state": {}}, edge1={"stickyring_edge_result_ring": {}}) == []
+    (message,) = check(node1={"stickyring_probe_result_state": {}})
     assert message.startswith("node1: unknown variable stickyring_probe_result_state")
 
 
-def test_an_unknown_variable_gets_the_nearest_name() -> None:
-    assert judge(node1={"stickyring_node_prot": 1}) == [
+def test_the_message_for_an_unknown_variable_suggests_the_nearest_name() -> None:
+    assert check(node1={"stickyring_node_prot": 1}) == [
         "node1: unknown variable stickyring_node_prot: did you mean stickyring_node_port?"
     ]
 
 
 @pytest.mark.parametrize("value", ["8001x", 0, 70000, None])
-def test_a_port_that_is_none_is_refused(value: object) -> None:
-    (message,) = judge(node1={"stickyring_node_port": value})
+def test_an_invalid_port_is_refused(value: object) -> None:
+    (message,) = check(node1={"stickyring_node_port": value})
     assert message == f"node1: stickyring_node_port is {value!r}: give a number from 1 to 65535."
 
 
@@ -146,6 +144,6 @@ def test_endpoints_are_named_by_host_and_instance() -> None:
         ({"stickyring_node_drain_timeout": 3600, "stickyring_node_instances": 4}, 245),
     ],
 )
-def test_a_restart_takes_as_long_as_the_slowest_node_may(variables: dict[str, Any], minutes: int) -> None:
+def test_the_longest_restart_is_that_of_the_slowest_node(variables: dict[str, Any], minutes: int) -> None:
     assert inventory.longest_restart(["node1", "node2"], HOSTVARS | {"node2": variables}, DEFAULTS) == minutes
     assert inventory.longest_restart([], HOSTVARS, DEFAULTS) == 0

@@ -1,4 +1,4 @@
-"""Who gets the lock that lets one run at a time change the hosts: the shell lines of tasks/lock.yml themselves."""
+"""Which run gets the lock; the tests run the shell lines of tasks/lock.yml."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def lock(tmp_path: Path) -> Path:
 
 
 def run(script: str, lock: Path, values: dict[str, str]) -> str:
-    """Run the shell lines with these values in place of their templates; return what they say."""
+    """Run the shell lines with these values in place of their templates; return what they print."""
     script = script.replace("/run/stickyring.lock", str(lock))
     for template, value in values.items():
         assert template in script
@@ -29,7 +29,7 @@ def run(script: str, lock: Path, values: dict[str, str]) -> str:
 
 
 def take(lock: Path, place: str = "here", process: int = 100) -> str:
-    """What a run is told that finds processes 100 and 200 where it is; nothing if it has the lock."""
+    """What the task prints on a machine with processes 100 and 200; nothing if the run has the lock."""
     values = {
         "{{ __stickyring_run_place }}": place,
         "{{ __stickyring_run_process }}": str(process),
@@ -41,38 +41,38 @@ def take(lock: Path, place: str = "here", process: int = 100) -> str:
     return run(TAKE["ansible.builtin.raw"], lock, values)
 
 
-def give_back(lock: Path, place: str = "here", process: int = 100) -> None:
+def release(lock: Path, place: str = "here", process: int = 100) -> None:
     own = "{{ (__stickyring_run_place ~ ' ' ~ __stickyring_run_process) | quote }}"
     assert run(GIVE_BACK["ansible.builtin.raw"], lock, {own: f"'{place} {process}'"}) == ""
 
 
 @pytest.mark.parametrize(
-    ("held", "age", "told"),
+    ("held", "age", "refused"),
     [
         (None, 0, False),
         (OWN, 0, False),
         ("here 200 15 desk of you", 0, True),
         ("there 200 15 desk of you", 0, True),
-        # Its process is gone: it was killed, or has failed.
+        # Its process is gone: the run was killed, or failed.
         ("here 300 15 desk of you", 0, False),
-        # Whether that of another machine is gone cannot be known.
+        # Whether a process on another machine is gone cannot be known.
         ("there 300 15 desk of you", 14 * 60, True),
         ("there 300 15 desk of you", 16 * 60, False),
-        # It waits for users, for a day if need be.
+        # A drain may take a day.
         ("there 300 1455 desk of you", 1454 * 60, True),
         ("there 300 1455 desk of you", 1456 * 60, False),
-        # A clock that was set back makes it no older.
+        # A clock that was set back does not make the lock older.
         ("there 300 15 desk of you", -3600, True),
     ],
 )
-def test_who_gets_the_lock(lock: Path, held: str | None, age: float, told: bool) -> None:
+def test_which_run_gets_the_lock(lock: Path, held: str | None, age: float, refused: bool) -> None:
     if held is not None:
         lock.write_text(f"{held}\n")
         os.utime(lock, (time.time() - age,) * 2)
     said = take(lock)
-    assert bool(said) == told, said
-    assert lock.read_text().strip() == (held if told else OWN)
-    if told and held is not None:
+    assert bool(said) == refused, said
+    assert lock.read_text().strip() == (held if refused else OWN)
+    if refused and held is not None:
         _, process, minutes, machine, *who = held.split()
         assert said.startswith(f"HELD on {machine}, process {process}, {' '.join(who)}; its last sign was at ")
         assert said.endswith(f" and counts for {minutes} minutes HELD\n")
@@ -85,12 +85,12 @@ def test_a_run_renews_its_lock(lock: Path) -> None:
     assert take(lock, place="there")
 
 
-def test_nobody_gives_back_the_lock_of_another_run(lock: Path) -> None:
+def test_a_run_does_not_release_the_lock_of_another_run(lock: Path) -> None:
     take(lock)
-    give_back(lock, process=200)
-    give_back(lock, place="there")
+    release(lock, process=200)
+    release(lock, place="there")
     assert lock.read_text().strip() == OWN
-    give_back(lock)
+    release(lock)
     assert not lock.exists()
-    give_back(lock)
+    release(lock)
     assert not take(lock, process=200)

@@ -1,4 +1,4 @@
-"""A host that cannot be reached any more ends the run: no later batch and no later play touches another host."""
+"""A host that becomes unreachable ends the run: no later batch or play touches another host."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def closed_port() -> int:
     ("share", "limit", "touched"),
     [
         ("1", "all", {"a", "a-last"}),
-        # The last batch is followed by the other plays.
+        # The host is lost in the last batch, so only later plays could go on.
         ("1", "a,b,edge", {"a", "a-last"}),
         ("2", "all", {"a"}),
     ],
@@ -79,7 +79,7 @@ def test_nothing_is_touched_after_a_host_was_lost(
     assert "State of the lost host: It was being restarted." in ended
 
 
-def test_every_batch_of_the_playbooks_looks_whether_a_host_was_lost() -> None:
+def test_every_serial_play_stops_if_a_host_was_lost() -> None:
     serial = [
         (path.name, play)
         for path in sorted(PLAYBOOKS.glob("*.yml"))

@@ -1,4 +1,4 @@
-"""The last lines of a run that fails are its reason."""
+"""A failed run ends with the reason."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ RUN = """\
 """
 
 
-def test_only_what_has_ended_the_run_is_said_and_it_is_the_last_line(tmp_path: Path) -> None:
+def test_the_last_line_is_the_failure_that_ended_the_run(tmp_path: Path) -> None:
     playbook = tmp_path / "run.yml"
     playbook.write_text(RUN.format(playbooks=PLAYBOOKS))
     done = subprocess.run(

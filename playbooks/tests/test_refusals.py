@@ -1,4 +1,4 @@
-"""What cannot be meant is refused in a sentence, at every entry point, before a host is contacted."""
+"""Every playbook refuses mistakes with a clear message before it contacts a host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 PROJECT = Path(__file__).parents[2]
 ANSIBLE = Path(sys.executable).parent / "ansible-playbook"
-# Nobody answers at these addresses, and no task may ask them.
+# No host answers at these addresses, and no task may contact them.
 INVENTORY = """\
 edge: {{hosts: {{edge1: {{ansible_host: 192.0.2.1}}}}}}
 nodes: {{hosts: {{{nodes}}}}}
@@ -25,7 +25,7 @@ GOOD = "Node1.Example.COM: {ansible_host: 192.0.2.11}, node2: {ansible_host: 192
 def run(
     folder: Path, playbook: Path | str, *arguments: str, nodes: str = GOOD, settings: Path = PROJECT / "ansible.cfg"
 ) -> tuple[int, str]:
-    """The status and what was said, on one line; from another folder than the project's."""
+    """Run from a folder outside the project; return the status and the output as one line."""
     inventory = folder / "hosts.yml"
     inventory.write_text(INVENTORY.format(nodes=nodes))
     done = subprocess.run(
@@ -41,7 +41,7 @@ def run(
 
 
 def first_import(playbook: str) -> list[str]:
-    """The playbooks that it imports before anything of its own that contacts a host."""
+    """The first playbook that it imports."""
     plays = yaml.safe_load((PROJECT / playbook).read_text())
     return [play["ansible.builtin.import_playbook"] for play in plays if "ansible.builtin.import_playbook" in play][:1]
 
@@ -50,7 +50,7 @@ def first_import(playbook: str) -> list[str]:
     "playbook",
     ["site", "edge", "nodes", "plan", "rebalance", "remove_node", "rollback", "rolling_update", "verify", "whereis"],
 )
-def test_every_entry_point_judges_the_inventory_first(playbook: str) -> None:
+def test_every_entry_point_checks_the_inventory_first(playbook: str) -> None:
     assert [Path(path).name for path in first_import(f"playbooks/{playbook}.yml")] == ["preflight.yml"]
 
 
@@ -59,14 +59,14 @@ def test_every_entry_point_judges_the_inventory_first(playbook: str) -> None:
     [
         (
             "node1: , node2: ",
-            ["node1: stickyring_address is not set, or refers to what is not", "node2: stickyring_address"],
+            ["node1: stickyring_address is not set, or refers to a variable that is not", "node2: stickyring_address"],
         ),
         (
             '"chat 1": {ansible_host: 192.0.2.9}, "a@b": {ansible_host: "::2"}, "2001:db8::1": {ansible_host: "::3"}',
             [
-                "stickyring_node_name 'chat 1' may hold letters, digits and . _ - only: rename the host",
-                "stickyring_node_name 'a@b' may hold letters",
-                "stickyring_node_name '2001:db8::1' may hold letters",
+                "stickyring_node_name 'chat 1' may contain only letters, digits and . _ -: rename the host",
+                "stickyring_node_name 'a@b' may contain only letters",
+                "stickyring_node_name '2001:db8::1' may contain only letters",
             ],
         ),
     ],
@@ -80,10 +80,10 @@ def test_a_node_that_cannot_serve_is_refused(tmp_path: Path, nodes: str, words: 
 
 @pytest.mark.parametrize("settings", ["", "[defaults]\ninterpreter_python = /usr/bin/python3\n"], ids=["ours", "own"])
 def test_an_inventory_overrides_what_is_composed_whatever_the_settings(tmp_path: Path, settings: str) -> None:
-    """In `all: vars:`, the weakest place of an inventory; hosts with names of mixed case, as they are."""
+    """Even in `all: vars:`, which has the lowest precedence in an inventory. Host names keep their case."""
     other = tmp_path / "other.cfg"
     other.write_text(settings or (PROJECT / "ansible.cfg").read_text())
-    # No binary is fetched here, whose checksum would be read.
+    # The checksum is given because no binary is fetched here.
     given = {"stickyring_directory": str(tmp_path), "stickyring_edge_envoy_sha256": "0" * 64}
     status, said = run(tmp_path, "playbooks/describe.yml", "-e", json.dumps(given), settings=other)
     assert status == 0, said
@@ -95,7 +95,7 @@ def test_an_inventory_overrides_what_is_composed_whatever_the_settings(tmp_path:
 
 
 def test_ssh_takes_passwords_ports_and_bastions(tmp_path: Path) -> None:
-    """The real client says what it would do with all that Ansible gives it."""
+    """`ssh -G` prints the effective settings of what Ansible passes to it."""
     client = tmp_path / "ssh"
     client.write_text('#!/bin/sh\nexec /usr/bin/ssh -G -F none "$@"\n')
     client.chmod(0o755)
@@ -114,13 +114,13 @@ def test_ssh_takes_passwords_ports_and_bastions(tmp_path: Path) -> None:
     effective = {name: (tmp_path / name).read_text().splitlines() for name in ("keys", "password", "bastion")}
     for lines in effective.values():
         assert "preferredauthentications publickey,gssapi-with-mic,keyboard-interactive,password" in lines
-    # Nobody waits for an answer to a question that the run does not show.
+    # ssh must not prompt for a password that the run does not show.
     assert "passwordauthentication no" in effective["keys"]
     assert {"passwordauthentication yes", "kbdinteractiveauthentication yes"} <= set(effective["password"])
     assert {"port 2222", "proxyjump admin@bastion.example.com", "serveraliveinterval 5"} <= set(effective["bastion"])
 
 
-def test_every_fault_of_the_variables_is_said_at_once(tmp_path: Path) -> None:
+def test_all_faults_of_the_variables_are_reported_at_once(tmp_path: Path) -> None:
     given = ("stickyring_node_watchdog=1", "stickyring_node_drain_timeout=-1", "stickyring_node_service=")
     status, said = run(tmp_path, "playbooks/verify.yml", *(word for one in given for word in ("-e", one)))
     assert status != 0
@@ -128,11 +128,11 @@ def test_every_fault_of_the_variables_is_said_at_once(tmp_path: Path) -> None:
     assert "Read the ring" not in said
 
 
-def test_a_plan_without_a_node_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    """Names are compared as they are written."""
+def test_a_plan_to_remove_an_unknown_node_is_refused(tmp_path: Path) -> None:
+    """Names are compared with their case."""
     status, said = run(tmp_path, "playbooks/plan.yml", "-e", "stickyring_node=node1.example.com")
     assert status != 0
-    assert "node1.example.com is no host of the group `nodes`, which has Node1.Example.COM, node2." in said
+    assert "node1.example.com is not in the group `nodes`, which has Node1.Example.COM, node2." in said
     assert "Fetch Envoy" not in said
 
 
@@ -143,11 +143,11 @@ def test_a_node_is_not_removed_from_a_cluster_without_a_ring(tmp_path: Path) -> 
     assert status != 0
     assert "The cluster nodes has lb_policy ROUND_ROBIN" in said
     assert "Delete the line of node2 from the group `nodes`, run site.yml" in said
-    assert "Judge the inventory" not in said
+    assert "Check the inventory" not in said
 
 
-def test_a_removal_by_the_role_alone_does_not_reach_beyond_its_service(tmp_path: Path) -> None:
-    """In check mode, which would only say what it removes; /etc/apt is Debian's."""
+def test_a_removal_by_the_role_refuses_names_of_other_services(tmp_path: Path) -> None:
+    """It runs in check mode, so nothing is removed if a refusal is missing; /etc/apt belongs to Debian."""
     services = {"empty": "", "path": "../tmp", "apt": "apt"}
     nodes = ", ".join(
         f'{name}: {{ansible_connection: local, stickyring_node_service: "{one}"}}' for name, one in services.items()

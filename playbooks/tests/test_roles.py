@@ -1,4 +1,4 @@
-"""Each role says the same in its defaults, its argument_specs and its README."""
+"""The defaults, argument_specs and README of each role agree."""
 
 import re
 import shutil
@@ -12,12 +12,12 @@ import yaml
 from ansible_collections.stickyring.fleet.plugins.filter import inventory
 
 PROJECT = Path(__file__).parents[2]
-# All but the one that composes their variables, whose tasks have no entry point `main`.
+# Without the role that composes variables, which has no entry point `main`.
 ROLES = sorted((PROJECT / "roles").glob("stickyring_*"))
 COMPOSING = PROJECT / "roles" / "stickyring"
-# What a site sets; the lab and the probe are this project's own tools.
+# The roles whose variables a site sets; the lab and the probe are tools of this project.
 DEPLOYED = ("stickyring_node", "stickyring_edge")
-# Set by the playbooks, from the inventory.
+# Set by the playbooks or the role `stickyring`.
 COMPOSED = {
     "stickyring_node_prove",
     "stickyring_node_address",
@@ -55,7 +55,7 @@ def test_every_literal_default_is_the_documented_one(role: Path) -> None:
 
 
 @pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
-def test_every_variable_carries_the_name_of_its_role(role: Path) -> None:
+def test_every_variable_begins_with_the_name_of_its_role(role: Path) -> None:
     assert all(name.startswith(f"{role.name}_") for name in options(role))
 
 
@@ -80,7 +80,7 @@ def test_the_example_inventory_shows_every_variable_with_its_default(name: str) 
 
 
 def test_the_reference_is_written_from_the_roles(tmp_path: Path) -> None:
-    """A default that has changed is noticed, and written where a reader looks for it."""
+    """`--check` notices a changed default; a run writes it into the README and the example inventory."""
     for folder in ("roles", "inventory", "docs"):
         shutil.copytree(PROJECT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
 
@@ -102,14 +102,14 @@ def test_the_reference_is_written_from_the_roles(tmp_path: Path) -> None:
 
 
 def facts(tasks: list[dict[str, Any]]) -> set[str]:
-    """The names that tasks set for whoever comes after them, those in blocks included."""
+    """The names of facts and registered results that tasks set, blocks included."""
     found = {name for task in tasks for name in [*task.get("ansible.builtin.set_fact", {}), task.get("register", "")]}
     inner = [task for block in tasks for part in ("block", "rescue", "always") for task in block.get(part, [])]
     return found | facts(inner) if inner else found
 
 
-def test_what_roles_find_out_is_named_apart_from_settings() -> None:
-    """Or a playbook that checks the inventory would refuse what the one before it in the same run has set."""
+def test_results_of_roles_cannot_be_taken_for_settings() -> None:
+    """Otherwise preflight would refuse them as unknown variables when a second playbook runs in the same run."""
     files = PROJECT.glob("roles/*/tasks/*.yml")
     found = {
         name for file in files for name in facts(yaml.safe_load(file.read_text())) if name.startswith("stickyring_")
@@ -118,8 +118,8 @@ def test_what_roles_find_out_is_named_apart_from_settings() -> None:
     assert [name for name in found if not inventory.RESULT.match(name)] == []
 
 
-def test_what_is_composed_is_documented_and_is_no_default_of_a_role() -> None:
-    """A task of a role sees its own defaults above the composed ones."""
+def test_composed_variables_are_documented_and_have_no_default_in_another_role() -> None:
+    """A role's own default would take precedence over the composed one."""
     composed = {name for name in defaults(COMPOSING) if not name.startswith("__")}
     specs = yaml.safe_load((COMPOSING / "meta" / "argument_specs.yml").read_text())["argument_specs"]
     documented = set(specs["preflight"]["options"]).union(*(options(role) for role in ROLES))

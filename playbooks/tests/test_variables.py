@@ -1,4 +1,4 @@
-"""A variable means the same as a number or a boolean and as its text, which the command line and INI files give."""
+"""A number or boolean given as text, as the command line and INI files give it, has the same effect."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GIVEN: dict[str, Any] = {
     "stickyring_edge_listeners": [{"name": "sticky", "port": 9002, "cluster": "nodes"}],
     "stickyring_edge_ring_cluster": "nodes",
 }
-# All that a role makes of its variables before a module has them, which judges types itself.
+# Everything that a role composes from its variables. Modules convert types themselves.
 MADE = {
     "stickyring_node": "[__stickyring_node_files, __stickyring_node_wanted, __stickyring_node_release_path]",
     "stickyring_edge": """[__stickyring_edge_problems, __stickyring_edge_xds_files, __stickyring_edge_start_files,
@@ -54,13 +54,13 @@ def variables_of(role: str) -> dict[str, Any]:
 
 
 def made(role: str, **given: object) -> Any:
-    """What the role makes of these variables and the defaults of all others."""
+    """What the role composes from these variables and the defaults of all others."""
     templar = Templar(DataLoader(), variables_of(role) | GIVEN | given)
     return templar.template(trust_as_template(f"{{{{ {MADE[role]} }}}}"))
 
 
 @pytest.mark.parametrize("role", MADE)
-def test_numbers_are_the_same_as_their_texts(role: str) -> None:
+def test_numbers_can_be_given_as_text(role: str) -> None:
     numbers = {name: option["default"] for name, option in options(role).items() if option["type"] in {"int", "float"}}
     assert len(numbers) >= 8
     assert made(role, **{name: str(number) for name, number in numbers.items()}) == made(role, **numbers)
@@ -68,34 +68,34 @@ def test_numbers_are_the_same_as_their_texts(role: str) -> None:
 
 @pytest.mark.parametrize("role", MADE)
 @pytest.mark.parametrize(("value", "texts"), [(True, ("true", "yes")), (False, ("false", "0"))])
-def test_booleans_are_the_same_as_their_texts(role: str, value: bool, texts: tuple[str, ...]) -> None:
+def test_booleans_can_be_given_as_text(role: str, value: bool, texts: tuple[str, ...]) -> None:
     names = [name for name, option in options(role).items() if option["type"] == "bool"]
     wanted = made(role, **dict.fromkeys(names, value))
     for text in texts:
         assert made(role, **dict.fromkeys(names, text)) == wanted
 
 
-def test_what_is_made_depends_on_the_variables() -> None:
-    """The control for the tests above."""
+def test_the_composed_values_depend_on_the_variables() -> None:
+    """The negative control for the tests above."""
     assert made("stickyring_edge", stickyring_edge_access_log="false") != made("stickyring_edge")
     assert made("stickyring_node", stickyring_node_instances="2") != made("stickyring_node")
 
 
-def test_the_numbers_of_listeners_and_endpoints_are_the_same_as_their_texts() -> None:
+def test_the_numbers_of_listeners_and_endpoints_can_be_given_as_text() -> None:
     listener = GIVEN["stickyring_edge_listeners"][0]
     texts = [{name: str(value) for name, value in one.items()} for one in (listener, ENDPOINTS[0])]
     given = {
         "stickyring_edge_listeners": [texts[0]],
         "stickyring_edge_clusters": [{"name": "nodes", "endpoints": [texts[1]]}],
     }
-    # The name of a file of endpoints depends on these.
+    # The names of endpoint files depend on these.
     assert made("stickyring_edge", **given) == made("stickyring_edge")
 
 
-def test_a_boolean_is_never_taken_as_it_comes() -> None:
+def test_every_boolean_passes_through_the_filter_bool() -> None:
     """A text is an error in a condition, and true in an expression.
 
-    Where it is all of a value, it is given to somebody who reads it as a boolean: a module, or another variable.
+    A value that is only the variable may go without: it is passed to a module or to another variable.
     """
     files = [*PROJECT.glob("roles/*/tasks/*"), *PROJECT.glob("roles/*/vars/*"), *PROJECT.glob("roles/*/templates/*")]
     names = "|".join(
@@ -110,7 +110,7 @@ def test_a_boolean_is_never_taken_as_it_comes() -> None:
 
 
 def test_a_release_that_yaml_takes_for_a_number_is_compared_as_text() -> None:
-    """Or 1.4 would be installed anew by every run."""
+    """Otherwise every run would install 1.4 again."""
     for file in PROJECT.glob("roles/stickyring_node/tasks/*.yml"):
         compared = re.findall(r"[!=]= stickyring_node_release\b.*|\bstickyring_node_release [!=]=.*", file.read_text())
         assert all("!= stickyring_node_release | string" in one for one in compared), file.name

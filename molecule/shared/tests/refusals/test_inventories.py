@@ -43,7 +43,7 @@ def judge(inventory: Path, ansible: Any, tmp_path: Path) -> Any:
         return Judgement(
             passed=done.returncode == 0,
             said=" ".join(output.split()),
-            reached="Find what the nodes need" in output,
+            reached="Find what each node needs" in output,
         )
 
     return run
