@@ -1,4 +1,4 @@
-"""Ansible callback: the last lines of a run that fails are its reason."""
+"""Ansible callback: ends a failed run with the reason."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ansible.plugins.callback import CallbackBase
 DOCUMENTATION = r"""
 name: reason
 type: aggregate
-short_description: Say last why a run has failed
+short_description: Print at the end why a run has failed
 description:
-  - After the recap, which hosts could not be reached and which have failed, at which task and why.
-  - What a rescue has dealt with is not repeated. Without a failure it says nothing.
+  - Prints after the recap which hosts could not be reached and which have failed, at which task and why.
+  - Failures that were rescued are not repeated. Without a failure it prints nothing.
 """
 
 
@@ -31,12 +31,12 @@ class CallbackModule(CallbackBase):
         self.reasons: dict[str, str] = {}
 
     def v2_runner_on_failed(self, result: CallbackTaskResult, ignore_errors: bool = False) -> None:
-        """Keeps why a task has failed; its host's earlier failures were rescued."""
+        """Keeps why a task has failed; earlier failures of the host were rescued."""
         if not ignore_errors:
             self._keep(result, f"failed at `{result.task.get_name()}`: {' '.join(_messages(result.result))}")
 
     def v2_runner_on_unreachable(self, result: CallbackTaskResult) -> None:
-        """Keeps at which task a host, or the one that the task was delegated to, could not be reached."""
+        """Keeps at which task a host, or the host that the task was delegated to, could not be reached."""
         if not result.task.ignore_unreachable:
             asked = result.result.get("_ansible_delegated_vars", {}).get("ansible_delegated_host")
             towards = f" towards {asked}" if asked else ""
@@ -45,12 +45,12 @@ class CallbackModule(CallbackBase):
 
     def _keep(self, result: CallbackTaskResult, reason: str) -> None:
         host = result.host.get_name()
-        # Again at the end: the order is that of the last events.
+        # Moved to the end: hosts are listed in the order of their last failures.
         self.reasons.pop(host, None)
         self.reasons[host] = reason
 
     def v2_playbook_on_stats(self, stats: AggregateStats) -> None:
-        """Says it."""
+        """Prints the reasons."""
         hosts: dict[str, list[str]] = {}
         for host, reason in self.reasons.items():
             if host in stats.failures or host in stats.dark:
@@ -62,7 +62,7 @@ class CallbackModule(CallbackBase):
 
 
 def _messages(result: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a task's result, or those of its failed items, say in words."""
+    """Yield the messages of a task's result, or of its failed items."""
     failed = [one for one in result.get("results", []) if one.get("failed") or one.get("unreachable")]
     for one in failed:
         yield from _messages(one)

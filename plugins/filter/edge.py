@@ -21,18 +21,17 @@ RING_POLICIES = ("RING_HASH", "MAGLEV")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 PARAMETER = re.compile(r"[A-Za-z0-9_.~-]+")
 HASH_POLICIES = ("query_parameter", "header", "cookie", "connection_properties", "filter_state")
-# Where each kind of policy names what it looks at, and what else it may say.
+# The field of each kind of policy that names its source, and the other fields that it may have.
 NAME_FIELDS = {"query_parameter": "name", "header": "header_name", "cookie": "name", "filter_state": "key"}
 OTHER_FIELDS = {"cookie": {"ttl", "path", "attributes"}, "connection_properties": {"source_ip"}}
 TTL = re.compile(r"[0-9]+s")
 # Envoy's own upper bound for the points of one ring.
 LARGEST_RING = 8 * 1024 * 1024
-# What the edge tells the nodes, and nobody else does: the key that was hashed, the cluster whose ring that was for, the
-# client's address.
+# Set by the edge only: the key that was hashed, the cluster whose ring it was hashed for, the client's address.
 NODE_HEADERS = ("x-stickyring-key", "x-stickyring-cluster", "x-stickyring-client")
-# Beside a key that the edge has made up for this very request.
+# Marks a request whose key the edge has generated.
 ISSUED_HEADER = "x-stickyring-issued"
-# Where a request's key is kept while Envoy handles it: what the client has given, and what is hashed, logged and told.
+# Envoy's filter state in a request: the key as the client gave it, and the key that is hashed, logged and passed on.
 GIVEN, KEY = "stickyring.given", "stickyring.key"
 # A key is UTF-8 without control characters (C0, DEL, C1), and without a blank at either end, which headers would lose.
 # Envoy matches byte by byte, hence the forms of UTF-8 (RFC 3629, section 4).
@@ -51,8 +50,8 @@ BAD_KEY = json.dumps(
 )
 # Envoy's own default for the slots of a Maglev table.
 MAGLEV_TABLE = 65537
-# See _endpoints. Nothing listens at this address of the edge itself, so the retries of the routes pass on whoever meets
-# it to the next point of the ring.
+# See _endpoints. Nothing listens at this address of the edge itself, so a request that meets it is retried at the next
+# point of the ring.
 NOBODY: Data = {"name": "nobody", "address": "127.0.0.1", "port": 1, "weight": 1}
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PING_INTERVAL = 25
@@ -102,12 +101,12 @@ def _is_address(text: str) -> bool:
 
 
 def _canonical(address: str) -> str:
-    """The one spelling of an IP address that has many; what is none stays as it is."""
+    """The canonical spelling of an IP address; other text is returned unchanged."""
     return str(ipaddress.ip_address(address)) if _is_address(address) else address
 
 
 def _range_problems(settings: Data) -> list[str]:
-    """What is no number, or none that can be meant; texts count as they come from the command line and INI files."""
+    """Numbers that are invalid or out of range; a number may be text, as from the command line and INI files."""
     problems = []
     for name, (low, high) in RANGES.items():
         value = settings[f"stickyring_edge_{name}"]
@@ -120,7 +119,7 @@ def _range_problems(settings: Data) -> list[str]:
 
 
 def _text_problems(settings: Data, clusters: list[Data]) -> list[str]:
-    """A text in place of a list would be taken for its letters, and a boolean in place of a level for a word."""
+    """Lists, paths, levels and booleans that are something else: YAML reads an unquoted `off` as a boolean."""
     problems = []
     paths = settings["stickyring_edge_private_paths"]
     if not isinstance(paths, list):
@@ -131,7 +130,7 @@ def _text_problems(settings: Data, clusters: list[Data]) -> list[str]:
         f"cluster {item['name']}: health_path": item["health_path"] for item in clusters if "health_path" in item
     }
     problems += [
-        f"{where} {path!r} is no path: give / and what follows, in visible ASCII characters."
+        f"{where} {path!r} is no path: give / and visible ASCII characters."
         for where, path in [*checked.items(), *(("stickyring_edge_private_paths:", path) for path in paths)]
         if not re.fullmatch(r"/[!-~]*", str(path))
     ]
@@ -172,9 +171,9 @@ def _place_problems(listeners: list[Data]) -> list[str]:
     for item, (address, port) in zip(listeners, places, strict=True):
         where = f"listener {item['name']}"
         if not 1024 <= port <= 65535:
-            problems.append(f"{where}: port {port} is not from 1024 to 65535; Envoy may open none below.")
+            problems.append(f"{where}: port {port} is not from 1024 to 65535; Envoy has no privilege for lower ports.")
         if not _is_address(address):
-            problems.append(f"{where}: {address!r} is no IP address, and Envoy looks up no names here.")
+            problems.append(f"{where}: {address!r} is no IP address, and Envoy resolves no names here.")
     return problems + [f"port {port} on {address} has two listeners." for address, port in _repeated(places)]
 
 
@@ -185,7 +184,7 @@ def edge_pem_paths(listeners: list[Data]) -> list[str]:
 
 
 def _tls_problems(item: Data, pems: dict[str, str]) -> list[str]:
-    """What is wrong with the certificate and the key of a listener; ``pems`` has the texts of those that are files."""
+    """What is wrong with the certificate and the key of a listener; ``pems`` has the text of each file that exists."""
     tls = item["tls"]
     where = f"listener {item['name']}"
     if not tls:
@@ -209,7 +208,7 @@ def _tls_problems(item: Data, pems: dict[str, str]) -> list[str]:
     try:
         key = load_pem_private_key(pems[tls["key"]].encode(), password=None)
     except TypeError:
-        return [*problems, f"{where}: tls.key {tls['key']} is encrypted; Envoy asks for no password."]
+        return [*problems, f"{where}: tls.key {tls['key']} is encrypted; Envoy has no password for it."]
     except ValueError:
         return [*problems, f"{where}: tls.key {tls['key']} is no private key in PEM."]
     public = (
@@ -218,7 +217,7 @@ def _tls_problems(item: Data, pems: dict[str, str]) -> list[str]:
     )
     if len(set(public)) > 1:
         problems.append(
-            f"{where}: tls.key {tls['key']} does not fit the first certificate of {tls['certificate']}, which has to be"
+            f"{where}: tls.key {tls['key']} does not fit the first certificate of {tls['certificate']}, which must be"
             " the server's own."
         )
     return problems
@@ -227,14 +226,14 @@ def _tls_problems(item: Data, pems: dict[str, str]) -> list[str]:
 def edge_problems(settings: Data, pems: dict[str, str], sha256: str | None = None) -> list[str]:
     """What is wrong with the edge's variables, one sentence each; empty when nothing is.
 
-    ``settings`` has the judged variables by their names, typed as the role's argument_specs say. ``pems`` has the texts
-    of those of edge_pem_paths that are files. ``sha256`` is judged if it is known: a binary that the same
-    run is to build has none yet.
+    ``settings`` has the variables to check by their names, typed as the role's argument_specs say. ``pems`` has the
+    text of each file of edge_pem_paths that exists. ``sha256`` is checked if it is known; before the run has built
+    the binary, it is None.
     """
     listeners: list[Data] = settings["stickyring_edge_listeners"]
     clusters: list[Data] = settings["stickyring_edge_clusters"]
     hash_policies: list[Data] = settings["stickyring_edge_hash_policies"]
-    # Whatever reckons with them takes them for numbers.
+    # The checks below calculate with these values.
     if problems := _range_problems(settings) + _text_problems(settings, clusters):
         return problems
     points = int(settings["stickyring_edge_ring_points_per_weight"])
@@ -261,21 +260,23 @@ def edge_problems(settings: Data, pems: dict[str, str], sha256: str | None = Non
         endpoints = cluster["endpoints"]
         where = f"cluster {cluster['name']}"
         if not endpoints:
-            problems.append(f"{where}: the endpoint list is empty, which would refuse every user.")
+            problems.append(f"{where}: the endpoint list is empty, so the edge would refuse every user.")
         if any(endpoint["name"] == NOBODY["name"] for endpoint in endpoints):
-            problems.append(f"{where}: the name {NOBODY['name']} is taken, by a place on the ring that is no endpoint.")
-        problems += [f"{where}: endpoint {name} is there twice." for name in _repeated([e["name"] for e in endpoints])]
+            problems.append(f"{where}: the endpoint name {NOBODY['name']} is reserved.")
+        problems += [f"{where}: endpoint {name} is listed twice." for name in _repeated([e["name"] for e in endpoints])]
         problems += [
-            f"{where}: {address}:{port} is there twice."
+            f"{where}: {address}:{port} is listed twice."
             for address, port in _repeated([(_canonical(e["address"]), int(e["port"])) for e in endpoints])
         ]
         problems += [
-            f"{where}: endpoint {e['name']}: {e['address']!r} is no IP address, and Envoy looks up no names here."
+            f"{where}: endpoint {e['name']}: {e['address']!r} is no IP address, and Envoy resolves no names here."
             for e in endpoints
             if not _is_address(e["address"])
         ]
         problems += [
-            f"{where}: endpoint {e['name']}: the weight is 1 or more." for e in endpoints if int(e.get("weight", 1)) < 1
+            f"{where}: endpoint {e['name']}: the weight must be 1 or more."
+            for e in endpoints
+            if int(e.get("weight", 1)) < 1
         ]
         weight = sum(int(endpoint.get("weight", 1)) for endpoint in endpoints)
         if _policy(cluster) == "RING_HASH" and points * weight + NOBODY["weight"] > LARGEST_RING:
@@ -298,7 +299,7 @@ def _policy_problems(where: str, policy: Data) -> list[str]:
     (kind,) = kinds
     settings, needed = policy[kind], NAME_FIELDS.get(kind)
     unknown = sorted(settings.keys() - {needed} - OTHER_FIELDS.get(kind, set()))
-    problems = [f"{where}: the hash policy {kind} has no use for {field}." for field in unknown]
+    problems = [f"{where}: the hash policy {kind} has no field {field}." for field in unknown]
     if needed and not settings.get(needed):
         problems.append(f"{where}: the hash policy {kind} needs {needed}.")
     elif needed and not PARAMETER.fullmatch(settings[needed]):
@@ -342,7 +343,7 @@ def _certificate_path(item: Data) -> str:
 
 
 def _tls(item: Data, common: Data) -> Data:
-    """What ends TLS in a filter chain; the certificate is in a file of its own, so that another changes no listener."""
+    """TLS in a filter chain. The certificate is in a file of its own, so that a new one changes no listener."""
     context = {
         **common["tls_context"],
         "tls_certificate_sds_secret_configs": [
@@ -362,7 +363,7 @@ def _tls(item: Data, common: Data) -> Data:
 
 
 def _certificate(item: Data, pems: dict[str, str]) -> Data:
-    """The secret of a listener without its key, which edge_private_keys has."""
+    """The secret of a listener without its private key, which edge_private_keys returns."""
     return {
         "@type": TYPE + "envoy.extensions.transport_sockets.tls.v3.Secret",
         "name": item["name"],
@@ -371,12 +372,12 @@ def _certificate(item: Data, pems: dict[str, str]) -> Data:
 
 
 def edge_private_keys(listeners: list[Data], pems: dict[str, str]) -> dict[str, str]:
-    """The text of the private key that belongs into each file of edge_files that needs one."""
+    """Path to private key, for each file of edge_files that needs one."""
     return {_certificate_path(item): pems[item["tls"]["key"]] for item in listeners if item.get("tls")}
 
 
 def _given(policy: Data) -> str:
-    """Envoy's name for the value that a hash policy looks at, decoded; empty where a request has none."""
+    """Envoy's substitution for the decoded value that a hash policy reads; empty if a request has none."""
     if "query_parameter" in policy:
         return f"%QUERY_PARAM({policy['query_parameter']['name']})%"
     if "header" in policy:
@@ -390,22 +391,22 @@ def _given(policy: Data) -> str:
 
 
 def _key_filters(policies: list[Data]) -> Data:
-    """Per-route settings of the filters that find the key of a request, once, before a route is chosen by it.
+    """Per-route settings of the filters that find the key of a request, before the route is chosen by it.
 
-    They are part of the routes, so that other hash policies change no listener, which would end its websockets.
+    They are in the routes because a changed listener would drop its WebSockets.
     """
 
     def kept(key: str, factory: str, value: str) -> Data:
         text = {"text_format_source": {"inline_string": value}, "omit_empty_values": True}
         return {"object_key": key, "factory_key": factory, "skip_if_empty": True, "format_string": text}
 
-    # Whoever gets a cookie is named by it, whatever policies come after: none of them is asked.
+    # A request without a key gets a cookie, so policies after the cookie never apply.
     issued = _issued_cookie(policies)
     asked = policies[: [policy.get("cookie") for policy in policies].index(issued) + 1] if issued else policies
-    # The first policy that finds something is the last one to be kept.
+    # Later values overwrite earlier ones, so the first policy comes last.
     values = [kept(GIVEN, "envoy.string", _given(policy)) for policy in reversed(asked)]
     if issued:
-        # Random for each request, whatever connection it comes by.
+        # Random for each request, not for each connection.
         values.append(kept(KEY, "envoy.hashable_string", "%UNIQUE_ID%"))
     values.append(kept(KEY, "envoy.hashable_string", f"%FILTER_STATE({GIVEN}:PLAIN)%"))
     rules = [
@@ -427,12 +428,12 @@ def _key_filters(policies: list[Data]) -> Data:
 
 
 def _issued_cookie(policies: list[Data]) -> Data | None:
-    """The cookie that is issued to who has given nothing: as with Envoy's own, the first one with a ttl."""
+    """The cookie for clients that give no key: the first one with a ttl, as in Envoy's own hash policies."""
     return next((policy["cookie"] for policy in policies if "ttl" in policy.get("cookie", {})), None)
 
 
 def _set_cookie(cookie: Data, *, secure: bool) -> Data:
-    """The response header by which a visitor gets the key that was made up for them."""
+    """The response header that gives a client its generated key."""
     seconds = int(cookie["ttl"].removesuffix("s"))
     attributes = [
         f"{one['name']}={one['value']}" if one.get("value") else one["name"] for one in cookie.get("attributes", [])
@@ -455,7 +456,7 @@ def _routes(item: Data, common: Data) -> Data:
         "name": item["name"],
         **common["route_configuration"],
     }
-    # What a client claims is removed before a route adds its own.
+    # Headers from the client are removed before a route adds its own.
     resource["most_specific_header_mutations_wins"] = True
     resource["request_headers_to_remove"] = [*NODE_HEADERS, ISSUED_HEADER]
     resource["request_headers_to_add"] = [
@@ -467,7 +468,7 @@ def _routes(item: Data, common: Data) -> Data:
         )
     ]
     private = [{"match": {"path": path}, "direct_response": {"status": 404}} for path in common["private_paths"]]
-    # A retry needs the whole body again; Envoy's own bound is the connection's buffer, far below what a body may have.
+    # A retry sends the whole body again. Envoy's own limit is the connection's buffer, far below the allowed body size.
     everything = {
         "match": {"prefix": "/"},
         "route": {"cluster": item["cluster"], **common["route"]},
@@ -483,24 +484,24 @@ def _routes(item: Data, common: Data) -> Data:
             added["request_headers_to_add"] = [{"header": {"key": ISSUED_HEADER, "value": "1"}}]
             added["response_headers_to_add"] = [_set_cookie(cookie, secure="tls" in item)]
         routes = [
-            {**everything, "match": _who_gives(GOOD_KEY)},
-            {"match": _who_gives(ANY_KEY), "direct_response": {"status": 400, "body": {"inline_string": BAD_KEY}}},
+            {**everything, "match": _with_key(GOOD_KEY)},
+            {"match": _with_key(ANY_KEY), "direct_response": {"status": 400, "body": {"inline_string": BAD_KEY}}},
             {**everything, **added},
         ]
     resource["virtual_hosts"] = [{"name": item["name"], "domains": ["*"], "routes": [*private, *routes]}]
     return resource
 
 
-def _who_gives(regex: str) -> Data:
+def _with_key(regex: str) -> Data:
     return {"prefix": "/", "filter_state": [{"key": GIVEN, "string_match": {"safe_regex": {"regex": regex}}}]}
 
 
 def _endpoints_path(cluster: Data, common: Data) -> str:
-    """Other members stand in another file.
+    """The path of a cluster's endpoints file, which depends on its members.
 
-    So the clusters file brings all members in one step, and Envoy serves by them once it has checked the health of them
-    all. A file that kept its name would be taken at once: a member at a new address would be off the ring until it has
-    passed a check, and its users with others.
+    A new path makes Envoy load the changed members with the cluster, and use them once it has checked them all.
+    Under the old path, Envoy would use them at once: a member at a new address would be off the ring until it has
+    passed a check, and its users would move to other nodes.
     """
     members = json.dumps(_endpoints(cluster, common), sort_keys=True)
     return f"endpoints/{cluster['name']}-{hashlib.sha256(members.encode()).hexdigest()[:12]}.json"
@@ -545,10 +546,10 @@ def _endpoint(item: Data, weight: int) -> Data:
 def _endpoints(cluster: Data, common: Data) -> Data:
     """The endpoints of a cluster; on a ring, a weight is the number of points.
 
-    Envoy gives the lightest endpoint a whole number of points, one for minimum_ring_size 1, and the others as many for
-    their weight. With NOBODY as the lightest, who is always healthy, no point of a node depends on who else is there or
-    in good health, but for one that rounding may add or take where weights are unequal. So a node that fails moves its
-    own users and no others, which Envoy alone cannot do (issue 22558).
+    Envoy gives the lightest endpoint a whole number of points, one for minimum_ring_size 1, and the others points in
+    proportion to their weight. With NOBODY as the lightest endpoint, which is always healthy, a node's points do not
+    depend on which other nodes exist or are healthy, except for one point of rounding with unequal weights. So a node
+    that fails moves only its own users, which Envoy alone cannot do (issue 22558).
     """
     endpoints = cluster["endpoints"]
     if _policy(cluster) != "RING_HASH":
@@ -568,9 +569,9 @@ def _endpoints(cluster: Data, common: Data) -> Data:
 def edge_files(
     listeners: list[Data], clusters: list[Data], common: Data, pems: dict[str, str]
 ) -> dict[str, list[Data]]:
-    """Path of each filesystem xDS file, below its directory, to the resources in it; no private key is among them.
+    """Path of each filesystem xDS file, below its directory, to the resources in it, without private keys.
 
-    Envoy takes one route configuration, one endpoint list and one secret from a file, hence one file a listener and a
+    Envoy reads only one route configuration, endpoint list or secret from a file, hence a file for each listener and
     cluster. ``common`` is what the role's vars/main.yml composes, ``pems`` has the texts of edge_pem_paths.
     """
     files: dict[str, list[Data]] = {"clusters.json": [_cluster(item, common) for item in clusters]}
@@ -582,7 +583,7 @@ def edge_files(
 
 
 def _ring_document(resource: Data, members: list[Data]) -> Data:
-    """What stickyring.ring reads: a Cluster resource and its members in Envoy's order."""
+    """The document that stickyring.ring reads, from a Cluster resource and its members in Envoy's order."""
     document: Data = {"cluster": resource["name"], "policy": resource["lb_policy"], "members": members}
     if resource["lb_policy"] == "RING_HASH":
         sizes = resource["ring_hash_lb_config"]
@@ -593,7 +594,10 @@ def _ring_document(resource: Data, members: list[Data]) -> Data:
 
 
 def edge_wanted_ring(clusters: list[Data], name: str, common: Data) -> Data:
-    """The ring document of a cluster as the variables want it, every endpoint healthy; empty as for the served one."""
+    """The ring document of a cluster as the variables define it, with every endpoint healthy.
+
+    Empty if there is no such cluster, or if its policy has no ring.
+    """
     cluster = next((item for item in clusters if item["name"] == name), {"lb_policy": "none"})
     if _policy(cluster) not in RING_POLICIES:
         return {}
@@ -607,7 +611,7 @@ def edge_wanted_ring(clusters: list[Data], name: str, common: Data) -> Data:
 def edge_served_ring(name: str, config_dump: Data) -> Data:
     """The ring document of a cluster as Envoy serves it, from its admin interface's /config_dump?include_eds.
 
-    Empty when Envoy has no such cluster, or one whose policy knows no owners.
+    Empty if Envoy has no such cluster, or if its policy has no ring.
     """
     sections = {section["@type"].rpartition(".")[2]: section for section in config_dump["configs"]}
     clusters = [item["cluster"] for item in sections.get("ClustersConfigDump", {}).get("dynamic_active_clusters", [])]
@@ -622,7 +626,7 @@ def edge_served_ring(name: str, config_dump: Data) -> Data:
         {
             "name": host["endpoint"]["hostname"],
             "weight": host["load_balancing_weight"],
-            # As the ring sees it: what is degraded or draining owns nothing either.
+            # As on the ring: degraded or draining endpoints own nothing either.
             "health": "HEALTHY" if host["health_status"] == "HEALTHY" else "UNHEALTHY",
         }
         for locality in assignment.get("endpoints", [])
@@ -632,7 +636,7 @@ def edge_served_ring(name: str, config_dump: Data) -> Data:
 
 
 def _key_rules(resource: Data) -> list[str]:
-    """How a route configuration finds and hashes a key, of the role's making or as Envoy tells it."""
+    """How a route configuration finds and hashes a key; from edge_files or from Envoy's config_dump."""
     settings = resource.get("typed_per_filter_config", {}).get("stickyring.key", {})
     texts = [
         f"{one.get('object_key')} {one['format_string']['text_format_source']['inline_string']}"
@@ -645,7 +649,7 @@ def _key_rules(resource: Data) -> list[str]:
 
 
 def edge_rekeyed(files: dict[str, list[Data]], config_dump: Data) -> list[str]:
-    """Names of listeners that Envoy serves and that will find or hash the users' keys in another way.
+    """Names of listeners that Envoy serves and that will find or hash users' keys differently.
 
     ``files`` is what edge_files has made, ``config_dump`` the admin interface's
     /config_dump?resource=dynamic_route_configs.
@@ -661,7 +665,7 @@ class FilterModule:
     """The role's filters."""
 
     def filters(self) -> dict[str, Any]:
-        """Name to function, as Ansible asks for them."""
+        """Name to function."""
         return {
             "edge_pem_paths": edge_pem_paths,
             "edge_private_keys": edge_private_keys,

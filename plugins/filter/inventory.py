@@ -1,4 +1,4 @@
-"""What the inventory says: the endpoints of the ring, and everything that is wrong with it before a host is touched."""
+"""Filters on the inventory: the endpoints of the ring, and mistakes in the inventory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LISTS_OF_THE_PROBE = {
 }
 
 RESULT = re.compile(r"stickyring_(edge|node)_result_")
-"""What a role has found out, in an earlier playbook of the same run."""
+"""Variables that a role has set in an earlier playbook of the same run."""
 
 
 def endpoints(
@@ -51,7 +51,7 @@ def endpoints(
 def longest_restart(
     nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> int:
-    """Minutes that the slowest of the nodes may take, by its settings, until all of its instances are started anew."""
+    """Minutes that the slowest node may take, by its settings, to restart all of its instances."""
 
     def seconds(node: str) -> int:
         settings = ("instances", "drain_timeout", "start_timeout", "proving_time")
@@ -68,10 +68,10 @@ def problems(
     defaults: Mapping[str, Any],
     known_variables: Iterable[str],
 ) -> list[str]:
-    """Everything that is wrong with an inventory, one sentence each: what, where and how to mend it.
+    """Everything that is wrong with an inventory, one sentence each: what, where and how to fix it.
 
-    groups: host names by group; hostvars: the variables of all hosts by name; defaults: the defaults of the roles
-    together; known_variables: every name with the prefix `stickyring_` that means something.
+    groups: host names by group; hostvars: the variables of all hosts by name; defaults: the merged defaults of the
+    roles; known_variables: every valid name with the prefix `stickyring_`.
     """
     nodes = list(groups.get("nodes", []))
     edges = list(groups.get("edge", []))
@@ -87,16 +87,16 @@ def problems(
 
     without_address = [host for host in hosts if not _address(hostvars[host])]
     found += [
-        f"{host}: stickyring_address is not set, or refers to what is not: give the address that the edge reaches it"
-        " at."
+        f"{host}: stickyring_address is not set, or refers to a variable that is not set: give the address at which the"
+        " edge reaches the host."
         for host in without_address
     ]
     if without_address:
         return found
 
     found += [
-        f"{host}: its address is {_address(hostvars[host])!r}, and Envoy looks up no names: give stickyring_address the"
-        " IP address that edges and nodes know it by. ansible_host may stay a name."
+        f"{host}: its address is {_address(hostvars[host])!r}, and Envoy resolves no names: set stickyring_address to"
+        " the IP address at which edges and nodes reach the host. ansible_host may stay a name."
         for host in hosts
         if not _is_ip(_address(hostvars[host]))
     ]
@@ -115,7 +115,7 @@ def problems(
 
 
 def _address(variables: Mapping[str, Any]) -> str:
-    """The host's stickyring_address; empty where it has none, or one that is made of a variable that is not set."""
+    """The host's stickyring_address; empty if it is not set or refers to a variable that is not set."""
     try:
         return str(variables["stickyring_address"])
     except (KeyError, AnsibleUndefinedVariable, UndefinedError):
@@ -131,7 +131,7 @@ def _is_ip(text: str) -> bool:
 
 
 def _not_a_share(hostvars: Mapping[str, Mapping[str, Any]], nodes: Sequence[str]) -> list[str]:
-    """Ansible takes 0 for all hosts at once."""
+    """Invalid values of stickyring_share; Ansible would take 0 for all hosts at once."""
     shares = {str(hostvars[host].get("stickyring_share", 1)) for host in nodes}
     good = re.compile(r"[1-9][0-9]*|([1-9]|[1-9][0-9]|100)%")
     return [
@@ -148,7 +148,7 @@ def _unknown_variables(host: str, variables: Mapping[str, Any], known_variables:
     for name in sorted(variables):
         if name.startswith("stickyring_") and name not in known and not RESULT.match(name):
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "no role knows it."
+            hint = f"did you mean {near[0]}?" if near else "no role uses it."
             found.append(f"{host}: unknown variable {name}: {hint}")
     return found
 
@@ -175,7 +175,7 @@ def _repeated(hosts: Sequence[str], nodes: Sequence[str], hostvars: Mapping[str,
     for host in nodes:
         by_name[hostvars[host].get("stickyring_node_name", host)].append(host)
     found = [
-        f"{' and '.join(sharing)} have the same address {address}: a host is named once."
+        f"{' and '.join(sharing)} have the same address {address}: list each host once."
         for address, sharing in by_address.items()
         if len(sharing) > 1
     ]
@@ -189,7 +189,7 @@ def _repeated(hosts: Sequence[str], nodes: Sequence[str], hostvars: Mapping[str,
 def _shared_ports(
     hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> list[str]:
-    """The ports that a node and an edge on the same host would both take; the edge's role judges its own."""
+    """Ports that a node and an edge on the same host would both use; the edge role checks its own listeners."""
     found = []
     for host in hosts:
         listeners = hostvars[host].get("stickyring_edge_listeners", defaults.get("stickyring_edge_listeners"))
@@ -206,7 +206,7 @@ class FilterModule:
     """The filters by the names that playbooks use."""
 
     def filters(self) -> dict[str, Any]:
-        """Names to functions, as Ansible asks for them."""
+        """Name to function."""
         return {
             "endpoints": endpoints,
             "inventory_problems": problems,

@@ -1,4 +1,4 @@
-"""Jinja filters of the role: its variables judged, and what stands in the environment file of each instance."""
+"""Jinja filters of the node role: mistakes in its variables, and the environment file of each instance."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# What no unit file, shell, folder or header gives a meaning of its own: the values stand in all of these.
+# The values are used in unit files, shells, folder names and headers: no character may have a special meaning there.
 TEXTS = {
     "service": (
         r"[a-z][a-z0-9-]{0,30}",
-        "also names a user: lower case letters, digits and hyphens, beginning with a letter, 31 at most",
+        "also names a user: use at most 31 lower-case letters, digits and hyphens, beginning with a letter",
     ),
     "application": (
         r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(\([^\"\\%$\n]*\))?",
-        'is neither module:attribute nor module:factory(), or holds one of " \\ % $',
+        'is neither module:attribute nor module:factory(), or contains one of " \\ % $',
     ),
-    "release": (r"[A-Za-z0-9][A-Za-z0-9._+-]*", "may hold letters, digits and . _ + - only"),
+    "release": (r"[A-Za-z0-9][A-Za-z0-9._+-]*", "may contain only letters, digits and . _ + -"),
     "name": (
         r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}",
-        "may hold letters, digits and . _ - only: rename the host in the inventory, or give it a stickyring_node_name",
+        "may contain only letters, digits and . _ -: rename the host in the inventory, or set its stickyring_node_name",
     ),
     "worker_class": (r"[A-Za-z_][\w.:#-]*", "is no worker class in gunicorn's notation"),
-    "health_path": (r"/[!-~]*", "does not begin with /, or holds more than visible ASCII characters"),
-    "index_url": (r"[!-~]*", "holds more than visible ASCII characters"),
+    "health_path": (r"/[!-~]*", "does not begin with /, or contains other than visible ASCII characters"),
+    "index_url": (r"[!-~]*", "contains other than visible ASCII characters"),
     "python": (r"python3|pypy3", "is neither python3 nor pypy3"),
     "log_level": (r"debug|info|warning|error|critical", "is none of debug, info, warning, error and critical"),
 }
@@ -44,13 +44,13 @@ BOOLEANS = ("prove", "surge", "keep_surplus")
 VARIABLE = r"[A-Za-z_]\w*"
 DESCRIPTORS_BESIDE_CONNECTIONS = 100
 BEATS = 3
-"""Seconds of the shortest watchdog: a process beats once a second."""
+"""The shortest watchdog, in seconds: a process gives a sign of life every second."""
 
 
 def node_mistakes(variables: dict[str, Any]) -> list[str]:
-    """Return what is wrong with the role's variables, whatever the host, one sentence each without its full stop.
+    """Return the mistakes in the role's variables that need no look at the host, one sentence each without full stop.
 
-    variables: those to judge, by their names without the role's prefix. Numbers and booleans may be texts.
+    variables: those to check, by their names without the role's prefix. Numbers and booleans may be texts.
     """
     return [f"stickyring_node_{mistake}" for mistake in _mistakes(variables)]
 
@@ -62,8 +62,8 @@ def _mistakes(variables: dict[str, Any]) -> Iterator[str]:
             yield f"{name} {value!r} {fault}"
     if "address" in variables and not _is_address(variables["address"]):
         yield (
-            f"address {variables['address']!r} is no IP address: give stickyring_address the one that the edge reaches"
-            " the host at"
+            f"address {variables['address']!r} is no IP address: set stickyring_address to the one at which the edge"
+            " reaches the host"
         )
     edges = variables.get("edges", [])
     if not isinstance(edges, list) or not all(map(_is_address, edges)):
@@ -85,26 +85,26 @@ def _mistakes_of_numbers(variables: dict[str, Any]) -> Iterator[str]:
             yield f"{name} is {variables[name]!r}: give a whole number from {low} to {high}"
     watchdog, port, instances = (numbers.get(name) for name in ("watchdog", "port", "instances"))
     if watchdog and watchdog < BEATS:
-        yield f"watchdog is {watchdog}: give {BEATS} or more, or 0 for none; a process beats once a second"
+        yield f"watchdog is {watchdog}: give {BEATS} or more, or 0 to turn it off; a process signals once a second"
     if port and instances and port + instances - 1 > 65535:
-        yield f"port {port} leaves the range up to 65535 with {instances} instances"
+        yield f"port {port} is too high for {instances} instances: their ports would exceed 65535"
     files, connections = numbers.get("limit_nofile"), numbers.get("max_connections")
     if files and connections and files < connections + DESCRIPTORS_BESIDE_CONNECTIONS:
         yield (
-            f"limit_nofile {files} is too low: {connections} connections (stickyring_node_max_connections) and"
-            f" {DESCRIPTORS_BESIDE_CONNECTIONS} files beside must fit"
+            f"limit_nofile {files} is too low for {connections} connections (stickyring_node_max_connections) and"
+            f" {DESCRIPTORS_BESIDE_CONNECTIONS} other files"
         )
 
 
 def _mistakes_of_the_environment(environment: object) -> Iterator[str]:
     if not isinstance(environment, dict):
-        yield f"environment is {environment!r}: give names with values, {{NAME: value}}"
+        yield f"environment is {environment!r}: give a dictionary, {{NAME: value}}"
         return
     for name in environment:
         if not re.fullmatch(VARIABLE, str(name), re.ASCII):
             yield f"environment: {name!r} cannot name an environment variable"
         elif name.startswith("STICKYRING_"):
-            yield f"environment: {name} belongs to the runtime, which has variables of the role instead"
+            yield f"environment: {name} is reserved for the runtime: use the role's variables instead"
 
 
 def _is_address(text: object) -> bool:
@@ -120,8 +120,8 @@ def node_variables(
 ) -> dict[str, str]:
     """Return the environment variables of an instance.
 
-    host: address of a URL, an IPv6 one in brackets. port: of instance 1. name: of the node. shared: variables that all
-    instances have.
+    host: IP address, IPv6 in brackets. port: of instance 1. name: of the node. shared: variables that all instances
+    have.
     """
     own = {
         "STICKYRING_LISTEN": f"{host}:{port + instance - 1}",
@@ -152,9 +152,9 @@ def _text(header: str, variables: dict[str, str]) -> str:
 
 
 def node_with_digest(text: str, variable: str) -> str:
-    """Return the text with its own SHA-256 as the value of a variable that has none in it.
+    """Return the text with its own SHA-256 as the value of a variable that is empty in it.
 
-    Every process that starts from it has the variable, so that it tells of itself what it was started from.
+    A process that starts from the text has this variable, which shows what it was started from.
     """
     return text.replace(f"{variable}=\n", f"{variable}={hashlib.sha256(text.encode()).hexdigest()}\n")
 
@@ -163,7 +163,7 @@ class FilterModule:
     """The role's filters."""
 
     def filters(self) -> dict[str, Any]:
-        """Name to function, as Ansible asks for them."""
+        """Name to function."""
         return {
             "node_mistakes": node_mistakes,
             "node_variables": node_variables,

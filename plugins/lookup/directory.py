@@ -13,8 +13,8 @@ name: directory
 author: The stickyring authors
 short_description: Directory of the collection stickyring.fleet on the controller
 description:
-  - Returns where the collection is installed, or the clone that it is used from.
-  - A role's C(role_path) says it only inside of the role.
+  - Returns the directory of the installed collection, or of the clone.
+  - C(role_path) is available only inside a role.
 """
 
 EXAMPLES = r"""
@@ -35,5 +35,5 @@ class LookupModule(LookupBase):
     """The lookup."""
 
     def run(self, terms: Sequence[object], variables: dict[str, Any] | None = None, **kwargs: object) -> list[str]:
-        """Return the path; terms and options mean nothing."""
+        """Return the path; terms and options are ignored."""
         return [str(Path(__file__).resolve().parents[2])]

@@ -31,7 +31,7 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 class Admin:
-    """Envoy's admin interface. Every method raises OSError when it does not answer."""
+    """Envoy's admin interface. Every method but `answers` raises OSError when it does not answer."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -70,7 +70,7 @@ class Admin:
         return {match[1]: count for name, count in found.items() if (match := re.search(pattern, name)) and count}
 
     def dump(self) -> Dump:
-        """The configuration that Envoy runs on, by the last part of each section's type."""
+        """Envoy's running configuration, by the last part of each section's type."""
         return {part["@type"].rpartition(".")[2]: part for part in self.get("/config_dump?include_eds")["configs"]}
 
     def hosts(self) -> dict[tuple[str, str, int], Resource]:

@@ -1,4 +1,4 @@
-"""The Envoy that reads the xDS files: whether it has loaded them, what it rejects, and whom it finds healthy."""
+"""The Envoy that reads the xDS files: what it has loaded, what it rejects, and which endpoints it finds healthy."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Envoy:
     def await_answer_of_running_unit(self) -> None:
         """Waits while the unit runs and Envoy does not answer yet; NotApplied after the timeout.
 
-        Without an answer, nobody would judge the files and Envoy would get them in no order. An Envoy without a socket
-        is left to the caller.
+        Without an answer, a rejected file would not be noticed, and Envoy would get the files in no order. The caller
+        handles an Envoy without a socket.
         """
         deadline = time.monotonic() + self.timeout
         while not self.answers and self.unit.active():
@@ -102,7 +102,7 @@ class Envoy:
             time.sleep(POLL_SECONDS)
 
     def problems(self, files: Iterable[XdsFile]) -> list[str]:
-        """What of these files Envoy has not loaded yet; NotApplied when it has rejected any file since the start."""
+        """What Envoy has not loaded yet of these files; NotApplied when it has rejected any file since the start."""
         stats = self.admin.stats()
         rejected = [file.path for file in self.files if file.refusals(stats) > file.refusals(self.before)]
         if rejected:
@@ -111,11 +111,11 @@ class Envoy:
         return [line for file in files for line in file.version_problems(stats) + file.activity_problems(dump)]
 
     def serving_problems(self) -> list[str]:
-        """What of all files Envoy has not loaded yet, and listeners whose port is closed."""
+        """What Envoy has not loaded yet of all files, and listeners whose port is closed."""
         return self.problems(self.files) or [line for file in self.files for line in file.port_problems()]
 
     def health_problems(self) -> list[str]:
-        """Endpoints that Envoy does not find healthy, one line each; none where nobody asks for it."""
+        """Endpoints that Envoy does not find healthy, one line each; none if the healthy timeout is 0."""
         if not self.healthy_timeout:
             return []
         hosts = self.admin.hosts()
@@ -130,7 +130,7 @@ class Envoy:
         self.wait("Waiting until Envoy finds every endpoint healthy", self.health_problems, self.healthy_timeout)
 
     def reason(self) -> str:
-        """Why Envoy rejected an update, in its own words; waits up to JOURNAL_SECONDS for them to reach the journal."""
+        """Envoy's message about a rejected update; waits up to JOURNAL_SECONDS until it is in the journal."""
         deadline = time.monotonic() + JOURNAL_SECONDS
         while True:
             listeners = self.admin.dump().get("ListenersConfigDump", {}).get("dynamic_listeners", [])
@@ -141,9 +141,9 @@ class Envoy:
             time.sleep(POLL_SECONDS)
 
     def reasons_in_journal(self) -> list[str]:
-        """What Envoy has logged since the start about rejected files; config_dump knows only of listeners."""
+        """What Envoy has logged since the start about rejected files; config_dump shows only rejected listeners."""
         log = self.unit.journal("--since", f"@{self.started:.6f}")
-        # A report may span lines; the next record begins with its time in brackets or is a line of the access log.
+        # A message may span lines; the next record begins with a time in brackets or is a line of the access log.
         return re.findall(r"Filesystem config update (?:rejected|failure): (.*?)(?=\n[\[{]|\Z)", log, re.DOTALL)
 
     def rejected_listeners(self) -> list[str]:

@@ -9,7 +9,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 
 class Unit:
-    """The unit as systemd showed it at the last look; without a name, nothing runs."""
+    """The unit as systemd showed it last; without a name it counts as not running."""
 
     def __init__(self, module: AnsibleModule) -> None:
         self.name: str | None = module.params["unit"]
@@ -34,9 +34,9 @@ class Unit:
         return self.shown.get("UnitFileState") == "enabled"
 
     def up_to_date(self) -> bool:
-        """Whether it runs on the start files: no run has begun to write them without restarting it.
+        """Whether it was started from the start files. False if a run was interrupted before it restarted the unit.
 
-        Versions that kept no record count as up to date.
+        Without a record, as earlier versions left it, a running unit counts as up to date.
         """
         record = self.module.params["start_record"]
         if not self.active() or self.shown["NeedDaemonReload"] == "yes":
@@ -56,7 +56,7 @@ class Unit:
         return hashlib.sha256("".join(texts).encode()).hexdigest()
 
     def journal(self, *options: str) -> str:
-        """What the unit logged, one record a line; empty without a name."""
+        """The unit's journal; empty without a name."""
         if not self.name:
             return ""
         command = ["journalctl", "--unit", self.name, "--output", "cat", "--no-pager", *options]

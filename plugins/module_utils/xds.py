@@ -1,4 +1,4 @@
-"""Envoy's filesystem xDS files: what stands in each, and how Envoy's statistics and dump tell that it is loaded.
+"""Envoy's filesystem xDS files: their content, and how Envoy's statistics and dump show that they are loaded.
 
 https://www.envoyproxy.io/docs/envoy/v1.40.0/configuration/overview/xds_api
 """
@@ -16,7 +16,7 @@ ENDPOINTS = "envoy.config.endpoint.v3.ClusterLoadAssignment"
 ROUTES = "envoy.config.route.v3.RouteConfiguration"
 SECRET = "envoy.extensions.transport_sockets.tls.v3.Secret"
 LISTENER = "envoy.config.listener.v3.Listener"
-# Nothing may be named before it is there, so Envoy is given them in this order.
+# A resource must exist before another names it, so Envoy gets them in this order.
 TYPES = (CLUSTER, ENDPOINTS, ROUTES, SECRET, LISTENER)
 # Envoy takes exactly one of these from a file.
 SINGLE_TYPES = (ENDPOINTS, ROUTES, SECRET)
@@ -31,12 +31,12 @@ class InvalidFiles(Exception):
 
 
 def version_of(resources: list[Resource]) -> str:
-    """The version_info of a file with these resources: 16 hexadecimal digits, whatever the order of keys."""
+    """The version_info of a file with these resources: 16 hexadecimal digits, independent of the order of keys."""
     return hashlib.sha256(json.dumps(resources, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def with_key(resources: list[Resource], private_key: str | None) -> list[Resource]:
-    """The secret with its private key; what has none stays as it is."""
+    """The secret with its private key; without a key, the resources are returned unchanged."""
     if private_key is None:
         return resources
     [secret] = resources
@@ -45,12 +45,12 @@ def with_key(resources: list[Resource], private_key: str | None) -> list[Resourc
 
 
 def is_secret(text: str) -> bool:
-    """Whether the text of a file is not for everybody."""
+    """Whether a file with this text contains a private key or a secret resource."""
     return SECRET in text or "PRIVATE KEY" in text
 
 
 def resources_of(text: str) -> dict[str, Resource]:
-    """Each resource's name to it, of a file's text; empty when it is no xDS file with names."""
+    """Name to resource, from a file's text; empty if it is no xDS file with names."""
     try:
         return {resource["name"]: resource for resource in json.loads(text)["resources"]}
     except (ValueError, KeyError, TypeError):
@@ -67,7 +67,7 @@ class XdsFile:
             )
         types = {resource.get("@type", "").removeprefix("type.googleapis.com/") for resource in resources}
         if len(types) != 1 or not types <= set(TYPES):
-            raise InvalidFiles(f"{path}: wants resources of one type out of {', '.join(TYPES)}; got {sorted(types)}.")
+            raise InvalidFiles(f"{path}: needs resources of one type out of {', '.join(TYPES)}; got {sorted(types)}.")
         self.path = path
         self.type = types.pop()
         self.resources = resources
@@ -78,11 +78,11 @@ class XdsFile:
             raise InvalidFiles(f"{path}: the endpoint list is empty. Envoy would accept it and then refuse every user.")
 
     def endpoints(self) -> dict[tuple[str, int], str]:
-        """Address and port to the endpoint's name, of a file of endpoints."""
+        """Address and port to name, for a file of endpoints."""
         return endpoints_of(self.resources[0])
 
     def checked_endpoints(self) -> dict[tuple[str, int], str]:
-        """The same without those that are not to be checked: places on the ring that are no nodes."""
+        """The same, without endpoints that have no health check: places on the ring that are no nodes."""
         unchecked = {
             place_of(item["endpoint"]["address"])
             for locality in self.resources[0].get("endpoints", [])
@@ -101,7 +101,7 @@ class XdsFile:
         return json.dumps({"version_info": self.version, "resources": self.resources}, indent=2) + "\n"
 
     def subscriptions(self, stats: Stats) -> list[str]:
-        """Statistics prefixes of Envoy's subscriptions to this file; none for what no listener uses yet."""
+        """Statistics prefixes of Envoy's subscriptions to this file; none if no listener uses it yet."""
         if self.type == CLUSTER:
             return ["cluster_manager.cds"]
         if self.type == LISTENER:
@@ -115,7 +115,7 @@ class XdsFile:
         return [name.removesuffix(".version_text") for name in stats if name.endswith(ending)]
 
     def refusals(self, stats: Stats) -> int:
-        """How many updates of this file Envoy has refused since it started."""
+        """How many updates of this file Envoy has rejected since it started."""
         return sum(
             stats.get(f"{prefix}.{counter}", 0)
             for prefix in self.subscriptions(stats)
@@ -123,7 +123,7 @@ class XdsFile:
         )
 
     def refused(self, stats: Stats) -> bool:
-        """Whether Envoy has refused this file and is not at it."""
+        """Whether Envoy has rejected this file and does not have its version."""
         return bool(self.refusals(stats) and self.version_problems(stats))
 
     def version_problems(self, stats: Stats) -> list[str]:
@@ -190,7 +190,7 @@ class XdsFile:
 
 
 def endpoints_of(assignment: Resource) -> dict[tuple[str, int], str]:
-    """Address and port to the endpoint's name, of a ClusterLoadAssignment."""
+    """Address and port to name, for a ClusterLoadAssignment."""
     found = {}
     for locality in assignment.get("endpoints", []):
         for item in locality.get("lb_endpoints", []):
@@ -199,7 +199,7 @@ def endpoints_of(assignment: Resource) -> dict[tuple[str, int], str]:
 
 
 def place_of(address: Resource) -> tuple[str, int]:
-    """IP address, in the one spelling that compares, and port of an Address."""
+    """IP address in its canonical spelling, and port of an Address."""
     place = address["socket_address"]
     return str(ipaddress.ip_address(place["address"])), place["port_value"]
 

@@ -17,7 +17,7 @@ class NotProven(Exception):
 
 
 class XdsDirectory:
-    """The directory and the files that it is to hold."""
+    """The directory and its wanted files."""
 
     def __init__(self, module: AnsibleModule, files: list[XdsFile]) -> None:
         self.module = module
@@ -36,7 +36,7 @@ class XdsDirectory:
         return self.read(file.path) != file.text
 
     def surplus(self) -> list[str]:
-        """Files that are there and not wanted. A hidden file is a write that was interrupted."""
+        """Files that exist and are not wanted. Hidden files are ignored: an interrupted write leaves them."""
         found = {str(path.relative_to(self.path)) for path in self.path.rglob("[!.]*") if path.is_file()}
         return sorted(found - {file.path for file in self.files})
 
@@ -51,7 +51,7 @@ class XdsDirectory:
             self.own(folder, "0755")
 
     def put(self, path: str, text: str) -> None:
-        """Renames the text into place with its owner and mode set, because Envoy reads it at once."""
+        """Writes the file with its owner and mode, and renames it into place, because Envoy reads it at once."""
         target = self.path / path
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=".")
         temporary = Path(name)
@@ -122,7 +122,7 @@ class XdsDirectory:
         names = [*texts, *(f"{path} (owner or mode)" for path in self.wrongly_owned())]
         if not names:
             return
-        message = f"{self.path} differs from what the variables say, and was left alone: {', '.join(names)}."
+        message = f"{self.path} differs from what the variables say, and was not changed: {', '.join(names)}."
         if self.module._diff:
             # Ansible shows no diff of a task that failed, so it is part of the message.
             lines = [

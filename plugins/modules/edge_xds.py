@@ -1,4 +1,4 @@
-"""Ansible module: filesystem xDS files for Envoy, proven in the running process."""
+"""Ansible module: writes filesystem xDS files for Envoy and proves that Envoy has loaded them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ options:
     description:
       - systemd unit of this Envoy.
       - Its journal has Envoy's reason where the admin interface does not.
-      - While it runs and Envoy does not answer, no file is written, because nobody would judge it.
+      - While it runs and Envoy does not answer, no file is written, because a rejection would not be noticed.
     type: str
   start_files:
     description:
@@ -230,11 +230,11 @@ HOW_TO_GO_ON = "To end them all the same, run this again with `-e stickyring_edg
 
 
 class EndsWebsockets(Exception):
-    """The change would end open websockets, which nobody has allowed; the message says why and how many."""
+    """The change would end open websockets without permission; the message says why and how many."""
 
 
 class Change:
-    """The way from the files on the host to the wanted ones, and what it costs."""
+    """The change from the files on the host to the wanted ones, and the websockets that it ends."""
 
     def __init__(self, module: AnsibleModule, files: list[XdsFile]) -> None:
         self.module = module
@@ -248,8 +248,8 @@ class Change:
     def changed(self) -> list[XdsFile]:
         """Files to write: those that differ, and those that Envoy has rejected.
 
-        Envoy reads a file again only when it is renamed into place again. That mends a rejection whose cause is gone,
-        such as a port that was taken.
+        Envoy reads a file again only when it is renamed into place again. That resolves a rejection whose cause
+        is gone, such as a port that was in use.
         """
         return [file for file in self.files if self.directory.differs(file) or file.refused(self.envoy.before)]
 
@@ -323,7 +323,7 @@ class Change:
     def steps(self) -> Iterable[list[XdsFile]]:
         """The files to write, in steps that Envoy finishes one after another.
 
-        New files, which none names yet, go first. Clusters that leave stay until no route names them any more.
+        New files, which no resource names yet, go first. Removed clusters stay until no route names them.
         """
         new = [file for file in self.changed if file.type in SINGLE_TYPES and self.directory.read(file.path) is None]
         steps = [[file for file in self.changed if file.type == kind and file not in new] for kind in TYPES]
@@ -361,7 +361,7 @@ class Change:
             raise NotApplied(f"{error}. {self.restore(texts)}.") from error
 
     def restore(self, texts: dict[str, str | None]) -> str:
-        """Puts the previous files back and waits until Envoy has loaded them; a sentence on how that went."""
+        """Puts the previous files back and waits until Envoy has loaded them; returns a sentence about the result."""
         different = {path: text for path, text in texts.items() if self.directory.read(path) != text}
         if not different:
             return "The files are as they were before"
@@ -369,7 +369,7 @@ class Change:
             before = self.envoy.admin.stats()
         except OSError:
             before = {}
-        # Files that name others come after those, and new ones are removed last.
+        # A file comes after the files that it names; new files are removed last.
         for path, text in sorted(different.items(), key=lambda item: (item[1] is None, "/" not in item[0])):
             if text is None:
                 self.directory.remove(path)
@@ -383,7 +383,7 @@ class Change:
             dump = self.envoy.admin.dump()
             problems = [f"cluster {name} is still warming" for name in sorted(warming_clusters(dump))]
             for file in self.files:
-                # The version alone does not show it: Envoy may have taken a rejected update in part, under the old one.
+                # The version is no proof: Envoy may have loaded a part of a rejected update under the old version.
                 counters = [f"{prefix}.update_success" for prefix in file.subscriptions(before)]
                 if different.get(file.path) and any(stats.get(name, 0) <= before.get(name, 0) for name in counters):
                     problems.append(f"{file.path} is not loaded again")
@@ -424,12 +424,12 @@ def expect_user_namespaces() -> None:
         raise NotApplied(
             "user.max_user_namespaces is 0 on this host, so systemd cannot start a unit with PrivateUsers. Raise it,"
             " for example with sysctl -w user.max_user_namespaces=10000, and permanently in /etc/sysctl.d."
-            " Nothing that serves was changed."
+            " No running service was changed."
         )
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:
-    """Does what the parameters ask; the module's result."""
+    """Does what the parameters ask; returns the module's result."""
     if module.params["unit"] and module.params["state"] == "present":
         expect_user_namespaces()
     keys = module.params["private_keys"]
@@ -460,7 +460,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         return result | {"proven": True}
 
     texts = change.texts()
-    # Before websockets are counted: users may come during this wait.
+    # Before websockets are counted, because users may connect during this wait.
     if texts and module.params["healthy_timeout"] and not module.check_mode:
         envoy.expect_healthy_newcomers()
     result |= {
@@ -474,7 +474,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     if result["ends"] and not module.params["may_end_websockets"]:
         message = f"{result['ends']}. {HOW_TO_GO_ON}"
         if not module.check_mode:
-            raise EndsWebsockets(f"This would end open websockets, so nothing that serves was changed: {message}")
+            raise EndsWebsockets(f"This would end open websockets, so no running service was changed: {message}")
         module.warn(f"This would end open websockets, and will be refused: {message}")
     if module.check_mode:
         return result

@@ -1,7 +1,7 @@
 #!/usr/bin/python
-"""Ansible module: what a host holds of a node service, and whether it can take what is wanted."""
+"""Ansible module: reads the state of a node service on a host, and checks whether the host can take the wanted one."""
 
-from __future__ import annotations  # a Python that is too old should be told so, not fail on its syntax
+from __future__ import annotations  # a Python that is too old must get a clear message, not a syntax error
 
 import errno
 import hashlib
@@ -19,10 +19,10 @@ from ansible.module_utils.compat.version import LooseVersion
 
 DOCUMENTATION = r"""
 module: stickyring_node_preflight
-short_description: Look at a host before a node service is installed or changed
+short_description: Read the state of a host before a node service is installed or changed
 description:
   - Reads what is installed and what runs. Changes nothing.
-  - Fails when the host cannot take the service, naming every cause, so that nothing running was touched by then.
+  - Fails with every cause if the host cannot take the service, before anything that runs is changed.
   - Its options are the role's variables without their prefix, see the role's argument_specs.
 options:
   service: {type: str, required: true}
@@ -36,11 +36,11 @@ options:
   releases_kept: {type: int, required: true}
   keep_surplus: {type: bool, required: true}
   mistakes:
-    description: What is wrong with the role's variables, for which the host is refused and not looked at
+    description: Mistakes in the role's variables; with any, the module fails without reading the host
     type: list
     elements: str
     required: true
-  files: {description: "SHA-256 of what the instances start from and read, by path", type: dict, required: true}
+  files: {description: "SHA-256 of each file that the instances read, by path", type: dict, required: true}
 attributes:
   check_mode: {support: full}
 author: stickyring
@@ -49,8 +49,9 @@ author: stickyring
 RETURN = r"""
 condition:
   description:
-    - C(idle), if nothing runs on the host; C(outdated), if something is not as wanted; C(unhealthy), if only the
-      health of an instance is not, or a file that needs no restart; C(current), if it needs nothing.
+    - C(idle), if no instance runs on the host; C(outdated), if an instance needs a restart or a release must be
+      installed or removed; C(unhealthy), if only an instance is not healthy or a file differs that needs no restart;
+      C(current), if nothing is to do.
   type: str
   returned: success
 surplus:
@@ -60,36 +61,36 @@ surplus:
   returned: success
 lacks_venv:
   description:
-    - Whether the wanted Python is not there, or cannot make virtual environments.
-    - Where the wanted release is complete, it is not asked.
+    - Whether the wanted Python is missing or cannot make virtual environments.
+    - False without a check if the wanted release is complete.
   type: bool
   returned: success
-prepared: {description: "Whether its account and folder of settings are as wanted", type: bool, returned: success}
+prepared: {description: "Whether the account and the settings folder are as wanted", type: bool, returned: success}
 differing:
-  description: Those of the files that are missing, or have another content, owner or mode than is wanted
+  description: Files of O(files) that are missing or have another content, owner or mode
   type: list
   elements: str
   returned: success
 complete:
-  description: Whether the wanted release is installed completely, and the host still has the Python that it is for
+  description: Whether the wanted release is installed completely and the host still has its Python
   type: bool
   returned: success
 application: {description: "What the installed unit serves, or empty", type: str, returned: success}
 current: {description: "Name of the release that is linked as current, or empty", type: str, returned: success}
-keep_in: {description: "Where below releases the wanted unit and environments are kept", type: str, returned: success}
-kept: {description: "Whether they are kept there", type: bool, returned: success}
-serves: {description: "Where what is linked and configured is kept, if it has served", type: str, returned: success}
-last_served: {description: "That, or where the youngest that has served is kept", type: str, returned: success}
-previous: {description: "Where what served before the youngest is kept, or empty", type: str, returned: success}
-next_use: {description: "Seconds that are after each at which something began to serve", type: int, returned: success}
+keep_in: {description: "Folder below releases for copies of unit and environments", type: str, returned: success}
+kept: {description: "Whether these copies exist", type: bool, returned: success}
+serves: {description: "Folder of the linked state's copies, or empty if it never served", type: str, returned: success}
+last_served: {description: "The same, or the folder of the state that served last", type: str, returned: success}
+previous: {description: "Folder of the state that a rollback restores, or empty", type: str, returned: success}
+next_use: {description: "Time in seconds, later than that of every state that served", type: int, returned: success}
 moving:
-  description: Where instances listen that run and are wanted at another address or port
+  description: Addresses of running instances that are wanted at another address or port
   type: list
   elements: str
   returned: success
-behind: {description: "Wanted instances not started from what is linked", type: list, elements: int, returned: success}
+behind: {description: "Wanted instances that do not run the linked state", type: list, elements: int, returned: success}
 superfluous:
-  description: What is too much below releases, namely releases that are too many or never served, and older settings
+  description: What to remove below releases, namely surplus releases, releases that never served, and older settings
   type: list
   elements: str
   returned: success
@@ -105,8 +106,8 @@ up_to_date:
 
 LOWEST_PYTHON = "3.11"
 PYPY_SINCE = 13
-"""The release of Debian whose PyPy is new enough; its python3 was so one before."""
-# Without importing them: this runs on every host in every run.
+"""The first release of Debian whose PyPy is new enough; python3 is new enough since the one before."""
+# find_spec does not import the modules, which saves time on every host in every run.
 PYTHON_TELLS = (
     "import sys; from importlib.util import find_spec; print(*sys.version_info[:3], sep='.');"
     " sys.exit(not all(map(find_spec, ['venv', 'ensurepip'])))"
@@ -126,15 +127,15 @@ OPTIONS = {
     "files": {"type": "dict", "required": True},
 }
 HEALTH_SECONDS = 3
-# As the role makes the account: an account that differs would be rewritten.
+# Home and shell of the account that the role makes; another account of that name would be overwritten.
 ACCOUNT = ("/nonexistent", "/usr/sbin/nologin")
-# Of the files that instances start from, as user and group; an environment is for nobody else to read.
+# User and group, and modes, of the files that instances start from. Only root may read an environment file.
 OWNER = (0, 0)
 MODES = {".service": 0o644, ".env": 0o600, "": 0o644}
 KEPT = "served"
-"""Below a release, what the folders begin with that have a unit and environments that it served with."""
+"""Prefix of the folders below a release that keep a unit and environments with which it has served."""
 DIGESTS = ("STICKYRING_UNIT", "STICKYRING_ENVIRONMENT")
-"""Variables of a process that tell which unit and which environment file it was started from, and stand in these."""
+"""Variables in the unit and the environment file; in a process they show which of these it was started from."""
 ROOT = Path("/")
 PROGRAMS = Path("/usr/bin")
 PROC = Path("/proc")
@@ -163,16 +164,16 @@ def listeners(port: int) -> set[tuple[int, str, str]]:
 
 
 def port_problem(address: str, port: int, own_unit: str) -> str | None:
-    """Return what keeps ``own_unit`` from listening on the address and port, or nothing."""
+    """Return what keeps ``own_unit`` from listening on the address and port, or None."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as probe:
-        # As the server does: connections that linger from an earlier run are no obstacle.
+        # As the server does: connections that linger from an earlier process are no obstacle.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port))
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
-                return f"{address} is no address of this host: correct stickyring_node_address"
+                return f"{address} is not an address of this host: correct stickyring_node_address"
             if error.errno != errno.EADDRINUSE:
                 return f"{own_unit} cannot listen on {address} port {port}: {error.strerror}"
         else:
@@ -182,13 +183,13 @@ def port_problem(address: str, port: int, own_unit: str) -> str | None:
         return None
     names = [f"{command} (process {pid}, {unit or 'no unit'})" for pid, command, unit in sorted(holders)]
     return (
-        f"port {port} on {address}, meant for {own_unit}, is in use by {', '.join(names) or 'nobody who can be seen'}:"
-        " stop that, or choose another stickyring_node_port"
+        f"port {port} on {address}, meant for {own_unit}, is in use by {', '.join(names) or 'an unknown process'}:"
+        " stop it, or choose another stickyring_node_port"
     )
 
 
 def prepared(service: str, settings: Path) -> bool:
-    """Return whether account and folder of settings are as the role makes them, so that two tasks need not look."""
+    """Return whether the account and the settings folder are as the role makes them; two tasks are then skipped."""
     try:
         account, folder = pwd.getpwnam(service), settings.stat()
     except (KeyError, FileNotFoundError):
@@ -209,7 +210,7 @@ def as_wanted(path: Path, sha256: str) -> bool:
 def runs(release: Path) -> bool:
     """Return whether a release is complete and still has its Python.
 
-    A new version of Debian takes that away: the link leads to another one, which looks for packages in another folder.
+    An upgrade of Debian replaces that Python: the link then leads to another version with another package folder.
     """
     python = (release / "bin" / "python").resolve()
     name = re.match(r"[a-z]+[\d.]+", python.name)
@@ -218,19 +219,19 @@ def runs(release: Path) -> bool:
 
 
 def settings_key(unit: str, environment: str) -> str:
-    """Return what tells the settings of a release apart, from the SHA-256 of the unit and of the first environment."""
+    """Return an id of the settings of a release, from the SHA-256 of the unit and of the first environment."""
     return hashlib.sha256(f"{unit}{environment}".encode()).hexdigest()[:12]
 
 
 def key_of(unit: Path, environment: Path) -> str:
-    """Return the same of files, empty if one is missing."""
+    """Return the same for files; empty if one is missing."""
     if not unit.is_file() or not environment.is_file():
         return ""
     return settings_key(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in (unit, environment)))
 
 
 def served(releases: Path, service: str) -> dict[tuple[str, str], Path]:
-    """Return ``{(release, key of its settings): folder}`` of what has served and still runs, the youngest first."""
+    """Return ``{(release, key of its settings): folder}`` of the states that served and can still run, latest first."""
     usable = [release for release in releases.glob("*") if runs(release)]
     folders = [folder for release in usable for folder in release.glob(f"{KEPT}*")]
     folders.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
@@ -241,9 +242,9 @@ def served(releases: Path, service: str) -> dict[tuple[str, str], Path]:
 
 
 def history(wanted: dict[str, Any], releases: Path, release: str, unit: Path, environment: Path) -> dict[str, Any]:
-    """Return what has served on the host, what is kept of it, and what of that is too much; paths are below releases.
+    """Return which states have served on the host, are kept, and are to be removed, as paths below releases.
 
-    release: the one that is linked; unit, environment: the files that instances start from, as they are.
+    release: the linked one; unit, environment: the files on the host that instances start from.
     """
     own_key = settings_key(*(wanted["files"][f"/{path.relative_to(ROOT)}"] for path in (unit, environment)))
     kept = releases / wanted["release"] / f"{KEPT}-{own_key}"
@@ -251,7 +252,7 @@ def history(wanted: dict[str, Any], releases: Path, release: str, unit: Path, en
     order = [*found.values()]
     serves = found.get((release, key_of(unit, environment)))
     last_served = serves or next(iter(order), None)
-    # Rolled back to or not, what serves now comes before what served after it.
+    # After a rollback, the state that serves now comes before the newer ones.
     by_use = sorted(order, key=lambda folder: folder != last_served)
     others = dict.fromkeys(folder.parent.name for folder in by_use if folder.parent.name != wanted["release"])
     staying = {wanted["release"], *[*others][: wanted["releases_kept"] - 1]}
@@ -277,13 +278,13 @@ def history(wanted: dict[str, Any], releases: Path, release: str, unit: Path, en
 
 
 def started_from(pid: str) -> tuple[Path, Path, dict[str, str]]:
-    """Return from what a process of the service was started: the release, its Python, and the environment.
+    """Return what a process of the service was started from: the release, its Python, and the environment.
 
-    All of it is the process's own, which neither a clock that is set nor a file that is written later changes.
+    It is read from the process itself, so it does not depend on the clock or on files that are written later.
     """
     process = PROC / pid
     try:
-        # The first word of the command is that of the script's first line.
+        # The first word of the command line is the interpreter in the script's first line.
         release = Path((process / "cmdline").read_text().split("\0")[0]).parents[1]
         python = Path(str((process / "exe").readlink()).removesuffix(" (deleted)"))
         words = [word.partition("=") for word in (process / "environ").read_text(errors="replace").split("\0")]
@@ -293,31 +294,31 @@ def started_from(pid: str) -> tuple[Path, Path, dict[str, str]]:
 
 
 def moving(wanted: dict[str, Any], environments: dict[int, dict[str, str]]) -> list[str]:
-    """Return where those instances listen that run and are wanted elsewhere, as address:port."""
+    """Return the address:port of each running instance that is wanted at another address or port."""
     host = f"[{wanted['address']}]" if ":" in wanted["address"] else wanted["address"]
     listening = {i: variables.get("STICKYRING_LISTEN", "") for i, variables in sorted(environments.items())}
     return [place for i, place in listening.items() if place and place != f"{host}:{wanted['port'] + i - 1}"]
 
 
 def digests(*paths: Path) -> dict[str, str]:
-    """Return the digests that stand in the files."""
+    """Return the digests in the files."""
     texts = "\n".join(path.read_text() for path in paths if path.is_file())
     return dict(re.findall(rf'^(?:Environment=)?({"|".join(DIGESTS)})="?(\w+)"?$', texts, re.MULTILINE))
 
 
 def namespace_problem() -> str | None:
-    """Return why no unit of the role can start, or nothing."""
+    """Return why no unit of the role can start, or None."""
     allowed = PROC / "sys/user/max_user_namespaces"
     if not allowed.is_file() or allowed.read_text().strip() != "0":
         return None
     return (
         "user.max_user_namespaces is 0 on this host, so systemd cannot start a unit with PrivateUsers: raise it,"
-        " for example sysctl -w user.max_user_namespaces=10000, and in /etc/sysctl.d for good"
+        " for example with sysctl -w user.max_user_namespaces=10000, and permanently in /etc/sysctl.d"
     )
 
 
 def account_problem(service: str) -> str | None:
-    """Return whose login the role would rewrite if it made the service's account, or nothing."""
+    """Return which existing account the role would overwrite, or None."""
     try:
         account = pwd.getpwnam(service)
     except KeyError:
@@ -326,7 +327,7 @@ def account_problem(service: str) -> str | None:
         return None
     return (
         f"the account {service} exists and was not made by this role (home {account.pw_dir}, shell {account.pw_shell})"
-        " and would be rewritten and locked out: choose another stickyring_node_service"
+        " and would be overwritten and locked: choose another stickyring_node_service"
     )
 
 
@@ -358,7 +359,7 @@ def units(module: AnsibleModule, service: str, instances: list[int]) -> dict[int
 
 
 def condition(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Return in one word what a host needs, from what was found on it."""
+    """Return the condition of a host from what was found on it."""
     instances = set(range(1, wanted["instances"] + 1))
     if not found["running"]:
         return "idle"
@@ -370,12 +371,12 @@ def condition(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def judged(module: AnsibleModule, python: Path) -> tuple[bool, list[str]]:
-    """Return whether a Python has to be installed, or what makes virtual environments, and what speaks against it."""
+    """Return whether Python or its venv module must be installed, and the problems with this Python."""
     if not python.exists():
         release = ROOT / "etc/os-release"
         debian = re.search(r'^VERSION_ID="?(\d+)', release.read_text() if release.is_file() else "", re.MULTILINE)
         if debian and int(debian[1]) < PYPY_SINCE:
-            return True, [f"{python} of Debian {debian[1]} is older than {LOWEST_PYTHON}: {PYPY_SINCE} has a newer one"]
+            return True, [f"{python} of Debian {debian[1]} is older than {LOWEST_PYTHON}: use Debian {PYPY_SINCE}"]
         return True, []
     code, version, _ = module.run_command([str(python), "-c", PYTHON_TELLS])
     if LooseVersion(version.strip() or "0") >= LooseVersion(LOWEST_PYTHON):
@@ -384,7 +385,7 @@ def judged(module: AnsibleModule, python: Path) -> tuple[bool, list[str]]:
 
 
 def main() -> None:
-    """Look, and answer as an Ansible module does."""
+    """Run as an Ansible module."""
     module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
     wanted = module.params
     service, instances = wanted["service"], range(1, wanted["instances"] + 1)
@@ -405,8 +406,8 @@ def main() -> None:
         problems += problem
     elif stamp.read_text().strip() != wanted["made_from"]:
         problems.append(
-            f"release {wanted['release']} was installed from other content of stickyring_node_requirements, or for"
-            " another stickyring_node_python: give this another stickyring_node_release"
+            f"release {wanted['release']} was installed from other stickyring_node_requirements, or for another"
+            " stickyring_node_python: choose another stickyring_node_release"
         )
     if problems:
         refuse(module, problems)
@@ -457,7 +458,7 @@ def main() -> None:
 
 
 def refuse(module: AnsibleModule, problems: list[str]) -> None:
-    """End the run on this host, naming every problem."""
+    """Fail on this host with every problem."""
     module.fail_json(msg="Nothing was changed. " + ". ".join(problems) + ".")
 
 

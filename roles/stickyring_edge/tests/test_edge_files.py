@@ -1,4 +1,4 @@
-"""The files that the role composes, and the judgement of its variables."""
+"""The files that the role composes, and the check of its variables."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def weights(files: dict[str, Any], path: str) -> dict[str, int]:
     return {member["endpoint"]["hostname"]: member["load_balancing_weight"] for member in members}
 
 
-def test_other_members_stand_in_another_file_and_the_points_of_an_endpoint_stay() -> None:
+def test_changed_members_get_a_new_file_and_endpoints_keep_their_points() -> None:
     points = {}
     for count in (2, 3):
         cluster = {"name": "nodes", "endpoints": ENDPOINTS[:count]}
@@ -94,7 +94,7 @@ def test_other_members_stand_in_another_file_and_the_points_of_an_endpoint_stay(
     ]
 
 
-def test_other_points_stand_in_another_file() -> None:
+def test_a_changed_number_of_points_gets_a_new_file() -> None:
     paths = [
         endpoint_files(edge.edge_files(LISTENERS, CLUSTERS, COMMON | {"ring_points_per_weight": points}, {}))
         for points in (100, 200)
@@ -102,7 +102,7 @@ def test_other_points_stand_in_another_file() -> None:
     assert paths[0].isdisjoint(paths[1])
 
 
-def test_nobody_is_the_lightest_always_healthy_and_no_other_host() -> None:
+def test_nobody_is_the_lightest_endpoint_and_always_healthy() -> None:
     files = compose()
     for path in endpoint_files(files):
         nobody, *nodes = files[path][0]["endpoints"][0]["lb_endpoints"]
@@ -115,7 +115,7 @@ def test_nobody_is_the_lightest_always_healthy_and_no_other_host() -> None:
         assert not any("health_check_config" in node["endpoint"] for node in nodes)
 
 
-def test_another_address_is_another_file_and_the_same_place_on_the_ring() -> None:
+def test_a_changed_address_gets_a_new_file_and_keeps_its_place_on_the_ring() -> None:
     moved = [CLUSTERS[0] | {"endpoints": [ENDPOINTS[0] | {"address": "192.0.2.99"}, *ENDPOINTS[1:]]}, CLUSTERS[1]]
     before, after = compose(), compose(clusters=moved)
     (path,) = endpoint_files(after) - endpoint_files(before)
@@ -135,7 +135,7 @@ def test_other_policies_than_ring_hash_have_no_ring() -> None:
     assert weights(files, path) == {"node1-1": 1, "node2-1": 1, "node3-1": 1}
 
 
-def test_a_weight_is_so_many_times_the_points() -> None:
+def test_points_are_proportional_to_the_weight() -> None:
     cluster = {"name": "nodes", "endpoints": [ENDPOINTS[0] | {"weight": 3}, *ENDPOINTS[1:]]}
     files = compose([LISTENERS[0]], [cluster])
     (path,) = endpoint_files(files)
@@ -172,7 +172,7 @@ def served(policy: dict[str, Any], health: str = "HEALTHY") -> dict[str, Any]:
     return document
 
 
-# As Envoy's /config_dump has them: 64-bit numbers are text in JSON.
+# As in Envoy's /config_dump: 64-bit numbers are text in JSON.
 RING = {"lb_policy": "RING_HASH", "ring_hash_lb_config": {"minimum_ring_size": "400", "maximum_ring_size": "8388608"}}
 
 
@@ -190,7 +190,7 @@ def test_the_served_ring_has_the_members_as_envoy_orders_them() -> None:
 
 
 @pytest.mark.parametrize("health", ["UNHEALTHY", "DEGRADED", "UNKNOWN"])
-def test_the_served_ring_tells_who_owns_nothing(health: str) -> None:
+def test_the_served_ring_marks_unhealthy_members(health: str) -> None:
     assert [member["health"] for member in served(RING, health)["members"]] == ["HEALTHY", "UNHEALTHY"]
 
 
@@ -200,7 +200,7 @@ def test_the_served_ring_of_maglev_has_a_table() -> None:
     assert "minimum_size" not in document
 
 
-def test_there_is_no_ring_of_a_cluster_that_envoy_lacks() -> None:
+def test_an_unknown_cluster_has_no_ring() -> None:
     assert edge.edge_served_ring("nodes", {"configs": []}) == {}
     without_members = dump([{"name": "nodes", **RING}], {})
     assert edge.edge_served_ring("nodes", without_members) == {}
@@ -215,7 +215,7 @@ def test_the_wanted_ring_is_the_one_that_is_written() -> None:
     assert {member["name"]: member["weight"] for member in document["members"]} == weights(files, path)
 
 
-def test_hash_policies_are_in_the_routes_alone() -> None:
+def test_hash_policies_are_only_in_the_routes() -> None:
     changed = deepcopy(LISTENERS)
     changed[0]["hash_policies"] = [{"header": {"header_name": "x-user"}}]
     before, after = compose(), compose(changed)
@@ -233,7 +233,7 @@ def with_nodes(routes: dict[str, Any]) -> list[dict[str, Any]]:
     return [route for route in routes["virtual_hosts"][0]["routes"] if "route" in route]
 
 
-def test_the_node_is_told_what_was_hashed_and_nothing_that_a_client_says() -> None:
+def test_the_node_gets_the_hashed_key_and_no_key_header_of_the_client() -> None:
     [routes] = compose()["routes/sticky.json"]
     told = {one["header"]["key"]: one["header"]["value"] for one in routes["request_headers_to_add"]}
     assert told == {
@@ -244,8 +244,8 @@ def test_the_node_is_told_what_was_hashed_and_nothing_that_a_client_says() -> No
     assert set(routes["request_headers_to_remove"]) == {*told, "x-stickyring-issued"}
 
 
-def test_the_first_policy_that_finds_something_names_the_user() -> None:
-    """Each finding replaces the one before it, so the first policy stands last."""
+def test_the_first_policy_that_finds_a_value_identifies_the_user() -> None:
+    """Each value overwrites the one before it, so the first policy comes last."""
     settings = compose()["routes/sticky.json"][0]["typed_per_filter_config"]
     kept = [
         (one["object_key"], one["format_string"]["text_format_source"]["inline_string"])
@@ -264,7 +264,7 @@ def test_the_first_policy_that_finds_something_names_the_user() -> None:
 
     more = [*POLICIES, {"cookie": {"name": "later"}}, {"connection_properties": {"source_ip": True}}]
     [routes] = compose([LISTENERS[0] | {"hash_policies": more}])["routes/sticky.json"]
-    assert routes["typed_per_filter_config"] == settings, "whoever gives nothing before gets the cookie"
+    assert routes["typed_per_filter_config"] == settings, "a request without an earlier value gets the cookie"
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_a_certificate_is_in_a_file_of_its_own_and_its_key_is_not_in_it() -> Non
     assert secret["tls_certificate"] == {"certificate_chain": {"inline_string": "CHAIN"}}
     assert edge.edge_private_keys(listeners, PEMS) == {"certificates/unkeyed.json": "KEY"}
     assert edge.edge_private_keys(LISTENERS, PEMS) == {}
-    # Another certificate leaves the listener as it is, and with it the websockets.
+    # A new certificate does not change the listener, so websockets stay open.
     renewed = edge.edge_files(listeners, CLUSTERS, COMMON, PEMS | {"/tls/chain.pem": "NEW"})
     assert [path for path in after if after[path] != renewed[path]] == ["certificates/unkeyed.json"]
     assert edge.edge_pem_paths(listeners) == list(PEMS)
@@ -321,14 +321,14 @@ def test_a_cluster_may_have_a_health_path_of_its_own() -> None:
     assert COMMON["health_check"]["http_health_check"]["path"] == "/healthz"
 
 
-def judge(
+def check(
     listeners: list[dict[str, Any]] = LISTENERS,
     clusters: list[dict[str, Any]] = CLUSTERS,
     sha256: str | None = None,
     pems: dict[str, str] | None = None,
     **others: object,
 ) -> str:
-    """What is said of these variables; all others have their defaults."""
+    """The problems of these variables; all others have their defaults."""
     settings = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
     settings |= {"stickyring_edge_listeners": listeners, "stickyring_edge_clusters": clusters}
     settings |= {f"stickyring_edge_{name}": value for name, value in others.items()}
@@ -336,11 +336,11 @@ def judge(
 
 
 def test_good_variables_have_no_problem() -> None:
-    assert judge() == ""
-    assert judge(sha256="0123456789abcdef" * 4) == ""
-    assert judge(hash_policies=POLICIES) == ""
-    assert judge(hash_policies=[{"connection_properties": {"source_ip": True}}]) == ""
-    assert judge(limit_nofile="20000", max_connections="9000", route_timeout="25.5") == ""
+    assert check() == ""
+    assert check(sha256="0123456789abcdef" * 4) == ""
+    assert check(hash_policies=POLICIES) == ""
+    assert check(hash_policies=[{"connection_properties": {"source_ip": True}}]) == ""
+    assert check(limit_nofile="20000", max_connections="9000", route_timeout="25.5") == ""
     # An address of its own, and both families.
     places: tuple[dict[str, Any], ...] = (
         {"address": "192.0.2.9", "port": 9901},
@@ -348,7 +348,7 @@ def test_good_variables_have_no_problem() -> None:
         {"port": 65535},
     )
     others = [{"name": f"more{i}", "cluster": "nodes", **place} for i, place in enumerate(places)]
-    assert judge([*LISTENERS, *others]) == ""
+    assert check([*LISTENERS, *others]) == ""
 
 
 @pytest.mark.parametrize(
@@ -373,11 +373,11 @@ def test_good_variables_have_no_problem() -> None:
         ({"route_timeout": float("inf")}, "stickyring_edge_route_timeout is inf: give a number"),
     ],
 )
-def test_each_fault_of_a_single_value_is_said(others: dict[str, Any], words: str) -> None:
-    assert words in judge(**others)
+def test_each_fault_of_a_single_value_is_reported(others: dict[str, Any], words: str) -> None:
+    assert words in check(**others)
 
 
-def test_every_number_has_a_range_of_its_kind_and_every_level_is_known() -> None:
+def test_every_number_has_a_range_and_every_log_level_is_accepted() -> None:
     options = yaml.safe_load((ROLE / "meta" / "argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
     numbers = {name: option["type"] for name, option in options.items() if option["type"] in {"int", "float"}}
     ranges = {f"stickyring_edge_{name}": type(low).__name__ for name, (low, _) in edge.RANGES.items()}
@@ -407,16 +407,16 @@ def test_a_duration_is_the_same_for_every_spelling(seconds: float | str, duratio
         ({"tls": {}}, {}, {}, "listener sticky: tls is empty"),
         ({}, {"endpoints": []}, {}, "cluster nodes: the endpoint list is empty"),
         ({}, {"endpoints": ENDPOINTS * 700}, {}, "are more than Envoy's 8388608"),
-        ({}, {}, {"name": "node2-1"}, "cluster nodes: endpoint node2-1 is there twice"),
-        ({}, {}, {"address": "192.0.2.2"}, "cluster nodes: 192.0.2.2:8001 is there twice"),
+        ({}, {}, {"name": "node2-1"}, "cluster nodes: endpoint node2-1 is listed twice"),
+        ({}, {}, {"address": "192.0.2.2"}, "cluster nodes: 192.0.2.2:8001 is listed twice"),
         ({}, {}, {"address": "node1.example"}, "endpoint node1-1: 'node1.example' is no IP address"),
-        ({}, {}, {"weight": 0}, "endpoint node1-1: the weight is 1 or more"),
-        ({}, {}, {"name": "nobody"}, "the name nobody is taken"),
+        ({}, {}, {"weight": 0}, "endpoint node1-1: the weight must be 1 or more"),
+        ({}, {}, {"name": "nobody"}, "the endpoint name nobody is reserved"),
         ({"hash_policies": [{}]}, {}, {}, "listener sticky: a hash policy has one of query_parameter"),
         ({"hash_policies": [{"param": {"name": "x"}}]}, {}, {}, "got param"),
         ({"hash_policies": [{"header": {"header_name": "a)%b"}}]}, {}, {}, "header_name 'a)%b' is not letters"),
         ({"hash_policies": [{"header": {"name": "x-user"}}]}, {}, {}, "header needs header_name"),
-        ({"hash_policies": [{"header": {"header_name": "u", "regex": 1}}]}, {}, {}, "header has no use for regex"),
+        ({"hash_policies": [{"header": {"header_name": "u", "regex": 1}}]}, {}, {}, "header has no field regex"),
         (
             {"hash_policies": [{"cookie": {"name": "u", "ttl": "soon"}}]},
             {},
@@ -425,25 +425,25 @@ def test_a_duration_is_the_same_for_every_spelling(seconds: float | str, duratio
         ),
     ],
 )
-def test_each_fault_is_said(
+def test_each_fault_is_reported(
     listener: dict[str, Any], cluster: dict[str, Any], endpoint: dict[str, Any], words: str
 ) -> None:
     listeners, clusters = deepcopy(LISTENERS), deepcopy(CLUSTERS)
     listeners[0] |= listener
     clusters[0]["endpoints"][0] |= endpoint
     clusters[0] |= cluster
-    assert words in judge(listeners, clusters)
+    assert words in check(listeners, clusters)
 
 
-def test_spellings_of_one_address_are_one_place() -> None:
+def test_spellings_of_one_address_count_as_the_same() -> None:
     endpoints = [
         {"name": "a", "address": "2001:db8::1", "port": 1},
         {"name": "b", "address": "2001:DB8:0::1", "port": 1},
     ]
     clusters = [{"name": "nodes", "endpoints": endpoints}]
-    assert "cluster nodes: 2001:db8::1:1 is there twice" in judge([LISTENERS[0]], clusters)
+    assert "cluster nodes: 2001:db8::1:1 is listed twice" in check([LISTENERS[0]], clusters)
     endpoints[1]["address"] = "2001:db8::2"
-    assert judge([LISTENERS[0]], clusters) == ""
+    assert check([LISTENERS[0]], clusters) == ""
 
 
 @pytest.fixture(scope="module")
@@ -456,18 +456,18 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
     return make_certificate(tmp_path_factory.mktemp("other"))
 
 
-def judge_tls(chain: str | None, key: str | None, paths: dict[str, str] = TLS) -> str:
+def check_tls(chain: str | None, key: str | None, paths: dict[str, str] = TLS) -> str:
     texts = {"/tls/chain.pem": chain, "/tls/key.pem": key}
     pems = {path: text for path, text in texts.items() if text is not None}
-    return judge([LISTENERS[0] | {"tls": paths}], pems=pems)
+    return check([LISTENERS[0] | {"tls": paths}], pems=pems)
 
 
-def test_a_certificate_with_its_key_is_good(certificate: Certificate, other: Certificate) -> None:
-    assert judge_tls(certificate.chain, certificate.key) == ""
-    assert judge_tls(certificate.chain + other.chain, certificate.key) == ""
+def test_a_certificate_with_its_key_is_accepted(certificate: Certificate, other: Certificate) -> None:
+    assert check_tls(certificate.chain, certificate.key) == ""
+    assert check_tls(certificate.chain + other.chain, certificate.key) == ""
 
 
-def test_each_fault_of_a_certificate_is_said(certificate: Certificate, other: Certificate, tmp_path: Path) -> None:
+def test_each_fault_of_a_certificate_is_reported(certificate: Certificate, other: Certificate, tmp_path: Path) -> None:
     chain, key = certificate.chain, certificate.key
     expired = make_certificate(tmp_path, days=0)
     encrypted = load_pem_private_key(key.encode(), None).private_bytes(
@@ -475,24 +475,24 @@ def test_each_fault_of_a_certificate_is_said(certificate: Certificate, other: Ce
     )
     where = "listener sticky: tls"
     said = {
-        f"{where}.certificate /tls/chain.pem is no file on the controller.": judge_tls(None, key),
-        f"{where}.key /tls/key.pem is no file on the controller.": judge_tls(chain, None),
-        f"{where}.key key.pem is no absolute path on the controller.": judge_tls(chain, key, TLS | {"key": "key.pem"}),
-        f"{where}.certificate /tls/chain.pem has no certificate in PEM.": judge_tls(key, key),
-        f"{where}.key /tls/key.pem is no private key in PEM.": judge_tls(chain, chain),
-        f"{where}.key /tls/key.pem is encrypted; Envoy asks for no password.": judge_tls(chain, encrypted.decode()),
-        f"{where}.key /tls/key.pem does not fit the first certificate of /tls/chain.pem, which has to be the server's"
-        " own.": judge_tls(other.chain + chain, key),
+        f"{where}.certificate /tls/chain.pem is no file on the controller.": check_tls(None, key),
+        f"{where}.key /tls/key.pem is no file on the controller.": check_tls(chain, None),
+        f"{where}.key key.pem is no absolute path on the controller.": check_tls(chain, key, TLS | {"key": "key.pem"}),
+        f"{where}.certificate /tls/chain.pem has no certificate in PEM.": check_tls(key, key),
+        f"{where}.key /tls/key.pem is no private key in PEM.": check_tls(chain, chain),
+        f"{where}.key /tls/key.pem is encrypted; Envoy has no password for it.": check_tls(chain, encrypted.decode()),
+        f"{where}.key /tls/key.pem does not fit the first certificate of /tls/chain.pem, which must be the server's"
+        " own.": check_tls(other.chain + chain, key),
     }
     assert list(said) == list(said.values())
-    assert f"{where}.certificate /tls/chain.pem expired on 20" in judge_tls(expired.chain, expired.key)
+    assert f"{where}.certificate /tls/chain.pem expired on 20" in check_tls(expired.chain, expired.key)
 
 
 def test_no_listener_is_a_fault() -> None:
-    assert "stickyring_edge_listeners is empty" in judge([])
+    assert "stickyring_edge_listeners is empty" in check([])
 
 
-def test_defaults_and_argument_specs_say_the_same() -> None:
+def test_defaults_and_argument_specs_agree() -> None:
     defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
     specs = yaml.safe_load((ROLE / "meta" / "argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
     assert {name: spec["default"] for name, spec in specs.items() if "default" in spec} == defaults

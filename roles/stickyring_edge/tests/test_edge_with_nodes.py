@@ -1,4 +1,4 @@
-"""Real nodes behind what the role composes: which node a request reaches, what is turned away, what lives on."""
+"""Real nodes behind an Envoy with the role's files: which node gets a request, what is refused, what stays open."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ application = socketio.WSGIApp(server, other)
 
 @dataclass(frozen=True)
 class Node:
-    """A `stickyring serve`: its port, and what its control socket tells."""
+    """A `stickyring serve`: its port and its control socket."""
 
     name: str
     port: int
@@ -158,10 +158,10 @@ class Answer:
 
 
 def ask(port: int, head: bytes, body: bytes = b"") -> Answer:
-    """What a request gets, whose head is as it stands here: without the blank line, and asked to close at the end."""
+    """Send a request and return the answer. `head` comes without `Connection: close` and the blank line."""
     with socket.create_connection(("127.0.0.1", port), 10) as client:
         received = b""
-        # Of a head that is too long, Envoy does not read the rest.
+        # Envoy does not read the rest of a head that is too long.
         with suppress(ConnectionResetError, BrokenPipeError):
             wanted = b"Upgrade" if b"websocket" in head else b"close"
             client.sendall(head.replace(b"\n", b"\r\n") + b"\r\nConnection: " + wanted + b"\r\n\r\n" + body)
@@ -179,7 +179,7 @@ def ask(port: int, head: bytes, body: bytes = b"") -> Answer:
 
 
 def handshake(edge: Edge, case: str, query: str = "", *headers: bytes, listener: str = "sticky") -> Answer:
-    """A polling handshake whose path names the case, so that the log's line is found."""
+    """A polling handshake whose path names the case, so that its line in the log can be found."""
     target = f"/socket.io/{case}?EIO=4&transport=polling{query}".encode()
     lines = b"".join(b"\n" + header for header in headers)
     return ask(edge.ports[listener], b"GET " + target + b" HTTP/1.1\nHost: edge" + lines)
@@ -209,7 +209,7 @@ def cookie(*values: str) -> tuple[str, tuple[bytes, ...]]:
     return "", tuple(f"cookie: {value}".encode() for value in values)
 
 
-# What a client sends, and the key that it is.
+# What a client sends, and the key that results.
 SPELLINGS: list[tuple[tuple[str, tuple[bytes, ...]], str]] = [
     (parameter("alice"), "alice"),
     (parameter("%61lice"), "alice"),
@@ -252,14 +252,14 @@ SPELLINGS: list[tuple[tuple[str, tuple[bytes, ...]], str]] = [
 
 @pytest.fixture(scope="module")
 def asked(edge: Edge) -> list[tuple[str, str, Answer]]:
-    """Every spelling with its case, its key, and what it got; their sessions stay open."""
+    """The answer for every spelling, with its case and its key; the sessions stay open."""
     return [
         (f"spelling-{number}", key, handshake(edge, f"spelling-{number}", query, *headers))
         for number, ((query, headers), key) in enumerate(SPELLINGS)
     ]
 
 
-def test_what_is_hashed_logged_told_and_computed_is_one_key(
+def test_the_hashed_logged_passed_and_computed_key_are_the_same(
     asked: list[tuple[str, str, Answer]], folder: Path, nodes: dict[str, Node], ring: Ring
 ) -> None:
     known = {name: node.users() for name, node in nodes.items()}
@@ -269,15 +269,15 @@ def test_what_is_hashed_logged_told_and_computed_is_one_key(
         assert node == ring.owner(key), (case, key)
         assert logged(folder, case)["key"] == key
         assert key in known[str(node)], (case, key)
-        assert answer.header("set-cookie") is None, "whoever has a key needs no cookie"
+        assert answer.header("set-cookie") is None, "a request with a key needs no cookie"
     assert {key for keys in known.values() for key in keys} == {key for _, key in SPELLINGS}
     assert len({answer.header("x-served-by") for _, _, answer in asked}) == len(NODES)
 
 
-def test_nobody_is_asked_to_leave_who_is_where_the_edge_sends_them(
+def test_a_rebalance_does_not_move_users_on_their_assigned_node(
     asked: list[tuple[str, str, Answer]], edge: Edge, nodes: dict[str, Node]
 ) -> None:
-    """The control is a ring on which one of them is missing."""
+    """The control is a ring without one of the nodes."""
     document = ring_document(edge)
     for _ in range(2):
         for node in nodes.values():
@@ -292,14 +292,14 @@ def test_nobody_is_asked_to_leave_who_is_where_the_edge_sends_them(
     "value",
     ["%00", "a%0Ab", "a%0D%0Ab", "%7F", "a%1Fb", "%20a", "a%20", "%C2%A0%C2%85", "%FF%FE", "caf%C3", "%ED%A0%80"],
 )
-def test_what_cannot_be_a_key_gets_a_400_that_says_so(edge: Edge, value: str) -> None:
+def test_an_invalid_key_gets_a_400_with_the_reason(edge: Edge, value: str) -> None:
     refused = handshake(edge, "refused", f"&client_id={value}")
     assert refused.status == 400
     assert "user id" in json.loads(refused.body)["message"]
     assert refused.header("x-served-by") in {None, ""}
 
 
-def test_a_key_that_a_client_claims_is_not_believed(edge: Edge, folder: Path, ring: Ring) -> None:
+def test_a_key_header_of_a_client_is_ignored(edge: Edge, folder: Path, ring: Ring) -> None:
     answer = handshake(edge, "forged", "&client_id=honest", b"x-stickyring-key: forged", b"x-stickyring-cluster: x")
     assert answer.header("x-served-by") == ring.owner("honest")
     assert logged(folder, "forged")["key"] == "honest"
@@ -308,7 +308,7 @@ def test_a_key_that_a_client_claims_is_not_believed(edge: Edge, folder: Path, ri
 
 
 def visitors(port: int, count: int) -> list[tuple[str | None, str | None]]:
-    """Cookie and node of visitors who share a connection, as behind a proxy that keeps connections."""
+    """Cookie and node of visitors who share a connection, as behind a proxy with keep-alive."""
     connection = HTTPConnection("127.0.0.1", port, timeout=10)
     found = []
     for _ in range(count):
@@ -320,11 +320,11 @@ def visitors(port: int, count: int) -> list[tuple[str | None, str | None]]:
     return found
 
 
-def test_visitors_of_one_connection_get_cookies_of_their_own(edge: Edge) -> None:
-    """The control is the cookie that Envoy itself makes up, from the connection's addresses."""
+def test_visitors_on_one_connection_get_different_cookies(edge: Edge) -> None:
+    """The control is Envoy's own generated cookie, which depends on the connection's addresses."""
     first = visitors(edge.ports["sticky"], 100)
     assert len({cookie for cookie, _ in first}) == 100
-    # More than 100, for chance alone leaves the bound in one of twenty hundreds.
+    # More than 100 visitors: with 100, one run in twenty would exceed the bound by chance.
     spread = Counter(node for _, node in first + visitors(edge.ports["sticky"], 900))
     assert spread.keys() == set(NODES)
     assert max(spread.values()) <= 1.3 * 1000 / len(NODES), spread
@@ -341,8 +341,8 @@ def test_visitors_of_one_connection_get_cookies_of_their_own(edge: Edge) -> None
         assert "failed" not in edge.give(edge.files)
 
 
-def test_a_cookie_brings_its_visitor_back_and_is_plain(edge: Edge, ring: Ring) -> None:
-    """Quotes would be escaped by Python's cookie jar, and the value hashed another way."""
+def test_a_cookie_keeps_its_visitor_on_a_node_and_needs_no_quotes(edge: Edge, ring: Ring) -> None:
+    """Python's cookie jar would escape quotes, and the edge would hash another value."""
     for listener, secure in (("sticky", False), ("safe", True)):
         [(issued, node)] = (
             visitors(edge.ports[listener], 1) if listener == "sticky" else [secure_visitor(edge.ports["safe"])]
@@ -357,7 +357,7 @@ def test_a_cookie_brings_its_visitor_back_and_is_plain(edge: Edge, ring: Ring) -
 
 
 def test_without_an_id_or_a_cookie_requests_of_a_session_reach_different_nodes(edge: Edge) -> None:
-    """The negative control of every sticky session; with a cookie it goes on."""
+    """The negative control of every sticky session; with the cookie, the session continues."""
     opened = handshake(edge, "control")
     sid, cookie = json.loads(opened.body[1:])["sid"], str(opened.header("set-cookie")).partition(";")[0]
     target = f"POST /socket.io/?EIO=4&transport=polling&sid={sid} HTTP/1.1\nHost: edge\nContent-Length: 1"
@@ -418,7 +418,7 @@ HEADS: dict[str, tuple[str, int]] = {
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_whom_the_edge_turns_away(edge: Edge, head: str) -> None:
+def test_which_requests_the_edge_refuses(edge: Edge, head: str) -> None:
     text, status = HEADS[head]
     answer = ask(edge.ports["sticky"], text.encode(), b"3" if text.startswith("POST") else b"")
     assert answer.status == status, answer
@@ -431,7 +431,7 @@ def test_whom_the_edge_turns_away(edge: Edge, head: str) -> None:
 
 
 def test_a_header_with_an_underscore_does_not_reach_a_node(edge: Edge, folder: Path, ring: Ring) -> None:
-    """Applications take it for the one with a dash, of which the edge says what it is."""
+    """Applications would take it for the header with a dash, which only the edge may set."""
     answer = handshake(edge, "underscore", "&client_id=honest", b"x_stickyring_key: forged")
     assert answer.header("x-served-by") == ring.owner("honest")
 
@@ -448,7 +448,7 @@ def test_the_application_sees_scheme_and_address_of_the_client(edge: Edge, liste
 
 
 async def connected(edge: Edge, listener: str, drops: list[str]) -> socketio.AsyncClient:
-    """A websocket of a user; each end of it is noted."""
+    """A websocket of a user; `drops` gets the reason of each disconnect."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context))
@@ -461,7 +461,7 @@ async def connected(edge: Edge, listener: str, drops: list[str]) -> socketio.Asy
 
 
 async def talk(edge: Edge, listener: str, total: int, size: int, together: int) -> tuple[int, list[str]]:
-    """Sends so many bytes in messages of that size, each answered with itself; bytes that came back, and drops."""
+    """Sends so many bytes in messages of that size; returns the bytes that were echoed, and the drops."""
     drops: list[str] = []
     client = await connected(edge, listener, drops)
     text, back = "x" * size, 0
@@ -484,7 +484,7 @@ async def talk(edge: Edge, listener: str, total: int, size: int, together: int) 
     return result
 
 
-# What stands around a message of the largest size: `42["message","..."]` with an id.
+# Leaves room for the packet around the message: `42["message","..."]` with an id.
 LARGEST_TEXT = LARGEST_MESSAGE - 100
 
 
@@ -497,8 +497,8 @@ def test_fifty_megabytes_each_way_over_one_websocket(edge: Edge, listener: str, 
     assert back >= total - together * size
 
 
-def test_the_body_limit_in_the_websockets_chain_would_end_them(edge: Edge) -> None:
-    """The control of the test above."""
+def test_the_body_limit_would_end_websockets(edge: Edge) -> None:
+    """The negative control of the test above."""
     files = deepcopy(edge.files)
     [listener] = [one for one in files["listeners.json"] if one["name"] == "sticky"]
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
@@ -515,7 +515,7 @@ def test_the_body_limit_in_the_websockets_chain_would_end_them(edge: Edge) -> No
 
 @pytest.mark.parametrize("listener", ["sticky", "safe"])
 def test_a_silent_websocket_outlives_every_timeout_of_the_edge(edge: Edge, listener: str) -> None:
-    """Its route's too. The control is a connection without a request, which the same timeouts end."""
+    """Timeouts of the route included. The control is a connection without a request, which the same timeouts end."""
     files = deepcopy(edge.files)
     for route in files[f"routes/{listener}.json"][0]["virtual_hosts"][0]["routes"]:
         if "route" in route:
@@ -543,8 +543,8 @@ def test_a_silent_websocket_outlives_every_timeout_of_the_edge(edge: Edge, liste
 
 
 @pytest.mark.parametrize("listener", ["sticky", "safe"])
-def test_no_timeout_of_a_stream_is_left_to_envoy(edge: Edge, listener: str) -> None:
-    """Envoy's own end a websocket that is silent for five minutes, which no test waits for."""
+def test_no_stream_timeout_has_envoys_default(edge: Edge, listener: str) -> None:
+    """Envoy's default ends a websocket that is silent for five minutes; no test waits that long."""
     (resource,) = [one for one in edge.files["listeners.json"] if one["name"] == listener]
     for chain in resource["filter_chains"]:
         assert chain["filters"][0]["typed_config"]["stream_idle_timeout"] == "0s"
@@ -554,8 +554,8 @@ def test_no_timeout_of_a_stream_is_left_to_envoy(edge: Edge, listener: str) -> N
     assert idle
 
 
-def test_a_timeout_of_streams_would_end_a_silent_websocket(edge: Edge) -> None:
-    """The control."""
+def test_a_stream_timeout_would_end_a_silent_websocket(edge: Edge) -> None:
+    """The negative control of the tests above."""
     files = deepcopy(edge.files)
     for route in files["routes/sticky.json"][0]["virtual_hosts"][0]["routes"]:
         if "route" in route:
@@ -579,14 +579,14 @@ def test_a_timeout_of_streams_would_end_a_silent_websocket(edge: Edge) -> None:
 
 
 async def user_without_cookies(edge: Edge) -> socketio.AsyncClient:
-    """Of aiohttp, which keeps no cookie for a host that is an IP address; with polls it could not even connect."""
+    """With aiohttp, which keeps no cookies for an IP address; by polling it could not connect at all."""
     client = socketio.AsyncClient(reconnection=False)
     await client.connect(f"http://127.0.0.1:{edge.ports['sticky']}", transports=["websocket"])
     return client
 
 
-def test_no_client_can_have_a_rebalance_ask_it_again_and_again(edge: Edge, nodes: dict[str, Node], ring: Ring) -> None:
-    """Neither one that keeps no cookie, nor one that changes its id."""
+def test_a_rebalance_does_not_ask_a_client_again_and_again(edge: Edge, nodes: dict[str, Node], ring: Ring) -> None:
+    """Neither a client without cookies, nor one that changes its id."""
     first = next(f"first-{number}" for number in range(100) if ring.owner(f"first-{number}") == NODES[0])
     others = [f"other-{number}" for number in range(20)]
     for number, other in enumerate(others):

@@ -1,6 +1,6 @@
-"""What the role composes, in the Envoy that it deploys: TLS, and what ends websockets and what does not.
+"""A real Envoy with the role's files: TLS, and which changes end websockets.
 
-Everything is on the loopback address; the node behind it only opens websockets and tells what it was sent.
+Everything is on the loopback address; the node behind it only opens websockets and returns the headers that it got.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admi
 from certificates import Certificate, make_certificate
 from running_envoy import START_SECONDS, Edge, compose, free_ports, running
 
-# The last websocket of a listener that has changed ends after so long; the role leaves it at Envoy's 600.
+# Websockets of a changed listener end after this many seconds; the role keeps Envoy's default of 600.
 DRAIN_SECONDS = 1
 # The role's default is 10.
 HANDSHAKE_SECONDS = 2
@@ -33,7 +33,7 @@ MAX_CONNECTIONS = 40
 
 
 class Node(BaseHTTPRequestHandler):
-    """Opens whatever upgrade it is asked for, and answers everything else with the headers that it got."""
+    """Accepts every upgrade, and answers other requests with the headers that it got."""
 
     protocol_version = "HTTP/1.1"
 
@@ -92,7 +92,7 @@ class Websocket:
         assert answer.startswith(b"HTTP/1.1 101"), answer
 
     def is_open(self) -> bool:
-        """Whether what is sent still comes back."""
+        """Whether a message still comes back."""
         self.socket.sendall(b"ping")
         return self.socket.recv(4) == b"ping"
 
@@ -125,7 +125,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def composed(folder: Path, certificate: Certificate, node: int) -> dict[str, Any]:
-    """What the role makes of a listener with TLS and two without."""
+    """What the role composes for a listener with TLS and two without."""
     variables = {
         "stickyring_edge_request_headers_timeout": HANDSHAKE_SECONDS,
         "stickyring_edge_max_connections": MAX_CONNECTIONS,
@@ -152,7 +152,7 @@ def edge(process: Edge) -> Iterator[Edge]:
 
 @pytest.fixture
 def websocket(edge: Edge) -> Iterator[Callable[[str], Websocket]]:
-    """Opens websockets; at the end they are closed and Envoy knows it."""
+    """Opens websockets; at the end closes them and waits until Envoy has noticed."""
     with ExitStack() as stack:
         yield lambda listener: stack.enter_context(Websocket(edge, listener))
     deadline = time.monotonic() + START_SECONDS
@@ -160,8 +160,8 @@ def websocket(edge: Edge) -> Iterator[Callable[[str], Websocket]]:
         assert time.monotonic() < deadline
 
 
-def test_the_template_lookup_has_what_the_template_module_writes(folder: Path, composed: dict[str, Any]) -> None:
-    """Or a run that changes nothing would be taken for one that starts Envoy anew."""
+def test_the_template_lookup_and_the_template_module_render_the_same(folder: Path, composed: dict[str, Any]) -> None:
+    """Otherwise the role would see a difference in every run, and restart Envoy."""
     written = {"bootstrap": "bootstrap.yaml", "unit": "stickyring-edge.service.j2"}
     texts = {file["name"]: file["content"] for file in composed["start_files"] if "content" in file}
     assert texts.keys() == written.keys()
@@ -195,7 +195,7 @@ def test_tls_is_1_2_or_newer(edge: Edge) -> None:
     def speak(version: ssl.TLSVersion) -> str | None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        # OpenSSL itself would not offer the old ones otherwise.
+        # Otherwise OpenSSL would not offer old versions.
         context.set_ciphers("ALL:@SECLEVEL=0")
         context.minimum_version = context.maximum_version = version
         with context.wrap_socket(socket.create_connection(("127.0.0.1", edge.ports["safe"]), 5)) as client:
@@ -207,8 +207,8 @@ def test_tls_is_1_2_or_newer(edge: Edge) -> None:
         speak(ssl.TLSVersion.TLSv1_1)
 
 
-def test_who_begins_no_handshake_is_not_waited_for(edge: Edge) -> None:
-    """The control is a silent connection without TLS, which has the time of an idle one."""
+def test_a_connection_without_a_handshake_is_closed(edge: Edge) -> None:
+    """The control is a silent connection without TLS, which has the idle timeout."""
     with ExitStack() as stack:
         silent, control = (
             stack.enter_context(socket.create_connection(("127.0.0.1", edge.ports[name]), 4 * HANDSHAKE_SECONDS))
@@ -223,7 +223,7 @@ def test_who_begins_no_handshake_is_not_waited_for(edge: Edge) -> None:
 
 
 @pytest.mark.parametrize(("listener", "scheme"), [("safe", "https"), ("plain", "http")])
-def test_the_node_is_told_the_scheme_whatever_the_client_says(edge: Edge, listener: str, scheme: str) -> None:
+def test_the_node_gets_the_real_scheme(edge: Edge, listener: str, scheme: str) -> None:
     port = edge.ports[listener]
     with handshake(port) if listener == "safe" else socket.create_connection(("127.0.0.1", port), 5) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: edge\r\nX-Forwarded-Proto: ftp\r\nConnection: close\r\n\r\n")
@@ -232,7 +232,7 @@ def test_the_node_is_told_the_scheme_whatever_the_client_says(edge: Edge, listen
     assert told["x-forwarded-proto"] == scheme
 
 
-def test_a_new_certificate_reaches_newcomers_and_ends_nothing(edge: Edge, websocket: Any, tmp_path: Path) -> None:
+def test_new_connections_get_a_new_certificate_and_websockets_stay(edge: Edge, websocket: Any, tmp_path: Path) -> None:
     here = [websocket("safe"), websocket("plain")]
     new = make_certificate(tmp_path)
     files, keys = edge.with_certificate(new)
@@ -244,13 +244,13 @@ def test_a_new_certificate_reaches_newcomers_and_ends_nothing(edge: Edge, websoc
 
 
 def time_to_drain() -> None:
-    """Waits until what was about to end has ended."""
+    """Waits until connections of changed listeners have ended."""
     done = time.monotonic() + 2 * DRAIN_SECONDS
     while time.monotonic() < done:
         time.sleep(0.1)
 
 
-def test_a_key_that_envoy_refuses_is_taken_back_and_not_told(
+def test_a_key_that_envoy_rejects_is_rolled_back_and_not_shown(
     edge: Edge, certificate: Certificate, tmp_path: Path
 ) -> None:
     new = make_certificate(tmp_path)
@@ -284,19 +284,19 @@ def changed_listener(edge: Edge, name: str) -> dict[str, Any]:
     return files
 
 
-def test_a_listener_is_not_changed_under_its_websockets(edge: Edge, websocket: Any) -> None:
+def test_a_listener_with_websockets_is_not_changed_without_permission(edge: Edge, websocket: Any) -> None:
     here = websocket("plain")
     websocket("plain")
     websocket("safe")
     said = edge.give(changed_listener(edge, "plain"))["msg"]
-    assert "so nothing that serves was changed" in said
+    assert "so no running service was changed" in said
     assert "listener plain changes: 2 open websockets end." in said
     assert "-e stickyring_edge_may_end_websockets=true" in said
     gone = deepcopy(edge.files)
     del gone["listeners.json"][0], gone["routes/plain.json"]
     assert "listener plain is removed: 2 open websockets end." in edge.give(gone)["msg"]
     assert edge.give(edge.files)["written"] == []
-    # In check mode it is said and no failure; who is nobody's websocket's listener may change.
+    # In check mode it is reported without a failure. A listener without websockets may change.
     said = edge.give(changed_listener(edge, "plain"), _ansible_check_mode=True)
     assert said["ends"] == "listener plain changes: 2 open websockets end"
     assert said["ends"] in json.dumps(said["warnings"])
@@ -305,8 +305,8 @@ def test_a_listener_is_not_changed_under_its_websockets(edge: Edge, websocket: A
     assert here.is_open()
 
 
-def test_who_was_told_to_ends_the_websockets_of_one_listener(edge: Edge, websocket: Any) -> None:
-    """The control of the others: this is what ends websockets."""
+def test_with_permission_only_the_changed_listeners_websockets_end(edge: Edge, websocket: Any) -> None:
+    """The control of the other tests: this ends websockets."""
     ending, staying = websocket("plain"), websocket("safe")
     result = edge.give(changed_listener(edge, "plain"), may_end_websockets=True)
     assert result["ends"] == "listener plain changes: 1 open websocket ends"
@@ -314,7 +314,7 @@ def test_who_was_told_to_ends_the_websockets_of_one_listener(edge: Edge, websock
     assert staying.is_open()
 
 
-def test_a_restart_is_announced_with_all_websockets(
+def test_a_restart_counts_the_websockets_of_all_listeners(
     edge: Edge, websocket: Any, composed: dict[str, Any], tmp_path: Path
 ) -> None:
     start_files = []
@@ -338,7 +338,7 @@ def test_a_restart_is_announced_with_all_websockets(
     assert all(one.is_open() for one in here)
 
 
-def test_everything_else_changes_under_websockets(edge: Edge, websocket: Any) -> None:
+def test_other_changes_keep_websockets_open(edge: Edge, websocket: Any) -> None:
     here = [websocket("plain"), websocket("safe")]
     files = deepcopy(edge.files)
     files["clusters.json"][0]["connect_timeout"] = "3s"
@@ -354,7 +354,7 @@ def test_everything_else_changes_under_websockets(edge: Edge, websocket: Any) ->
 
 
 def test_connections_beyond_the_limit_are_closed_at_once(edge: Edge, websocket: Any) -> None:
-    """Those that are open stay, and there is room again when one of them has gone."""
+    """Open connections stay, and a new one is accepted when one has ended."""
     opened = [websocket("plain") for _ in range(MAX_CONNECTIONS)]
     for listener in ("plain", "other"):
         with (
@@ -371,7 +371,7 @@ def test_connections_beyond_the_limit_are_closed_at_once(edge: Edge, websocket: 
             opened.append(websocket("other"))
 
 
-def test_other_ways_to_find_a_key_are_told_by_listener(edge: Edge) -> None:
+def test_listeners_that_would_read_keys_differently_are_reported(edge: Edge) -> None:
     def told() -> list[str]:
         dump = Admin(edge.admin_socket).get("/config_dump?resource=dynamic_route_configs")
         found: list[str] = filters.edge_rekeyed(edge.files, dump)
@@ -380,7 +380,7 @@ def test_other_ways_to_find_a_key_are_told_by_listener(edge: Edge) -> None:
     assert told() == []
     files = deepcopy(edge.files)
     [routes] = files["routes/plain.json"]
-    # As it was before keys were evaluated once.
+    # As in an earlier version, which hashed the policies in the route.
     for route in routes["virtual_hosts"][0]["routes"]:
         if "route" in route:
             route["route"]["hash_policy"] = [{"query_parameter": {"name": "client_id"}, "terminal": True}]
@@ -390,7 +390,7 @@ def test_other_ways_to_find_a_key_are_told_by_listener(edge: Edge) -> None:
     assert told() == ["plain", "other"]
 
 
-def test_the_served_ring_is_read_with_whoever_is_not_healthy(edge: Edge) -> None:
+def test_the_served_ring_includes_unhealthy_members(edge: Edge) -> None:
     files = deepcopy(edge.files)
     (path,) = [name for name in files if name.startswith("endpoints/")]
     members = files[path][0]["endpoints"][0]["lb_endpoints"]

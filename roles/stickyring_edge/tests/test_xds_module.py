@@ -20,7 +20,7 @@ from fake_envoy import FakeEnvoy, run_module
 TYPE = "type.googleapis.com/"
 Files = dict[str, list[dict[str, Any]]]
 NOTHING = hashlib.sha256(b"").hexdigest()
-"""The digest where there are no start files."""
+"""The digest without start files."""
 
 
 def assignment(cluster: str, ports: list[int]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def contents(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_a_version_tells_contents_apart_and_not_the_order_of_keys() -> None:
+def test_a_version_depends_on_the_content_and_not_on_the_order_of_keys() -> None:
     assert xds.version_of([{"a": 1, "b": 2}]) == xds.version_of([{"b": 2, "a": 1}])
     assert xds.version_of([{"a": 1, "b": 2}]) != xds.version_of([{"a": 1, "b": 3}])
 
@@ -83,14 +83,14 @@ def test_without_an_envoy_the_files_are_written_once(directory: Path, files: Fil
     assert not run(directory, files, no_envoy)["changed"]
 
 
-def test_a_file_with_another_mode_is_mended(directory: Path, files: Files, no_envoy: str) -> None:
+def test_a_file_with_another_mode_is_corrected(directory: Path, files: Files, no_envoy: str) -> None:
     run(directory, files, no_envoy)
     (directory / "clusters.json").chmod(0o666)
     assert run(directory, files, no_envoy)["changed"]
     assert (directory / "clusters.json").stat().st_mode & 0o777 == 0o644
 
 
-def test_check_mode_touches_nothing_and_shows_the_difference(directory: Path, files: Files, no_envoy: str) -> None:
+def test_check_mode_changes_nothing_and_shows_the_difference(directory: Path, files: Files, no_envoy: str) -> None:
     result = run(directory, files, no_envoy, _ansible_check_mode=True)
     assert result["changed"]
     assert not directory.exists()
@@ -107,7 +107,9 @@ def test_check_mode_touches_nothing_and_shows_the_difference(directory: Path, fi
     assert contents(directory) == before
 
 
-def test_a_proof_names_what_differs_and_leaves_it_alone(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+def test_a_proof_names_differing_files_and_does_not_change_them(
+    directory: Path, files: Files, envoy: FakeEnvoy
+) -> None:
     run(directory, files, envoy.socket)
     (directory / "routes" / "old.json").write_text((directory / "routes" / "sticky.json").read_text())
     before = contents(directory)
@@ -115,27 +117,31 @@ def test_a_proof_names_what_differs_and_leaves_it_alone(directory: Path, files: 
     wanted["clusters.json"][0]["connect_timeout"] = "3s"
     result = run(directory, wanted, envoy.socket, state="proven")
     assert result["failed"]
-    assert "left alone: clusters.json, routes/old.json." in result["msg"]
+    assert "was not changed: clusters.json, routes/old.json." in result["msg"]
     assert "connect_timeout" not in result["msg"]
     shown = run(directory, wanted, envoy.socket, state="proven", _ansible_diff=True)["msg"]
     assert "--- clusters.json on the host" in shown
     assert '+      "connect_timeout": "3s"' in shown
     assert contents(directory) == before
-    # Whoever does not only ask gets what he wants, and then it is proven.
+    # With state present the files are written, and then the proof succeeds.
     assert run(directory, wanted, envoy.socket)["changed"]
     assert run(directory, wanted, envoy.socket, state="proven")["proven"]
 
 
-def test_a_proof_of_nothing_makes_nothing(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+def test_a_proof_without_files_creates_nothing(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
     message = run(directory, files, envoy.socket, state="proven")["msg"]
     assert all(path in message for path in files)
     assert not directory.exists()
 
 
-def test_a_proof_sees_another_mode_and_leaves_it(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+def test_a_proof_names_a_file_with_another_mode_and_does_not_change_it(
+    directory: Path, files: Files, envoy: FakeEnvoy
+) -> None:
     run(directory, files, envoy.socket)
     (directory / "clusters.json").chmod(0o666)
-    assert "left alone: clusters.json (owner or mode)." in run(directory, files, envoy.socket, state="proven")["msg"]
+    assert (
+        "was not changed: clusters.json (owner or mode)." in run(directory, files, envoy.socket, state="proven")["msg"]
+    )
     assert (directory / "clusters.json").stat().st_mode & 0o777 == 0o666
 
 
@@ -156,7 +162,7 @@ def test_a_proof_asks_the_running_envoy(directory: Path, files: Files, envoy: Fa
         ({"clusters.json": [{"@type": "type.googleapis.com/x", "name": "a"}]}, "one type out of"),
     ],
 )
-def test_files_that_cannot_serve_are_refused_unwritten(
+def test_invalid_files_are_refused_before_anything_is_written(
     directory: Path, files: Files, envoy: FakeEnvoy, wrong: Files, words: str
 ) -> None:
     run(directory, files, envoy.socket)
@@ -182,7 +188,7 @@ def test_only_what_changed_is_written(directory: Path, files: Files, envoy: Fake
     assert run(directory, files, envoy.socket)["written"] == ["endpoints/nodes.json"]
 
 
-def test_who_leaves_a_place_is_told(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+def test_endpoints_that_leave_are_reported(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
     assert run(directory, files, envoy.socket)["left"] == []
     files["endpoints/nodes.json"] = [assignment("nodes", [8001, 8003])]
     gone = run(directory, files, envoy.socket, _ansible_check_mode=True)["left"]
@@ -194,7 +200,7 @@ def test_who_leaves_a_place_is_told(directory: Path, files: Files, envoy: FakeEn
     assert run(directory, files, envoy.socket)["left"] == []
 
 
-def test_nothing_is_named_before_it_is_there(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+def test_a_resource_is_written_before_another_names_it(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
     run(directory, files, envoy.socket)
     places = {path: envoy.loads.index(path) for path in files}
     assert places["endpoints/nodes.json"] < places["clusters.json"] < places["listeners.json"]
@@ -208,7 +214,7 @@ def test_a_cluster_leaves_only_after_the_routes_left_it(directory: Path, files: 
     del files["endpoints/nodes.json"]
     files["routes/sticky.json"][0]["virtual_hosts"] = []
     envoy.loads.clear()
-    # The fake keeps endpoints of a cluster that is gone, which nobody asks about.
+    # The fake keeps the endpoints of a removed cluster; the module ignores them.
     result = run(directory, files, envoy.socket)
     assert envoy.history == [["nodes"], ["others", "nodes"], ["others"]]
     assert envoy.loads == ["endpoints/others.json", "clusters.json", "routes/sticky.json", "clusters.json"]
@@ -217,12 +223,12 @@ def test_a_cluster_leaves_only_after_the_routes_left_it(directory: Path, files: 
 
 
 @pytest.mark.parametrize("path", ["clusters.json", "listeners.json", "routes/sticky.json", "endpoints/nodes.json"])
-def test_what_envoy_refuses_is_taken_back(directory: Path, files: Files, envoy: FakeEnvoy, path: str) -> None:
+def test_a_change_that_envoy_rejects_is_rolled_back(directory: Path, files: Files, envoy: FakeEnvoy, path: str) -> None:
     run(directory, files, envoy.socket)
     before = contents(directory)
     bad = deepcopy(files)
     bad[path][0]["refuse"] = "no such thing"
-    # Accepted, but it belongs to what was refused.
+    # Envoy accepts this file, but it is part of the rejected change.
     bad["clusters.json"][0]["connect_timeout"] = "3s"
     result = run(directory, bad, envoy.socket)
     assert result["failed"]
@@ -230,7 +236,7 @@ def test_what_envoy_refuses_is_taken_back(directory: Path, files: Files, envoy: 
     assert "keeps serving them" in result["msg"]
     assert contents(directory) == before
     assert not run(directory, files, envoy.socket)["changed"]
-    # Negative control: without the fault the same change is taken.
+    # Negative control: without the fault, the same change succeeds.
     del bad[path][0]["refuse"]
     assert "failed" not in run(directory, bad, envoy.socket)
 
@@ -243,13 +249,15 @@ def test_envoys_own_words_are_in_the_message(directory: Path, files: Files, envo
     assert len(message) < 800
 
 
-def test_a_first_configuration_that_is_refused_leaves_nothing(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+def test_a_rejected_first_configuration_leaves_no_files(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
     files["clusters.json"][0]["refuse"] = "no"
     assert run(directory, files, envoy.socket)["failed"]
     assert contents(directory) == {}
 
 
-def test_what_envoy_never_loads_is_taken_back_and_said(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+def test_a_change_that_envoy_never_loads_is_rolled_back_and_reported(
+    directory: Path, files: Files, envoy: FakeEnvoy
+) -> None:
     run(directory, files, envoy.socket)
     before = contents(directory)
     envoy.ignores_changes = True
@@ -260,10 +268,12 @@ def test_what_envoy_never_loads_is_taken_back_and_said(directory: Path, files: F
     assert contents(directory) == before
 
 
-def test_a_refusal_whose_cause_is_gone_is_mended(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
+def test_a_rejected_file_is_written_again_when_the_cause_is_gone(
+    directory: Path, files: Files, envoy: FakeEnvoy
+) -> None:
     run(directory, files, envoy.socket)
     del envoy.stats["listener_manager.lds.version_text"]
-    # Never refused: Envoy may still be on its way, so nothing is written.
+    # Not rejected: Envoy may still be loading the file, so it is not written again.
     assert run(directory, files, envoy.socket)["failed"]
     envoy.stats["listener_manager.lds.update_rejected"] = 1
     result = run(directory, files, envoy.socket)
@@ -286,12 +296,14 @@ def test_an_unhealthy_endpoint_is_named(directory: Path, files: Files, envoy: Fa
     message = run(directory, files, envoy.socket, state="proven", healthy_timeout=1)["msg"]
     assert "node-8002 (192.0.2.1:8002) of cluster nodes is not healthy: failed_active_health_check" in message
     assert "node-8001" not in message
-    # Whoever does not ask is not told.
+    # Without a healthy timeout, health is not checked.
     assert run(directory, files, envoy.socket, state="proven")["proven"]
 
 
-def test_who_is_not_healthy_does_not_join(directory: Path, files: Files, envoy: FakeEnvoy, closed_port: int) -> None:
-    """Members of before may be dead; the newcomer is asked by this host, before anything is written."""
+def test_an_unhealthy_new_endpoint_does_not_join(
+    directory: Path, files: Files, envoy: FakeEnvoy, closed_port: int
+) -> None:
+    """Old members may be down; this host checks the new one before anything is written."""
     run(directory, files, envoy.socket)
     envoy.unhealthy = {8001, 8002}
     before = contents(directory)
@@ -310,7 +322,7 @@ def test_who_is_not_healthy_does_not_join(directory: Path, files: Files, envoy: 
 def test_websockets_are_counted_once_newcomers_are_healthy(
     directory: Path, files: Files, envoy: FakeEnvoy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever comes during the wait is counted."""
+    """Users who connect during the wait are counted."""
     run(directory, files, envoy.socket)
     files["listeners.json"][0]["per_connection_buffer_limit_bytes"] = 1
     asked = Envoy.expect_healthy_newcomers
@@ -320,16 +332,16 @@ def test_websockets_are_counted_once_newcomers_are_healthy(
         envoy.stats["http.sticky.downstream_cx_upgrades_active"] = 5
 
     monkeypatch.setattr(Envoy, "expect_healthy_newcomers", wait)
-    # In check mode nobody is waited for.
+    # Check mode does not wait.
     assert run(directory, files, envoy.socket, healthy_timeout=1, _ansible_check_mode=True)["ends"] == ""
     message = run(directory, files, envoy.socket, healthy_timeout=1)["msg"]
     assert "listener sticky changes: 5 open websockets end." in message
 
 
-def test_a_place_on_the_ring_that_is_no_node_is_nobody_to_wait_for(
+def test_an_endpoint_without_health_checks_is_not_waited_for(
     directory: Path, files: Files, envoy: FakeEnvoy, closed_port: int
 ) -> None:
-    """What would be refused for a node (see above) is taken for an endpoint whose health nobody asks for."""
+    """An unhealthy node would be refused (see above); this endpoint disables health checks."""
     run(directory, files, envoy.socket)
     files["clusters.json"][0]["health_checks"] = [{"http_health_check": {"path": "/ready"}}]
     members = files["endpoints/nodes.json"][0]["endpoints"][0]["lb_endpoints"]
@@ -366,7 +378,7 @@ def test_an_envoy_that_must_answer_and_does_not(directory: Path, files: Files, n
 
 
 class Systemd:
-    """What systemctl and journalctl say."""
+    """Stand-ins for systemctl and journalctl."""
 
     def __init__(self, programs: Path) -> None:
         self.said = programs / "journal"
@@ -378,12 +390,12 @@ class Systemd:
             (programs / name).chmod(0o755)
 
     def show(self, **properties: object) -> None:
-        """Has systemctl say this, of a unit that does not run unless it is said."""
+        """Sets what systemctl shows; by default a unit that does not run."""
         shown = {"ActiveState": "inactive", "MainPID": 0, "NeedDaemonReload": "no", **properties}
         self.shown.write_text("".join(f"{name}={value}\n" for name, value in shown.items()))
 
     def start(self, **properties: object) -> None:
-        """Has this process be the unit's."""
+        """Makes this process the unit's main process."""
         self.show(ActiveState="active", MainPID=os.getpid(), **properties)
 
 
@@ -415,7 +427,7 @@ def test_the_journal_has_the_reason_when_the_admin_interface_has_not(
     )
 
 
-def test_the_last_words_of_an_envoy_that_does_not_answer(
+def test_the_journal_is_in_the_message_if_envoy_does_not_answer(
     directory: Path, files: Files, no_envoy: str, systemd: Systemd
 ) -> None:
     systemd.said.write_text("[critical] cannot bind 0.0.0.0:9002\n")
@@ -424,7 +436,7 @@ def test_the_last_words_of_an_envoy_that_does_not_answer(
     assert message.endswith("does not answer. [critical] cannot bind 0.0.0.0:9002")
 
 
-def test_nothing_is_written_below_an_envoy_that_runs_and_is_mute(
+def test_nothing_is_written_while_a_running_envoy_does_not_answer(
     directory: Path, files: Files, no_envoy: str, systemd: Systemd
 ) -> None:
     systemd.start()
@@ -432,7 +444,7 @@ def test_nothing_is_written_below_an_envoy_that_runs_and_is_mute(
     message = run(directory, files, no_envoy, unit="edge.service")["msg"]
     assert message.startswith(f"edge.service runs, but its admin interface at {no_envoy} has not answered")
     assert not directory.exists()
-    # One that is stopped does not have to answer.
+    # A stopped unit does not have to answer.
     systemd.show()
     result = run(directory, files, no_envoy, unit="edge.service")
     assert set(result["written"]) == set(files)
@@ -447,7 +459,7 @@ def test_an_envoy_of_an_earlier_version_is_taken_over_only_when_its_websockets_m
     directory.mkdir(parents=True)
     (directory / "clusters.yaml").touch()
     message = run(directory, files, no_envoy, unit="edge.service")["msg"]
-    assert "nothing that serves was changed: edge.service runs without an admin socket" in message
+    assert "no running service was changed: edge.service runs without an admin socket" in message
     assert set(contents(directory)) == {"clusters.yaml"}
     planned = run(directory, files, no_envoy, unit="edge.service", _ansible_check_mode=True)
     assert planned["ends"].endswith("has to be restarted: all its open websockets end")
@@ -458,12 +470,12 @@ def test_an_envoy_of_an_earlier_version_is_taken_over_only_when_its_websockets_m
 
 @pytest.fixture
 def record(tmp_path: Path) -> Path:
-    """Where it is noted what Envoy was started from."""
+    """The file that records what Envoy was started from."""
     return tmp_path / "started-from"
 
 
 @pytest.mark.parametrize("clock", [-3600, 0, 3600])
-def test_a_process_is_up_to_date_once_it_is_noted_that_it_was_started_from_what_is_wanted(
+def test_a_process_is_up_to_date_if_the_record_matches(
     directory: Path, files: Files, envoy: FakeEnvoy, record: Path, systemd: Systemd, clock: float
 ) -> None:
     def told(noted: str) -> tuple[bool, bool]:
@@ -481,7 +493,7 @@ def test_a_process_is_up_to_date_once_it_is_noted_that_it_was_started_from_what_
     assert told(NOTHING) == (False, True)
 
 
-def test_an_edge_of_the_version_before_which_noted_nothing_is_not_restarted(
+def test_an_edge_without_a_record_is_not_restarted(
     directory: Path, files: Files, envoy: FakeEnvoy, record: Path, systemd: Systemd
 ) -> None:
     systemd.start()
@@ -489,10 +501,10 @@ def test_an_edge_of_the_version_before_which_noted_nothing_is_not_restarted(
     assert (result["up_to_date"], result["recorded"]) == (True, False)
 
 
-def test_the_digest_of_what_it_starts_from_is_that_of_the_versions_before(
+def test_the_digest_of_start_files_is_the_same_as_in_earlier_versions(
     directory: Path, files: Files, envoy: FakeEnvoy, tmp_path: Path
 ) -> None:
-    """Or every edge would be restarted by the next run."""
+    """Otherwise the next run would restart every edge."""
     start_files = [
         {"name": "binary", "path": str(tmp_path / "current"), "link": "releases/0123456789ab"},
         {"name": "bootstrap", "path": str(tmp_path / "bootstrap"), "content": "admin: {}\n"},
@@ -502,9 +514,7 @@ def test_the_digest_of_what_it_starts_from_is_that_of_the_versions_before(
     assert digest == "476288e7f909694a032d3b93b4eab50a5b7bac9ac1cdb5adb688db4054f25dc5"
 
 
-def test_what_it_starts_from_is_named_where_it_differs(
-    directory: Path, files: Files, envoy: FakeEnvoy, tmp_path: Path
-) -> None:
+def test_differing_start_files_are_named(directory: Path, files: Files, envoy: FakeEnvoy, tmp_path: Path) -> None:
     bootstrap, link = tmp_path / "bootstrap", tmp_path / "current"
     bootstrap.write_text("as wanted")
     bootstrap.chmod(0o644)
@@ -539,7 +549,7 @@ def test_whether_it_starts_at_boot(
 def compare(
     directory: Path, files: Files, envoy: FakeEnvoy, record: Path, systemd: Systemd, tmp_path: Path
 ) -> Callable[..., dict[str, Any]]:
-    """Asks whether all is in order, which it is at first."""
+    """Runs the module with state compared, on an edge where everything is in order."""
     tmp_path.chmod(0o755)
     (tmp_path / "envoy").touch()
     (tmp_path / "current").symlink_to("releases/1")
@@ -590,7 +600,7 @@ def test_an_account_that_is_gone_is_not_in_order(compare: Callable[..., dict[str
         lambda tmp_path: (tmp_path / "started-from").unlink(),
     ],
 )
-def test_what_is_not_in_order_on_disk(
+def test_each_fault_on_disk_is_not_in_order(
     compare: Callable[[], dict[str, Any]], tmp_path: Path, envoy: FakeEnvoy, fault: Callable[[Path], None]
 ) -> None:
     envoy.ignores_changes = True
@@ -611,7 +621,7 @@ def test_what_is_not_in_order_on_disk(
         lambda _, systemd: systemd.show(UnitFileState="enabled"),
     ],
 )
-def test_what_is_not_in_order_of_the_process(
+def test_each_fault_of_the_process_is_not_in_order(
     compare: Callable[[], dict[str, Any]],
     envoy: FakeEnvoy,
     systemd: Systemd,
@@ -636,22 +646,22 @@ def test_a_restart_that_an_earlier_run_left_undone_ends_websockets_too(
     systemd.start()
     run(directory, files, envoy.socket, **started)
     record.write_text("pending")
-    # Nobody is there, so nobody is dropped.
+    # No websocket is open, so the change is allowed.
     assert not run(directory, files, envoy.socket, **started)["up_to_date"]
     envoy.stats |= {f"http.{name}.downstream_cx_upgrades_active": count for name, count in (("sticky", 3), ("x", 4))}
     message = run(directory, files, envoy.socket, **started)["msg"]
     assert "Envoy's process is older than its files: 7 open websockets end." in message
     assert run(directory, files, envoy.socket, **started, may_end_websockets=True)["proven"]
-    # A proof restarts nothing.
+    # A proof does not restart Envoy, so it is allowed.
     assert run(directory, files, envoy.socket, unit="edge.service", state="proven")["proven"]
     record.write_text(NOTHING)
     assert run(directory, files, envoy.socket, **started)["ends"] == ""
 
 
-def test_a_refused_listener_that_is_tried_again_may_end_websockets(
+def test_a_rejected_listener_that_is_tried_again_may_end_websockets(
     directory: Path, files: Files, envoy: FakeEnvoy
 ) -> None:
-    """Envoy still has the listener as it was before the refusal."""
+    """Envoy still serves the listener in its version before the rejection."""
     run(directory, files, envoy.socket)
     envoy.stats |= {"listener_manager.lds.update_rejected": 1, "http.sticky.downstream_cx_upgrades_active": 1}
     envoy.stats["listener_manager.lds.version_text"] = "older"
@@ -661,9 +671,7 @@ def test_a_refused_listener_that_is_tried_again_may_end_websockets(
     assert "listener sticky changes: 1 open websocket ends." in message
 
 
-def test_a_file_that_the_module_has_not_written_is_taken_for_another_one(
-    directory: Path, files: Files, envoy: FakeEnvoy
-) -> None:
+def test_a_file_in_another_format_counts_as_different(directory: Path, files: Files, envoy: FakeEnvoy) -> None:
     run(directory, files, envoy.socket)
     envoy.stats["http.sticky.downstream_cx_upgrades_active"] = 1
     path = directory / "listeners.json"
@@ -680,9 +688,7 @@ def with_certificate(files: Files) -> Files:
 KEY = "-----BEGIN PRIVATE KEY-----\nAbCd\n-----END PRIVATE KEY-----\n"
 
 
-def test_a_key_is_for_the_group_and_for_nobody_elses_eyes(
-    directory: Path, with_certificate: Files, envoy: FakeEnvoy
-) -> None:
+def test_only_the_group_can_read_a_private_key(directory: Path, with_certificate: Files, envoy: FakeEnvoy) -> None:
     keys = {"certificates/sticky.json": KEY}
     result = run(directory, with_certificate, envoy.socket, private_keys=keys, _ansible_diff=True)
     path = directory / "certificates" / "sticky.json"
@@ -694,9 +700,9 @@ def test_a_key_is_for_the_group_and_for_nobody_elses_eyes(
     changed = run(directory, with_certificate, envoy.socket, private_keys=other, _ansible_diff=True)
     assert changed["written"] == ["certificates/sticky.json"]
     told = run(directory, with_certificate, envoy.socket, private_keys=keys, state="proven", _ansible_diff=True)
-    assert "left alone: certificates/sticky.json." in told["msg"]
+    assert "was not changed: certificates/sticky.json." in told["msg"]
     assert not any(secret in json.dumps([result, changed, told]) for secret in ("AbCd", "EfGh"))
-    # Whoever can read more than he should is shut out again, and a proof tells.
+    # A proof reports a mode that is too open, and a run corrects it.
     path.chmod(0o644)
     assert (
         "certificates/sticky.json (owner or mode)"

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Builds the image of a lab host: a bare Debian that boots systemd and is reached over SSH, as a fresh VM is.
+# Builds the image of a lab host: a bare Debian with systemd and SSH, like a fresh VM.
 # usage: build_image.sh SUITE TARBALL [PACKAGE ...]
-# The mirror and the certificates are those of this machine.
+# Uses the mirror and the certificates of this machine.
 set -eu
 suite=$1
 tarball=$2

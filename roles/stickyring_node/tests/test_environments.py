@@ -7,11 +7,11 @@ from ansible_collections.stickyring.fleet.plugins.filter import node
 
 
 def read(text: str) -> dict[str, str]:
-    """Shell quoting is what systemd's is made after, as far as double quotes and backslashes go."""
+    """Read by the shell's rules, which are the same as systemd's for double quotes and backslashes."""
     return dict(word.split("=", 1) for word in shlex.split(text, comments=True))
 
 
-def test_each_instance_has_its_own_port_name_and_socket_beside_what_all_share() -> None:
+def test_each_instance_has_its_own_port_name_and_socket() -> None:
     shared = {"STICKYRING_MAX_CONNECTIONS": 100, "TITLE": 'a "quoted" \\ title # 1'}
     files = node.node_environments(
         [1, 2], service="chat", host="[2001:db8::1]", port=7001, name="node1", shared=shared, header="# managed"

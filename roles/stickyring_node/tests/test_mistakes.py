@@ -1,4 +1,4 @@
-"""The judgement of the role's variables."""
+"""The check of the role's variables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GOOD: dict[str, Any] = {
 GOOD |= {"application": "chat:app", "address": "192.0.2.1", "release": "1.0+abc_D-1", "name": "node1", "instances": 2}
 
 
-def judge(**changed: object) -> list[str]:
+def check(**changed: object) -> list[str]:
     found: list[str] = node.node_mistakes(GOOD | changed)
     return found
 
@@ -48,7 +48,7 @@ def judge(**changed: object) -> list[str]:
     ],
 )
 def test_good_variables_have_no_mistake(changed: dict[str, Any]) -> None:
-    assert judge(**changed) == []
+    assert check(**changed) == []
 
 
 @pytest.mark.parametrize(
@@ -62,32 +62,32 @@ def test_good_variables_have_no_mistake(changed: dict[str, Any]) -> None:
         ({"service": "chat@1"}, "also names a user"),
         ({"service": "../chat"}, "also names a user"),
         ({"service": "chat\n"}, "also names a user"),
-        ({"service": "a" * 32}, "31 at most"),
+        ({"service": "a" * 32}, "at most 31"),
         ({"application": "chat"}, "stickyring_node_application 'chat' is neither module:attribute nor"),
         ({"application": "chat:app.wsgi"}, "is neither module:attribute"),
         ({"application": "chat app:app"}, "is neither module:attribute"),
-        ({"application": 'chat:make("x")'}, 'holds one of " \\ % $'),
-        ({"application": "chat:make('%n')"}, 'holds one of " \\ % $'),
-        ({"application": "chat:make('$HOME')"}, 'holds one of " \\ % $'),
-        ({"application": "chat:make('a\\b')"}, 'holds one of " \\ % $'),
-        ({"release": ""}, "stickyring_node_release '' may hold letters"),
-        ({"release": ".."}, "stickyring_node_release '..' may hold letters"),
-        ({"release": "a/b"}, "may hold letters"),
+        ({"application": 'chat:make("x")'}, 'contains one of " \\ % $'),
+        ({"application": "chat:make('%n')"}, 'contains one of " \\ % $'),
+        ({"application": "chat:make('$HOME')"}, 'contains one of " \\ % $'),
+        ({"application": "chat:make('a\\b')"}, 'contains one of " \\ % $'),
+        ({"release": ""}, "stickyring_node_release '' may contain only letters"),
+        ({"release": ".."}, "stickyring_node_release '..' may contain only letters"),
+        ({"release": "a/b"}, "may contain only letters"),
         ({"instances": 0}, "stickyring_node_instances is 0: give a whole number from 1 to 64"),
         ({"instances": "-1"}, "stickyring_node_instances is '-1': give a whole number"),
         ({"instances": 10**9}, "stickyring_node_instances is 1000000000: give a whole number"),
         ({"port": 1023}, "stickyring_node_port is 1023: give a whole number from 1024 to 65535"),
-        ({"port": 65535}, "stickyring_node_port 65535 leaves the range up to 65535 with 2 instances"),
+        ({"port": 65535}, "stickyring_node_port 65535 is too high for 2 instances"),
         ({"releases_kept": 1}, "stickyring_node_releases_kept is 1"),
         ({"health_path": "healthz"}, "stickyring_node_health_path 'healthz' does not begin with /"),
-        ({"limit_nofile": 10099}, "stickyring_node_limit_nofile 10099 is too low: 10000 connections"),
-        ({"name": "node 1"}, "stickyring_node_name 'node 1' may hold letters"),
-        ({"name": "chat@node1"}, "rename the host in the inventory, or give it a stickyring_node_name"),
-        ({"name": "2001:db8::1"}, "stickyring_node_name '2001:db8::1' may hold letters"),
-        ({"name": None}, "stickyring_node_name None may hold letters"),
-        ({"name": "knöten"}, "stickyring_node_name 'knöten' may hold letters"),
-        ({"address": "node1.example.com"}, "is no IP address: give stickyring_address the one"),
-        ({"watchdog": 1}, "stickyring_node_watchdog is 1: give 3 or more, or 0 for none"),
+        ({"limit_nofile": 10099}, "stickyring_node_limit_nofile 10099 is too low for 10000 connections"),
+        ({"name": "node 1"}, "stickyring_node_name 'node 1' may contain only letters"),
+        ({"name": "chat@node1"}, "rename the host in the inventory, or set its stickyring_node_name"),
+        ({"name": "2001:db8::1"}, "stickyring_node_name '2001:db8::1' may contain only letters"),
+        ({"name": None}, "stickyring_node_name None may contain only letters"),
+        ({"name": "knöten"}, "stickyring_node_name 'knöten' may contain only letters"),
+        ({"address": "node1.example.com"}, "is no IP address: set stickyring_address to the one"),
+        ({"watchdog": 1}, "stickyring_node_watchdog is 1: give 3 or more, or 0 to turn it off"),
         ({"watchdog": "-1"}, "stickyring_node_watchdog is '-1': give a whole number from 0"),
         ({"drain_timeout": -1}, "stickyring_node_drain_timeout is -1: give a whole number from 0"),
         ({"drain_timeout": 2.5}, "stickyring_node_drain_timeout is 2.5: give a whole number"),
@@ -98,21 +98,21 @@ def test_good_variables_have_no_mistake(changed: dict[str, Any]) -> None:
         ({"log_level": "loud"}, "stickyring_node_log_level 'loud' is none of debug"),
         ({"python": "python2"}, "stickyring_node_python 'python2' is neither python3 nor pypy3"),
         ({"worker_class": "a b"}, "stickyring_node_worker_class 'a b' is no worker class"),
-        ({"health_path": "/a b"}, "stickyring_node_health_path '/a b' does not begin with /, or holds"),
-        ({"index_url": "http://a b"}, "stickyring_node_index_url 'http://a b' holds more than visible"),
-        ({"environment": "A=1"}, "stickyring_node_environment is 'A=1': give names with values"),
+        ({"health_path": "/a b"}, "stickyring_node_health_path '/a b' does not begin with /, or contains"),
+        ({"index_url": "http://a b"}, "stickyring_node_index_url 'http://a b' contains other than visible"),
+        ({"environment": "A=1"}, "stickyring_node_environment is 'A=1': give a dictionary"),
         ({"environment": {"A-B": 1}}, "stickyring_node_environment: 'A-B' cannot name an environment variable"),
         ({"environment": {"1A": 1}}, "stickyring_node_environment: '1A' cannot name"),
-        ({"environment": {"GOOD": 1, "STICKYRING_LISTEN": 1}}, "STICKYRING_LISTEN belongs to the runtime"),
+        ({"environment": {"GOOD": 1, "STICKYRING_LISTEN": 1}}, "STICKYRING_LISTEN is reserved for the runtime"),
     ],
 )
-def test_each_mistake_is_said(changed: dict[str, Any], words: str) -> None:
-    [mistake] = judge(**changed)
+def test_each_mistake_is_reported(changed: dict[str, Any], words: str) -> None:
+    [mistake] = check(**changed)
     assert words in mistake
 
 
-def test_every_option_is_judged_by_its_type() -> None:
-    """Ansible does not everywhere validate them by the argument_specs, and takes -1 and 10**9 for numbers as well."""
+def test_every_option_is_checked_by_its_type() -> None:
+    """Ansible does not validate argument_specs everywhere, and accepts -1 and 10**9 as numbers."""
     kinds = {"int": set(node.RANGES), "bool": set(node.BOOLEANS)}
     for kind, judged in kinds.items():
         assert {f"stickyring_node_{name}" for name in judged} == {
@@ -120,7 +120,7 @@ def test_every_option_is_judged_by_its_type() -> None:
         }
     chosen = {name: one["choices"] for name, one in OPTIONS.items() if "choices" in one}
     assert chosen == {f"stickyring_node_{name}": node.TEXTS[name][0].split("|") for name in ("python", "log_level")}
-    # These are names of files on the controller, which nothing but Ansible reads.
+    # Only Ansible reads these, as names of files on the controller.
     files = {"requirements", "wheelhouse"}
     judged_names = {*node.TEXTS, *node.RANGES, *node.BOOLEANS, "address", "edges", "environment"} | files
     assert {f"stickyring_node_{name}" for name in judged_names} == set(OPTIONS)
@@ -128,7 +128,7 @@ def test_every_option_is_judged_by_its_type() -> None:
     assert {*composed, "release"} == judged_names - files
 
 
-def test_what_is_not_given_is_not_judged() -> None:
+def test_variables_that_are_not_given_are_not_checked() -> None:
     assert node.node_mistakes({"service": "chat"}) == []
     [mistake] = node.node_mistakes({"service": ""})
     assert mistake.startswith("stickyring_node_service '' also names a user")

@@ -1,4 +1,4 @@
-"""The module that judges a node's variables and looks at its host, with real sockets and a fake systemctl."""
+"""The module that checks a node's variables and reads the state of its host, with real sockets and a fake systemctl."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def account(name: str, home: str, shell: str) -> pwd.struct_passwd:
 
 
 class Host:
-    """What a host holds: files below `root`, units that its systemctl shows, accounts."""
+    """A fake host: files below `root`, units that its systemctl shows, accounts."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "root"
@@ -76,7 +76,7 @@ class Host:
         self.program(name, f'echo "{version}"; exit {0 if venv else 1}')
 
     def shows(self, units: dict[str, dict[str, str]]) -> None:
-        """What systemctl shows, by unit; the order of the properties is its own."""
+        """Sets what systemctl shows, by unit; systemctl has its own order of properties."""
         blocks = [
             "\n".join(f"{key}={value}" for key, value in ({"Id": name} | unit).items()) for name, unit in units.items()
         ]
@@ -90,7 +90,7 @@ class Host:
         return file
 
     def release(self, name: str) -> Path:
-        """A release that is complete and runs."""
+        """A release that is complete and has its Python."""
         folder = self.write(f"opt/{SERVICE}/releases/{name}/.complete", REQUIREMENTS).parent
         for part in ("bin", "lib/python3.11/site-packages/stickyring"):
             (folder / part).mkdir(parents=True)
@@ -107,7 +107,7 @@ class Host:
         python: Path | None = None,
         **digests: str,
     ) -> dict[str, str]:
-        """What systemctl shows of an instance that runs; its process was started from what is given, or from FILES."""
+        """What systemctl shows of a running instance; its process was started from the arguments, or from FILES."""
         pid = str(1000 + instance)
         process = self.processes / pid
         process.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 
 @pytest.fixture
 def free_ports() -> int:
-    """The first of two ports on which nothing listens; another process of these tests looks elsewhere."""
+    """The first of two free ports; each process of these tests searches another range."""
     first = 20000 + os.getpid() % 100 * 100
     for port in range(first, first + 100, 2):
         try:
@@ -174,14 +174,14 @@ def run(**changed: object) -> dict[str, Any]:
     return result
 
 
-def test_mistakes_are_said_before_the_host_is_looked_at(host: Host) -> None:
+def test_mistakes_are_reported_before_the_host_is_read(host: Host) -> None:
     result = run(mistakes=["stickyring_node_instances is 0", "stickyring_node_release is /"], files={})
     assert result["failed"]
     assert result["msg"] == "Nothing was changed. stickyring_node_instances is 0. stickyring_node_release is /."
     assert not host.asked.exists()
 
 
-def test_a_bare_host_has_nothing_and_takes_everything(host: Host, free_ports: int) -> None:
+def test_a_bare_host_is_accepted(host: Host, free_ports: int) -> None:
     result = run(port=free_ports)
     assert not result.get("failed"), result
     expected = {"condition": "idle", "lacks_venv": False, "complete": False, "application": "", "current": ""}
@@ -201,7 +201,7 @@ def test_a_bare_host_has_nothing_and_takes_everything(host: Host, free_ports: in
         ("/root", "/bin/bash"),
     ],
 )
-def test_an_account_of_somebody_else_is_refused(host: Host, free_ports: int, home: str, shell: str) -> None:
+def test_an_existing_account_with_a_login_is_refused(host: Host, free_ports: int, home: str, shell: str) -> None:
     host.accounts["deploy"] = account("deploy", home, shell)
     result = run(service="deploy", port=free_ports)
     assert result["failed"]
@@ -211,7 +211,7 @@ def test_an_account_of_somebody_else_is_refused(host: Host, free_ports: int, hom
     assert not run(port=free_ports).get("failed")
 
 
-def test_the_account_that_the_role_made_is_taken(host: Host, free_ports: int) -> None:
+def test_an_account_that_the_role_made_is_accepted(host: Host, free_ports: int) -> None:
     host.accounts[SERVICE] = account(SERVICE, "/nonexistent", "/usr/sbin/nologin")
     assert not run(port=free_ports).get("failed")
 
@@ -247,18 +247,18 @@ def test_a_python_that_is_too_old_is_refused(host: Host, free_ports: int, versio
     assert (f"python3 is {version or 'broken'}: 3.11 or newer is needed" in result.get("msg", "")) == refused
 
 
-def test_a_python_without_venv_is_told(host: Host, free_ports: int) -> None:
+def test_a_python_without_venv_is_reported(host: Host, free_ports: int) -> None:
     host.has_python("3.11.2", venv=False)
     assert run(port=free_ports)["lacks_venv"] is True
 
 
-def test_a_python_that_is_not_there_is_told_and_not_asked(host: Host, free_ports: int) -> None:
+def test_a_missing_python_is_reported(host: Host, free_ports: int) -> None:
     assert run(port=free_ports, python="pypy3")["lacks_venv"] is True
     host.has_python("3.11.11", name="pypy3")
     assert run(port=free_ports, python="pypy3")["lacks_venv"] is False
 
 
-def test_a_python_that_would_come_too_old_is_refused(host: Host, free_ports: int) -> None:
+def test_a_missing_python_that_debian_has_too_old_is_refused(host: Host, free_ports: int) -> None:
     host.write("etc/os-release", 'NAME="Debian GNU/Linux"\nVERSION_ID="12"\n')
     assert "of Debian 12 is older than 3.11" in run(port=free_ports, python="pypy3")["msg"]
     host.write("etc/os-release", 'NAME="Debian GNU/Linux"\nVERSION_ID="13"\n')
@@ -271,7 +271,7 @@ def test_another_python_that_is_too_old_is_refused_by_its_name(host: Host, free_
     assert "pypy3 is 3.9.16: 3.11 or newer is needed" in run(port=free_ports, python="pypy3")["msg"]
 
 
-def test_python_is_not_asked_where_the_release_is_complete(host: Host, free_ports: int) -> None:
+def test_python_is_not_checked_if_the_release_is_complete(host: Host, free_ports: int) -> None:
     host.release(RELEASE)
     host.has_python("3.9.2", venv=False)
     result = run(port=free_ports)
@@ -305,7 +305,7 @@ def test_the_condition_is_the_worst_that_was_found(found: dict[str, Any], condit
     assert node_preflight.condition(AS_WANTED | found, GOOD) == condition
 
 
-def test_a_surplus_that_is_kept_is_no_reason_to_restart() -> None:
+def test_kept_surplus_instances_are_no_reason_to_restart() -> None:
     keeping = GOOD | {"keep_surplus": True}
     assert node_preflight.condition(AS_WANTED | {"surplus": [3]}, keeping) == "current"
     assert node_preflight.condition(AS_WANTED | {"surplus": [3], "enabled": [1]}, keeping) == "outdated"
@@ -315,17 +315,17 @@ def test_a_release_of_the_same_name_with_other_content_is_refused(host: Host, fr
     host.release(RELEASE)
     assert run(port=free_ports)["complete"] is True
     result = run(port=free_ports, made_from="other")
-    assert f"release {GOOD['release']} was installed from other content" in result["msg"]
+    assert f"release {GOOD['release']} was installed from other stickyring_node_requirements" in result["msg"]
     assert run(port=free_ports, made_from="other", release="2.0")["complete"] is False
 
 
-def test_a_listening_socket_is_found_with_who_holds_it(listening: int) -> None:
+def test_the_process_behind_a_listening_socket_is_found(listening: int) -> None:
     comm = Path("/proc/self/comm").read_text().strip()
     [(pid, command, _)] = node_preflight.listeners(listening)
     assert (pid, command) == (os.getpid(), comm)
 
 
-def test_nobody_holds_a_free_port_or_one_that_is_only_connected_to(free_ports: int, listening: int) -> None:
+def test_a_port_without_a_listener_has_no_holder(free_ports: int, listening: int) -> None:
     assert node_preflight.listeners(free_ports) == set()
     with socket.create_connection(("127.0.0.1", listening)) as client:
         assert node_preflight.listeners(client.getsockname()[1]) == set()
@@ -342,7 +342,7 @@ class FakeProc:
         self.listens("tcp", "0100007F")
 
     def listens(self, table: str, address: str) -> None:
-        """The socket is in this table and no other."""
+        """Put the socket into this table and no other."""
         for path in (self.folder / "net").iterdir():
             path.unlink()
         row = (
@@ -370,7 +370,7 @@ OWN = f"{SERVICE}@1.service"
 OWN_CGROUP = f"/system.slice/system-{SERVICE}.slice/{OWN}"
 
 
-def test_a_port_of_our_own_instance_is_no_problem(proc: FakeProc, listening: int) -> None:
+def test_a_port_of_the_service_itself_is_no_problem(proc: FakeProc, listening: int) -> None:
     for pid in (100, 101):
         proc.add(pid, OWN_CGROUP)
     proc.add(200, "/system.slice/other.service", socket_of=1)
@@ -387,7 +387,7 @@ def test_a_port_of_our_own_instance_is_no_problem(proc: FakeProc, listening: int
         ("/", "no unit"),
     ],
 )
-def test_a_port_of_somebody_else_is_refused(proc: FakeProc, listening: int, cgroup: str, unit: str) -> None:
+def test_a_port_of_another_service_is_refused(proc: FakeProc, listening: int, cgroup: str, unit: str) -> None:
     proc.add(100, OWN_CGROUP)
     proc.add(300, cgroup)
     problem = node_preflight.port_problem("127.0.0.1", listening, OWN) or ""
@@ -400,7 +400,7 @@ def test_a_port_of_somebody_else_is_refused(proc: FakeProc, listening: int, cgro
 
 def test_a_port_whose_holder_cannot_be_seen_is_refused(proc: FakeProc, listening: int) -> None:
     assert proc.folder.exists()
-    assert "is in use by nobody who can be seen" in (node_preflight.port_problem("127.0.0.1", listening, OWN) or "")
+    assert "is in use by an unknown process" in (node_preflight.port_problem("127.0.0.1", listening, OWN) or "")
 
 
 def test_a_socket_of_ipv6_is_found_too(proc: FakeProc, listening: int) -> None:
@@ -409,7 +409,7 @@ def test_a_socket_of_ipv6_is_found_too(proc: FakeProc, listening: int) -> None:
     assert node_preflight.listeners(listening) == {(100, "gunicorn", OWN)}
 
 
-def test_a_process_that_ended_meanwhile_is_passed_over(proc: FakeProc, listening: int) -> None:
+def test_a_process_that_has_just_ended_is_ignored(proc: FakeProc, listening: int) -> None:
     proc.add(100, OWN_CGROUP)
     (proc.folder / "101").mkdir()
     assert node_preflight.listeners(listening) == {(100, "gunicorn", OWN)}
@@ -417,7 +417,7 @@ def test_a_process_that_ended_meanwhile_is_passed_over(proc: FakeProc, listening
 
 def test_an_address_of_another_host_is_refused(free_ports: int) -> None:
     assert node_preflight.port_problem("192.0.2.1", free_ports, OWN) == (
-        "192.0.2.1 is no address of this host: correct stickyring_node_address"
+        "192.0.2.1 is not an address of this host: correct stickyring_node_address"
     )
     assert node_preflight.port_problem("127.0.0.1", free_ports, OWN) is None
 
@@ -427,12 +427,12 @@ def test_a_port_that_lingers_from_an_earlier_run_is_no_problem() -> None:
         port = server.getsockname()[1]
         client = socket.create_connection(("127.0.0.1", port))
         accepted, _ = server.accept()
-        accepted.close()  # who closes first waits in TIME_WAIT
+        accepted.close()  # the side that closes first stays in TIME_WAIT
         client.close()
     assert node_preflight.port_problem("127.0.0.1", port, OWN) is None
 
 
-def test_all_problems_of_the_host_are_said_at_once(host: Host, listening: int) -> None:
+def test_all_problems_of_the_host_are_reported_at_once(host: Host, listening: int) -> None:
     host.has_python("3.9.2")
     host.accounts[SERVICE] = account(SERVICE, "/home/deploy", "/bin/bash")
     message = run(port=listening, instances=1)["msg"]
@@ -443,7 +443,7 @@ def test_all_problems_of_the_host_are_said_at_once(host: Host, listening: int) -
 
 
 def unit(enabled: bool = True) -> dict[str, str]:
-    """What systemctl shows of an instance that does not run."""
+    """What systemctl shows of a stopped instance."""
     return {
         "MainPID": "0",
         "ActiveState": "inactive",
@@ -460,7 +460,7 @@ def installed(host: Host) -> None:
     (host.root / "opt" / SERVICE / "current").symlink_to(f"releases/{RELEASE}")
 
 
-def test_what_is_installed_and_runs_is_told(host: Host, free_ports: int) -> None:
+def test_the_state_of_a_host_is_reported(host: Host, free_ports: int) -> None:
     installed(host)
     host.write(f"{SETTINGS}/3.env")
     host.write(f"etc/{SERVICE}/notes.env", "no instance")
@@ -498,7 +498,7 @@ def test_what_is_installed_and_runs_is_told(host: Host, free_ports: int) -> None
         ({"python": Path("/usr/bin/python3.7 (deleted)")}, [1]),
     ],
 )
-def test_a_process_is_up_to_date_that_was_started_from_what_is_wanted_whatever_the_clock_says(
+def test_a_process_started_from_the_wanted_state_is_up_to_date_whatever_the_clock(
     host: Host, free_ports: int, clock: float, other: dict[str, Any], up_to_date: list[int]
 ) -> None:
     installed(host)
@@ -526,7 +526,7 @@ def test_a_python_that_was_replaced_by_an_update_of_its_package_is_the_same(host
         ("127.0.0.1", "127.0.0.1:1024", ["127.0.0.1:1024"]),
     ],
 )
-def test_an_instance_that_is_wanted_elsewhere_is_told(
+def test_an_instance_at_another_address_or_port_is_reported(
     host: Host, free_ports: int, address: str, listens: str, moving: list[str]
 ) -> None:
     installed(host)
@@ -535,28 +535,28 @@ def test_an_instance_that_is_wanted_elsewhere_is_told(
     assert run(port=free_ports, address=address)["moving"] == [place.format(second) for place in moving]
 
 
-def test_a_process_of_the_version_before_is_restarted_once(host: Host, free_ports: int) -> None:
+def test_a_process_of_an_earlier_version_is_restarted_once(host: Host, free_ports: int) -> None:
     """Its unit and environment have no digests."""
     installed(host)
     shown = host.unit(1)
     (host.processes / shown["MainPID"] / "environ").write_text("N=1")
     host.shows({f"{SERVICE}@1.service": shown})
     assert run(port=free_ports)["up_to_date"] == []
-    # It is what is linked, and so what serves, until the role has written its own.
+    # It counts as started from the linked state until the role has written its own files.
     for path, text in FILES.items():
         host.write(path, "".join(line for line in text.splitlines(keepends=True) if "STICKYRING" not in line))
     assert 1 not in run(port=free_ports)["behind"]
 
 
 def test_an_instance_whose_unit_systemd_has_not_read_again_is_out_of_date(host: Host, free_ports: int) -> None:
-    """Also because of a drop-in, which is no file of the role's."""
+    """A drop-in, which the role does not write, has the same effect."""
     installed(host)
     host.shows({f"{SERVICE}@1.service": host.unit(1), f"{SERVICE}@2.service": host.unit(2, edited=True)})
     assert run(port=free_ports)["up_to_date"] == [1]
 
 
-def test_a_release_whose_python_is_gone_is_made_anew(host: Host, free_ports: int) -> None:
-    """As after an upgrade of Debian in place: what runs goes on, and the link leads to another Python or to none."""
+def test_a_release_whose_python_is_gone_is_built_again(host: Host, free_ports: int) -> None:
+    """After an upgrade of Debian, processes keep running, but the link leads to another Python or to none."""
     installed(host)
     host.shows({f"{SERVICE}@1.service": host.unit(1)})
     assert run(port=free_ports)["complete"]
@@ -607,7 +607,7 @@ def edit(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [Path.unlink, edit, lambda path: path.chmod(0o640)])
 @pytest.mark.parametrize(("path", "up_to_date"), [(UNIT, []), (f"{SETTINGS}/2.env", [1])])
-def test_a_file_that_is_not_as_wanted_is_told_and_its_instances_are_out_of_date(
+def test_a_file_that_differs_is_reported_and_its_instances_are_out_of_date(
     host: Host, free_ports: int, path: str, change: Callable[[Path], None], up_to_date: list[int]
 ) -> None:
     installed(host)
@@ -619,7 +619,7 @@ def test_a_file_that_is_not_as_wanted_is_told_and_its_instances_are_out_of_date(
     assert result["up_to_date"] == up_to_date
 
 
-def test_a_file_of_another_owner_is_told(host: Host, free_ports: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_another_owner_is_reported(host: Host, free_ports: int, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(host)
     monkeypatch.setattr(node_preflight, "OWNER", (os.getuid(), os.getgid() + 1))
     assert run(port=free_ports)["differing"] == sorted(FILES)
@@ -645,7 +645,7 @@ def test_account_and_folder_are_prepared_only_as_the_role_makes_them(
 
 
 def serves_with(host: Host, release: str, settings: str, age: float | None = None) -> str:
-    """Link and configure it, as what began to serve that many seconds ago, if ever. Returns the folder that has it."""
+    """Link a release with settings that began to serve that many seconds ago or never. Returns the folder of copies."""
     current = host.root / "opt" / SERVICE / "current"
     current.unlink(missing_ok=True)
     current.symlink_to(f"releases/{release}")
@@ -659,8 +659,8 @@ def serves_with(host: Host, release: str, settings: str, age: float | None = Non
     return folder
 
 
-def test_what_has_served_is_told_by_its_age(host: Host, free_ports: int) -> None:
-    """Four that have served, of which one is current; one that never did, and one that is incomplete."""
+def test_states_that_served_are_ordered_by_their_age(host: Host, free_ports: int) -> None:
+    """Four releases that have served, one of them linked; one that never served, and one that is incomplete."""
     releases = ("incomplete", "never", "oldest", "old", "current", "young")
     for name in releases:
         host.release(name)
@@ -676,7 +676,7 @@ def test_what_has_served_is_told_by_its_age(host: Host, free_ports: int) -> None
 
     too_many = ["incomplete", "never", "old", "oldest"]
     assert told("young") == ("young", "current", too_many)
-    # It was rolled back to, and rolling back goes no further.
+    # After a rollback, another rollback goes no further.
     assert told("current") == ("current", "current", too_many)
     assert told("never") == ("young", "young", too_many)
     assert told("current", releases_kept=2)[2] == [*too_many, "young"]
@@ -684,7 +684,7 @@ def test_what_has_served_is_told_by_its_age(host: Host, free_ports: int) -> None
     assert told("current", releases_kept=9)[2] == ["incomplete", "never"]
 
 
-def test_what_served_before_is_the_same_release_with_other_settings(host: Host, free_ports: int) -> None:
+def test_the_previous_state_may_be_the_same_release_with_other_settings(host: Host, free_ports: int) -> None:
     host.release("1.0")
     host.release("2.0")
     first = serves_with(host, "1.0", "a", 30)
@@ -694,32 +694,32 @@ def test_what_served_before_is_the_same_release_with_other_settings(host: Host, 
     result = run(port=free_ports, release="2.0")
     assert (result["serves"], result["last_served"], result["previous"]) == (third, third, second)
     assert not result["superfluous"]
-    # Rolled back to; and then what was before it, since nothing else has served meanwhile.
+    # After a rollback, `previous` stays the same: another rollback goes no further.
     serves_with(host, "2.0", "a")
     result = run(port=free_ports, release="2.0")
     assert (result["serves"], result["previous"]) == (second, second)
-    # What is written and has not served is nothing to go back to.
+    # Settings that were written but have not served are no rollback target.
     serves_with(host, "2.0", "c")
     result = run(port=free_ports, release="2.0")
     assert (result["serves"], result["last_served"], result["previous"]) == ("", third, third)
     assert first.startswith("1.0/")
 
 
-def test_settings_that_are_too_many_are_told(host: Host, free_ports: int) -> None:
+def test_surplus_settings_are_reported(host: Host, free_ports: int) -> None:
     host.release(RELEASE)
     *older, old, serves = (serves_with(host, RELEASE, name, 100 - age) for age, name in enumerate("abcd"))
     result = run(port=free_ports, releases_kept=3)
     assert (result["serves"], result["previous"], result["superfluous"]) == (serves, old, older[::-1])
 
 
-def test_what_begins_to_serve_is_younger_than_all_whatever_the_clock_says(host: Host, free_ports: int) -> None:
+def test_the_next_time_of_use_is_the_latest_whatever_the_clock(host: Host, free_ports: int) -> None:
     host.release(RELEASE)
     assert run(port=free_ports)["next_use"] == pytest.approx(time.time(), abs=10)
     serves_with(host, RELEASE, "a", -3600)
     assert run(port=free_ports)["next_use"] == pytest.approx(time.time() + 3601, abs=10)
 
 
-def test_a_release_whose_python_is_gone_is_nothing_to_go_back_to(host: Host, free_ports: int) -> None:
+def test_a_release_whose_python_is_gone_is_no_rollback_target(host: Host, free_ports: int) -> None:
     for age, name in ((20, "1.0"), (10, "2.0")):
         host.release(name)
         serves_with(host, name, "a", age)
@@ -728,15 +728,15 @@ def test_a_release_whose_python_is_gone_is_nothing_to_go_back_to(host: Host, fre
     assert run(port=free_ports, release="2.0")["previous"] == ""
 
 
-def test_what_the_version_before_has_kept_is_found(host: Host, free_ports: int) -> None:
-    """One folder a release, whose name has no settings in it."""
+def test_the_copies_of_an_earlier_version_are_found(host: Host, free_ports: int) -> None:
+    """It kept one folder per release, whose name does not depend on the settings."""
     host.release(RELEASE)
     folder = host.root / "opt" / SERVICE / "releases" / serves_with(host, RELEASE, "a", 10)
     folder.rename(folder.with_name("served"))
     assert run(port=free_ports)["serves"] == f"{RELEASE}/served"
 
 
-def test_a_release_keeps_what_it_serves_with(host: Host, free_ports: int) -> None:
+def test_a_release_keeps_copies_of_unit_and_environments(host: Host, free_ports: int) -> None:
     installed(host)
     result = run(port=free_ports)
     assert not result["kept"]
@@ -765,7 +765,7 @@ def test_a_systemctl_that_fails_ends_the_run(host: Host, free_ports: int) -> Non
     assert "no bus" in result["msg"]
 
 
-def test_check_mode_looks_too(host: Host, free_ports: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_mode_reads_the_host_too(host: Host, free_ports: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1.8e9)
     installed(host)
     host.shows({f"{SERVICE}@1.service": host.unit(1)})
@@ -779,7 +779,7 @@ def test_the_documentation_has_every_option() -> None:
     assert set(GOOD) == set(node_preflight.OPTIONS)
 
 
-def test_the_documentation_has_every_answer(host: Host, free_ports: int) -> None:
-    # Warnings are those of every module that this process has run.
+def test_the_documentation_has_every_return_value(host: Host, free_ports: int) -> None:
+    # Warnings may come from other modules that this process has run.
     answered = set(run(port=free_ports)) - {"changed", "invocation", "warnings"}
     assert answered == set(yaml.safe_load(node_preflight.RETURN))

@@ -1,4 +1,4 @@
-"""Tasks that run programs, on this machine: with applications that misbehave, and instances that do not stay."""
+"""Tasks that run programs, executed on this machine: with broken applications, and instances that end."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ APPLICATIONS = {
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
-    """What the task said of each application."""
+    """The result of the task for each application."""
     folder = tmp_path_factory.mktemp("load")
     programs = {"python": f'export PYTHONPATH={folder}\nexec {sys.executable} "$@"'}
     if os.getuid() != 0:
-        # As somebody who is root in a namespace of their own, and nobody else there.
+        # Runs as root of a user namespace, which has no other user.
         programs |= {"unshare": 'exec /usr/bin/unshare --map-root-user "$@"', "runuser": 'shift 3\nexec "$@"'}
     (folder / "bin").mkdir()
     for name, script in programs.items():
@@ -101,12 +101,12 @@ def test_an_application_is_loaded_whatever_it_starts(said: dict[str, dict[str, o
     assert said[name]["rc"] == 0, said[name]
 
 
-def test_an_application_that_hangs_is_given_up_in_a_sentence(said: dict[str, dict[str, object]]) -> None:
+def test_an_application_that_hangs_fails_with_a_clear_message(said: dict[str, dict[str, object]]) -> None:
     assert said["hanging"]["failed"]
     assert "The application was not loaded within 6 s (stickyring_node_start_timeout)" in str(said["hanging"]["stderr"])
 
 
-def test_an_application_that_fails_says_why(said: dict[str, dict[str, object]]) -> None:
+def test_the_error_of_an_application_is_shown(said: dict[str, dict[str, object]]) -> None:
     assert said["broken"]["rc"] == 1
     assert str(said["broken"]["stderr"]).splitlines()[-1] == "OSError: no database"
 
@@ -116,7 +116,7 @@ def test_no_process_is_left_behind(said: dict[str, dict[str, object]]) -> None:
     assert "\0".join(SLEEP).encode() not in b"\n".join(commands)
 
 
-def test_it_has_the_environment_that_the_unit_gives_it(said: dict[str, dict[str, object]]) -> None:
+def test_the_application_is_loaded_with_the_units_environment(said: dict[str, dict[str, object]]) -> None:
     environment = json.loads(str(said["asking"]["stderr"]).splitlines()[-1].removeprefix("OSError: "))
     assert environment["STICKYRING_NODE_NAME"] == "asking-1"
     assert environment["STICKYRING_LISTEN"] == "192.0.2.1:8001"
@@ -129,11 +129,11 @@ def test_it_has_the_environment_that_the_unit_gives_it(said: dict[str, dict[str,
 @pytest.mark.parametrize(
     ("instance", "stays"), [("sleep 60 & wait", True), ("while sleep 0.5; do :; done", False), ("exit 0", False)]
 )
-def test_an_instance_is_watched_without_programs_that_debian_may_lack(
+def test_instances_are_watched_with_the_programs_of_a_minimal_debian(
     tmp_path: Path, instance: str, stays: bool
 ) -> None:
-    """A worker that has died is another child of its master. `pgrep` is not there, as on a minimal Debian."""
-    text = (ROLE / "tasks" / "restart.yml").read_text().partition("- name: Watch whether they stay")[2]
+    """The master has a new child after a worker has died. `pgrep` is missing, as on a minimal Debian."""
+    text = (ROLE / "tasks" / "restart.yml").read_text().partition("- name: Check that their processes stay")[2]
     text = textwrap.dedent(text.partition("cmd: |\n")[2].partition("      changed_when")[0])
     text = text.replace("{{ __stickyring_node_units | join(' ') }}", "x@1.service")
     text = text.replace("{{ stickyring_node_proving_time }}", "3")
@@ -162,21 +162,19 @@ def test_an_instance_is_watched_without_programs_that_debian_may_lack(
     ("said", "times", "asked", "succeeds"),
     [
         ("E: Could not get lock /var/lib/dpkg/lock-frontend", 6, 7, True),
-        # apt-get update ends with 0 when a mirror did not answer.
+        # apt-get update returns 0 even if a mirror did not answer.
         ("E: Unable to locate package python3-apt", 2, 3, True),
         ("No package matching 'pypy3-venv' is available", 2, 3, True),
         ("E: Unable to locate package python3-apt", 9, 4, False),
         ("E: You don't have enough free space", 9, 1, False),
     ],
 )
-def test_apt_is_asked_again_where_that_may_help(
-    tmp_path: Path, said: str, times: int, asked: int, succeeds: bool
-) -> None:
-    """The task with a program in place of the module, which fails so often."""
+def test_apt_is_retried_for_temporary_errors(tmp_path: Path, said: str, times: int, asked: int, succeeds: bool) -> None:
+    """The task with a program in place of the module, which fails so many times."""
     [task] = [
         one
         for one in yaml.safe_load((ROLE / "tasks" / "install.yml").read_text())
-        if one["name"].startswith("Install what makes")
+        if one["name"] == "Install the venv package"
     ]
     script = f'echo >> asked; [ "$(wc -l < asked)" -gt {times} ] || {{ echo "{said}" >&2; exit 1; }}'
     del task["ansible.builtin.apt"], task["when"]

@@ -58,7 +58,7 @@ def test_a_node_that_is_lost_while_it_restarts_is_the_last_that_is_touched_and_t
         said = []
         for line in process.stdout:
             said.append(line)
-            if "stickyring_node : Start the instances anew]" in line:
+            if "stickyring_node : Restart the batch]" in line:
                 break
         with lost(first, fault):
             since = time.monotonic()

@@ -89,6 +89,6 @@ def test_verify_refuses_what_is_not_deployed_and_writes_nothing(host: Host, inve
     done = ansible("ansible-playbook", "-i", inventory, "playbooks/verify.yml", "--diff", "-e", policies, check=False)
     output = " ".join(done.stdout.split())
     assert done.returncode != 0
-    assert "differs from what the variables say, and was left alone" in output
+    assert "differs from what the variables say, and was not changed" in output
     assert "x-other" in output, "--diff shows no difference"
     assert (host.check_output(FILES), envoy_pid(host)) == (before, pid)

@@ -159,9 +159,9 @@ def test_a_run_that_is_killed_on_the_way_is_finished_by_the_next(
     expected = plan()
     judge = watch()
     tasks = [
-        "stickyring_node : Start the instances anew",
+        "stickyring_node : Restart the batch",
         "stickyring_edge : Write the bootstrap",
-        "stickyring_node : Ask those who belong elsewhere to reconnect",
+        "stickyring_node : Ask moved users to reconnect",
     ]
     interrupt(tasks, "-i", fleet.folder, "site.yml")
     members = plan().before.members
@@ -173,7 +173,7 @@ def test_a_run_that_is_killed_on_the_way_is_finished_by_the_next(
     judge = watch()
     tasks = [
         "stickyring_edge : Write the bootstrap",
-        "stickyring_node : Ask those who belong elsewhere to reconnect",
+        "stickyring_node : Ask moved users to reconnect",
         "stickyring_node : Remove unit, settings and releases",
     ]
     interrupt(tasks, "-i", fleet.folder, "playbooks/remove_node.yml", "-e", "stickyring_node=node4")
@@ -186,9 +186,9 @@ def test_a_run_that_is_killed_on_the_way_is_finished_by_the_next(
 
 
 REFUSED = {
-    "Which node? Say -e stickyring_node=NAME": [],
-    "The node and every edge have to be part of this run": ["-e", "stickyring_node=node3", "--limit", "edge"],
-    "node9 is no host of the group `nodes`, which has node1, node2, node3.": ["-e", "stickyring_node=node9"],
+    "Name the node to remove with -e stickyring_node=NAME": [],
+    "The node and every edge must be part of this run": ["-e", "stickyring_node=node3", "--limit", "edge"],
+    "node9 is not in the group `nodes`, which has node1, node2, node3.": ["-e", "stickyring_node=node9"],
 }
 
 
