@@ -233,7 +233,7 @@ def as_markdown(part: Part, context: dict[str, Any]) -> str:
         f"{machine['processor']}, Linux {machine['kernel']}: {versions}. {part.setting}",
         "",
         "Medians, in parentheses the least and the greatest round; the last number is the ratio to "
-        f"“{part.titles[part.base]}”, with its own rounds. Without parentheses there was one round.",
+        f'"{part.titles[part.base]}", with its own rounds. Without parentheses there was one round.',
         "",
         *_warning(part),
         f"![The figures as bars]({part.key}.svg)",

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+DOCUMENTATION = r"""
+name: reason
+type: aggregate
+author:
+  - The stickyring authors (!UNKNOWN)
+short_description: Print at the end why a run has failed
+description:
+  - Prints after the recap which hosts could not be reached and which have failed, at which task and why.
+  - Failures that were rescued are not repeated. Without a failure it prints nothing.
+"""
+
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ansible.executor.stats import AggregateStats
 from ansible.executor.task_result import CallbackTaskResult
 from ansible.plugins.callback import CallbackBase
-
-DOCUMENTATION = r"""
-name: reason
-type: aggregate
-short_description: Print at the end why a run has failed
-description:
-  - Prints after the recap which hosts could not be reached and which have failed, at which task and why.
-  - Failures that were rescued are not repeated. Without a failure it prints nothing.
-"""
 
 
 class CallbackModule(CallbackBase):

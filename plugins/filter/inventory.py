@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ansible.errors import AnsibleUndefinedVariable
+from ansible_collections.stickyring.fleet.plugins.module_utils.instances import instance_name, instance_port
 from jinja2 import UndefinedError
 
 LISTS_OF_THE_PROBE = {
@@ -38,9 +39,9 @@ def endpoints(
         instances = int(variables.get("stickyring_node_instances", defaults["stickyring_node_instances"]))
         found += [
             {
-                "name": f"{name}-{instance}",
+                "name": instance_name(name, instance),
                 "address": variables["stickyring_address"],
-                "port": port + instance - 1,
+                "port": instance_port(port, instance),
                 "weight": int(variables.get("stickyring_weight", 1)),
             }
             for instance in range(1, instances + 1)

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from ansible_collections.stickyring.fleet.plugins.module_utils.instances import instance_name, instance_port
+
 # The values are used in unit files, shells, folder names and headers: no character may have a special meaning there.
 TEXTS = {
     "service": (
@@ -86,7 +88,7 @@ def _mistakes_of_numbers(variables: dict[str, Any]) -> Iterator[str]:
     watchdog, port, instances = (numbers.get(name) for name in ("watchdog", "port", "instances"))
     if watchdog and watchdog < BEATS:
         yield f"watchdog is {watchdog}: give {BEATS} or more, or 0 to turn it off; a process signals once a second"
-    if port and instances and port + instances - 1 > 65535:
+    if port and instances and instance_port(port, instances) > 65535:
         yield f"port {port} is too high for {instances} instances: their ports would exceed 65535"
     files, connections = numbers.get("limit_nofile"), numbers.get("max_connections")
     if files and connections and files < connections + DESCRIPTORS_BESIDE_CONNECTIONS:
@@ -124,8 +126,8 @@ def node_variables(
     have.
     """
     own = {
-        "STICKYRING_LISTEN": f"{host}:{port + instance - 1}",
-        "STICKYRING_NODE_NAME": f"{name}-{instance}",
+        "STICKYRING_LISTEN": f"{host}:{instance_port(port, instance)}",
+        "STICKYRING_NODE_NAME": instance_name(name, instance),
         "STICKYRING_CONTROL": f"/run/{service}/{instance}/control.sock",
     }
     return own | {key: str(value) for key, value in shared.items()}
@@ -165,6 +167,7 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         """Name to function."""
         return {
+            "instance_port": instance_port,
             "node_mistakes": node_mistakes,
             "node_variables": node_variables,
             "node_environments": node_environments,

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from ansible.plugins.lookup import LookupBase
-
 DOCUMENTATION = r"""
 name: directory
-author: The stickyring authors
+author:
+  - The stickyring authors (!UNKNOWN)
 short_description: Directory of the collection stickyring.fleet on the controller
 description:
   - Returns the directory of the installed collection, or of the clone.
@@ -29,6 +24,12 @@ _raw:
   type: list
   elements: path
 """
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ansible.plugins.lookup import LookupBase
 
 
 class LookupModule(LookupBase):

@@ -2,30 +2,8 @@
 
 from __future__ import annotations
 
-import pwd
-from collections.abc import Iterable
-from functools import cached_property, partial
-from pathlib import Path
-from typing import Any
-
-from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.stickyring.fleet.plugins.module_utils.envoy import Envoy, NotApplied
-from ansible_collections.stickyring.fleet.plugins.module_utils.xds import (
-    CLUSTER,
-    LISTENER,
-    SINGLE_TYPES,
-    TYPES,
-    InvalidFiles,
-    Resource,
-    XdsFile,
-    resources_of,
-    warming_clusters,
-    with_key,
-)
-from ansible_collections.stickyring.fleet.plugins.module_utils.xds_directory import NotProven, XdsDirectory
-
 DOCUMENTATION = r"""
-module: stickyring_edge_xds
+module: edge_xds
 short_description: Write Envoy's filesystem xDS files and prove that Envoy runs on them
 description:
   - Writes the files of O(files) whose content differs. Each is renamed into place, the only change that Envoy's file
@@ -141,10 +119,10 @@ options:
     type: bool
     default: false
 author:
-  - The stickyring authors
+  - The stickyring authors (!UNKNOWN)
 attributes:
-  check_mode: {support: full}
-  diff_mode: {support: full}
+  check_mode: {description: "Reports what would change", support: full}
+  diff_mode: {description: "Private keys are left out", support: full}
 """
 
 EXAMPLES = r"""
@@ -220,10 +198,32 @@ in_order:
   type: bool
 ends:
   description:
-    - Why and how many open websockets end, as C(the binary changes: 214 open websockets end); empty when none do.
+    - "Why and how many open websockets end, as C(the binary changes: 214 open websockets end); empty when none do."
   returned: success with V(present)
   type: str
 """
+
+import pwd
+from collections.abc import Iterable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.stickyring.fleet.plugins.module_utils.envoy import Envoy, NotApplied
+from ansible_collections.stickyring.fleet.plugins.module_utils.xds import (
+    CLUSTER,
+    LISTENER,
+    SINGLE_TYPES,
+    TYPES,
+    InvalidFiles,
+    Resource,
+    XdsFile,
+    resources_of,
+    warming_clusters,
+    with_key,
+)
+from ansible_collections.stickyring.fleet.plugins.module_utils.xds_directory import NotProven, XdsDirectory
 
 PROC = Path("/proc")
 HOW_TO_GO_ON = "To end them all the same, run this again with `-e stickyring_edge_may_end_websockets=true`."

@@ -3,38 +3,23 @@
 
 from __future__ import annotations  # a Python that is too old must get a clear message, not a syntax error
 
-import errno
-import hashlib
-import http.client
-import pwd
-import re
-import socket
-import stat
-import time
-from pathlib import Path
-from typing import Any
-
-from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.compat.version import LooseVersion
-
 DOCUMENTATION = r"""
-module: stickyring_node_preflight
+module: node_preflight
 short_description: Read the state of a host before a node service is installed or changed
 description:
   - Reads what is installed and what runs. Changes nothing.
   - Fails with every cause if the host cannot take the service, before anything that runs is changed.
-  - Its options are the role's variables without their prefix, see the role's argument_specs.
 options:
-  service: {type: str, required: true}
-  address: {type: str, required: true}
-  port: {type: int, required: true}
-  instances: {type: int, required: true}
-  health_path: {type: str, required: true}
-  release: {type: str, required: true}
+  service: {description: "Name of the service", type: str, required: true}
+  address: {description: "IP address that the instances listen on", type: str, required: true}
+  port: {description: "Port of instance 1; instance i has this port + i - 1", type: int, required: true}
+  instances: {description: "Number of instances", type: int, required: true}
+  health_path: {description: "Path that a healthy instance answers with 200", type: str, required: true}
+  release: {description: "Name of the wanted release", type: str, required: true}
   made_from: {description: "SHA-256 of what the release is made from", type: str, required: true}
-  python: {type: str, required: true, choices: [python3, pypy3]}
-  releases_kept: {type: int, required: true}
-  keep_surplus: {type: bool, required: true}
+  python: {description: "Python that runs the release", type: str, required: true, choices: [python3, pypy3]}
+  releases_kept: {description: "Number of releases that are kept", type: int, required: true}
+  keep_surplus: {description: "Whether surplus instances are no reason to act", type: bool, required: true}
   mistakes:
     description: Mistakes in the role's variables; with any, the module fails without reading the host
     type: list
@@ -42,8 +27,27 @@ options:
     required: true
   files: {description: "SHA-256 of each file that the instances read, by path", type: dict, required: true}
 attributes:
-  check_mode: {support: full}
-author: stickyring
+  check_mode: {description: "Changes nothing in either mode", support: full}
+author:
+  - The stickyring authors (!UNKNOWN)
+"""
+
+EXAMPLES = r"""
+- name: Read the state of the host
+  stickyring.fleet.node_preflight:
+    service: chat
+    address: 198.51.100.11
+    port: 8001
+    instances: 2
+    health_path: /readyz
+    release: 1.4.2
+    made_from: "{{ lookup('file', 'requirements.txt') | hash('sha256') }}"
+    python: python3
+    releases_kept: 5
+    keep_surplus: false
+    mistakes: []
+    files: {}
+  register: state
 """
 
 RETURN = r"""
@@ -104,13 +108,28 @@ up_to_date:
   returned: success
 """
 
+import errno
+import hashlib
+import http.client
+import pwd
+import re
+import socket
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.compat.version import LooseVersion
+from ansible_collections.stickyring.fleet.plugins.module_utils.instances import instance_port
+
 LOWEST_PYTHON = "3.11"
 PYPY_SINCE = 13
 """The first release of Debian whose PyPy is new enough; python3 is new enough since the one before."""
 # find_spec does not import the modules, which saves time on every host in every run.
 PYTHON_TELLS = (
     "import sys; from importlib.util import find_spec; print(*sys.version_info[:3], sep='.');"
-    " sys.exit(not all(map(find_spec, ['venv', 'ensurepip'])))"
+    " raise SystemExit(not all(map(find_spec, ['venv', 'ensurepip'])))"
 )
 OPTIONS = {
     "service": {"type": "str", "required": True},
@@ -297,7 +316,7 @@ def moving(wanted: dict[str, Any], environments: dict[int, dict[str, str]]) -> l
     """Return the address:port of each running instance that is wanted at another address or port."""
     host = f"[{wanted['address']}]" if ":" in wanted["address"] else wanted["address"]
     listening = {i: variables.get("STICKYRING_LISTEN", "") for i, variables in sorted(environments.items())}
-    return [place for i, place in listening.items() if place and place != f"{host}:{wanted['port'] + i - 1}"]
+    return [place for i, place in listening.items() if place and place != f"{host}:{instance_port(wanted['port'], i)}"]
 
 
 def digests(*paths: Path) -> dict[str, str]:
@@ -396,7 +415,9 @@ def main() -> None:
     home, settings = ROOT / "opt" / service, ROOT / "etc" / service
     releases, current = home / "releases", home / "current"
     stamp = releases / wanted["release"] / ".complete"
-    obstacles = {port_problem(wanted["address"], wanted["port"] + i - 1, f"{service}@{i}.service") for i in instances}
+    obstacles = {
+        port_problem(wanted["address"], instance_port(wanted["port"], i), f"{service}@{i}.service") for i in instances
+    }
     problems = sorted(filter(None, obstacles))
     problems += filter(None, [account_problem(service), namespace_problem()])
     lacks_venv = False
@@ -447,7 +468,9 @@ def main() -> None:
         "enabled": sorted(enabled),
         "running": sorted(running),
         "healthy": [
-            i for i in sorted(running) if healthy(wanted["address"], wanted["port"] + i - 1, wanted["health_path"])
+            i
+            for i in sorted(running)
+            if healthy(wanted["address"], instance_port(wanted["port"], i), wanted["health_path"])
         ],
         "up_to_date": sorted(filter(up_to_date, running)),
         "moving": moving(wanted, {i: variables for i, (_, _, variables) in processes.items() if i in instances}),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.stickyring.fleet.plugins.filter import edge
+from ansible_collections.stickyring.fleet.plugins.plugin_utils import edge_resources, edge_routes, edge_variables
 from certificates import Certificate, make_certificate
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -16,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
+from stickyring.node import forwarded, sessions, takeover
 
 ROLE = Path(__file__).parents[1]
 
@@ -54,7 +56,7 @@ PEMS = {"/tls/chain.pem": "CHAIN", "/tls/key.pem": "KEY"}
 
 
 def compose(listeners: list[dict[str, Any]] = LISTENERS, clusters: list[dict[str, Any]] = CLUSTERS) -> dict[str, Any]:
-    files: dict[str, Any] = edge.edge_files(listeners, clusters, COMMON, PEMS)
+    files: dict[str, Any] = edge_resources.edge_files(listeners, clusters, COMMON, PEMS)
     return files
 
 
@@ -96,7 +98,7 @@ def test_changed_members_get_a_new_file_and_endpoints_keep_their_points() -> Non
 
 def test_a_changed_number_of_points_gets_a_new_file() -> None:
     paths = [
-        endpoint_files(edge.edge_files(LISTENERS, CLUSTERS, COMMON | {"ring_points_per_weight": points}, {}))
+        endpoint_files(edge_resources.edge_files(LISTENERS, CLUSTERS, COMMON | {"ring_points_per_weight": points}, {}))
         for points in (100, 200)
     ]
     assert paths[0].isdisjoint(paths[1])
@@ -301,12 +303,12 @@ def test_a_certificate_is_in_a_file_of_its_own_and_its_key_is_not_in_it() -> Non
     }
     [secret] = after["certificates/unkeyed.json"]
     assert secret["tls_certificate"] == {"certificate_chain": {"inline_string": "CHAIN"}}
-    assert edge.edge_private_keys(listeners, PEMS) == {"certificates/unkeyed.json": "KEY"}
-    assert edge.edge_private_keys(LISTENERS, PEMS) == {}
+    assert edge_resources.edge_private_keys(listeners, PEMS) == {"certificates/unkeyed.json": "KEY"}
+    assert edge_resources.edge_private_keys(LISTENERS, PEMS) == {}
     # A new certificate does not change the listener, so websockets stay open.
-    renewed = edge.edge_files(listeners, CLUSTERS, COMMON, PEMS | {"/tls/chain.pem": "NEW"})
+    renewed = edge_resources.edge_files(listeners, CLUSTERS, COMMON, PEMS | {"/tls/chain.pem": "NEW"})
     assert [path for path in after if after[path] != renewed[path]] == ["certificates/unkeyed.json"]
-    assert edge.edge_pem_paths(listeners) == list(PEMS)
+    assert edge_resources.edge_pem_paths(listeners) == list(PEMS)
 
 
 def test_private_paths_are_answered_before_any_node() -> None:
@@ -332,7 +334,7 @@ def check(
     settings = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
     settings |= {"stickyring_edge_listeners": listeners, "stickyring_edge_clusters": clusters}
     settings |= {f"stickyring_edge_{name}": value for name, value in others.items()}
-    return " ".join(edge.edge_problems(settings, pems or {}, sha256))
+    return " ".join(edge_variables.edge_problems(settings, pems or {}, sha256))
 
 
 def test_good_variables_have_no_problem() -> None:
@@ -380,9 +382,9 @@ def test_each_fault_of_a_single_value_is_reported(others: dict[str, Any], words:
 def test_every_number_has_a_range_and_every_log_level_is_accepted() -> None:
     options = yaml.safe_load((ROLE / "meta" / "argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
     numbers = {name: option["type"] for name, option in options.items() if option["type"] in {"int", "float"}}
-    ranges = {f"stickyring_edge_{name}": type(low).__name__ for name, (low, _) in edge.RANGES.items()}
+    ranges = {f"stickyring_edge_{name}": type(low).__name__ for name, (low, _) in edge_variables.RANGES.items()}
     assert ranges == numbers
-    assert list(edge.LOG_LEVELS) == options["stickyring_edge_log_level"]["choices"]
+    assert list(edge_variables.LOG_LEVELS) == options["stickyring_edge_log_level"]["choices"]
 
 
 @pytest.mark.parametrize(
@@ -486,6 +488,13 @@ def test_each_fault_of_a_certificate_is_reported(certificate: Certificate, other
     }
     assert list(said) == list(said.values())
     assert f"{where}.certificate /tls/chain.pem expired on 20" in check_tls(expired.chain, expired.key)
+
+
+def test_edge_and_node_call_their_headers_the_same() -> None:
+    read = {sessions.KEY_VARIABLE, sessions.CLUSTER_VARIABLE, sessions.ISSUED_VARIABLE, forwarded.CLIENT_VARIABLE}
+    written = {*edge_routes.NODE_HEADERS, edge_routes.ISSUED_HEADER}
+    assert {f"HTTP_{name.upper().replace('-', '_')}" for name in written} == read
+    assert f"- name: {takeover.ELSEWHERE_HEADER}\n" in (ROLE / "vars" / "main.yml").read_text()
 
 
 def test_no_listener_is_a_fault() -> None:

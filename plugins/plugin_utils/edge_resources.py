@@ -1,0 +1,178 @@
+"""Envoy resources of the edge, composed from the role's variables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_routes import TYPE, routes
+
+Data = dict[str, Any]
+
+# Envoy's own upper bound for the points of one ring.
+LARGEST_RING = 8 * 1024 * 1024
+# See endpoints_of. Nothing listens at this address of the edge itself, so a request that meets it is retried at the
+# next point of the ring.
+NOBODY: Data = {"name": "nobody", "address": "127.0.0.1", "port": 1, "weight": 1}
+
+
+def edge_pem_paths(listeners: list[Data]) -> list[str]:
+    """Paths on the controller of the certificates and keys of all listeners, each once."""
+    paths = [item["tls"][kind] for item in listeners if item.get("tls") for kind in ("certificate", "key")]
+    return list(dict.fromkeys(paths))
+
+
+def _config_source(directory: str, path: str) -> Data:
+    folder = f"{directory}/{path}".rpartition("/")[0]
+    return {
+        "resource_api_version": "V3",
+        "path_config_source": {"path": f"{directory}/{path}", "watched_directory": {"path": folder}},
+    }
+
+
+def _listener(item: Data, common: Data) -> Data:
+    manager = {
+        **common["http_connection_manager"],
+        "stat_prefix": item["name"],
+        "rds": {
+            "route_config_name": item["name"],
+            "config_source": _config_source(common["directory"], f"routes/{item['name']}.json"),
+        },
+    }
+    chain: Data = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+    if item.get("tls"):
+        chain |= _tls(item, common)
+    return {
+        "@type": TYPE + "envoy.config.listener.v3.Listener",
+        "name": item["name"],
+        "address": {"socket_address": {"address": item.get("address", "0.0.0.0"), "port_value": int(item["port"])}},
+        **common["listener"],
+        "filter_chains": [chain],
+    }
+
+
+def _certificate_path(item: Data) -> str:
+    return f"certificates/{item['name']}.json"
+
+
+def _tls(item: Data, common: Data) -> Data:
+    """TLS in a filter chain. The certificate is in a file of its own, so that a new one changes no listener."""
+    context = {
+        **common["tls_context"],
+        "tls_certificate_sds_secret_configs": [
+            {"name": item["name"], "sds_config": _config_source(common["directory"], _certificate_path(item))}
+        ],
+    }
+    return {
+        **common["tls_filter_chain"],
+        "transport_socket": {
+            "name": "envoy.transport_sockets.tls",
+            "typed_config": {
+                "@type": TYPE + "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+                "common_tls_context": context,
+            },
+        },
+    }
+
+
+def _certificate(item: Data, pems: dict[str, str]) -> Data:
+    """The secret of a listener without its private key, which edge_private_keys returns."""
+    return {
+        "@type": TYPE + "envoy.extensions.transport_sockets.tls.v3.Secret",
+        "name": item["name"],
+        "tls_certificate": {"certificate_chain": {"inline_string": pems[item["tls"]["certificate"]]}},
+    }
+
+
+def edge_private_keys(listeners: list[Data], pems: dict[str, str]) -> dict[str, str]:
+    """Path to private key, for each file of edge_files that needs one."""
+    return {_certificate_path(item): pems[item["tls"]["key"]] for item in listeners if item.get("tls")}
+
+
+def _endpoints_path(cluster: Data, common: Data) -> str:
+    """The path of a cluster's endpoints file, which depends on its members.
+
+    A new path makes Envoy load the changed members with the cluster, and use them once it has checked them all.
+    Under the old path, Envoy would use them at once: a member at a new address would be off the ring until it has
+    passed a check, and its users would move to other nodes.
+    """
+    members = json.dumps(endpoints_of(cluster, common), sort_keys=True)
+    return f"endpoints/{cluster['name']}-{hashlib.sha256(members.encode()).hexdigest()[:12]}.json"
+
+
+def policy_of(cluster: Data) -> str:
+    """The load balancing policy of a cluster."""
+    return str(cluster.get("lb_policy", "RING_HASH"))
+
+
+def cluster_of(cluster: Data, common: Data) -> Data:
+    """The Cluster resource, whose members are in a file of their own."""
+    policy = policy_of(cluster)
+    resource = {
+        "@type": TYPE + "envoy.config.cluster.v3.Cluster",
+        "name": cluster["name"],
+        "type": "EDS",
+        "eds_cluster_config": {"eds_config": _config_source(common["directory"], _endpoints_path(cluster, common))},
+        "lb_policy": policy,
+    }
+    if policy == "RING_HASH":
+        resource["ring_hash_lb_config"] = {
+            "hash_function": "XX_HASH",
+            "minimum_ring_size": 1,
+            "maximum_ring_size": LARGEST_RING,
+        }
+    check = {**common["health_check"], "http_health_check": dict(common["health_check"]["http_health_check"])}
+    if "health_path" in cluster:
+        check["http_health_check"]["path"] = cluster["health_path"]
+    return {**resource, **common["cluster"], "health_checks": [check]}
+
+
+def _endpoint(item: Data, weight: int) -> Data:
+    return {
+        "endpoint": {
+            "hostname": item["name"],
+            "address": {"socket_address": {"address": item["address"], "port_value": int(item["port"])}},
+        },
+        "metadata": {"filter_metadata": {"envoy.lb": {"hash_key": item["name"]}}},
+        "load_balancing_weight": weight,
+    }
+
+
+def endpoints_of(cluster: Data, common: Data) -> Data:
+    """The endpoints of a cluster; on a ring, a weight is the number of points.
+
+    Envoy gives the lightest endpoint a whole number of points, one for minimum_ring_size 1, and the others points in
+    proportion to their weight. With NOBODY as the lightest endpoint, which is always healthy, a node's points do not
+    depend on which other nodes exist or are healthy, except for one point of rounding with unequal weights. So a node
+    that fails moves only its own users, which Envoy alone cannot do (issue 22558).
+    """
+    endpoints = cluster["endpoints"]
+    if policy_of(cluster) != "RING_HASH":
+        members = [_endpoint(item, int(item.get("weight", 1))) for item in endpoints]
+    else:
+        nobody = _endpoint(NOBODY, NOBODY["weight"])
+        nobody["endpoint"]["health_check_config"] = {"disable_active_health_check": True}
+        points = int(common["ring_points_per_weight"])
+        members = [nobody, *(_endpoint(item, points * int(item.get("weight", 1))) for item in endpoints)]
+    return {
+        "@type": TYPE + "envoy.config.endpoint.v3.ClusterLoadAssignment",
+        "cluster_name": cluster["name"],
+        "endpoints": [{"lb_endpoints": members}],
+    }
+
+
+def edge_files(
+    listeners: list[Data], clusters: list[Data], common: Data, pems: dict[str, str]
+) -> dict[str, list[Data]]:
+    """Path of each filesystem xDS file, below its directory, to the resources in it, without private keys.
+
+    Envoy reads only one route configuration, endpoint list or secret from a file, hence a file for each listener and
+    cluster. ``common`` is what the role's vars/main.yml composes, ``pems`` has the texts of edge_pem_paths.
+    """
+    files: dict[str, list[Data]] = {"clusters.json": [cluster_of(item, common) for item in clusters]}
+    files |= {_endpoints_path(item, common): [endpoints_of(item, common)] for item in clusters}
+    files |= {f"routes/{item['name']}.json": [routes(item, common)] for item in listeners}
+    files |= {_certificate_path(item): [_certificate(item, pems)] for item in listeners if item.get("tls")}
+    files["listeners.json"] = [_listener(item, common) for item in listeners]
+    return files

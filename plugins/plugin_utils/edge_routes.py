@@ -1,0 +1,152 @@
+"""Routes of a listener: how Envoy finds the key of a request, and what it does with the request."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+Data = dict[str, Any]
+
+TYPE = "type.googleapis.com/"
+# Set by the edge only: the key that was hashed, the cluster whose ring it was hashed for, the client's address.
+NODE_HEADERS = ("x-stickyring-key", "x-stickyring-cluster", "x-stickyring-client")
+# Marks a request whose key the edge has generated.
+ISSUED_HEADER = "x-stickyring-issued"
+# Envoy's filter state in a request: the key as the client gave it, and the key that is hashed, logged and passed on.
+GIVEN, KEY = "stickyring.given", "stickyring.key"
+# A key is UTF-8 without control characters (C0, DEL, C1), and without a blank at either end, which headers would lose.
+# Envoy matches byte by byte, hence the forms of UTF-8 (RFC 3629, section 4).
+KEY_CHARACTER = (
+    r"(?:[\x21-\x7e]|\xc2[\xa0-\xbf]|[\xc3-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}"
+    r"|\xed[\x80-\x9f][\x80-\xbf]|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2})"
+)
+GOOD_KEY = f"{KEY_CHARACTER}(?: *{KEY_CHARACTER})*"
+ANY_KEY = "(?s).+"
+# In the form of Engine.IO's own errors, whose code 3 is a bad request.
+BAD_KEY = json.dumps(
+    {
+        "code": 3,
+        "message": "Bad request: a user id is UTF-8 without control characters, and no blank at either end",
+    }
+)
+
+
+def _given(policy: Data) -> str:
+    """Envoy's substitution for the decoded value that a hash policy reads; empty if a request has none."""
+    if "query_parameter" in policy:
+        return f"%QUERY_PARAM({policy['query_parameter']['name']})%"
+    if "header" in policy:
+        return f"%REQ({policy['header']['header_name']})%"
+    if "cookie" in policy:
+        # Where the filter `stickyring.cookies` has put it.
+        return f"%DYNAMIC_METADATA(stickyring.cookie:{policy['cookie']['name']})%"
+    if "filter_state" in policy:
+        return f"%FILTER_STATE({policy['filter_state']['key']}:PLAIN)%"
+    return "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"
+
+
+def _key_filters(policies: list[Data]) -> Data:
+    """Per-route settings of the filters that find the key of a request, before the route is chosen by it.
+
+    They are in the routes because a changed listener would drop its WebSockets.
+    """
+
+    def kept(key: str, factory: str, value: str) -> Data:
+        text = {"text_format_source": {"inline_string": value}, "omit_empty_values": True}
+        return {"object_key": key, "factory_key": factory, "skip_if_empty": True, "format_string": text}
+
+    # A request without a key gets a cookie, so policies after the cookie never apply.
+    issued = _issued_cookie(policies)
+    asked = policies[: [policy.get("cookie") for policy in policies].index(issued) + 1] if issued else policies
+    # Later values overwrite earlier ones, so the first policy comes last.
+    values = [kept(GIVEN, "envoy.string", _given(policy)) for policy in reversed(asked)]
+    if issued:
+        # Random for each request, not for each connection.
+        values.append(kept(KEY, "envoy.hashable_string", "%UNIQUE_ID%"))
+    values.append(kept(KEY, "envoy.hashable_string", f"%FILTER_STATE({GIVEN}:PLAIN)%"))
+    rules = [
+        {"cookie": name, "on_header_present": {"metadata_namespace": "stickyring.cookie", "key": name}}
+        for name in (policy["cookie"]["name"] for policy in asked if "cookie" in policy)
+    ]
+    settings = {
+        "stickyring.key": {
+            "@type": TYPE + "envoy.extensions.filters.http.set_filter_state.v3.Config",
+            "on_request_headers": values,
+        }
+    }
+    if rules:
+        settings["stickyring.cookies"] = {
+            "@type": TYPE + "envoy.extensions.filters.http.header_to_metadata.v3.Config",
+            "request_rules": rules,
+        }
+    return settings
+
+
+def _issued_cookie(policies: list[Data]) -> Data | None:
+    """The cookie for clients that give no key: the first one with a ttl, as in Envoy's own hash policies."""
+    return next((policy["cookie"] for policy in policies if "ttl" in policy.get("cookie", {})), None)
+
+
+def _set_cookie(cookie: Data, *, secure: bool) -> Data:
+    """The response header that gives a client its generated key."""
+    seconds = int(cookie["ttl"].removesuffix("s"))
+    attributes = [
+        f"{one['name']}={one['value']}" if one.get("value") else one["name"] for one in cookie.get("attributes", [])
+    ]
+    parts = [
+        f"{cookie['name']}=%FILTER_STATE({KEY}:PLAIN)%",
+        *([f"Max-Age={seconds}"] if seconds else []),
+        *([f"Path={cookie['path']}"] if cookie.get("path") else []),
+        *(["Secure"] if secure and not any(one.lower() == "secure" for one in attributes) else []),
+        "HttpOnly",
+        *attributes,
+    ]
+    return {"header": {"key": "set-cookie", "value": "; ".join(parts)}, "append_action": "APPEND_IF_EXISTS_OR_ADD"}
+
+
+def _with_key(regex: str) -> Data:
+    return {"prefix": "/", "filter_state": [{"key": GIVEN, "string_match": {"safe_regex": {"regex": regex}}}]}
+
+
+def routes(item: Data, common: Data) -> Data:
+    """The RouteConfiguration of a listener."""
+    policies: list[Data] = item["hash_policies"] if "hash_policies" in item else common["hash_policies"]
+    resource = {
+        "@type": TYPE + "envoy.config.route.v3.RouteConfiguration",
+        "name": item["name"],
+        **common["route_configuration"],
+    }
+    # Headers from the client are removed before a route adds its own.
+    resource["most_specific_header_mutations_wins"] = True
+    resource["request_headers_to_remove"] = [*NODE_HEADERS, ISSUED_HEADER]
+    resource["request_headers_to_add"] = [
+        {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+        for name, value in zip(
+            NODE_HEADERS,
+            (f"%FILTER_STATE({KEY}:PLAIN)%", item["cluster"], "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"),
+            strict=True,
+        )
+    ]
+    private = [{"match": {"path": path}, "direct_response": {"status": 404}} for path in common["private_paths"]]
+    # A retry sends the whole body again. Envoy's own limit is the connection's buffer, far below the allowed body size.
+    everything = {
+        "match": {"prefix": "/"},
+        "route": {"cluster": item["cluster"], **common["route"]},
+        "request_body_buffer_limit": common["largest_body"],
+    }
+    routes = [everything]
+    if policies:
+        resource["typed_per_filter_config"] = _key_filters(policies)
+        everything["route"]["hash_policy"] = [{"filter_state": {"key": KEY}}]
+        cookie = _issued_cookie(policies)
+        added: Data = {}
+        if cookie:
+            added["request_headers_to_add"] = [{"header": {"key": ISSUED_HEADER, "value": "1"}}]
+            added["response_headers_to_add"] = [_set_cookie(cookie, secure="tls" in item)]
+        routes = [
+            {**everything, "match": _with_key(GOOD_KEY)},
+            {"match": _with_key(ANY_KEY), "direct_response": {"status": 400, "body": {"inline_string": BAD_KEY}}},
+            {**everything, **added},
+        ]
+    resource["virtual_hosts"] = [{"name": item["name"], "domains": ["*"], "routes": [*private, *routes]}]
+    return resource

@@ -1,0 +1,267 @@
+"""Checks of the edge's variables."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import PurePath
+from typing import Any
+
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_resources import LARGEST_RING, NOBODY, policy_of
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+
+Data = dict[str, Any]
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+PARAMETER = re.compile(r"[A-Za-z0-9_.~-]+")
+HASH_POLICIES = ("query_parameter", "header", "cookie", "connection_properties", "filter_state")
+# The field of each kind of policy that names its source, and the other fields that it may have.
+NAME_FIELDS = {"query_parameter": "name", "header": "header_name", "cookie": "name", "filter_state": "key"}
+OTHER_FIELDS = {"cookie": {"ttl", "path", "attributes"}, "connection_properties": {"source_ip"}}
+TTL = re.compile(r"[0-9]+s")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+PING_INTERVAL = 25
+LOG_LEVELS = ("trace", "debug", "info", "warning", "error", "critical", "off")
+# The lowest and the highest value of every variable that is a number; a float where fractions are meant.
+RANGES: dict[str, tuple[float, float]] = {
+    "ring_points_per_weight": (1, LARGEST_RING),
+    "health_check_interval": (0.1, 3600.0),
+    "health_check_jitter": (0.0, 3600.0),
+    "health_check_timeout": (0.1, 3600.0),
+    "health_check_unhealthy_threshold": (1, 1000),
+    "health_check_healthy_threshold": (1, 1000),
+    "route_timeout": (0.0, 86400.0),
+    "request_timeout": (0.0, 86400.0),
+    "request_headers_timeout": (0.0, 86400.0),
+    "downstream_idle_timeout": (0.0, 86400.0),
+    "connect_timeout": (0.1, 3600.0),
+    "upstream_idle_timeout": (0.0, 86400.0),
+    "upstream_user_timeout": (0.0, 3600.0),
+    "upstream_keepalive_time": (1, 32767),
+    "upstream_keepalive_interval": (1, 32767),
+    "upstream_keepalive_probes": (1, 127),
+    "circuit_breaker_max_connections": (1, 2**32 - 1),
+    "circuit_breaker_max_requests": (1, 2**32 - 1),
+    "circuit_breaker_max_pending_requests": (1, 2**32 - 1),
+    "max_connections": (1, 2**29),
+    "max_heap_mib": (64, 2**24),
+    "limit_nofile": (1024, 2**30),
+    "connection_buffer_kib": (1, 2**20),
+    "max_request_body_bytes": (1, 2**32 - 1),
+    "trusted_hops": (0, 100),
+    "load_timeout": (1, 3600),
+    "healthy_timeout": (0, 86400),
+}
+
+
+def _repeated(values: list[Any]) -> list[Any]:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _canonical(address: str) -> str:
+    """The canonical spelling of an IP address; other text is returned unchanged."""
+    return str(ipaddress.ip_address(address)) if _is_address(address) else address
+
+
+def _range_problems(settings: Data) -> list[str]:
+    """Numbers that are invalid or out of range; a number may be text, as from the command line and INI files."""
+    problems = []
+    for name, (low, high) in RANGES.items():
+        value = settings[f"stickyring_edge_{name}"]
+        whole = isinstance(low, int)
+        fraction = "" if whole else r"(\.[0-9]+)?"
+        if not re.fullmatch(rf"-?(0|[1-9][0-9]*){fraction}", str(value)) or not low <= float(value) <= high:
+            kind = "whole number" if whole else "number"
+            problems.append(f"stickyring_edge_{name} is {value!r}: give a {kind} from {low:.10g} to {high:.10g}.")
+    return problems
+
+
+def _text_problems(settings: Data, clusters: list[Data]) -> list[str]:
+    """Lists, paths, levels and booleans that are something else: YAML reads an unquoted `off` as a boolean."""
+    problems = []
+    paths = settings["stickyring_edge_private_paths"]
+    if not isinstance(paths, list):
+        problems.append(f"stickyring_edge_private_paths is {paths!r}: give a list, [/metrics] for example.")
+        paths = []
+    checked = {"stickyring_edge_health_check_path": settings["stickyring_edge_health_check_path"]}
+    checked |= {
+        f"cluster {item['name']}: health_path": item["health_path"] for item in clusters if "health_path" in item
+    }
+    problems += [
+        f"{where} {path!r} is no path: give / and visible ASCII characters."
+        for where, path in [*checked.items(), *(("stickyring_edge_private_paths:", path) for path in paths)]
+        if not re.fullmatch(r"/[!-~]*", str(path))
+    ]
+    level = settings["stickyring_edge_log_level"]
+    if level not in LOG_LEVELS:
+        problems.append(f"stickyring_edge_log_level is {level!r}: give one of {', '.join(LOG_LEVELS)}, in quotes.")
+    for name in ("access_log", "may_end_websockets"):
+        value = settings[f"stickyring_edge_{name}"]
+        if str(value).lower() not in {"true", "false", "yes", "no", "on", "off", "1", "0"}:
+            problems.append(f"stickyring_edge_{name} is {value!r}: give true or false.")
+    return problems
+
+
+def _number_problems(settings: Data) -> list[str]:
+    problems = []
+    files, connections = (int(settings[f"stickyring_edge_{name}"]) for name in ("limit_nofile", "max_connections"))
+    if files < 2 * connections:
+        problems.append(
+            f"stickyring_edge_limit_nofile {files} is too low: a websocket takes two descriptors, so"
+            f" stickyring_edge_max_connections {connections} needs {2 * connections} or more."
+        )
+    if float(settings["stickyring_edge_route_timeout"]) <= PING_INTERVAL:
+        problems.append(
+            f"stickyring_edge_route_timeout {settings['stickyring_edge_route_timeout']} would end long polls: more than"
+            f" {PING_INTERVAL}, the ping interval of Engine.IO, is needed."
+        )
+    return problems
+
+
+def _place_problems(listeners: list[Data]) -> list[str]:
+    problems = []
+    places = [(_canonical(item.get("address", "0.0.0.0")), int(item["port"])) for item in listeners]
+    for item, (address, port) in zip(listeners, places, strict=True):
+        where = f"listener {item['name']}"
+        if not 1024 <= port <= 65535:
+            problems.append(f"{where}: port {port} is not from 1024 to 65535; Envoy has no privilege for lower ports.")
+        if not _is_address(address):
+            problems.append(f"{where}: {address!r} is no IP address, and Envoy resolves no names here.")
+    return problems + [f"port {port} on {address} has two listeners." for address, port in _repeated(places)]
+
+
+def _tls_problems(item: Data, pems: dict[str, str]) -> list[str]:
+    """What is wrong with the certificate and the key of a listener; ``pems`` has the text of each file that exists."""
+    tls = item["tls"]
+    where = f"listener {item['name']}"
+    if not tls:
+        return [f"{where}: tls is empty: give certificate and key, or leave it out."]
+    problems = []
+    for kind in ("certificate", "key"):
+        if not PurePath(tls[kind]).is_absolute():
+            problems.append(f"{where}: tls.{kind} {tls[kind]} is no absolute path on the controller.")
+        elif tls[kind] not in pems:
+            problems.append(f"{where}: tls.{kind} {tls[kind]} is no file on the controller.")
+    if problems:
+        return problems
+    try:
+        certificate = x509.load_pem_x509_certificates(pems[tls["certificate"]].encode())[0]
+    except ValueError:
+        return [f"{where}: tls.certificate {tls['certificate']} has no certificate in PEM."]
+    if certificate.not_valid_after_utc < datetime.now(UTC):
+        problems.append(
+            f"{where}: tls.certificate {tls['certificate']} expired on {certificate.not_valid_after_utc:%F}."
+        )
+    try:
+        key = load_pem_private_key(pems[tls["key"]].encode(), password=None)
+    except TypeError:
+        return [*problems, f"{where}: tls.key {tls['key']} is encrypted; Envoy has no password for it."]
+    except ValueError:
+        return [*problems, f"{where}: tls.key {tls['key']} is no private key in PEM."]
+    public = (
+        one.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        for one in (certificate.public_key(), key.public_key())
+    )
+    if len(set(public)) > 1:
+        problems.append(
+            f"{where}: tls.key {tls['key']} does not fit the first certificate of {tls['certificate']}, which must be"
+            " the server's own."
+        )
+    return problems
+
+
+def edge_problems(settings: Data, pems: dict[str, str], sha256: str | None = None) -> list[str]:
+    """What is wrong with the edge's variables, one sentence each; empty when nothing is.
+
+    ``settings`` has the variables to check by their names, typed as the role's argument_specs say. ``pems`` has the
+    text of each file of edge_pem_paths that exists. ``sha256`` is checked if it is known; before the run has built
+    the binary, it is None.
+    """
+    listeners: list[Data] = settings["stickyring_edge_listeners"]
+    clusters: list[Data] = settings["stickyring_edge_clusters"]
+    hash_policies: list[Data] = settings["stickyring_edge_hash_policies"]
+    # The checks below calculate with these values.
+    if problems := _range_problems(settings) + _text_problems(settings, clusters):
+        return problems
+    points = int(settings["stickyring_edge_ring_points_per_weight"])
+    problems = _number_problems(settings)
+    if sha256 is not None and not SHA256.fullmatch(sha256):
+        problems.append(f"stickyring_edge_envoy_sha256 {sha256!r} is not 64 hexadecimal digits in lower case.")
+    for kind, items in (("listener", listeners), ("cluster", clusters)):
+        names = [item["name"] for item in items]
+        problems += [f"{kind} {name}: the name is used twice." for name in _repeated(names)]
+        problems += [
+            f"{kind} {name}: a name is letters, digits, _ and -." for name in names if not NAME.fullmatch(name)
+        ]
+    if not listeners:
+        problems.append("stickyring_edge_listeners is empty: the edge would listen nowhere.")
+    problems += _place_problems(listeners)
+    known = {item["name"] for item in clusters}
+    problems += [
+        f"listener {item['name']}: there is no cluster {item['cluster']} in stickyring_edge_clusters."
+        for item in listeners
+        if item["cluster"] not in known
+    ]
+    problems += [problem for item in listeners if "tls" in item for problem in _tls_problems(item, pems)]
+    for cluster in clusters:
+        endpoints = cluster["endpoints"]
+        where = f"cluster {cluster['name']}"
+        if not endpoints:
+            problems.append(f"{where}: the endpoint list is empty, so the edge would refuse every user.")
+        if any(endpoint["name"] == NOBODY["name"] for endpoint in endpoints):
+            problems.append(f"{where}: the endpoint name {NOBODY['name']} is reserved.")
+        problems += [f"{where}: endpoint {name} is listed twice." for name in _repeated([e["name"] for e in endpoints])]
+        problems += [
+            f"{where}: {address}:{port} is listed twice."
+            for address, port in _repeated([(_canonical(e["address"]), int(e["port"])) for e in endpoints])
+        ]
+        problems += [
+            f"{where}: endpoint {e['name']}: {e['address']!r} is no IP address, and Envoy resolves no names here."
+            for e in endpoints
+            if not _is_address(e["address"])
+        ]
+        problems += [
+            f"{where}: endpoint {e['name']}: the weight must be 1 or more."
+            for e in endpoints
+            if int(e.get("weight", 1)) < 1
+        ]
+        weight = sum(int(endpoint.get("weight", 1)) for endpoint in endpoints)
+        if policy_of(cluster) == "RING_HASH" and points * weight + NOBODY["weight"] > LARGEST_RING:
+            problems.append(
+                f"{where}: {points} points for each of {weight} units of weight, and one for {NOBODY['name']}, are more"
+                f" than Envoy's {LARGEST_RING}; lower stickyring_edge_ring_points_per_weight."
+            )
+    lists = {"stickyring_edge_hash_policies": hash_policies}
+    lists |= {f"listener {item['name']}": item.get("hash_policies") or [] for item in listeners}
+    problems += [
+        problem for where, policies in lists.items() for one in policies for problem in _policy_problems(where, one)
+    ]
+    return problems
+
+
+def _policy_problems(where: str, policy: Data) -> list[str]:
+    kinds = [key for key in policy if key != "terminal"]
+    if len(kinds) != 1 or kinds[0] not in HASH_POLICIES:
+        return [f"{where}: a hash policy has one of {', '.join(HASH_POLICIES)}; got {', '.join(kinds) or 'none'}."]
+    (kind,) = kinds
+    settings, needed = policy[kind], NAME_FIELDS.get(kind)
+    unknown = sorted(settings.keys() - {needed} - OTHER_FIELDS.get(kind, set()))
+    problems = [f"{where}: the hash policy {kind} has no field {field}." for field in unknown]
+    if needed and not settings.get(needed):
+        problems.append(f"{where}: the hash policy {kind} needs {needed}.")
+    elif needed and not PARAMETER.fullmatch(settings[needed]):
+        problems.append(f"{where}: the hash policy's {needed} {settings[needed]!r} is not letters, digits and _.~-")
+    if not TTL.fullmatch(str(settings.get("ttl", "0s"))):
+        problems.append(f"{where}: the cookie's ttl {settings['ttl']!r} is not a number of seconds such as 3600s.")
+    return problems
