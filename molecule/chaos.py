@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Plays operations and faults on the running lab, in an order that a seed decides; checks after each what must hold."""
+"""Runs operations and faults on the running lab in an order that a seed decides, and checks the lab after each."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from stickyring.ring import Ring
 
 PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT / "molecule" / "shared" / "tests"))
-import environment  # noqa: E402 - of the suites
+import environment  # noqa: E402 - in shared/tests
 from residents import Residents  # noqa: E402
 
 LISTENER_PORT = 9002
@@ -30,7 +30,7 @@ SETTLED_SECONDS = 60
 CURRENT = "/opt/stickyring-node/current"
 CONTROL = "--control /run/stickyring-node/1/control.sock"
 TASKS = 50
-"""Of a playbook that has not run yet."""
+"""The assumed number of tasks of a playbook that has not run yet."""
 EXAMPLES = """
 examples:
   make chaos                                            seed 1, 60 operations
@@ -40,11 +40,11 @@ examples:
 
 
 class Broken(Exception):
-    """Something does not hold that must."""
+    """A check has failed."""
 
 
 class Lab:
-    """The hosts of inventory/lab, and, once they are there, the users who are connected to them."""
+    """The hosts of inventory/lab, and the users who are connected to them."""
 
     residents: Residents
 
@@ -62,12 +62,12 @@ class Lab:
         return testinfra.get_host(f"ansible://{name}?sudo=true", ansible_inventory=str(PROJECT / "inventory" / "lab"))
 
     def do(self, name: str, command: str) -> str:
-        """Runs a command on a host, which has to succeed; returns its output."""
+        """Runs a command on a host, which must succeed; returns its output."""
         output: str = self.host(name).check_output(command)
         return output
 
     def play(self, *arguments: str) -> None:
-        """Runs a playbook, kills it at a random task with all that it has started here, and runs it to its end."""
+        """Runs a playbook, kills it and its processes here at a random task, and runs it again to its end."""
         left = self.chance.randint(1, self._tasks.get(arguments[0], TASKS))
 
         def here(_: str) -> bool:
@@ -83,7 +83,7 @@ class Lab:
         self.finish(*arguments)
 
     def finish(self, *arguments: str) -> None:
-        """Runs a playbook to its end, which has to be a good one."""
+        """Runs a playbook to its end; it must succeed."""
         done = environment.run("ansible-playbook", *arguments, check=False)
         if done.returncode:
             raise Broken(f"{' '.join(arguments)} has failed:\n{done.stdout[-3000:]}{done.stderr}")
@@ -95,17 +95,17 @@ class Lab:
         return dict(re.findall(r"^(\S+) \|.*releases/(\S+)$", told, re.MULTILINE))
 
     def release(self) -> str:
-        """The name of a release that no node has."""
+        """A new name for a release."""
         self._updates += 1
         return f"chaos-{os.getpid()}-{self._updates}"
 
     def mode(self) -> list[str]:
-        """The options of how nodes are restarted: in surge mode or not."""
+        """The options that choose how nodes restart: in surge mode or not."""
         surge = self.chance.choice(("true", "false"))
         return ["-e", f"stickyring_node_surge={surge}", "-e", "stickyring_node_proving_time=2"]
 
     def leave(self, node: str) -> None:
-        """Waits until nobody is on the node any more."""
+        """Waits until no user is on the node."""
         self.residents.wait(lambda: all(one.node != f"{node}-1" for one in self.residents), SETTLED_SECONDS)
 
 
@@ -116,7 +116,7 @@ def stop(lab: Lab, node: str) -> None:
     told = lab.do(node, f"journalctl --unit={NODE_UNIT} --output=cat --no-pager --since=@{since}")
     drained = re.search(r'"message": "drained".*', told)
     if drained is None or json.loads("{" + drained[0])["sessions"]:
-        raise Broken(f"{node} has stopped without sending everybody on")
+        raise Broken(f"{node} has stopped before all its users had left")
     lab.do(node, f"systemctl start {NODE_UNIT}")
 
 
@@ -137,7 +137,7 @@ def hang(lab: Lab, node: str) -> None:
 
 
 def cut(lab: Lab, node: str) -> None:
-    """nothing goes back from the node to the edge, until its users are elsewhere"""
+    """no packets from the node to the edge, until its users are on other nodes"""
     route = f"blackhole {lab.edge_address}/32"
     lab.do(node, f"ip route add {route}")
     try:
@@ -176,13 +176,13 @@ def roll_back(lab: Lab, node: str) -> None:
 
 
 def remove(lab: Lab, node: str) -> None:
-    """remove_node.yml, and site.yml, which brings it back"""
+    """remove_node.yml, and site.yml, which adds the node again"""
     lab.play("playbooks/remove_node.yml", "-e", f"stickyring_node={node}")
     lab.play("site.yml")
 
 
 def change_edge(lab: Lab, node: str) -> None:
-    """edge.yml with other routes, cluster or hash policy, and as the inventory has it"""
+    """edge.yml with other routes, cluster or hash policy, and with the inventory's"""
     lab.play("playbooks/edge.yml", "-e", json.dumps(lab.chance.choice(EDGE_CHANGES)))
     lab.play("playbooks/edge.yml")
 
@@ -205,15 +205,15 @@ OPERATIONS: dict[str, tuple[Callable[[Lab, str], None], int]] = {
     "remove": (remove, 1),
     "change-edge": (change_edge, 1),
 }
-"""What can happen, and how often beside the others."""
+"""The operations, and how often each comes relative to the others."""
 EVERYWHERE = {"restart-edge", "update", "roll-back", "remove"}
-"""Those that others may notice than the users of the node that they are about."""
+"""Operations that users of other nodes may notice too."""
 NOWHERE = {"change-edge"}
-"""Those that nobody may notice."""
+"""Operations that no user may notice."""
 
 
 class Before(NamedTuple):
-    """How it was before an operation on a node: when, Envoy's process, and the users on that node."""
+    """The state before an operation on a node: the time, Envoy's process, and the users on that node."""
 
     moment: float
     envoy: str
@@ -221,13 +221,13 @@ class Before(NamedTuple):
 
 
 def look(lab: Lab, node: str) -> Before:
-    """What to compare with afterwards."""
+    """The state to compare with afterwards."""
     envoy = lab.do(lab.edge, f"systemctl show {EDGE_UNIT} --property=MainPID --value")
     return Before(time.monotonic(), envoy, {one.user for one in lab.residents if one.node == f"{node}-1"})
 
 
 def rest(lab: Lab) -> None:
-    """Brings everybody home; raises Broken where ring, users or messages are not as they must be then."""
+    """Moves all users to their assigned nodes; raises Broken if ring, users or messages are wrong."""
     with tempfile.TemporaryDirectory() as folder:
         playbooks = [f"playbooks/{name}.yml" for name in ("verify", "rebalance", "plan")]
         lab.finish(*playbooks, "-e", f"stickyring_directory={folder}")
@@ -239,9 +239,9 @@ def rest(lab: Lab) -> None:
     try:
         lab.residents.wait(lambda: lab.residents.homes() == home, SETTLED_SECONDS)
     except TimeoutError as error:
-        raise Broken(f"users are not where the ring has them: {error}") from None
-    # A connection can look alive: of one that polls, and whose last message met a node that had just gone, the Python
-    # client notices the end only when its poll ends.
+        raise Broken(f"users are not on their assigned nodes: {error}") from None
+    # A connection can look alive: if a polling client sent its last message to a node that had just gone, the Python
+    # client notices only when its poll ends.
     moment = time.monotonic()
     lab.residents.wait(lambda: all(one.answers[-1][0] > moment for one in lab.residents), SETTLED_SECONDS)
     if lost := [one for one in lab.residents if one.lost]:
@@ -249,24 +249,26 @@ def rest(lab: Lab) -> None:
 
 
 def check(lab: Lab, name: str, node: str, before: Before) -> None:
-    """Raises Broken where something does not hold."""
+    """Raises Broken if the operation had an effect that it must not have."""
     rest(lab)
     if name != "restart-edge" and look(lab, node).envoy != before.envoy:
         raise Broken("Envoy was restarted")
     spared = [one for one in lab.residents if name in NOWHERE or one.user not in before.users]
     disturbed = [one for one in spared if one.count("disconnect", before.moment)]
     if name not in EVERYWHERE and disturbed:
-        raise Broken(f"who was not to notice has been disconnected: {disturbed[0]}")
+        raise Broken(f"an unaffected user was disconnected: {disturbed[0]}")
 
 
 def main() -> None:
-    """Plays, and exits with 1 and the sequence when something is broken."""
+    """Runs the operations; if a check fails, exits with 1 and the sequence."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=1, help="decides the sequence (default 1)")
-    parser.add_argument("--operations", type=int, default=60, help="how many (default 60)")
-    parser.add_argument("--only", action="append", choices=OPERATIONS, help="only this one; may be given several times")
+    parser.add_argument("--operations", type=int, default=60, help="number of operations (default 60)")
+    parser.add_argument(
+        "--only", action="append", choices=OPERATIONS, help="run only this operation; may be given several times"
+    )
     given = parser.parse_args()
     if given.operations < 1:
         parser.error("--operations: give 1 or more")
@@ -291,12 +293,12 @@ def main() -> None:
                 OPERATIONS[name][0](lab, node)
                 check(lab, name, node, before)
                 print(f"held, {time.monotonic() - before.moment:.0f} s", flush=True)
-        except Exception as error:  # whatever it is, what was played belongs to it
+        except Exception as error:  # the sequence is reported with every error
             print("BROKEN")
             sys.exit(f"seed {given.seed}: {type(error).__name__}: {error}\nafter: {', '.join(played)}")
         except KeyboardInterrupt:
             sys.exit(
-                f"\nseed {given.seed}: interrupted after {len(played)} operations; site.yml brings the lab to rest"
+                f"\nseed {given.seed}: interrupted after {len(played)} operations; run site.yml to restore the lab"
             )
     answers = sum(len(one.answers) for one in residents)
     repeated = sum(len(one.repeated) for one in residents)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs all scenarios, and writes what each suite proves and how long it takes into molecule/README.md.
 
-In a soak (molecule/soak.py) nothing is left out of the suites, and the README stays.
+In a soak (molecule/soak.py) the suites run every test, and the README is not changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ README = MOLECULE / "README.md"
 ARTIFACTS = MOLECULE.parent / ".artifacts"
 LOG, SUITES = ARTIFACTS / "molecule.log", ARTIFACTS / "suites.jsonl"
 SAME_HOSTS = ("default", "failover", "operations", "scale")
-"""They deploy inventory/lab. The hosts are made once; each scenario first brings them to the inventory's state."""
+"""Scenarios that deploy inventory/lab, on the same hosts; each first brings them to the inventory's state."""
 OTHERS = ("debian12",)
 SLOWEST = 10
 MARKS = ("<!-- The table is written by `make molecule`. -->", "<!-- End of the table. -->")
@@ -35,7 +35,7 @@ WHAT_ACTIONS_DO = {
     "create": "Makes the hosts.",
     "prepare": "Builds what only this scenario deploys.",
     "check": "`site.yml --check` works on hosts on which nothing is installed.",
-    "converge": "`site.yml` deploys everything, and real clients find every user on one node.",
+    "converge": "`site.yml` deploys everything, and real clients prove that every user stays on one node.",
     "idempotence": "`site.yml` changes nothing the second time.",
     "destroy": "Removes the hosts.",
 }
@@ -53,14 +53,14 @@ class Row(NamedTuple):
 
 def main() -> None:
     """Run the scenarios; exit with the status of the first command that fails."""
-    # The first too: what a shell starts in the background ignores it, and so would all that is started here.
+    # SIGINT too: a shell starts background commands with it ignored, and their children would inherit that.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     ARTIFACTS.mkdir(exist_ok=True)
     SUITES.unlink(missing_ok=True)
     rows: list[Row] = []
     with LOG.open("w") as log:
-        # A demo may be running.
+        # A demo may be running on these hosts.
         for command in (
             ["destroy", "--scenario-name", "default"],
             ["test", "--shared-state", *named(SAME_HOSTS)],
@@ -75,7 +75,7 @@ def main() -> None:
     if "STICKYRING_SOAK" not in os.environ:
         write(rows + [suite_row(one) for one in tests])
     slowest = sorted((step for one in tests for step in one["steps"]), key=lambda step: -step[1])[:SLOWEST]
-    print(f"\n==> The slowest {SLOWEST} tests, with what they share:")
+    print(f"\n==> The slowest {SLOWEST} tests, with their shared fixtures:")
     print(*(f"{seconds:6.1f} s  {name}" for name, seconds in slowest), sep="\n")
 
 
@@ -85,9 +85,9 @@ def named(scenarios: Iterable[str]) -> list[str]:
 
 
 def play(command: list[str], log: TextIO) -> tuple[int, list[Row]]:
-    """Run a command, and show and keep its output; return its status, and a row for each action but the suites.
+    """Run a command, show and log its output; return its status, and a row for each action but the suites.
 
-    When this is interrupted, so is the command with all that it has started.
+    An interrupt also ends the command and its processes.
     """
     rows: list[Row] = []
     began = time.monotonic()
@@ -113,7 +113,7 @@ def play(command: list[str], log: TextIO) -> tuple[int, list[Row]]:
                     rows.append(Row(found["scenario"], found["action"], does, 0, time.monotonic() - began))
         except KeyboardInterrupt:
             os.killpg(process.pid, signal.SIGINT)
-            # To its end, for which subprocess would give it a quarter of a second.
+            # Read to the end: subprocess would wait only a quarter of a second.
             log.writelines(process.stdout or ())
             process.wait()
             raise
@@ -121,7 +121,7 @@ def play(command: list[str], log: TextIO) -> tuple[int, list[Row]]:
 
 
 def suite_row(suite: dict[str, Any]) -> Row:
-    """Return the row of what the suites' conftest.py has kept of one; of its modules only those that have run count."""
+    """Return the row of a suite from the record that its conftest.py wrote; only modules that have run count."""
     folder = MOLECULE / "shared" / "tests" / str(suite["suite"])
     modules = sorted({step.partition("::")[0] for step, _ in suite["steps"]})
     proves = " ".join(first_sentence(folder / module) for module in modules)
@@ -134,7 +134,7 @@ def first_sentence(module: Path) -> str:
 
 
 def failures(lines: list[str]) -> Iterable[str]:
-    """Yield each line that tells of a failure, with those after it."""
+    """Yield each line that reports a failure, with the lines after it."""
     until = 0
     for number, line in enumerate(lines):
         if FAILURE.search(line):
@@ -144,7 +144,7 @@ def failures(lines: list[str]) -> Iterable[str]:
 
 
 def write(rows: list[Row]) -> None:
-    """Put the table between its marks in the README."""
+    """Write the table between its marks in the README."""
     order = [*SAME_HOSTS, *OTHERS]
     table = ["| scenario | step or suite | what it proves | tests | seconds |", "|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: order.index(row.scenario)):

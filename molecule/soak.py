@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Runs for hours what `make test` leaves out: whole suites, chaos on CPython and on PyPy, connections that stay.
+"""Runs for hours what `make test` leaves out: all tests, chaos on CPython and on PyPy, connections that stay open.
 
-It writes docs/soak.md at the end of a good run, and nothing else. With --check it judges how old that is.
+If every step succeeds, it writes docs/soak.md. With --check it only checks the age of that report.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ JUDGED = ("roles", "playbooks", "app/src")
 MOST_COMMITS = 50
 EXAMPLES = """
 examples:
-  make soak                                  15 operations a seed, an hour of connections
+  make soak                                  15 operations per seed, connections for one hour
   make soak OPERATIONS=60 HOURS=8
-  molecule/soak.py --check                   only whether docs/soak.md is too old
+  molecule/soak.py --check                   only check whether docs/soak.md is too old
 """
 
 
 class Step(NamedTuple):
-    """One command, what it is for, and the inventories that its playbooks have."""
+    """A command, its purpose, and the inventories of its playbooks."""
 
     purpose: str
     command: str
@@ -48,16 +48,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--operations", type=int, default=15, help="of chaos, for each seed (default 15)")
-    parser.add_argument("--hours", type=float, default=1.0, help="how long connections stay (default 1)")
-    parser.add_argument("--check", action="store_true", help="only judge the age of docs/soak.md")
+    parser.add_argument("--operations", type=int, default=15, help="operations of chaos for each seed (default 15)")
+    parser.add_argument("--hours", type=float, default=1.0, help="hours for which connections stay open (default 1)")
+    parser.add_argument("--check", action="store_true", help="only check the age of docs/soak.md")
     given = parser.parse_args()
     if given.operations < 1 or given.hours <= 0:
         parser.error("--operations and --hours: give more than 0")
     if given.check:
         sys.exit(too_old())
     if dirty := git("status", "--porcelain", *JUDGED):
-        sys.exit(f"Commit first, as the report names a commit:\n{dirty}")
+        sys.exit(f"Commit your changes first, because the report names a commit:\n{dirty}")
     commit, began = git("rev-parse", "--short", "HEAD"), time.monotonic()
     PYPY.mkdir(parents=True, exist_ok=True)
     on_pypy = {"stickyring_node_python": "pypy3", "stickyring_artifacts_python_versions": ["3.13", "pypy3.11"]}
@@ -67,13 +67,13 @@ def main() -> None:
 
 
 def steps(operations: int, hours: float) -> list[Step]:
-    """Return what is run, in this order."""
+    """Return the steps in their order."""
     both = f"inventory/lab,{PYPY / 'hosts.json'}"
     url = "http://198.51.100.10:9002"
     hold = f"stickyring probe {url} --ids {SESSIONS} --connections 1 --transport websocket --hold {hours * 3600:.0f}"
     chaos = f"molecule/chaos.py --operations {operations} --seed"
     return [
-        Step("every suite, with nothing left out", "molecule/proof.py"),
+        Step("every test of all suites", "molecule/proof.py"),
         Step("hosts", "ansible-playbook molecule/shared/create.yml"),
         Step("deployed to them", "ansible-playbook site.yml"),
         *(Step("chaos", f"{chaos} {seed}") for seed in SEEDS),
@@ -86,7 +86,7 @@ def steps(operations: int, hours: float) -> list[Step]:
 
 
 def row(step: Step) -> str:
-    """Run a step and show what it says; return its row of the table. Exit with 1 if it fails."""
+    """Run a step and show its output; return its row of the table. Exit with 1 if it fails."""
     print(f"==> {step.purpose}: {step.command}", flush=True)
     began, last = time.monotonic(), ""
     environment = os.environ | {"STICKYRING_SOAK": "1", "ANSIBLE_INVENTORY": step.inventory}
@@ -110,7 +110,7 @@ def write(rows: list[str], commit: str, seconds: float) -> None:
                 "# Soak",
                 "",
                 f"`make soak` wrote this on {moment}, commit {commit}, {machine}, after {seconds / 3600:.1f} hours.",
-                "Each step has ended well; a run in which one fails writes nothing.",
+                "Every step has succeeded; a run with a failed step writes no report.",
                 "",
                 "| what | command | seconds | its last line |",
                 "|---|---|---|---|",
@@ -122,12 +122,12 @@ def write(rows: list[str], commit: str, seconds: float) -> None:
 
 
 def too_old() -> str | None:
-    """Return what is wrong with the age of the report; None if nothing is."""
+    """Return a message if the report is missing or too old, else None."""
     found = re.search(r", commit ([0-9a-f]+),", REPORT.read_text()) if REPORT.exists() else None
     if found is None:
-        return "docs/soak.md is not there, or names no commit: run `make soak`"
+        return "docs/soak.md is missing or names no commit: run `make soak`"
     if not (PROJECT / ".git").exists() or git("rev-parse", "--is-shallow-repository") == "true":
-        print("The age of docs/soak.md is not judged: the history is not here.")
+        print("The age of docs/soak.md is not checked: the commit is not in this clone's history.")
         return None
     commits = int(git("rev-list", "--count", f"{found[1]}..HEAD", "--", *JUDGED))
     if commits > MOST_COMMITS:
@@ -137,7 +137,7 @@ def too_old() -> str | None:
 
 
 def git(*arguments: str) -> str:
-    """Return what git says."""
+    """Return git's output."""
     return subprocess.run(["git", *arguments], cwd=PROJECT, check=True, capture_output=True, text=True).stdout.strip()
 
 

@@ -1,4 +1,4 @@
-"""What runs the scenarios: its table, its end, and what it says of a failure. Molecule is a stub here."""
+"""The program that runs the scenarios: its table, its end, and its report of a failure. Molecule is a stub here."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_failure_ends_it_and_is_shown_last(
 def test_what_it_has_started_ends_with_it(
     proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupts: Any
 ) -> None:
-    """Also in the background, where a shell has interrupts ignored."""
+    """Also in the background, where a shell ignores interrupts."""
     lines = (
         "#!/bin/sh",
         "[ $1 = test ] || exit 0",

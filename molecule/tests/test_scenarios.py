@@ -1,4 +1,4 @@
-"""The scenarios themselves: Molecule skips a suite without tests and still exits 0. And what they are run with."""
+"""The scenarios and their tools. Molecule skips a suite without tests and still exits 0."""
 
 import re
 from collections import defaultdict
@@ -31,7 +31,7 @@ def test_every_suite_is_run_by_a_scenario() -> None:
 
 
 def versions(lock: str) -> dict[str, set[str]]:
-    """Every package of a lock file, with the versions that it has there for one Python or another."""
+    """Every package of a lock file, with its versions for the different Pythons."""
     found = defaultdict(set)
     for name, version in re.findall(r"^([\w.-]+)==([^ ;]+)", (SCENARIOS.parent / lock).read_text(), re.MULTILINE):
         found[name].add(version)

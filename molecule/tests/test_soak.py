@@ -1,4 +1,4 @@
-"""The soak: what it leaves behind when a step fails and when all end well, and when its report is too old."""
+"""The soak: its report after a failed and after a successful run, and when the report is too old."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def commit(folder: Path, file: str, text: str) -> None:
 
 @pytest.fixture
 def soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The program in a project of its own, whose one step is a shell's."""
+    """The program in a project of its own, with one step."""
     spec = importlib.util.spec_from_file_location("soak", PROGRAM)
     assert spec is not None
     assert spec.loader is not None
@@ -61,7 +61,7 @@ def test_a_good_run_is_reported_and_a_failed_one_leaves_the_report_as_it_was(
 def test_a_report_is_too_old_after_so_many_commits_to_what_it_is_about(
     soak: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "is not there" in (soak.too_old() or "")
+    assert "is missing" in (soak.too_old() or "")
     play(soak, monkeypatch, "true")
     for number, file in enumerate(("docs/a", "roles/a", "docs/a", "app/src/a")):
         commit(tmp_path, file, f"change {number}")

@@ -1,6 +1,6 @@
 """A guestbook: another team's python-socketio application, with a page, settings and a health path of its own.
 
-Send the event `sign` with a name; everybody gets the event `signed` with it, and `/` lists the names, one a line.
+Send the event `sign` with a name; all clients get the event `signed` with it, and `/` lists the names, one per line.
 """
 
 import os
@@ -18,14 +18,14 @@ server = socketio.Server(async_mode="eventlet")
 
 @server.event
 def sign(sid: str, name: str) -> int:
-    """Add a name; acknowledge with how many there are."""
+    """Add a name; acknowledge with the number of names."""
     names.append(name)
     server.emit("signed", name)
     return len(names)
 
 
 def pages(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-    """Answer `/health` and `/`; there is nothing else."""
+    """Answer `/health` and `/`."""
     title = os.environ.get("GUESTBOOK_TITLE", "Guestbook")
     known = {"/health": "well\n", "/": "\n".join([title, *names]) + "\n"}
     text = known.get(environ["PATH_INFO"])

@@ -1,4 +1,4 @@
-"""What all suites share: the inventory's own words as expectations, and a guard against runs that prove nothing."""
+"""Shared by all suites: expectations from the inventory, and a guard against runs that prove nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Host:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what only `make soak` runs, or only another scenario."""
+    """Deselects tests that only `make soak` or another scenario runs."""
     left = {"soak"} if os.environ.get("MOLECULE_SCENARIO_NAME", "default") == "default" else {"soak", "once"}
     out = [] if environment.SOAK else [item for item in items if left & {mark.name for mark in item.iter_markers()}]
     config.hook.pytest_deselected(items=out)
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A run with a skip, or in which nothing passed, has not proven what its green would say."""
+    """Fails a run with a skipped test, or without a passed one: it proves nothing."""
     reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
     keep_seconds(reporter)
     skipped, passed = (len(reporter.stats.get(outcome, [])) for outcome in ("skipped", "passed"))
@@ -55,7 +55,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def keep_seconds(reporter: Any) -> None:
-    """Keeps how long each test has taken, with its fixtures, for molecule/proof.py; by suite."""
+    """Writes how long each test of the suite took, with its fixtures, for molecule/proof.py."""
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for report in (one for reports in reporter.stats.values() for one in reports if hasattr(one, "duration")):
         file, _, test = report.nodeid.partition("::")
@@ -75,31 +75,31 @@ def inventory(pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture(scope="session")
 def programs() -> Path:
-    """The folder of the environment's commands."""
+    """The folder of the virtual environment's commands."""
     return environment.PROGRAMS
 
 
 @pytest.fixture(scope="session")
 def started() -> Callable[..., AbstractContextManager[subprocess.Popen[str]]]:
-    """Starts one of its ansible programs, for a block."""
+    """Starts an ansible program for the time of a block."""
     return environment.started
 
 
 @pytest.fixture(scope="session")
 def ansible() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs one of them to its end."""
+    """Runs an ansible program to its end."""
     return environment.run
 
 
 @pytest.fixture(scope="session")
 def interrupt() -> Callable[..., None]:
-    """Kills a playbook when it begins a task, once for each of several."""
+    """Kills a playbook when it begins a task, once for each task given."""
     return environment.interrupt
 
 
 @pytest.fixture(scope="session")
 def hosts(inventory: Path, ansible: Callable[..., object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Host]:
-    """Each host of the inventory by name, with the roles' defaults below what the inventory sets."""
+    """Each host of the inventory by name; its variables include the roles' defaults."""
     directory = tmp_path_factory.mktemp("inventory")
     ansible("ansible-playbook", "-i", inventory, "playbooks/describe.yml", "-e", f"stickyring_directory={directory}")
     return {file.stem: Host(file.stem, **json.loads(file.read_text())) for file in sorted(directory.glob("*.json"))}
@@ -107,13 +107,13 @@ def hosts(inventory: Path, ansible: Callable[..., object], tmp_path_factory: pyt
 
 @pytest.fixture(scope="session")
 def machine(inventory: Path) -> Callable[..., testinfra.host.Host]:
-    """A host by name, as root, for tests that look at several: of the inventory, or of another one."""
+    """A host by name, as root, for tests about several hosts: of this inventory, or of another one."""
     return lambda name, other=inventory: testinfra.get_host(f"ansible://{name}?sudo=true", ansible_inventory=str(other))
 
 
 @pytest.fixture(scope="session")
 def ask_envoy(machine: Callable[..., testinfra.host.Host]) -> Callable[[Host, str], Any]:
-    """What an edge's admin interface, which only root on its host reaches, answers to a path, out of JSON."""
+    """The decoded JSON answer of an edge's admin interface to a path; only root on the edge can reach it."""
     program = (
         "import http.client, socket, sys; connection = http.client.HTTPConnection('localhost');"
         " connection.sock = socket.socket(socket.AF_UNIX); connection.sock.connect(sys.argv[1]);"

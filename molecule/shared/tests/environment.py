@@ -1,4 +1,4 @@
-"""The environment's ansible programs, run at the project's root as a user runs them there, and what waits for hosts."""
+"""Runs the environment's ansible programs in the project's root, as a user does, and waits for hosts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ADMIN_SOCKET = "/run/stickyring-edge/admin.sock"
 PROJECT = Path(__file__).parents[3]
 PROGRAMS = Path(sys.executable).parent
 SOAK = "STICKYRING_SOAK" in os.environ
-"""Whether `make soak` runs, which leaves nothing out."""
+"""Whether `make soak` runs, which runs every test."""
 LONGEST_SECONDS = 900
 GONE_SECONDS = 30
 THERE_SECONDS = 30
 
 
 def wait_until_gone(address: str) -> None:
-    """Waits until nothing at the address answers any more, not even that it is shutting down."""
+    """Waits until the address does not answer at all, not even with a notice that it is shutting down."""
     deadline = time.monotonic() + GONE_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -37,24 +37,24 @@ def wait_until_gone(address: str) -> None:
             if error.errno == errno.EHOSTUNREACH:
                 return
         time.sleep(0.1)
-    raise AssertionError(f"{address} is still there after {GONE_SECONDS} s")
+    raise AssertionError(f"{address} still answers after {GONE_SECONDS} s")
 
 
 def wait_until_there(address: str) -> None:
-    """Waits until somebody can log in at the address."""
+    """Waits until SSH accepts logins at the address."""
     deadline = time.monotonic() + THERE_SECONDS
     while time.monotonic() < deadline:
         with suppress(OSError), socket.create_connection((address, 22), timeout=1) as connection:
             if connection.recv(1):
                 return
         time.sleep(0.1)
-    raise AssertionError(f"{address} is not there after {THERE_SECONDS} s")
+    raise AssertionError(f"{address} accepts no login after {THERE_SECONDS} s")
 
 
 @contextmanager
 def started(program: str, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """Starts one of them, of which nothing goes on here after the block, nor after LONGEST_SECONDS."""
-    # Molecule asks for colours, whose codes stand between the words at each line's end.
+    """Starts a program; kills it and its processes here after the block, or after LONGEST_SECONDS."""
+    # Molecule turns colours on, whose codes would be inside the lines.
     plain = {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}
     environment = os.environ | plain | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg")}
     pipe = subprocess.PIPE
@@ -77,7 +77,7 @@ def started(program: str, *arguments: str | Path) -> Iterator[subprocess.Popen[s
 
 
 def run(program: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs one to its end, which has to be a good one unless told otherwise: run("ansible-playbook", "site.yml")."""
+    """Runs a program, run("ansible-playbook", "site.yml"), to its end; it must succeed unless `check` is false."""
     with started(program, *arguments) as process:
         output, errors = process.communicate()
     assert not check or process.returncode == 0, output + errors
@@ -85,18 +85,18 @@ def run(program: str, *arguments: str | Path, check: bool = True) -> subprocess.
 
 
 def interrupt(tasks: Sequence[str], *arguments: str | Path) -> None:
-    """Runs a playbook and kills it, with all that it has started here, when it begins the task; for each of them.
+    """Runs a playbook and kills it and its processes here when it begins a task; once for each task.
 
-    Outside of `make soak`, for the last one only.
+    Outside of `make soak`, only for the last task.
     """
     for task in tasks if SOAK else tasks[-1:]:
         begins = f"{task}]"
         told = interrupt_where(re.compile(re.escape(begins)).search, *arguments)
-        assert begins in told[-1], f"it has ended before {task}: {''.join(told)}"
+        assert begins in told[-1], f"it ended before {task}: {''.join(told)}"
 
 
 def interrupt_where(here: Callable[[str], object], *arguments: str | Path) -> list[str]:
-    """Runs a playbook and kills it at the task for whose first line this is true; returns what it has told."""
+    """Runs a playbook and kills it at the first task whose header line matches; returns the lines of its output."""
     told = [""]
     with started("ansible-playbook", *arguments) as play:
         for line in play.stdout or ():

@@ -1,4 +1,4 @@
-"""Users who stay connected and talk while the fleet changes under them, and the record of what they noticed."""
+"""Users who stay connected and send messages while the fleet changes, and a record of what they notice."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ GOODBYE_SECONDS = 30
 class Connection:
     """One connection of a user: real client, default reconnection, one transport setting.
 
-    pause: seconds between an acknowledgement and the next message; node: who welcomed it last; events: (time,
+    pause: seconds between an acknowledgement and the next message; node: the node that welcomed it last; events: (time,
     "connect", "disconnect" or "failed") in their order; welcomes: (time, node); answers: (sent at, acknowledged at) of
-    its numbered messages; repeated: when those were sent that had to be sent again; lost: those that were not
-    acknowledged in `answer` seconds, or wrongly.
+    its numbered messages; repeated: when messages were sent that had to be sent again; lost: messages that were not
+    acknowledged within `answer` seconds, or wrongly.
     """
 
     user: str
@@ -49,11 +49,11 @@ class Connection:
         return sum(1 for moment, what in self.events if what == event and moment >= since)
 
     def first(self, event: str, since: float) -> float:
-        """When it happened for the first time since then."""
+        """The time of the first such event since then."""
         return next(moment for moment, what in self.events if what == event and moment >= since)
 
     async def live(self, url: str, ended: asyncio.Event) -> None:
-        """Connects, and talks until the end."""
+        """Connects, and sends messages until the end."""
         client = socketio.AsyncClient()
         client.on("message", self.hear)
         client.on("connect", lambda: self.note("connect"))
@@ -65,7 +65,7 @@ class Connection:
             await self.talk(sender)
             with suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), self.pause)
-        # Also when it is about to reconnect, which disconnect() would let it do.
+        # Unlike disconnect(), shutdown() also stops a pending reconnect.
         await client.shutdown()
 
     async def talk(self, sender: Sender) -> None:
@@ -83,7 +83,7 @@ class Connection:
             self.repeated.append(began)
 
     def silence(self, since: float) -> float:
-        """The longest time since then from an acknowledgement to the next, which has the pause in it."""
+        """The longest time since then between two acknowledgements, the pause included."""
         times = [answered for _, answered in self.answers if answered > since]
         return max(later - earlier for earlier, later in pairwise(times))
 
@@ -98,13 +98,13 @@ class Connection:
 
 
 def tell_of_errors(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    # python-engineio leaves connections that have broken to the garbage collection, of which aiohttp tells at length.
+    # python-engineio leaves broken connections to the garbage collector, and aiohttp reports each at length.
     if not context["message"].startswith("Unclosed "):
         loop.default_exception_handler(context)
 
 
 class Residents:
-    """Connections that live in a thread of their own; each of the transport settings has one of every user."""
+    """Connections in a thread of their own: one for each user and transport setting."""
 
     def __init__(
         self,
@@ -135,8 +135,8 @@ class Residents:
         self._thread.join(timeout=30)
 
     async def _end(self) -> None:
-        """Waits until every connection has said goodbye."""
-        # Not cancelled: the client's own waiting may swallow that.
+        """Waits until every connection is closed."""
+        # Without cancellation, which a waiting client may swallow.
         self._ended.set()
         _, left = await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=self._goodbye)
         assert not left, left
@@ -148,7 +148,7 @@ class Residents:
         return iter(self.connections)
 
     def homes(self) -> dict[str, set[str]]:
-        """Each user's nodes; an empty name stands for a connection that has none now."""
+        """Each user's nodes; an empty name stands for a connection that is down."""
         found = defaultdict(set)
         for connection in self.connections:
             found[connection.user].add(connection.node)

@@ -1,4 +1,4 @@
-"""Another team's application, deployed by variables alone beside the echo service, from wheels and from an index."""
+"""Another team's application, deployed with variables only beside the echo service, from wheels and from an index."""
 
 import asyncio
 import json
@@ -23,11 +23,11 @@ def test_its_pages_are_served_through_the_edge(edge_url: Any) -> None:
         assert answer.headers["x-served-by"] == "guestbook-1"
     with pytest.raises(HTTPError) as refused:
         urlopen(edge_url("guestbook") + "/index2.html", timeout=5)
-    assert refused.value.code == 404, "the echo service answers in its place"
+    assert refused.value.code == 404, "the echo service answers instead"
 
 
 async def sign(url: str, name: str) -> tuple[int, str]:
-    """Signs as a user; returns the acknowledged count and the name that everybody is told."""
+    """Signs as a user; returns the acknowledged count and the name that all clients get."""
     client = socketio.AsyncClient(reconnection=False)
     signed: asyncio.Queue[str] = asyncio.Queue()
     client.on("signed", signed.put)
@@ -65,7 +65,7 @@ def test_the_nodes_were_installed_from_the_index(machine: Any, nodes: Any) -> No
 
 
 def test_it_takes_the_place_of_the_echo_service(inventory: Any, ansible: Any, edge_url: Any, tmp_path: Path) -> None:
-    """Last, for it changes what is deployed: locked and deployed as the README says, with these variables alone."""
+    """The last test, because it changes the deployment: locked and deployed as the README says."""
     section = (PROJECT / "README.md").read_text().split("## Your application on your machines")[1]
     told = yaml.safe_load(re.search(r"```yaml\n(# group_vars/all.yml.*?)```", section, re.S)[1])
     project = tmp_path / "guestbook"
@@ -82,7 +82,7 @@ def test_it_takes_the_place_of_the_echo_service(inventory: Any, ansible: Any, ed
     assert settings.keys() == told.keys()
     assert settings["stickyring_probe_options"] == ["--no-echo"]
 
-    # This scenario's inventory has an index in place of the wheelhouse.
+    # The inventory of this scenario has an index instead of the wheelhouse.
     wheelhouse = "stickyring_node_wheelhouse={{ stickyring_artifacts_directory }}/wheelhouse.tar"
     options = ["-e", json.dumps(settings), "-e", wheelhouse, "-e", "stickyring_node_proving_time=0"]
     ansible("ansible-playbook", "-i", inventory, "site.yml", *options)

@@ -1,13 +1,13 @@
-"""A real browser for the tests, and a new user for each who asks."""
+"""A real browser, and new users for the tests."""
 
 from collections.abc import Callable, Iterator
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, sync_playwright
 
-# Debian's own browser: there is no other on a machine that may only install from package mirrors.
+# Debian's browser, because Playwright's own cannot be downloaded from a package mirror.
 CHROMIUM = "/usr/bin/chromium"
-# No sandbox because root may not have one; the rest keeps the browser from talking to anybody but the edge.
+# No sandbox, because Chromium has none for root. The rest keeps the browser from contacting anything but the edge.
 SWITCHES = [
     "--no-sandbox",
     "--disable-gpu",
@@ -19,7 +19,7 @@ SWITCHES = [
 ]
 
 
-# Not for the whole session: Playwright's event loop runs as long as it lives, and other modules use asyncio.run.
+# One browser per module: Playwright's event loop runs as long as the browser, and other modules use asyncio.run.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
@@ -30,13 +30,13 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def complaints() -> list[str]:
-    """What the pages of this test's users wrote to the console as an error, or threw."""
+    """Console errors and exceptions of the pages of this test's users."""
     return []
 
 
 @pytest.fixture
 def new_user(browser: Browser, complaints: list[str]) -> Iterator[Callable[[], BrowserContext]]:
-    """Call it for a browser profile without a past: no storage, no cookie, phone-sized window."""
+    """Creates browser profiles without storage and cookies, with a phone-sized window."""
     contexts: list[BrowserContext] = []
 
     def make() -> BrowserContext:

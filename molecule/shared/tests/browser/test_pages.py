@@ -31,7 +31,7 @@ def open_page(context: BrowserContext, url: str) -> Page:
 
 
 def say(page: Page, text: str) -> None:
-    """Send a message as a user does and wait until the page shows its echo from the node that it names."""
+    """Send a message as a user does, and wait until the page shows the echo from its node."""
     page.get_by_label("Message").fill(text)
     page.get_by_role("button", name="Send").click()
     echo = page.get_by_role("log").locator(".echo").filter(has_text=f"{shown(page, 'node')} {text}")
@@ -82,7 +82,7 @@ def test_named_user_keeps_id_and_node_in_all_tabs(edge_url: EdgeUrl, new_user: N
             served = page.reload()
             wait_for_websocket(page)
             seen.add((shown(page, "client-id"), shown(page, "node")))
-            # The page itself is asked for with the id in its address by now, so the edge hashes it alike.
+            # The address of the page has the id by now, so the edge hashes the request for the page by it too.
             assert shown(page, "node") == served.header_value("x-served-by")
         say(page, f"from tab {tab}")
         assert "polling" not in transports
@@ -94,7 +94,7 @@ def test_named_user_keeps_id_and_node_in_all_tabs(edge_url: EdgeUrl, new_user: N
 
 
 def test_named_user_wanders_without_a_key(edge_url: EdgeUrl, new_user: NewUser) -> None:
-    """The control: one websocket each works on any node, and the same id is on several of them."""
+    """The negative control: a single websocket works on any node, and one id reaches several nodes."""
     page = open_page(new_user(), f"{edge_url('unkeyed')}/index2.html")
     client_id, nodes = shown(page, "client-id"), {shown(page, "node")}
     for _ in range(20):
@@ -124,7 +124,7 @@ def test_an_id_that_clients_encode_differently_is_replaced(edge_url: EdgeUrl, ne
 
 
 def test_named_users_are_many_and_spread(edge_url: EdgeUrl, new_user: NewUser, complaints: list[str]) -> None:
-    # New ids fall at random: that 16 users share one of two nodes happens once in 30 000 runs, of three in 14 million.
+    # New ids are random: 16 users share one of two nodes in one of 30 000 runs, of three in one of 14 million.
     client_ids, nodes = set(), set()
     for _ in range(16):
         user = new_user()
@@ -152,7 +152,7 @@ TALK = """async () => {
 
 
 def test_a_websocket_that_talks_for_long_stays(edge_url: EdgeUrl, new_user: NewUser, complaints: list[str]) -> None:
-    """More than one request may have as its body, and single messages up to that."""
+    """It sends more in all than a request body may have, and single messages up to that size."""
     page = open_page(new_user(), f"{edge_url('sticky')}/index2.html")
     assert page.evaluate(TALK) == {"disconnects": 0, "characters": 50 * 90_000 + 900_000}
     assert complaints == []
@@ -177,7 +177,7 @@ def test_client_defaults_on_the_ring_stay_by_cookie(
 def test_client_defaults_without_a_key_fail_in_plain_sight(
     edge_url: EdgeUrl, new_user: NewUser, complaints: list[str]
 ) -> None:
-    # Three polls in a row may by chance meet the same node, so one user can be lucky; six of them in a row are not.
+    # Three polls in a row may reach the same node by chance, so one user can succeed, but not six in a row.
     refused: list[Response] = []
     for _ in range(6):
         user = new_user()
@@ -192,7 +192,7 @@ def test_client_defaults_without_a_key_fail_in_plain_sight(
         expect(page.get_by_test_id("reconnects")).not_to_have_text("0")
         assert user.cookies() == []
         assert "Invalid session" in refused[0].text()
-        assert [text for text in complaints if "400" in text], "an empty console must mean something"
+        assert [text for text in complaints if "400" in text], "refused requests must show up in the console"
         return
     pytest.fail("six users in a row polled without a key and none was refused")
 
@@ -204,7 +204,7 @@ def test_page_fits_a_phone(edge_url: EdgeUrl, new_user: NewUser, name: str) -> N
     overhang = "document.documentElement.scrollWidth - window.innerWidth"
     assert page.evaluate(overhang) <= 0
     page.locator("main").evaluate("main => { main.style.width = '400px'; }")
-    assert page.evaluate(overhang) > 0, "the measure must notice a page that is too wide"
+    assert page.evaluate(overhang) > 0, "the measurement must notice a page that is too wide"
 
 
 def test_client_script_is_served(edge_url: EdgeUrl, new_user: NewUser) -> None:

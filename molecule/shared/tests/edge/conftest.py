@@ -1,4 +1,4 @@
-"""The tests of this suite look at each edge in turn, and so do the fixtures that are about one."""
+"""This suite tests each edge in turn; these fixtures are for the edge under test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from testinfra.host import Host
 
 @pytest.fixture(scope="module")
 def edge(host: Host, hosts: dict[str, Any]) -> Any:
-    """The edge that is being looked at."""
+    """The edge under test."""
     return hosts[host.backend.host]
 
 

@@ -1,4 +1,4 @@
-"""The edge as it really is: what Envoy has loaded, whom it listens to and what it logs."""
+"""The effective state of the edge: what Envoy has loaded, where it listens and what it logs."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ UNIT = "stickyring-edge.service"
 
 @pytest.fixture
 def config(ask_envoy: Any, edge: Any) -> dict[str, Any]:
-    """Envoy's own dump, its sections by type."""
+    """Envoy's config_dump, its sections by type."""
     dump = ask_envoy(edge, "config_dump?include_eds")
     return {section["@type"].rsplit(".", 1)[1]: section for section in dump["configs"]}
 
@@ -127,7 +127,7 @@ def test_the_answer_names_the_node_that_served(edge_url: Any, edge: Any) -> None
     assert served == names
 
 
-def test_the_metrics_of_the_nodes_are_not_for_the_users(edge: Any, edge_url: Any) -> None:
+def test_the_edge_hides_the_metrics_of_the_nodes(edge: Any, edge_url: Any) -> None:
     with pytest.raises(HTTPError) as refused:
         urlopen(f"{edge_url('sticky')}/metrics", timeout=5)
     assert refused.value.code == 404
@@ -148,11 +148,11 @@ def test_an_oversize_body_is_refused_before_it_is_sent(edge_url: Any, announced:
 
 @pytest.fixture(scope="module")
 def unplaced(edge: Any) -> str:
-    """A user whose point of the ring is nobody's."""
+    """A user whose point belongs to the endpoint `nobody`."""
     points = edge.variables["stickyring_edge_ring_points_per_weight"]
     endpoints = next(one for one in edge.variables["stickyring_edge_clusters"] if one["name"] == "nodes")["endpoints"]
     own = xxh64_intdigest(b"nobody_0")
-    # A user meets the first point at or above his own place.
+    # The owner is the first point at or above the user's hash.
     before = max(
         point
         for one in endpoints
@@ -164,7 +164,7 @@ def unplaced(edge: Any) -> str:
 
 @pytest.mark.parametrize("transport", ["polling", "websocket"])
 @pytest.mark.parametrize("size", [1_000, 900_000])
-def test_who_meets_nobody_is_served_like_everybody(edge_url: Any, unplaced: str, transport: str, size: int) -> None:
+def test_a_user_on_the_point_of_nobody_is_served(edge_url: Any, unplaced: str, transport: str, size: int) -> None:
     async def talk() -> str:
         async with socketio.AsyncSimpleClient() as client:
             url = f"{edge_url('sticky')}?client_id={unplaced}"
@@ -175,10 +175,8 @@ def test_who_meets_nobody_is_served_like_everybody(edge_url: Any, unplaced: str,
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_proxy_that_ends_tls_is_believed_only_where_the_inventory_trusts_one(
-    edge: Any, edge_url: Any, scheme: str
-) -> None:
-    """Engine.IO compares a browser's Origin with the scheme that the edge hands on."""
+def test_forwarded_headers_count_only_from_trusted_proxies(edge: Any, edge_url: Any, scheme: str) -> None:
+    """Engine.IO compares a browser's Origin with the scheme that the edge passes on."""
     place = edge_url("sticky").removeprefix("http://")
     connection = HTTPConnection(place, timeout=5)
     headers = {"Origin": f"{scheme}://{place}", "X-Forwarded-Proto": scheme}
@@ -189,7 +187,7 @@ def test_a_proxy_that_ends_tls_is_believed_only_where_the_inventory_trusts_one(
 
 
 def logged(host: Host, key: str) -> list[dict[str, Any]]:
-    """The access-log lines about a key; waits for the first one."""
+    """The access log's lines with a key; waits for the first one."""
     deadline = time.monotonic() + 10
     while True:
         lines = host.check_output(f"journalctl --unit={UNIT} --output=cat --no-pager --since=-1min").splitlines()
@@ -200,7 +198,7 @@ def logged(host: Host, key: str) -> list[dict[str, Any]]:
             return found
 
 
-def test_the_access_log_tells_key_node_and_duration(host: Host, edge_url: Any) -> None:
+def test_the_access_log_has_key_node_and_duration(host: Host, edge_url: Any) -> None:
     key = f"log-{time.monotonic_ns()}"
     with urlopen(f"{edge_url('sticky')}/healthz?client_id={key}&secret=1", timeout=5) as answer:
         node = answer.headers["x-served-by"]
@@ -210,7 +208,7 @@ def test_the_access_log_tells_key_node_and_duration(host: Host, edge_url: Any) -
     assert "secret" not in json.dumps(line)
 
 
-def test_the_access_log_tells_of_a_websocket_while_it_is_open(host: Host, edge_url: Any) -> None:
+def test_a_websocket_is_logged_while_it_is_open(host: Host, edge_url: Any) -> None:
     key = f"log-{time.monotonic_ns()}"
 
     async def open_websocket() -> list[dict[str, Any]]:

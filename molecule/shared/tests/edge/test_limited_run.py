@@ -1,11 +1,11 @@
-"""A run that is limited to the edges renders, byte for byte, what a whole run does."""
+"""A run that is limited to the edges renders the same files, byte for byte, as a whole run."""
 
 import re
 from typing import Any
 
 from testinfra.host import Host
 
-# One is enough: the run is about all of them.
+# One edge is enough, because each run deploys all of them.
 testinfra_hosts = ["ansible://edge1?sudo=true"]
 
 FILES = "find /etc/stickyring-edge /etc/systemd/system/stickyring-edge.service -type f -exec sha256sum {} + | sort -k 2"

@@ -16,7 +16,7 @@ IDS = [f"javascript-{number}" for number in range(20)]
 
 @pytest.fixture(scope="module")
 def client_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose node_modules holds the client that app/package-lock.json pins."""
+    """A folder whose node_modules has the client that app/package-lock.json pins."""
     folder = tmp_path_factory.mktemp("client")
     for name in ("package.json", "package-lock.json"):
         shutil.copy(APP / name, folder)
@@ -47,6 +47,6 @@ def test_javascript_client_is_sticky(edge_url: Callable[[str], str], client_pack
 
 def test_javascript_client_fails_without_a_key(edge_url: Callable[[str], str], client_package: Path) -> None:
     found = run_sessions(client_package, edge_url("unkeyed"))
-    # A session completes only when three requests in a row happen to meet one node.
+    # A session completes only if three requests in a row happen to reach one node.
     assert found["completed"] < found["tried"] / 2
     assert [error for error in found["errors"] if "400" in error and "Invalid session" in error]

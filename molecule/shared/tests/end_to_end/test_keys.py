@@ -1,4 +1,4 @@
-"""What the ring hashes: computed outside Envoy, told to the node, and found again by whereis."""
+"""The hashed key is the same in Envoy, in the ring computed outside Envoy, on the node and in whereis."""
 
 import json
 from typing import Any
@@ -6,7 +6,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-# What stands in the address, and the key that it is.
+# The text in the URL, and the key that results.
 KEYS = {"plain": "plain", "a%20b": "a b", "a+b": "a+b", "caf%C3%A9": "café", "a%26b%3Dc": "a&b=c"}
 
 
@@ -19,7 +19,7 @@ def handshake(url: str, query: str, headers: dict[str, str] | None = None) -> st
 
 @pytest.fixture
 def sessions(machine: Any, nodes: Any) -> Any:
-    """The keys of the sessions that an instance has."""
+    """The keys of the sessions on an instance."""
 
     def ask(endpoint: str) -> list[str | None]:
         host, _, instance = endpoint.rpartition("-")
@@ -47,7 +47,7 @@ def test_ring_and_whereis_agree_about_a_key(edge_url: Any, ansible: Any, invento
     assert said.count(f"  {node}: polling") == 3
 
 
-def test_a_key_that_a_client_claims_is_not_believed(edge_url: Any, sessions: Any) -> None:
+def test_a_key_header_of_a_client_is_ignored(edge_url: Any, sessions: Any) -> None:
     node = handshake(edge_url("sticky"), "&client_id=honest", {"x-stickyring-key": "forged"})
     assert "honest" in sessions(node)
     assert "forged" not in sessions(node)

@@ -1,4 +1,4 @@
-"""The deployment judged by `stickyring probe`: sticky with an id, visibly broken without one."""
+"""The deployment under `stickyring probe`: sticky with an id, visibly broken without one."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_without_an_id_the_same_edge_splits_sessions(probe: Any, edge_url: Any) 
     assert all(figures["transports"][transport]["invalid_session"] > 0 for transport in POLLING)
 
 
-def test_an_id_is_no_help_where_nothing_is_hashed(probe: Any, edge_url: Any) -> None:
+def test_an_id_does_not_help_on_a_listener_that_hashes_nothing(probe: Any, edge_url: Any) -> None:
     status, figures = probe(edge_url("unkeyed"), "--ids", "30", "--connections", "1")
     assert status == 1
     assert figures["total"]["ids_on_more_than_one_node"] > 0

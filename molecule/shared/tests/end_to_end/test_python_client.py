@@ -17,7 +17,7 @@ CONNECTIONS_PER_ID = 5
 
 @dataclass
 class Found:
-    """What the sessions came to; `nodes` holds every node that answered an id, by id."""
+    """The results of the sessions; `nodes` has every node that answered an id, by id."""
 
     nodes: dict[str, set[str]] = field(default_factory=dict)
     transports: Counter[str] = field(default_factory=Counter)
@@ -27,7 +27,7 @@ class Found:
 async def run_session(url: str, client_id: str, deadline: float, found: Found) -> None:
     answers: asyncio.Queue[str] = asyncio.Queue()
     text = f"hello from {client_id}"
-    # The HTTP session is ours, because closing it ends a poll that a failed session would hold for a ping interval.
+    # Our own HTTP session: closing it ends a poll that a failed session would hold open for a ping interval.
     async with aiohttp.ClientSession() as http:
         log = logging.getLogger("engineio of the test")
         client = socketio.AsyncClient(http_session=http, reconnection=False, engineio_logger=log)
@@ -51,7 +51,7 @@ async def run_session(url: str, client_id: str, deadline: float, found: Found) -
 
 
 def run_sessions(url: str, deadline: float) -> Found:
-    """Run all sessions at once; each fails when it has not come to its end after `deadline` seconds."""
+    """Run all sessions at once; each fails if it has not completed after `deadline` seconds."""
     found = Found()
 
     async def run_all() -> None:
@@ -74,6 +74,6 @@ def test_python_client_is_sticky(edge_url: Callable[[str], str]) -> None:
 
 def test_python_client_fails_without_a_key(edge_url: Callable[[str], str], caplog: pytest.LogCaptureFixture) -> None:
     found = run_sessions(edge_url("unkeyed"), deadline=5)
-    # The upgrade and the polls after it would all have to meet the node of the handshake.
+    # A session succeeds only if the upgrade and the polls after it all reach the node of the handshake.
     assert len(found.errors) > len(IDS) * CONNECTIONS_PER_ID / 4
     assert "Unexpected status code 400 in server response" in caplog.text

@@ -1,4 +1,4 @@
-"""Where these suites keep what each fault has cost its users, for the benchmark to read."""
+"""Writes what each fault costs its users, for the benchmark to read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def percentile_99(values: Iterable[float]) -> float:
 
 
 def keep(fault: str, costs: Iterable[float], bound: float, unit: str = "s") -> dict[str, float]:
-    """Prints, keeps and returns the figures of a fault, of what it has cost each user."""
+    """Prints, writes and returns the figures of a fault from what it cost each user."""
     values = sorted(costs)
     p99 = percentile_99(values)
     figures = {"median": median(values), "p99": p99, "last": values[-1], "bound": bound, "users": len(values)}

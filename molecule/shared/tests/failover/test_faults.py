@@ -1,4 +1,4 @@
-"""What each fault costs its users, in seconds from the last echo before it to the next; nobody else notices."""
+"""What each fault costs its users, in seconds from the last echo before it to the next; other users notice nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PING_SECONDS = 25 + 20  # Engine.IO's ping interval and ping timeout
 
 @pytest.fixture
 def all_healthy(ask_envoy: Any, edge: Any) -> None:
-    """Every instance is, in Envoy's view, in each cluster: these check on their own."""
+    """Envoy finds every instance healthy in each cluster; clusters have health checks of their own."""
     clusters = edge.variables["stickyring_edge_clusters"]
     wanted = {(cluster["name"], one["name"]) for cluster in clusters for one in cluster["endpoints"]}
     deadline = time.monotonic() + SETTLED_SECONDS
@@ -43,7 +43,7 @@ def all_healthy(ask_envoy: Any, edge: Any) -> None:
 
 @pytest.fixture
 def residents(edge_url: Any, all_healthy: None) -> Iterator[Residents]:
-    """Users who talk several times a second, each at home."""
+    """Users who send several messages a second, each on the assigned node."""
     with Residents(edge_url("sticky"), USERS, PAUSE_SECONDS, answer=2 * PING_SECONDS) as all_of_them:
         all_of_them.settle(SETTLED_SECONDS)
         yield all_of_them
@@ -62,16 +62,16 @@ def have_not_noticed(connections: Iterable[Connection], since: float) -> None:
 
 
 def judge(fault: str, rounds: list[list[float]], bound: float) -> None:
-    """Keeps the silences of the round that has the median 99th percentile, and compares that with the bound."""
+    """Writes the silences of the round with the median 99th percentile, and compares that with the bound."""
     figures = keep(fault, sorted(rounds, key=percentile_99)[len(rounds) // 2], bound)
     assert figures["p99"] <= bound, figures
 
 
 @contextmanager
 def silences(residents: Residents, node: str, bound: float) -> Iterator[list[float]]:
-    """Whatever becomes of the node in the block, its users are back elsewhere in time and nobody else notices.
+    """Whatever happens to the node in the block, its users are back in time on other nodes; other users notice nothing.
 
-    The list has what it cost them, in seconds, after the block.
+    After the block, the list has the silence of each of them, in seconds.
     """
     affected = [one for one in residents if one.node == f"{node}-1"]
     others = [one for one in residents if one.node not in {f"{node}-1", ""}]
@@ -92,7 +92,7 @@ def fault_on_node1(residents: Residents, name: str, bound: float) -> Iterator[No
 
 
 def test_a_killed_process(residents: Residents, machine: Any, ansible: Any, inventory: Any) -> None:
-    """Three, of which the median counts: the clients' own wait leaves little, and one busy moment takes that."""
+    """The median of three kills: the clients' own wait takes most of the bound, and one busy moment may exceed it."""
     rounds, homes = [], residents.homes()
     for node in ("node1", "node2", "node3"):
         with silences(residents, node, 3) as costs:
@@ -104,7 +104,7 @@ def test_a_killed_process(residents: Residents, machine: Any, ansible: Any, inve
 
 
 def test_a_hung_process(residents: Residents, machine: Any) -> None:
-    """Its kernel still takes connections and acknowledges what comes."""
+    """Its kernel still accepts connections and acknowledges data."""
     node1 = machine("node1")
     hung = node1.check_output(f"systemctl show {NODE} --property=MainPID --value")
     with fault_on_node1(residents, "hung process", 20):
@@ -115,7 +115,7 @@ def test_a_hung_process(residents: Residents, machine: Any) -> None:
 
 @pytest.fixture
 def cut(machine: Any, edge: Any) -> Iterator[Any]:
-    """Cuts a node off from the edge: what comes arrives, and nothing goes back, not even an acknowledgement of TCP."""
+    """Cuts a node off from the edge: packets reach the node, but none comes back, not even TCP acknowledgements."""
     route = f"blackhole {edge.variables['stickyring_address']}/32"
     node1 = machine("node1")
     with ExitStack() as cuts:
@@ -134,7 +134,7 @@ def test_a_vanished_host(residents: Residents, cut: Any) -> None:
 
 @pytest.fixture
 def listeners(edge_url: Any, all_healthy: None) -> Iterator[Residents]:
-    """Users who say nothing for longer than any test, each at home."""
+    """Users who send nothing during a test, each on the assigned node."""
     with Residents(edge_url("sticky"), LISTENERS, 10 * SETTLED_SECONDS) as silent:
         silent.settle(SETTLED_SECONDS)
         silent.wait(lambda: all(one.answers for one in silent), SETTLED_SECONDS)
@@ -142,7 +142,7 @@ def listeners(edge_url: Any, all_healthy: None) -> Iterator[Residents]:
 
 
 def test_a_vanished_host_of_users_who_only_listen(listeners: Residents, cut: Any) -> None:
-    """Nothing that they send goes unacknowledged: TCP's keepalive has to notice."""
+    """They send nothing that could stay unacknowledged: only TCP's keepalive can notice."""
     affected = [one for one in listeners if one.node == "node1-1"]
     assert affected
     since = time.monotonic()
@@ -156,7 +156,7 @@ def test_a_vanished_host_of_users_who_only_listen(listeners: Residents, cut: Any
 
 @contextmanager
 def nobody_notices(residents: Residents, seconds: float) -> Iterator[None]:
-    """Whatever happens in the block, everybody goes on talking for so long after it, without a disconnect."""
+    """Whatever happens in the block, no user is disconnected in it or in so many seconds after it."""
     since = time.monotonic() - 2 * PAUSE_SECONDS
     yield
     ended = time.monotonic() + seconds
@@ -171,9 +171,9 @@ def journal_disks(machine: Any, edge: Any) -> Iterator[list[Any]]:
     hosts = [machine(edge.name), machine("node1")]
     for host in hosts:
         host.check_output(f"mount -t tmpfs -o size=16m journal {JOURNAL} && systemctl restart systemd-journald")
-        # Moved there from memory, which is no disk.
+        # Moves the journal from memory to the disk.
         host.check_output("journalctl --flush")
-        assert host.check_output(f"ls {JOURNAL}/*/system.journal"), "the journal is elsewhere"
+        assert host.check_output(f"ls {JOURNAL}/*/system.journal"), "the journal is not on this disk"
     yield hosts
     for host in hosts:
         host.check_output(f"umount --lazy {JOURNAL} && systemctl restart systemd-journald")
@@ -191,7 +191,7 @@ def test_a_full_disk(residents: Residents, journal_disks: list[Any]) -> None:
 
 @pytest.fixture
 def exhausted(machine: Any, nodes: Any) -> Iterator[Callable[[], str]]:
-    """Lets node1's process have as many descriptors as it has, and takes those; returns what it then answers."""
+    """Lowers the descriptor limit of node1's process to those in use, and uses up the rest; returns its answer then."""
     node1 = machine("node1")
     address = listens_at(next(node for node in nodes if node.name == "node1"))
     worker = f"$(pgrep --parent $(systemctl show {NODE} --property=MainPID --value))"
@@ -206,17 +206,17 @@ def exhausted(machine: Any, nodes: Any) -> Iterator[Callable[[], str]]:
                 connection = held.enter_context(socket.create_connection(address, timeout=0.5))
                 with suppress(TimeoutError):
                     return connection.recv(4096).decode()
-            raise AssertionError(f"it takes connections for longer than {EXHAUSTED_SECONDS} s")
+            raise AssertionError(f"it still accepts connections after {EXHAUSTED_SECONDS} s")
 
         yield exhaust
     node1.check_output(f"prlimit --pid {worker} --nofile={limit[0]}:{limit[1]}")
 
 
 def test_exhausted_descriptors(residents: Residents, exhausted: Callable[[], str]) -> None:
-    """Who has a WebSocket stays, and the edge passes on what the node refuses.
+    """WebSockets stay open, and the edge retries what the node refuses on the next node.
 
-    A request of a session that polls may be among that. The Python client notices when its poll ends, after the ping
-    interval at most, and then comes to a node that has descriptors.
+    That may include requests of a polling session. The Python client notices when its poll ends, after the ping
+    interval at most, and then reconnects to a node that has descriptors.
     """
     on_websockets = [one for one in residents if one.transports == ["websocket"]]
     since = time.monotonic() - 2 * PAUSE_SECONDS
@@ -227,7 +227,7 @@ def test_exhausted_descriptors(residents: Residents, exhausted: Callable[[], str
 
 @pytest.fixture
 def cut_clients(machine: Any, edge: Any) -> Callable[[], AbstractContextManager[None]]:
-    """Cuts the edge off from its clients, for a block: nothing that it sends by the listener's port arrives."""
+    """Cuts the edge off from its clients for a block: no packet from the listener's port reaches them."""
     host = machine(edge.name)
     port = edge.url("sticky").rpartition(":")[2]
 
@@ -244,7 +244,7 @@ def cut_clients(machine: Any, edge: Any) -> Callable[[], AbstractContextManager[
 
 @pytest.fixture
 def sessions(nodes: Any) -> Callable[[], int]:
-    """How many the nodes have, as their metrics tell."""
+    """The number of sessions on the nodes, from their metrics."""
 
     def count() -> int:
         total = 0
@@ -260,11 +260,11 @@ def sessions(nodes: Any) -> Callable[[], int]:
 def test_a_cut_between_clients_and_edge(
     residents: Residents, cut_clients: Callable[[], AbstractContextManager[None]], sessions: Callable[[], int]
 ) -> None:
-    """They notice when they miss the server's ping; so does the server, which keeps nobody who is gone."""
+    """Clients notice the missing ping. So does the server, which ends the sessions of clients that are gone."""
     since = time.monotonic()
     with cut_clients():
         residents.wait(lambda: all(one.count("disconnect", since) for one in residents), 2 * PING_SECONDS)
-        # Somebody is back before the command that ends the cut has come back.
+        # Some clients are back before the command that ends the cut returns.
         ended = time.monotonic()
     residents.wait(lambda: all(one.answers[-1][0] > ended for one in residents), SETTLED_SECONDS)
     residents.settle(SETTLED_SECONDS)

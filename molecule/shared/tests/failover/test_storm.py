@@ -1,4 +1,4 @@
-"""Thousands of clients who come back at once."""
+"""Thousands of clients that reconnect at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NODE = "stickyring-node@1.service"
 
 @pytest.fixture
 def memory(machine: Any, edge: Any, nodes: Any) -> Callable[[], dict[str, int]]:
-    """KiB that the processes of edge and nodes take, by host."""
+    """Memory of the processes of edge and nodes in KiB, by host."""
     resident = "main=$(systemctl show --property=MainPID --value %s); ps -o rss= --pid $main --ppid $main"
     units = {edge.name: EDGE, **{node.name: NODE for node in nodes}}
 
@@ -40,7 +40,7 @@ def server_errors(ask_envoy: Any, edge: Any) -> Callable[[], int]:
 
 
 def come_back(residents: Residents, fault: str, affected: list[Connection], since: float) -> None:
-    """Each of them is connected again in time, with few tries, and nothing is lost."""
+    """Each client is connected again in time, with few tries, and no message is lost."""
     residents.wait(lambda: all(one.count("connect", since) for one in affected), 3 * BACK_SECONDS)
     back = [max(moment for moment, what in one.events if what == "connect") - since for one in affected]
     tries = [one.count("connect", since) + one.count("failed", since) for one in affected]
@@ -69,7 +69,7 @@ def test_all_are_back_soon_after_an_edge_has_restarted(
 
 
 def test_all_are_back_soon_after_a_node_has_died(edge_url: Any, machine: Any, server_errors: Any) -> None:
-    """Half of them begin with polls, which cost more."""
+    """Half of them begin with polling, which costs more."""
     users = [f"user-{number}" for number in range(CLIENTS // 2)]
     both = (["websocket"], ["polling", "websocket"])
     with Residents(edge_url("sticky"), users, PAUSE_SECONDS, both) as residents:

@@ -1,4 +1,4 @@
-"""Instances come and go like nodes: on the ring only while they serve, and never missed by a user."""
+"""Instances join and leave like nodes: they are on the ring only while they serve, and no user notices."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ USERS = [f"user-{number}" for number in range(24)]
 
 @contextmanager
 def asking(url: str) -> Iterator[list[int]]:
-    """Asks for every user in turn; holds each status that is not 200."""
+    """Sends requests for every user in turn; the list has each status that is not 200."""
     refused: list[int] = []
     asked, done = threading.Event(), threading.Event()
 
@@ -42,7 +42,7 @@ def owners(url: str) -> set[str]:
 
 @pytest.fixture
 def passed_on(ask_envoy: Any, edge: Any) -> Callable[[], int]:
-    """How many requests the edge has passed on to another node than the user's, because that one took none."""
+    """How many requests the edge has retried on another node because the assigned one accepted no connection."""
     counter = "stats?format=json&filter=^cluster.nodes.upstream_rq_retry$"
     return lambda: int(ask_envoy(edge, counter)["stats"][0]["value"])
 

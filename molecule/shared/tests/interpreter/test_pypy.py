@@ -1,6 +1,6 @@
-"""A node changes to PyPy and back under its users; on PyPy it serves, starts and stops as it does on CPython.
+"""A node with users changes to PyPy and back; on PyPy it serves, starts and stops as on CPython.
 
-The tests are steps, between the change to PyPy and the way back.
+The tests are steps, from the change to PyPy to the change back.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ def play(ansible: Any, inventory: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def node(machine: Any, nodes: Any) -> Any:
-    """The one that changes; the others stay."""
+    """The node that changes; the others stay on CPython."""
     return machine(nodes[0].name)
 
 
 def runs_on(node: Any) -> str:
-    """What its service runs on, as the kernel names it."""
+    """The interpreter of the service, by the name of its executable."""
     program: str = node.check_output(f"basename $(readlink /proc/$(systemctl show {UNIT} -P MainPID)/exe)")
     return program
 
 
 def test_it_changes_to_pypy(play: Any, node: Any, edge_url: Any) -> None:
-    """In surge mode, one process takes over from the other, whatever runs it."""
+    """In surge mode, a process on PyPy takes over from one on CPython."""
     starts = f"systemctl show {UNIT} -P ActiveEnterTimestampMonotonic"
     before = node.check_output(starts)
     assert runs_on(node).startswith("python3")
@@ -54,7 +54,7 @@ def test_it_changes_to_pypy(play: Any, node: Any, edge_url: Any) -> None:
         residents.settle(SETTLED_SECONDS)
         assert not [one for one in residents if one.lost]
     assert runs_on(node).startswith("pypy3")
-    assert node.check_output(starts) == before, "the unit was started anew"
+    assert node.check_output(starts) == before, "the unit was restarted"
 
 
 def test_every_user_is_sticky(ansible: Any, edge_url: Any) -> None:
@@ -72,8 +72,8 @@ def test_only_writable_and_executable_memory_is_allowed_beyond_the_sandbox(node:
     }
 
 
-def test_it_says_nothing_but_json(node: Any, nodes: Any) -> None:
-    """Python warns on the same stream, and eventlet of locks that it has not patched."""
+def test_it_logs_only_json(node: Any, nodes: Any) -> None:
+    """Python's warnings use the same stream, as do eventlet's about unpatched locks."""
     look = (
         f'main=$(systemctl show {UNIT} -P MainPID); processes="$main $(cat /proc/$main/task/$main/children)";'
         f" journalctl --unit {UNIT} $(printf ' _PID=%s' $processes) --output=cat --no-pager"

@@ -15,13 +15,13 @@ EXPOSURE_LIMIT = 1.5
 
 @pytest.fixture
 def node(host: Host, hosts: dict[str, Any]) -> Any:
-    """What the inventory says of the host under test."""
+    """The host under test, as the inventory describes it."""
     return hosts[host.backend.host if host.backend.host in hosts else host.backend.get_hostname()]
 
 
 @pytest.fixture
 def units(node: Any) -> list[str]:
-    """The units that the inventory asks for on this host."""
+    """The units that this host should run."""
     service = node.variables["stickyring_node_service"]
     return [f"{service}@{number}.service" for number in range(1, int(node.variables["stickyring_node_instances"]) + 1)]
 

@@ -1,4 +1,4 @@
-"""A fleet that is updated under users who talk throughout."""
+"""A fleet that is updated while users send messages all the time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PODMAN = [*(["nsenter", f"--mount={NAMESPACE}"] if NAMESPACE.exists() else []), 
 
 @pytest.fixture(scope="module")
 def residents(request: pytest.FixtureRequest, edge_url: Any) -> Iterator[Residents]:
-    """As many users as the module's USERS says, each over every transport."""
+    """The number of users in the module's USERS, each over every transport."""
     with Residents(edge_url("sticky"), [f"user-{number}" for number in range(request.module.USERS)]) as all_of_them:
         all_of_them.settle(SETTLED_SECONDS)
         yield all_of_them
@@ -25,7 +25,7 @@ def residents(request: pytest.FixtureRequest, edge_url: Any) -> Iterator[Residen
 
 @pytest.fixture
 def run(inventory: Path, ansible: Any) -> Callable[..., Any]:
-    """Runs a playbook on the fleet; returns its output in one line, if it ends as it should."""
+    """Runs a playbook on the fleet, which must succeed, or fail if `fails`; returns its output in one line."""
 
     def run(playbook: str, *options: str, fails: bool = False) -> str:
         done = ansible("ansible-playbook", "-i", inventory, playbook, *options, check=False)
@@ -37,7 +37,7 @@ def run(inventory: Path, ansible: Any) -> Callable[..., Any]:
 
 @pytest.fixture
 def serving(machine: Any, nodes: Any) -> Callable[[], dict[str, tuple[str, str]]]:
-    """The release and the process of every node."""
+    """The release and the main process of every node."""
 
     def look() -> dict[str, tuple[str, str]]:
         command = "basename $(readlink /opt/stickyring-node/current); systemctl show stickyring-node@1 -P MainPID"
@@ -48,7 +48,7 @@ def serving(machine: Any, nodes: Any) -> Callable[[], dict[str, tuple[str, str]]
 
 @pytest.fixture
 def podman() -> Callable[[str, Sequence[str]], None]:
-    """Does something to a host from outside, as whoever owns the machine can; {} in the command is its container."""
+    """Runs a podman command on a host's container, from outside the host; {} in the command is the container."""
 
     def do(host: str, command: Sequence[str]) -> None:
         words = [word.format(f"stickyring-{host}") for word in command]

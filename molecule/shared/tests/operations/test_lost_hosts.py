@@ -1,4 +1,4 @@
-"""A host that freezes or vanishes ends a run within a minute, and no other host is touched after that."""
+"""A host that freezes or vanishes ends a run within a minute, and no other host is changed after that."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENDED_SECONDS = 60
 ENVIRONMENT = "cat /etc/stickyring-node/1.env"
 FAULTS = {
     "freezes": (["pause", "{}"], ["unpause", "{}"]),
-    # Its link stays up: taken down, it would lose its default route for good.
+    # The link stays up: if it went down, the host would lose its default route for good.
     "vanishes": (
         ["exec", "{}", "ip", "rule", "add", "pref", "1", "blackhole"],
         ["exec", "{}", "ip", "rule", "del", "pref", "1"],
@@ -25,7 +25,7 @@ FAULTS = {
 
 @pytest.fixture
 def lost(podman: Any) -> Callable[[str, str], AbstractContextManager[None]]:
-    """A host freezes or vanishes, and is back after the block."""
+    """Freezes or disconnects a host, and brings it back after the block."""
 
     @contextmanager
     def lose(host: str, fault: str) -> Iterator[None]:
@@ -40,7 +40,7 @@ def lost(podman: Any) -> Callable[[str, str], AbstractContextManager[None]]:
 
 
 @pytest.mark.parametrize(("fault", "playbook"), [("freezes", "playbooks/rolling_update.yml"), ("vanishes", "site.yml")])
-def test_a_node_that_is_lost_while_it_restarts_is_the_last_that_is_touched_and_the_next_run_mends_it(
+def test_a_node_that_is_lost_in_its_restart_ends_the_run_and_the_next_run_completes_it(
     lost: Any,
     started: Any,
     run: Any,
@@ -70,16 +70,14 @@ def test_a_node_that_is_lost_while_it_restarts_is_the_last_that_is_touched_and_t
     assert "State of the lost host: It was being restarted" in ended
     after = serving()
     assert {name: after[name] for name in others} == {name: before[name] for name in others}
-    # It is back, half way to the setting.
+    # It is back with the new settings half applied.
     assert "LOST=" in machine(first).check_output(ENVIRONMENT)
     run("site.yml", "-e", "stickyring_node_proving_time=1")
     assert "LOST=" not in machine(first).check_output(ENVIRONMENT)
     assert {name: after[name] for name in others} == {name: serving()[name] for name in others}
 
 
-def test_a_host_that_cannot_be_reached_keeps_site_yml_from_touching_anything(
-    run: Any, machine: Any, tmp_path: Path
-) -> None:
+def test_site_yml_changes_nothing_if_a_host_cannot_be_reached(run: Any, machine: Any, tmp_path: Path) -> None:
     (tmp_path / "hosts.yml").write_text("edge: {hosts: {edge9: {ansible_host: 198.51.100.99}}}\n")
     said = run("site.yml", "-e", "stickyring_node_release=untouched", "-i", str(tmp_path), fails=True)
     reason = said.split("REASON")[-1]
@@ -88,7 +86,7 @@ def test_a_host_that_cannot_be_reached_keeps_site_yml_from_touching_anything(
     assert not machine("node1").file("/opt/stickyring-node/releases/untouched").exists
 
 
-def test_a_second_run_is_told_and_one_that_was_killed_is_forgotten(started: Any, inventory: Path, run: Any) -> None:
+def test_a_second_run_is_refused_and_the_lock_of_a_killed_run_expires(started: Any, inventory: Path, run: Any) -> None:
     with started("ansible-playbook", "-i", inventory, "site.yml") as first:
         assert any("TASK [Refuse a second run]" in line for line in first.stdout)
         assert f"Another run is changing these hosts: on {os.uname().nodename}, process {first.pid}, of" in run(

@@ -1,4 +1,4 @@
-"""What a stop costs the users of a node, and that it takes nobody in meanwhile."""
+"""What a stop costs the users of a node, and that the node accepts no new users while it stops."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ HEALTH_CHECK_SECONDS = 2
 BACK_SECONDS = 20
 
 
-def test_everybody_is_told_and_nothing_is_lost(residents: Any, machine: Any, run: Any, hosts: Any) -> None:
-    """Two of three nodes, one after the other: the second has the users of the first as well."""
+def test_a_stop_moves_every_user_and_loses_no_message(residents: Any, machine: Any, run: Any, hosts: Any) -> None:
+    """Two of three nodes, one after the other: the second node has the users of the first too."""
     for name in ("node3", "node2"):
         here = [one for one in residents if one.node == f"{name}-1"]
         others = [one for one in residents if one.node != f"{name}-1"]
@@ -45,7 +45,7 @@ def test_everybody_is_told_and_nothing_is_lost(residents: Any, machine: Any, run
 
 @pytest.fixture
 def switch_off(machine: Any, hosts: Any, podman: Any, run: Any) -> Iterator[Callable[[str], None]]:
-    """Shuts a host down; at the end it is switched on, and has its users again."""
+    """Shuts a host down; at the end starts it, and waits until it has its users again."""
     off: list[str] = []
 
     def shut_down(name: str) -> None:
@@ -61,8 +61,8 @@ def switch_off(machine: Any, hosts: Any, podman: Any, run: Any) -> Iterator[Call
     run("playbooks/rebalance.yml")
 
 
-def test_a_host_that_shuts_down_sends_its_users_on_first(residents: Any, switch_off: Callable[[str], None]) -> None:
-    """One after another, and not all at the moment at which its process ends."""
+def test_a_host_that_shuts_down_first_moves_its_users(residents: Any, switch_off: Callable[[str], None]) -> None:
+    """They leave one after another, not all when the process ends."""
     here = [one for one in residents if one.node == "node3-1"]
     others = [one for one in residents if one not in here]
     since = time.monotonic()
@@ -77,7 +77,7 @@ def test_a_host_that_shuts_down_sends_its_users_on_first(residents: Any, switch_
     assert not any(one.count("disconnect", since) for one in others)
 
 
-def test_once_it_has_booted_it_serves_again_and_no_playbook_installs_it(residents: Any) -> None:
+def test_a_host_serves_again_after_a_boot_without_a_playbook(residents: Any) -> None:
     residents.settle(BACK_SECONDS)
     assert any(one.node == "node3-1" for one in residents)
     assert not [one for one in residents if one.lost]

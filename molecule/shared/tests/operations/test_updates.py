@@ -1,6 +1,6 @@
-"""What an update costs the users, and what becomes of a release that must not be deployed.
+"""What an update costs the users, and how the deployment of a faulty release ends.
 
-The tests are steps: each begins with the releases that the one before has left.
+The tests are steps: each begins with the releases that the previous one has left.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ BACK_SECONDS = 20
 
 @pytest.fixture(scope="module", autouse=True)
 def wheelhouse(ansible: Any) -> None:
-    """Builds what `faulty` is installed from."""
-    # Not in the scenario's prepare.yml: with --shared-state, Molecule leaves that out wherever it has once run.
+    """Builds the wheelhouse with `faulty`."""
+    # Not in the scenario's prepare.yml, which Molecule skips with --shared-state if it has ever run.
     projects = [str(PROJECT / "app"), str(PROJECT / "molecule/shared/faulty_application")]
     variables = {"stickyring_artifacts_directory": str(ARTIFACTS), "stickyring_artifacts_projects": projects}
     role = ["-m", "import_role", "-a", "name=stickyring_artifacts tasks_from=wheelhouse"]
@@ -38,12 +38,12 @@ def wheelhouse(ansible: Any) -> None:
 
 
 def faulty(fault: str) -> list[str]:
-    """The options that deploy the release `faulty` with this fault; it is installed once."""
+    """The options that deploy the release `faulty` with this fault; the fault is a setting."""
     return release("faulty", **FAULTY, stickyring_node_application=f"faulty:{fault}()")
 
 
 def release(name: str, **variables: str) -> list[str]:
-    """The options that deploy a release: the inventory's under another name, unless variables say otherwise."""
+    """The options that deploy the inventory's release under another name, with further variables."""
     given = {"stickyring_node_release": name, **variables}
     return [word for key, value in given.items() for word in ("-e", f"{key}={value}")]
 
@@ -78,12 +78,12 @@ def test_nothing_is_lost_in_a_rolling_update(
     residents.settle(BACK_SECONDS)
     disconnects = [one.count("disconnect", since) for one in residents]
     account = r"(\d+) sessions were .* asked for a reconnect (\d+) times; expected were (\d+), (\d) per session"
-    sessions, asked, derived, each = map(int, re.search(account, told).groups())
-    print(f"disconnects of {sessions} users: {sum(disconnects)} seen, {asked} told, {derived} derived")
+    sessions, asked, expected, each = map(int, re.search(account, told).groups())
+    print(f"disconnects of {sessions} users: {sum(disconnects)} seen, {asked} reported, {expected} expected")
     assert sessions == len(disconnects)
-    assert (derived, each) == (fewest * sessions, fewest)
+    assert (expected, each) == (fewest * sessions, fewest)
     assert max(disconnects) == fewest
-    assert asked == pytest.approx(sum(disconnects), rel=0.05), "what is told is not what users have seen"
+    assert asked == pytest.approx(sum(disconnects), rel=0.05), "the reported count is not what users have seen"
     assert not [one for one in residents if one.lost]
     assert max(one.count("failed", since) for one in residents) <= 1
 
@@ -115,7 +115,7 @@ def test_a_bad_release_stops_at_the_first_share(
             assert words in message
     assert {name: release for name, (release, _) in after.items()} == dict.fromkeys(after, "third")
     assert {name for name in after if after[name] != before[name]} == set(faults)
-    # Nobody can be sent to a node that the edge does not find healthy yet.
+    # Users cannot move to a node before the edge finds it healthy.
     run("playbooks/verify.yml", "playbooks/rebalance.yml")
     residents.settle(BACK_SECONDS)
     assert not [one for one in residents if one.lost]
@@ -123,20 +123,18 @@ def test_a_bad_release_stops_at_the_first_share(
     assert not [one for one in elsewhere if one.count("disconnect", since)]
 
 
-def test_a_release_that_does_not_start_beside_the_one_that_serves_disturbs_nobody(
-    residents: Any, run: Any, serving: Any
-) -> None:
+def test_a_release_that_does_not_start_in_surge_mode_affects_no_user(residents: Any, run: Any, serving: Any) -> None:
     before, since = serving(), time.monotonic()
     told = run(UPDATE, *faulty("crashes_at_start"), "-e", "stickyring_node_surge=true", fails=True)
     for words in ("of release faulty", "Rolled back to release third", "this release cannot start"):
         assert words in told
     assert serving() == before
     run(UPDATE, *release("third"))
-    assert serving() == before, "what was left alone is restarted by the next run"
+    assert serving() == before, "the next run has restarted an unchanged node"
     assert not [one for one in residents if one.count("disconnect", since) or one.lost]
 
 
-def test_what_was_killed_is_finished_by_the_next_run(
+def test_a_killed_update_is_completed_by_the_next_run(
     residents: Any, run: Any, serving: Any, machine: Any, nodes: Any, inventory: Path, interrupt: Any
 ) -> None:
     options = [
@@ -196,7 +194,7 @@ def test_without_an_edge_nothing_is_restarted(run: Any, serving: Any, tmp_path: 
 
 @pytest.fixture
 def unreachable(machine: Any, edge: Any, hosts: Any) -> Callable[..., AbstractContextManager[None]]:
-    """Keeps the edge, or Envoy alone, from a node's instance for a block; the node serves whoever comes another way."""
+    """Keeps the edge's host, or only Envoy, from reaching an instance for a block; the node still serves others."""
 
     @contextmanager
     def cut(name: str, whom: str) -> Iterator[None]:
@@ -228,13 +226,13 @@ def test_a_node_that_the_edge_does_not_reach_stops_the_update(
     name: str,
     whom: str,
 ) -> None:
-    """Once it is reached again, the same command goes on where it stopped."""
+    """When the node is reachable again, the same command completes the update."""
     update = [UPDATE, *release(name, stickyring_node_proving_time="1")]
     before = serving()
     with unreachable("node2", whom):
         told = run(*update, fails=True)
     assert f"node2 serves, but not for {edge.name}" in told.split("REASON")[-1]
-    assert "cluster_statuses" not in told, "the reason is below all of Envoy's clusters"
+    assert "cluster_statuses" not in told, "the message contains all of Envoy's clusters"
     stopped = serving()
     assert {node: release for node, (release, _) in stopped.items()} == {
         "node1": name,
@@ -243,7 +241,7 @@ def test_a_node_that_the_edge_does_not_reach_stops_the_update(
     }
     assert stopped["node3"] == before["node3"]
     if whom == "everybody":
-        # What node3 would go back from has served on the others as well.
+        # The release from which node3 would be rolled back has served on the other nodes too.
         refused = run("playbooks/rollback.yml", fails=True)
         assert "The nodes would not all go back to the same release" in refused
         assert serving() == stopped

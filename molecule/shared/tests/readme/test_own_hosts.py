@@ -1,4 +1,4 @@
-"""What the README has somebody do with an inventory of their own, done with the lab's hosts."""
+"""The README's steps for your own inventory, with the lab's hosts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SECTION = (PROJECT / "README.md").read_text().split("## Your application on your
 
 @pytest.fixture(scope="module")
 def commands() -> Iterator[str]:
-    """What is typed there, in its order, with the lab's addresses."""
+    """The commands of that section in their order, with the lab's addresses."""
     return iter(re.findall(r"^\$ (.+)$", SECTION.replace("192.0.2.", "198.51.100."), re.M))
 
 
 @pytest.fixture(scope="module")
 def production(inventory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The copy of the example that is made there, with the lab's addresses, user and key."""
+    """The copy of the example inventory, with the lab's addresses, user and key."""
     lab = yaml.safe_load((inventory / "group_vars" / "all.yml").read_text())
     copy = tmp_path_factory.mktemp("own") / "production"
     shutil.copytree(PROJECT / "inventory" / "example", copy)
@@ -36,13 +36,13 @@ def production(inventory: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     with (copy / "group_vars" / "all.yml").open("a") as file:
         file.write(f"ansible_ssh_private_key_file: {lab['ansible_ssh_private_key_file']}\n")
         file.write(f"ansible_ssh_common_args: -o UserKnownHostsFile={copy.parent}/known_hosts\n")
-        # Not over a connection that another run has left open, which asks for no key.
+        # An SSH connection that another run left open would not check the host key.
         file.write("ansible_ssh_args: -o ControlPath=none\n")
     return copy
 
 
 def test_the_steps_up_to_a_deployment(commands: Iterator[str], production: Path, ansible: Any) -> None:
-    """A host whose key was not recorded is not talked to."""
+    """A host whose key is not recorded is refused."""
     inventory = ["-i", production]
     assert next(commands) == "make controller"
     assert next(commands) == ". .venv/bin/activate"

@@ -1,4 +1,4 @@
-"""A fault met on the way ends the run with its cause, and what served before serves on, untouched."""
+"""A fault during a run ends it with the cause, and running services keep serving unchanged."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ ARTIFACTS = PROJECT / ".artifacts"
 
 @pytest.fixture
 def unharmed(machine: Any, hosts: Any, programs: Path, edge_url: Any) -> Iterator[None]:
-    """After the test, every process is the one from before it, and users are served."""
+    """Checks after the test that every process is the same as before, and that users are served."""
 
     def processes() -> dict[str, str]:
         units = {"edge": "stickyring-edge.service", "nodes": "stickyring-node@1.service"}
@@ -42,7 +42,7 @@ def unharmed(machine: Any, hosts: Any, programs: Path, edge_url: Any) -> Iterato
 
 @pytest.fixture
 def refusal(inventory: Path, ansible: Any) -> Any:
-    """Runs a playbook that must fail; returns all it said, in one line."""
+    """Runs a playbook that must fail; returns its output in one line."""
 
     def run(playbook: str, variables: dict[str, Any]) -> str:
         done = ansible(
@@ -57,7 +57,7 @@ def refusal(inventory: Path, ansible: Any) -> Any:
 
 @pytest.fixture
 def broken_wheelhouse(tmp_path: Path) -> dict[str, str]:
-    """The wheelhouse with a stickyring wheel that is none any more, and requirements that ask for that very file."""
+    """The wheelhouse with a broken stickyring wheel, and requirements with the hash of that file."""
     unpacked = tmp_path / "wheelhouse"
     shutil.unpack_archive(ARTIFACTS / "wheelhouse.tar", unpacked)
     (wheel,) = (unpacked / "stickyring").glob("*.whl")
@@ -132,7 +132,7 @@ def test_an_edge_binary_with_another_checksum(refusal: Any) -> None:
 
 @pytest.mark.usefixtures("unharmed")
 def test_a_configuration_that_envoy_rejects(refusal: Any, machine: Any) -> None:
-    """The role cannot know every rule of Envoy's: here, which of its own words a header may hold."""
+    """The role does not know every rule of Envoy's, for example which substitutions a header may contain."""
     files = "find /etc/stickyring-edge/xds -name '*.json' -exec sha256sum {} +"
     before = machine("edge1").check_output(files)
     attributes = [{"name": "Comment", "value": "%NO_SUCH_WORD%"}]

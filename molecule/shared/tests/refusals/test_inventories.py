@@ -1,4 +1,4 @@
-"""Each bad inventory ends the run with a sentence that names the fault, before any host is touched."""
+"""A run with a bad inventory fails with a message that names the fault, before any host is contacted."""
 
 import shutil
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ nodes:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """How a run ended, what it said, and whether it got as far as the first host."""
+class Result:
+    """How a run ended, its output, and whether it reached the first host."""
 
     passed: bool
     said: str
@@ -28,10 +28,10 @@ class Judgement:
 
 
 @pytest.fixture
-def judge(inventory: Path, ansible: Any, tmp_path: Path) -> Any:
-    """Writes an inventory that differs from the lab's in its hosts and variables, and has site.yml judge it."""
+def check(inventory: Path, ansible: Any, tmp_path: Path) -> Any:
+    """Writes an inventory that differs from the lab's in hosts and variables, and lets site.yml check it."""
 
-    def run(hosts: str, *options: str, **group_variables: str) -> Judgement:
+    def run(hosts: str, *options: str, **group_variables: str) -> Result:
         copy = tmp_path / "inventory"
         shutil.copytree(inventory, copy)
         (copy / "hosts.yml").write_text(hosts)
@@ -40,7 +40,7 @@ def judge(inventory: Path, ansible: Any, tmp_path: Path) -> Any:
                 file.write(text)
         done = ansible("ansible-playbook", "-i", copy, "site.yml", "--check", "--tags", "always", *options, check=False)
         output = done.stdout + done.stderr
-        return Judgement(
+        return Result(
             passed=done.returncode == 0,
             said=" ".join(output.split()),
             reached="Find what each node needs" in output,
@@ -49,10 +49,10 @@ def judge(inventory: Path, ansible: Any, tmp_path: Path) -> Any:
     return run
 
 
-def test_the_good_inventory_passes(judge: Any) -> None:
-    judgement = judge(HOSTS)
-    assert judgement.passed, judgement.said
-    assert judgement.reached
+def test_the_good_inventory_passes(check: Any) -> None:
+    result = check(HOSTS)
+    assert result.passed, result.said
+    assert result.reached
 
 
 @pytest.mark.parametrize(
@@ -71,20 +71,20 @@ def test_the_good_inventory_passes(judge: Any) -> None:
         (HOSTS.replace("100.12}", "100.12, stickyring_node_instances: none}"), "node2: stickyring_node_instances is"),
     ],
 )
-def test_a_bad_inventory_is_named(judge: Any, hosts: str, message: str) -> None:
-    refused(judge(hosts), message)
+def test_a_bad_inventory_is_named(check: Any, hosts: str, message: str) -> None:
+    refused(check(hosts), message)
 
 
-def test_a_bad_hash_policy_is_named(judge: Any) -> None:
-    judgement = judge(HOSTS, edge="stickyring_edge_hash_policies: [{query_param: {name: u}}]\n")
-    refused(judgement, "edge1: stickyring_edge_hash_policies: a hash policy has one of")
+def test_a_bad_hash_policy_is_named(check: Any) -> None:
+    result = check(HOSTS, edge="stickyring_edge_hash_policies: [{query_param: {name: u}}]\n")
+    refused(result, "edge1: stickyring_edge_hash_policies: a hash policy has one of")
 
 
-def test_too_old_an_ansible_is_named(judge: Any) -> None:
-    refused(judge(HOSTS, "--extra-vars", "stickyring_ansible_version=99.0"), "is too old: 99.0 or newer is needed")
+def test_too_old_an_ansible_is_named(check: Any) -> None:
+    refused(check(HOSTS, "--extra-vars", "stickyring_ansible_version=99.0"), "is too old: 99.0 or newer is needed")
 
 
-def refused(judgement: Judgement, message: str) -> None:
-    assert not judgement.passed
-    assert message in judgement.said
-    assert not judgement.reached
+def refused(result: Result, message: str) -> None:
+    assert not result.passed
+    assert message in result.said
+    assert not result.reached

@@ -1,4 +1,4 @@
-"""What an interruption or a fault left behind on an edge: the next run mends it, or says what is in its way."""
+"""An edge after an interrupted run or a fault: the next run repairs it, or reports why it cannot."""
 
 import re
 import time
@@ -20,7 +20,7 @@ def envoy_pid(host: Host) -> str:
 
 @pytest.fixture
 def deploy(inventory: Any, ansible: Any) -> Any:
-    """Runs playbooks/edge.yml with settings in place of the inventory's; returns how many tasks changed something."""
+    """Runs playbooks/edge.yml with other settings; returns how many tasks changed something."""
 
     def run(*settings: str) -> int:
         options = [word for setting in settings for word in ("-e", setting)]
@@ -30,13 +30,13 @@ def deploy(inventory: Any, ansible: Any) -> Any:
     return run
 
 
-def test_a_run_that_was_killed_before_the_restart_is_finished(host: Host, deploy: Any) -> None:
+def test_a_run_that_was_killed_before_the_restart_is_completed(host: Host, deploy: Any) -> None:
     before = envoy_pid(host)
-    # What was written by a clock that was ahead is no reason to restart.
+    # A file time in the future is no reason to restart.
     host.check_output("touch --date=tomorrow /etc/stickyring-edge/bootstrap.yaml")
     assert deploy() == 0
     assert envoy_pid(host) == before
-    # What such a run leaves.
+    # The record that such a run leaves.
     host.check_output("echo pending > /etc/stickyring-edge/started-from")
     assert deploy() == 2
     after = envoy_pid(host)
@@ -46,7 +46,7 @@ def test_a_run_that_was_killed_before_the_restart_is_finished(host: Host, deploy
 
 
 def test_an_envoy_that_an_earlier_version_has_started(host: Host, deploy: Any, inventory: Any, ansible: Any) -> None:
-    """Its admin interface was on a port, so nobody knows which websockets a restart would end."""
+    """Its admin interface is on a port, so the run cannot know which websockets a restart would end."""
     on_a_port = ("s|^    pipe:$|    socket_address:|", "s|^      path: /run/.*|      address: 127.0.0.1|")
     edits = " ".join(f"-e '{edit}'" for edit in (*on_a_port, "s|^      mode: 384$|      port_value: 9901|"))
     host.check_output(f"sed -i {edits} /etc/stickyring-edge/bootstrap.yaml && systemctl restart {UNIT}")
@@ -83,7 +83,7 @@ def test_an_envoy_that_hangs_is_named_and_its_files_stay(host: Host, inventory: 
 
 
 def test_verify_refuses_what_is_not_deployed_and_writes_nothing(host: Host, inventory: Any, ansible: Any) -> None:
-    """The control of every green verify: the inventory says another ring than the edge serves."""
+    """The negative control of every successful verify: the inventory has other routes than the edge serves."""
     before, pid = host.check_output(FILES), envoy_pid(host)
     policies = '{"stickyring_edge_hash_policies": [{"header": {"header_name": "x-other"}}]}'
     done = ansible("ansible-playbook", "-i", inventory, "playbooks/verify.yml", "--diff", "-e", policies, check=False)

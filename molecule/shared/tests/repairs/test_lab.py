@@ -1,4 +1,4 @@
-"""The lab on this machine: it has one owner, and what is missing of it is made again."""
+"""The lab on this machine: it has one owner, and missing parts are created again."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ BLACKHOLE = ["ip", "route", "show", "type", "blackhole", "198.51.100.0/24"]
 
 
 @pytest.mark.parametrize("playbook", ["create", "destroy"])
-def test_another_clone_is_told_who_has_the_lab(playbook: str, inventory: Any, ansible: Any, tmp_path: Path) -> None:
+def test_another_clone_is_refused(playbook: str, inventory: Any, ansible: Any, tmp_path: Path) -> None:
     done = ansible(
         "ansible-playbook",
         "-i",
@@ -30,9 +30,7 @@ def test_another_clone_is_told_who_has_the_lab(playbook: str, inventory: Any, an
 
 
 @pytest.mark.soak
-def test_a_lab_that_lost_a_host_and_a_route_is_made_whole(
-    inventory: Any, ansible: Any, machine: Any, hosts: Any
-) -> None:
+def test_a_lab_that_lost_a_host_and_a_route_is_repaired(inventory: Any, ansible: Any, machine: Any, hosts: Any) -> None:
     kept = machine("node1").check_output("cat /proc/sys/kernel/random/boot_id; stat --format=%Y /proc/1")
     machine("node2").run("systemctl poweroff")
     environment.wait_until_gone(hosts["node2"].variables["stickyring_address"])
@@ -44,6 +42,6 @@ def test_a_lab_that_lost_a_host_and_a_route_is_made_whole(
     assert set(re.findall(r"changed=(\d+)", again)) == {"0"}
     assert subprocess.run(BLACKHOLE, check=True, capture_output=True, text=True).stdout
     assert machine("node1").check_output("cat /proc/sys/kernel/random/boot_id; stat --format=%Y /proc/1") == kept
-    assert not machine("node2").file("/opt/stickyring-node").exists, "node2 was not made anew"
+    assert not machine("node2").file("/opt/stickyring-node").exists, "node2 was not created again"
     ansible("ansible-playbook", "-i", inventory, "site.yml")
     assert machine("node2").service("stickyring-node@1").is_running

@@ -1,4 +1,4 @@
-"""What changes on nodes that serve: each is brought up to date, one after another, and no other is touched."""
+"""Changes on running nodes: those that differ are updated one after another, and the others are not changed."""
 
 import re
 import threading
@@ -16,7 +16,7 @@ UNIT = "stickyring-node@1.service"
 
 @pytest.fixture
 def deploy(inventory: Any, ansible: Any) -> Any:
-    """Runs playbooks/nodes.yml with settings in place of the inventory's."""
+    """Runs playbooks/nodes.yml with other settings."""
 
     def run(*settings: str, check: bool = True) -> Any:
         settings = (*settings, "stickyring_node_proving_time=0")
@@ -28,7 +28,7 @@ def deploy(inventory: Any, ansible: Any) -> Any:
 
 @pytest.fixture
 def processes(machine: Any, nodes: Any) -> Any:
-    """The process that serves on each node, by the node's name."""
+    """The main process of each node, by the node's name."""
     return lambda: {
         node.name: machine(node.name).check_output(f"systemctl show {UNIT} --property=MainPID --value")
         for node in nodes
@@ -37,7 +37,7 @@ def processes(machine: Any, nodes: Any) -> Any:
 
 @contextmanager
 def watched(nodes: Any) -> Iterator[set[frozenset[str]]]:
-    """Which nodes were down together at any moment."""
+    """The sets of nodes that were down at the same time."""
     down: set[frozenset[str]] = set()
     done = threading.Event()
 
@@ -65,7 +65,7 @@ def test_a_changed_setting_reaches_every_node_one_after_another(nodes: Any, depl
         deploy("stickyring_node_log_level=warning")
     changed = processes()
     assert all(changed[name] != before[name] for name in before)
-    assert {name for together in down for name in together} == set(before), "the watch has missed a restart"
+    assert {name for together in down for name in together} == set(before), "a restart was not observed"
     assert max(map(len, down)) == 1
 
     deploy("stickyring_share=3")
@@ -75,7 +75,7 @@ def test_a_changed_setting_reaches_every_node_one_after_another(nodes: Any, depl
     assert processes() == back
 
 
-def test_what_was_edited_by_hand_is_as_the_inventory_says_again(machine: Any, deploy: Any, processes: Any) -> None:
+def test_manual_edits_are_reverted(machine: Any, deploy: Any, processes: Any) -> None:
     node = machine("node2")
     environment, unit = "/etc/stickyring-node/1.env", "/etc/systemd/system/stickyring-node@.service"
     edits = {
@@ -94,14 +94,14 @@ def test_what_was_edited_by_hand_is_as_the_inventory_says_again(machine: Any, de
     assert [name for name in after if after[name] != running[name]] == ["node2"]
 
 
-def test_a_run_that_was_killed_before_a_restart_is_finished(machine: Any, deploy: Any, processes: Any) -> None:
+def test_a_run_that_was_killed_before_a_restart_is_completed(machine: Any, deploy: Any, processes: Any) -> None:
     file = "/etc/stickyring-node/1.env"
-    # What such a run leaves: a process that was started from another environment.
+    # Such a run leaves a process that was started from another environment.
     machine("node2").check_output(
         f"cp -p {file} /root && sed -i '/^STICKYRING_ENVIRONMENT=/s/=.*/=0/' {file} && systemctl restart {UNIT}"
         f" && mv /root/1.env {file}"
     )
-    # Its clock was ahead when it was deployed: no reason to restart.
+    # A file time in the future is no reason to restart.
     machine("node3").check_output(f"touch --date=tomorrow {file} /etc/systemd/system/stickyring-node@.service")
     machine("node3").check_output("systemctl daemon-reload")
     before = processes()
@@ -110,8 +110,8 @@ def test_a_run_that_was_killed_before_a_restart_is_finished(machine: Any, deploy
     assert [name for name in after if after[name] != before[name]] == ["node2"]
 
 
-def test_what_was_restarted_in_vain_is_not_done_to_the_next_node(nodes: Any, deploy: Any, processes: Any) -> None:
-    """The first run restarts one node, which runs and never gets healthy; another run must stop there."""
+def test_a_failed_restart_is_not_repeated_on_the_next_node(nodes: Any, deploy: Any, processes: Any) -> None:
+    """The first run restarts one node, which never gets healthy; another run must stop there too."""
     never = ["stickyring_node_log_level=debug", "stickyring_node_health_path=/never", "stickyring_node_start_timeout=2"]
     before = processes()
     for _ in range(2):
@@ -123,7 +123,7 @@ def test_what_was_restarted_in_vain_is_not_done_to_the_next_node(nodes: Any, dep
 
 @pytest.fixture
 def everywhere(machine: Any, nodes: Any) -> Iterator[Any]:
-    """Does the same to the instances of all nodes; at the end they run."""
+    """Runs a systemctl verb on the instances of all nodes; starts them at the end."""
 
     def do(verb: str) -> None:
         for node in nodes:
@@ -134,7 +134,7 @@ def everywhere(machine: Any, nodes: Any) -> Iterator[Any]:
 
 
 def answer(url: str) -> tuple[int, str]:
-    """The status, and who has given it."""
+    """The status, and the server that answered."""
     try:
         with urlopen(f"{url}/healthz?client_id=somebody", timeout=5) as response:
             return response.status, response.headers["x-served-by"]
@@ -143,7 +143,7 @@ def answer(url: str) -> tuple[int, str]:
 
 
 def wait_for(status: int, server: str, url: str) -> None:
-    """Waits for an answer with the status from a server whose name matches."""
+    """Waits for an answer with this status from a server whose name matches."""
     deadline = time.monotonic() + 30
     while True:
         found = answer(url)
@@ -152,7 +152,7 @@ def wait_for(status: int, server: str, url: str) -> None:
         assert time.monotonic() < deadline, found
 
 
-def test_without_any_node_the_edge_says_that_nobody_serves_until_one_is_back(edge_url: Any, everywhere: Any) -> None:
+def test_without_any_node_the_edge_answers_503_until_one_is_back(edge_url: Any, everywhere: Any) -> None:
     url = edge_url("sticky")
     wait_for(200, "node.-1", url)
     everywhere("stop")

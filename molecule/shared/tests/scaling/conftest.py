@@ -1,4 +1,4 @@
-"""A fleet that changes in steps, each from what the one before left, and the users who live through all of them."""
+"""A fleet that changes in steps, and users who stay connected through all of them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Fleet:
     folder: Path
 
     def edit(self, change: Callable[[dict[str, Any]], object], group: str = "nodes") -> None:
-        """Hands the hosts of the group to the function and writes what it has made of them."""
+        """Applies the function to the hosts of the group and writes the inventory."""
         file = self.folder / "hosts.yml"
         content = yaml.safe_load(file.read_text())
         change(content.setdefault(group, {"hosts": {}})["hosts"])
         file.write_text(yaml.safe_dump(content, sort_keys=False))
 
     def prepare(self, name: str, address: str) -> None:
-        """Names a host that is nobody's yet."""
+        """Adds a host to the lab that is not yet a node."""
         self.edit(lambda hosts: hosts.update({name: {"ansible_host": address}}), group="prepared")
 
     def add(self, *numbers: int) -> None:
@@ -64,7 +64,7 @@ def residents(edge_url: Any) -> Iterator[Residents]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What playbooks/plan.yml said; moves: user to (node before, node after) of those who move."""
+    """The result of playbooks/plan.yml; moves: user to (node before, node after), for moved users."""
 
     before: Ring
     after: Ring
@@ -77,7 +77,7 @@ class Plan:
 
 @pytest.fixture
 def plan(fleet: Fleet, ansible: Any, edge: Any, tmp_path: Path) -> Callable[..., Plan]:
-    """Asks the project what the inventory would change; takes further options of the playbook."""
+    """Runs playbooks/plan.yml on the fleet's inventory, with further options."""
 
     def ask(*options: str) -> Plan:
         ids = tmp_path / "ids"
@@ -95,7 +95,7 @@ def plan(fleet: Fleet, ansible: Any, edge: Any, tmp_path: Path) -> Callable[...,
 
 @pytest.fixture
 def reach(fleet: Fleet, machine: Any, tmp_path: Path) -> Callable[[str], Any]:
-    """A host of the fleet as it is now, by name: testinfra reads an inventory once, hence a copy each time."""
+    """A host of the present fleet by name. testinfra reads an inventory only once, hence a copy each time."""
 
     def find(name: str) -> Any:
         copy = tmp_path / name
@@ -107,13 +107,13 @@ def reach(fleet: Fleet, machine: Any, tmp_path: Path) -> Callable[[str], Any]:
 
 @pytest.fixture
 def run(fleet: Fleet, ansible: Any) -> Callable[..., str]:
-    """Runs a playbook on the fleet as it is now."""
+    """Runs a playbook on the present fleet."""
     return lambda playbook, *options: ansible("ansible-playbook", "-i", fleet.folder, playbook, *options).stdout
 
 
 @pytest.fixture
 def watch(residents: Residents, machine: Any, edge: Any) -> Callable[[], Callable[..., None]]:
-    """Begins to watch; what it returns is called with the plan when the playbook has ended, and judges."""
+    """Begins to watch; returns a function that takes the plan after the playbook and checks that it was followed."""
 
     def envoy() -> str:
         return machine(edge.name).check_output("systemctl show stickyring-edge.service --property=MainPID --value")
@@ -122,7 +122,7 @@ def watch(residents: Residents, machine: Any, edge: Any) -> Callable[[], Callabl
         since, process = time.monotonic(), envoy()
 
         def judge(plan: Plan, *, uprooted: frozenset[str] = frozenset()) -> None:
-            """uprooted: users whose node went away without a word; only where they end up is promised."""
+            """uprooted: users whose node went away without a drain; only the node where they end up is checked."""
             residents.wait(lambda: residents.homes() == plan.homes(), SETTLED_SECONDS)
             assert envoy() == process
             for connection in residents:

@@ -1,6 +1,6 @@
-"""3 to 6 to 3 nodes, one at another address, one dead: only those move who must, each once, and as was planned.
+"""3 to 6 to 3 nodes, one at another address, one dead: only the planned users move, each once.
 
-The tests are steps: each begins with the fleet that the one before has left.
+The tests are steps: each begins with the fleet that the previous one has left.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LIVE_SESSIONS = 200
 
 @pytest.fixture
 def live_websockets(programs: Path, edge_url: Any, tmp_path: Path) -> Iterator[Any]:
-    """Websockets that are opened once and never again; calling it ends them and returns how many were dropped."""
+    """Websockets that do not reconnect; calling it closes them and returns how many were dropped."""
     figures = tmp_path / "figures.json"
     command = [programs / "stickyring", "probe", edge_url("sticky"), "--ids", str(LIVE_SESSIONS), "--connections", "1"]
     options = ["--transport", "websocket", "--concurrency", str(LIVE_SESSIONS), "--hold", "1200", "--json", figures]
@@ -45,7 +45,7 @@ def live_websockets(programs: Path, edge_url: Any, tmp_path: Path) -> Iterator[A
 def test_three_nodes_join_and_every_websocket_stays(
     residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, live_websockets: Any
 ) -> None:
-    """Without the rebalance nobody is asked to move, and the ring has its new members all the same."""
+    """Without the rebalance, no user is asked to reconnect, but the ring has its new members."""
     fleet.add(4, 5, 6)
     expected = plan()
     assert {node for _, node in expected.moves.values()} == {"node4-1", "node5-1", "node6-1"}
@@ -61,10 +61,10 @@ def test_three_nodes_join_and_every_websocket_stays(
     assert "changed=1" in run("playbooks/rebalance.yml")
     judge(expected)
     assert not plan().report["changes"]
-    assert set(re.findall(r"changed=(\d+)", run("playbooks/rebalance.yml"))) == {"0"}, "somebody is asked again"
+    assert set(re.findall(r"changed=(\d+)", run("playbooks/rebalance.yml"))) == {"0"}, "a user was asked again"
 
 
-def test_a_node_that_has_just_joined_has_nothing_to_go_back_to(fleet: Any, ansible: Any, reach: Any) -> None:
+def test_a_node_that_has_just_joined_has_nothing_to_roll_back_to(fleet: Any, ansible: Any, reach: Any) -> None:
     look = "basename $(readlink /opt/stickyring-node/current); systemctl show stickyring-node@1 -P MainPID"
     node = reach("node6")
     before = node.check_output(look)
@@ -75,10 +75,10 @@ def test_a_node_that_has_just_joined_has_nothing_to_go_back_to(fleet: Any, ansib
     assert node.check_output(look) == before
 
 
-def test_a_node_at_another_address_has_the_same_users(
+def test_a_node_at_another_address_keeps_its_users(
     residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, reach: Any
 ) -> None:
-    """The host is built anew beside the old one, which still serves; then the line in the inventory changes."""
+    """A new host is built while the old one still serves; then the line in the inventory changes."""
     uprooted = frozenset(user for user, homes in residents.homes().items() if homes == {"node2-1"})
     assert uprooted
     fleet.prepare("replacement", "198.51.100.22")
@@ -133,7 +133,7 @@ def test_a_dead_node_is_removed(residents: Any, fleet: Any, plan: Any, run: Any,
     fleet.drop("node5")
 
 
-def test_a_deleted_line_takes_a_node_off_the_ring_and_says_what_is_left(
+def test_a_deleted_line_takes_a_node_off_the_ring_and_reports_what_still_runs(
     residents: Any, fleet: Any, plan: Any, run: Any, watch: Any, reach: Any
 ) -> None:
     fleet.drop("node4")
@@ -143,17 +143,15 @@ def test_a_deleted_line_takes_a_node_off_the_ring_and_says_what_is_left(
     judge = watch()
     output = " ".join(run("site.yml").split())
     assert "Off the ring: node4-1 at 198.51.100.14:8001" in output
-    # Who polls is with his new node already; a websocket stays until its node ends it.
+    # Polling users are on their new node already; a websocket stays until its node ends it.
     left = {one.user for one in residents if one.transports == ["websocket"] and one.node == "node4-1"}
     assert left == set(expected.moves)
     reach("dropped").check_output("systemctl disable --now stickyring-node@1")
     judge(expected)
 
 
-def test_a_run_that_is_killed_on_the_way_is_finished_by_the_next(
-    fleet: Any, plan: Any, run: Any, watch: Any, interrupt: Any
-) -> None:
-    """Nobody is without a node meanwhile, and who stays notices nothing."""
+def test_a_killed_run_is_completed_by_the_next(fleet: Any, plan: Any, run: Any, watch: Any, interrupt: Any) -> None:
+    """Meanwhile every user has a node, and users who do not move notice nothing."""
     fleet.drop("dropped", group="prepared")
     fleet.add(4)
     expected = plan()
@@ -192,7 +190,7 @@ REFUSED = {
 }
 
 
-def test_what_cannot_be_removed_is_refused(fleet: Any, ansible: Any, plan: Any) -> None:
+def test_a_node_that_cannot_be_removed_is_refused(fleet: Any, ansible: Any, plan: Any) -> None:
     def remove(*options: str) -> str:
         done = ansible("ansible-playbook", "-i", fleet.folder, "playbooks/remove_node.yml", *options, check=False)
         assert done.returncode != 0

@@ -1,4 +1,4 @@
-"""Users on every edge, and the playbook that changes the edges under them."""
+"""Users on every edge, and the playbook that changes the edges."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def residents(edges: Any) -> Iterator[list[Residents]]:
 
 @pytest.fixture
 def edge_play(ansible: Any, inventory: Path) -> Iterator[Any]:
-    """Runs playbooks/edge.yml; at the end the edges are as the inventory says again."""
+    """Runs playbooks/edge.yml; at the end deploys the inventory's settings again."""
 
     def run(*options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return ansible("ansible-playbook", "-i", inventory, "playbooks/edge.yml", *options, check=check)
@@ -47,7 +47,7 @@ def processes(edges: Any, machine: Any) -> Any:
 
 @pytest.fixture
 def listeners(edges: Any) -> Any:
-    """The listeners of the inventory with other settings for one of them, as an option of ansible-playbook."""
+    """The inventory's listeners with other settings for one of them, as an option of ansible-playbook."""
 
     def option(name: str, **settings: object) -> list[str]:
         changed = [

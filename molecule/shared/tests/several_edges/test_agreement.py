@@ -1,4 +1,4 @@
-"""Edges never talk to each other: they agree as long as their rings do, and while these differ nobody is sent away."""
+"""Edges with the same ring choose the same nodes; while rings differ, no user is moved."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def homes(edge: Any) -> dict[str, str]:
 
 def test_edges_choose_the_same_node_for_the_same_user(edges: Any) -> None:
     chosen, *others = map(homes, edges)
-    assert others, "one edge alone has nobody to agree with"
+    assert others, "the test needs more than one edge"
     assert all(other == chosen for other in others)
     assert len(set(chosen.values())) > 1
 
 
 def settle(residents: list[Residents], wanted: dict[str, str]) -> None:
-    """Waits until all connections of all users are where they should be."""
+    """Waits until all connections of all users are on the wanted nodes."""
     for connected in residents:
         home = {user: {wanted[user]} for user in connected.users}
         connected.wait(lambda one=connected, home=home: one.homes() == home, SETTLED_SECONDS)
 
 
-def test_nobody_is_asked_to_move_before_every_edge_has_the_ring(
+def test_no_user_is_asked_to_move_before_every_edge_has_the_ring(
     edges: Any, residents: Any, edge_play: Any, ansible: Any, inventory: Any
 ) -> None:
     before = homes(edges[0])

@@ -1,4 +1,4 @@
-"""What ends open websockets is said beforehand, refused unless it is allowed, and happens to one edge at a time."""
+"""Changes that end open websockets are reported beforehand, need permission, and are made on one edge at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from residents import Residents
 
-# Envoy's bootstrap has it, so another value takes a restart.
+# It is in Envoy's bootstrap, so another value needs a restart.
 ANOTHER_BOOTSTRAP = ["-e", "stickyring_edge_max_heap_mib=1900"]
 MAY_END = ["-e", "stickyring_edge_may_end_websockets=true"]
 SETTLED_SECONDS = 60
@@ -26,23 +26,23 @@ def in_one_line(text: str) -> str:
 
 
 def websockets(connected: Residents) -> int:
-    """How many the users of an edge have open once they have settled."""
+    """How many websockets the users of an edge have open once they have settled."""
     return sum(1 for one in connected if "websocket" in one.transports)
 
 
 def disconnects(connected: Residents, since: float) -> list[float]:
-    """When its users' connections were closed."""
+    """When the connections of an edge's users were closed."""
     return sorted(moment for one in connected for moment, what in one.events if what == "disconnect" and moment > since)
 
 
 def ended(connected: Residents, since: float) -> list[float]:
-    """When each of its users' websockets was closed; all of them were."""
+    """When each websocket of an edge's users was closed; all must have been closed."""
     return sorted(one.first("disconnect", since) for one in connected if "websocket" in one.transports)
 
 
 @pytest.fixture
 def plan(ansible: Any, inventory: Path, tmp_path: Path) -> Any:
-    """What playbooks/plan.yml says with these options, in one line."""
+    """The output of playbooks/plan.yml with these options, in one line."""
 
     def ask(*options: str) -> str:
         where = ["-e", f"stickyring_directory={tmp_path}"]
@@ -52,7 +52,7 @@ def plan(ansible: Any, inventory: Path, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("change", ["bootstrap", pytest.param("listener", marks=pytest.mark.soak)])
-def test_nobody_is_dropped_without_being_told(
+def test_websockets_are_not_dropped_without_permission(
     edges: Any, residents: Any, edge_play: Any, listeners: Any, plan: Any, processes: Any, machine: Any, change: str
 ) -> None:
     options, reason = {
@@ -82,7 +82,7 @@ def test_nobody_is_dropped_without_being_told(
 
 @pytest.fixture
 def serving(edges: Any) -> Iterator[list[tuple[float, list[bool]]]]:
-    """Asks every edge again and again: (time, for each edge whether it answered)."""
+    """Sends requests to every edge all the time: (time, for each edge whether it answered)."""
     answers: list[tuple[float, list[bool]]] = []
     ended = threading.Event()
 
@@ -124,9 +124,9 @@ def test_edges_that_restart_do_so_one_after_the_other(
         connected.settle(SETTLED_SECONDS)
 
     after = processes()
-    assert all(after[edge.name] != before[edge.name] for edge in edges), "the control: both were started anew"
+    assert all(after[edge.name] != before[edge.name] for edge in edges), "the control: both were restarted"
     first, second = (ended(connected, since) for connected in residents)
     assert first[-1] < proven[edges[0].name] < second[0]
-    assert disconnects(residents[1], since)[0] > proven[edges[0].name], "of those who poll"
+    assert disconnects(residents[1], since)[0] > proven[edges[0].name], "polling users"
     assert [answer for answer in serving if not any(answer[1])] == []
     assert not any(one.lost for connected in residents for one in connected)

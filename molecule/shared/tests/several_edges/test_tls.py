@@ -1,4 +1,4 @@
-"""The listener that ends TLS, and that certificates and all else but listeners change without anybody's notice."""
+"""The TLS listener; certificates and everything but listeners change without an effect on users."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def listener(edge: Any) -> dict[str, Any]:
 
 
 def place(edge: Any) -> str:
-    """Address and port of the listener that ends TLS."""
+    """Address and port of the listener with TLS."""
     return edge.url("safe").removeprefix("https://")
 
 
@@ -41,7 +41,7 @@ def serial_of(path: Path | str) -> int:
 
 @pytest.fixture
 def renewed(edges: Any, tmp_path: Path) -> dict[str, str]:
-    """Another certificate of the edges with another key: tls of a listener."""
+    """Another certificate of the edges with another key, as the `tls` of a listener."""
     names = ",".join(f"IP:{edge.variables['stickyring_address']}" for edge in edges)
     subprocess.run(
         [
@@ -57,7 +57,7 @@ def renewed(edges: Any, tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def sessions(edges: Any, programs: Path, tmp_path: Path) -> Iterator[Any]:
-    """Websockets over TLS to every edge, opened once; calling it ends them and returns how many each had dropped."""
+    """Websockets over TLS to every edge, which do not reconnect; calling it closes them and returns the drops."""
     with ExitStack() as stack:
         holders = []
         for edge in edges:
@@ -95,8 +95,8 @@ WEBSOCKET = {
 
 
 @pytest.mark.parametrize(("transport", "headers", "welcome"), [("polling", {}, 200), ("websocket", WEBSOCKET, 101)])
-def test_a_page_of_the_same_host_is_let_in(edges: Any, transport: str, headers: dict[str, str], welcome: int) -> None:
-    """Engine.IO compares a browser's Origin with the scheme that the edge hands on, and with the host."""
+def test_a_page_of_the_same_host_is_accepted(edges: Any, transport: str, headers: dict[str, str], welcome: int) -> None:
+    """Engine.IO compares a browser's Origin with the scheme that the edge passes on, and with the host."""
     for edge in edges:
         trusted = ssl.create_default_context(cafile=listener(edge)["tls"]["certificate"])
         for origin, status in ((f"https://{place(edge)}", welcome), ("https://elsewhere.example", 400)):
@@ -107,8 +107,8 @@ def test_a_page_of_the_same_host_is_let_in(edges: Any, transport: str, headers: 
             connection.close()
 
 
-def test_a_body_is_read_whose_length_nothing_tells_but_its_end(edges: Any) -> None:
-    """As HTTP/2 has it."""
+def test_a_body_without_a_length_is_read_to_its_end(edges: Any) -> None:
+    """Over HTTP/2."""
     events = "\x1e".join(f'42{number}["message","{number}"]' for number in range(1, 101))
     for edge in edges:
         certificate = listener(edge)["tls"]["certificate"]
@@ -149,14 +149,14 @@ request.end();
 """
 
 
-def test_the_key_is_for_envoy_alone(edges: Any, machine: Any) -> None:
+def test_only_envoy_can_read_the_key(edges: Any, machine: Any) -> None:
     for edge in edges:
         file = machine(edge.name).file("/etc/stickyring-edge/xds/certificates/safe.json")
         assert (file.user, file.group, file.mode) == ("root", "stickyring-edge", 0o640)
         assert "PRIVATE KEY" in file.content_string
 
 
-def test_nobody_notices_what_is_no_listener_and_no_restart(
+def test_changes_without_a_listener_or_a_restart_affect_no_user(
     edges: Any,
     residents: Any,
     sessions: Any,
@@ -166,7 +166,7 @@ def test_nobody_notices_what_is_no_listener_and_no_restart(
     renewed: dict[str, str],
     programs: Path,
 ) -> None:
-    """A renewed certificate, another policy at the list's end, other timeouts of routes and clusters."""
+    """A renewed certificate, another policy at the end of the list, other timeouts of routes and clusters."""
     before, since = processes(), time.monotonic()
     assert {serial(edge) for edge in edges} == {serial_of(listener(edges[0])["tls"]["certificate"])}
     policies = edges[0].variables["stickyring_edge_hash_policies"] + [{"connection_properties": {"source_ip": True}}]
@@ -186,7 +186,7 @@ def test_nobody_notices_what_is_no_listener_and_no_restart(
     ]
     assert set(counts) == {(0, 0)}
     assert sessions() == [0] * len(edges)
-    # Whoever trusts the new certificate alone is served, over every transport.
+    # A client that trusts only the new certificate is served, over every transport.
     environment = os.environ | {"SSL_CERT_FILE": renewed["certificate"]}
     for edge in edges:
         probe = [programs / "stickyring", "probe", edge.url("safe"), "--ids", "5", "--connections", "1"]
