@@ -1,4 +1,4 @@
-# Everything is made from a clean clone on Debian 12. The lab needs root; lint and unit do not, where their packages are there.
+# Everything is built from a clean clone on Debian 12. The lab needs root; lint and unit do not, if their packages are installed.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -13,11 +13,11 @@ PROGRAMS := $(wildcard roles/*/files/*.py molecule/*.py docs/*.py)
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-controller: .venv/.installed ## Install into .venv what runs the playbooks; needs no root
+controller: .venv/.installed ## Install Ansible and the command line into .venv; needs no root
 
-demo: root .venv/.installed ## Make the lab, deploy to it, prove that it is sticky (first time 3 minutes, then 1)
+demo: root .venv/.installed ## Create the lab, deploy to it, prove that it is sticky (first time 3 minutes, then 1)
 	@$(call need,jq:jq)
-	@$(call say,Making the hosts of inventory/lab)
+	@$(call say,Creating the hosts of inventory/lab)
 	ansible-playbook molecule/shared/create.yml
 	@$(call say,Deploying to them)
 	ansible-playbook site.yml
@@ -29,7 +29,7 @@ proof:
 	@$(call say,The same clients without an id: their requests reach different nodes)
 	stickyring probe "$(EDGE):9002" --ids 20 --connections 1 --no-key --json .artifacts/no-key.json || [ $$? = 1 ]
 	@jq --exit-status '.transports.polling.invalid_session > 0' .artifacts/no-key.json >/dev/null || \
-	  { echo "The control has failed to fail: without an id, polling must meet Invalid session." >&2; exit 1; }
+	  { echo "The negative control did not fail: without an id, polling must get Invalid session." >&2; exit 1; }
 	@printf '%s\n' '' 'The lab is up. Open:' \
 	  '  $(EDGE):9001/             one node, no user id (the single-node demo)' \
 	  '  $(EDGE):9002/index2.html  all nodes, sticky by client_id' \
@@ -41,7 +41,7 @@ down: root .venv/.installed ## Remove the lab: hosts, network, keys and images
 
 test: root lint unit molecule ## Lint, unit tests, and all scenarios with a browser (an hour; takes a running demo down)
 
-lint: .venv/.tools ## Judge style, types, playbooks and roles without running them
+lint: .venv/.tools ## Check style, types, playbooks and roles without running them
 	@$(MAKE) --jobs=2 --output-sync=target lint-python lint-ansible
 
 lint-python: .venv/.tools
@@ -51,7 +51,7 @@ lint-python: .venv/.tools
 	mypy --config-file app/pyproject.toml bench
 	MYPYPATH=molecule/shared/tests mypy --config-file app/pyproject.toml $(PROGRAMS)
 	MYPYPATH=collections mypy --config-file app/pyproject.toml --package ansible_collections.stickyring.fleet.plugins
-	@# Apart: each folder of tests has modules of the same names.
+	@# One by one, because folders of tests have modules of the same names.
 	for tests in roles/*/tests playbooks/tests molecule/tests; do \
 	  MYPYPATH=$$tests:collections mypy --config-file app/pyproject.toml $$tests; done
 
@@ -74,7 +74,7 @@ SANITY := action-plugin-docs changelog empty-init ignores line-endings no-assert
 
 unit: .venv/.tools ## Unit tests, without root and without the lab
 	cd app && pytest $(SIDE_BY_SIDE)
-	@# Apart: where Ansible's controller is imported, the warnings of a module go elsewhere.
+	@# Separate, because importing Ansible's controller redirects the warnings of modules.
 	pytest $(SIDE_BY_SIDE) playbooks
 	pytest $(SIDE_BY_SIDE) roles molecule/tests bench
 
@@ -82,7 +82,7 @@ molecule: root .venv/.tools ## All scenarios on real hosts, with a browser
 	@$(call need,chromium:chromium)
 	molecule/proof.py
 
-chaos: root .venv/.tools ## Play operations and faults on the lab in random order, under traffic (SEED=1 OPERATIONS=60)
+chaos: root .venv/.tools ## Run operations and faults on the lab in random order, under traffic (SEED=1 OPERATIONS=60)
 	ansible-playbook molecule/shared/create.yml
 	ansible-playbook site.yml
 	molecule/chaos.py --seed $(SEED) --operations $(OPERATIONS)
@@ -102,14 +102,14 @@ ifdef INSTALL
 	  .artifacts/stickyring-fleet-$(shell sed -n 's/^version: //p' galaxy.yml).tar.gz
 endif
 
-reference: .venv/.installed ## Write the reference tables and the example inventory from what the roles say of their variables
+reference: .venv/.installed ## Write the reference tables and the example inventory from the roles' variables
 	docs/reference.py
 
 screenshot: .venv/.tools ## Take docs/demo.png of the running demo
 	@$(call need,chromium:chromium jq:jq)
 	docs/screenshot.py "$(EDGE):9002"
 
-lock: .venv/.installed ## Resolve the dependencies of an application and of the node that runs it (PROJECT=../chat), or our own
+lock: .venv/.installed ## Lock the dependencies of an application together with the node's (PROJECT=../chat), or our own
 # Only as an argument: somebody may have exported a variable of this name.
 ifeq ($(origin PROJECT),command line)
 	@# It may name stickyring, which is built from here and in no index.
@@ -121,7 +121,7 @@ else
 	uv pip compile $(COMPILE) requirements-test.in --constraint requirements.lock --output-file requirements-test.lock
 endif
 
-# More than there are cores of a small machine: most tests wait for a process that they have started.
+# More processes than a small machine has cores, because most tests wait for a process that they have started.
 SIDE_BY_SIDE := --numprocesses 3 --dist worksteal
 SEED = 1
 OPERATIONS = $(if $(filter soak,$(MAKECMDGOALS)),15,60)
@@ -136,23 +136,23 @@ COMPILE := --project app --system-certs --quiet --universal --python-version 3.1
 	@python3 -c 'import ensurepip' 2>/dev/null || $(call install, python3-venv)
 	@$(call say,Installing the controller into .venv (a quarter of a minute))
 	@python3 -m venv .venv
-	@# Compiled when it is first imported: most of it never is.
+	@# Not compiled at installation, because most modules are never imported.
 	@pip install --quiet --no-compile --require-hashes --requirement requirements.lock
 	@pip install --quiet --no-deps --no-build-isolation --editable app
 	@touch $@
 
-tools: .venv/.tools ## Install into .venv what tests and judges: molecule, pytest, linters
+tools: .venv/.tools ## Install molecule, pytest and the linters into .venv
 
 .venv/.tools: .venv/.installed requirements-test.lock
-	@$(call say,Installing what tests and judges (half a minute))
+	@$(call say,Installing the test tools (half a minute))
 	@pip install --quiet --no-compile --require-hashes --requirement requirements-test.lock
 	@touch $@
 
-# Never the hosts that an exported ANSIBLE_INVENTORY names.
+# These targets must never touch the hosts of an exported ANSIBLE_INVENTORY.
 demo proof down chaos screenshot: export ANSIBLE_INVENTORY := $(CURDIR)/inventory/lab
 
 root:
-	@[ "$$(id -u)" = 0 ] || { echo "Run this as root: it makes hosts, and installs what they need." >&2; exit 1; }
+	@[ "$$(id -u)" = 0 ] || { echo "Run this as root: it creates hosts and installs packages for them." >&2; exit 1; }
 
 # need,COMMAND:PACKAGE ...: install the packages whose command is missing
 need = missing=; for pair in $(1); do command -v "$${pair%%:*}" >/dev/null || missing+=" $${pair\#\#*:}"; done; \

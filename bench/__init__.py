@@ -1,1 +1,1 @@
-"""The benchmark: this stack beside what one would take instead. `python -m bench --help` tells how."""
+"""The benchmark: this stack compared with alternatives. See `python -m bench --help`."""

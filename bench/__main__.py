@@ -1,4 +1,4 @@
-"""The command `python -m bench`: measure this stack beside what one would take instead."""
+"""The command `python -m bench`: compare this stack with alternatives."""
 
 import resource
 import shlex
@@ -25,9 +25,9 @@ PARTS: dict[str, tuple[Callable[[Rounds, Any], Part], Mapping[str, Any]]] = {
     "faults": (faults.measure, faults.PROFILES),
 }
 ON_LOOPBACK = ["nodes", "edges"]
-"""What runs unless parts are named: the others make hosts on this machine, and fill the time of a run alone."""
+"""The default parts: the others create hosts on this machine, and each takes the time of a whole run."""
 LIMITS = {"quick": 300.0, "full": 2400.0}
-"""Seconds that a whole run may take."""
+"""Maximum duration of a run in seconds, by profile."""
 
 EPILOG = """\b
 Examples:
@@ -35,7 +35,7 @@ Examples:
   make bench PROFILE=full                       at most 40 minutes
   make bench PARTS=operations PROFILE=full      Ansible on the lab's hosts, as root; at most 40 minutes
   make bench PARTS=faults                       what failures cost users, on the lab's hosts, as root
-  python -m bench nodes --output /tmp/mine      one part, written elsewhere
+  python -m bench nodes --output /tmp/mine      one part, written to another folder
 
 \b
 Exit status: 0 measured; 1 not measured, with the cause in one line; 2 bad usage; 130 interrupted.
@@ -56,17 +56,16 @@ Exit status: 0 measured; 1 not measured, with the cause in one line; 2 bad usage
     type=click.Path(file_okay=False, path_type=Path),
     default=capacity.BENCHMARKS,
     show_default="docs/benchmarks",
-    help="The folder that is written to.",
+    help="The folder for the results.",
 )
 def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
     """Measure PARTS and write PART.json, PART.md and PART.svg.
 
-    nodes and edges, on loopback, are what is measured when none is named. operations is Ansible with 3 to 20 nodes
-    (quick: 3 and 6), faults is what failures cost users; both make the lab's hosts and remove them, and refuse to run
-    while there is a lab.
+    The default is nodes and edges, on loopback. operations measures Ansible with 3 to 20 nodes (quick: 3 and 6), faults
+    what failures cost users; both create the lab's hosts and remove them, and refuse to run while there is a lab.
 
-    Contenders take turns in every round; of each figure the median is told, with the least and the greatest round. A
-    contender that does not answer, or answers something else, ends the run, and nothing is written of that part.
+    Contenders take turns in every round. Each figure is a median, with the least and the greatest round. If a contender
+    does not answer, or gives a wrong answer, the run fails and writes nothing of that part.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
@@ -86,7 +85,7 @@ def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
         finally:
             if output.resolve() == capacity.BENCHMARKS:
                 capacity.write()
-                rounds.say(f"in step with what is written: {capacity.DOCUMENT}")
+                rounds.say(f"updated from the results: {capacity.DOCUMENT}")
     except (LoadError, PrepareError, CoresError, LabError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The echo of `stickyring.echo`, as plain python-socketio: for the stock way, and for workers that it does not name.
+"""The echo of `stickyring.echo` in plain python-socketio: for the stock setup, and for other workers.
 
 It sends `node#bench: welcome` on connect, and for each `message` the same event with `node#bench: <text>`, which is
 also the acknowledgement.
@@ -13,13 +13,13 @@ Decorator = Callable[[Callable[..., object]], Callable[..., object]]
 
 
 def stock() -> socketio.WSGIApp:
-    """Return the echo with python-socketio's defaults; it takes the asynchronous mode from what is installed."""
+    """Return the echo with python-socketio's defaults; the installed packages decide its asynchronous mode."""
     return _application()
 
 
 def tuned(async_mode: str) -> socketio.WSGIApp:
     """Return the echo with the options of `stickyring.echo`, in another asynchronous mode."""
-    from stickyring.delivery import Received  # noqa: PLC0415 - the stock way has none
+    from stickyring.delivery import Received  # noqa: PLC0415 - not installed for the stock setup
 
     return _application(
         lambda server: Received(server).once,

@@ -1,7 +1,7 @@
-"""How many users a host holds, from what the benchmark has written: the figures of docs/capacity.md.
+"""The figures of docs/capacity.md: how many users a host holds, computed from the results of the benchmark.
 
 `python -m bench.capacity` writes them, and so does every run of the benchmark that writes to docs/benchmarks.
-A document whose figures are not those of docs/benchmarks fails the unit tests.
+A unit test fails if the document does not match docs/benchmarks.
 """
 
 import json
@@ -27,17 +27,17 @@ BEGIN, END = "<!-- figures: python -m bench.capacity -->", "<!-- end of the figu
 
 MEMORY_SHARE, CPU_SHARE = 0.75, PART_LOAD
 HEAP_SHARE = 0.98
-"""Of the edge's heap, where it begins to refuse requests."""
+"""Share of the edge's heap limit at which it begins to refuse requests."""
 PORTS = 60999 - 32768 + 1
 """Linux's net.ipv4.ip_local_port_range: connections that one edge can have to one instance."""
 GIVE_UP_SECONDS = 20.0
-"""How long a client of Socket.IO waits for a connection before it begins again."""
+"""Seconds that a Socket.IO client waits for a connection before it tries again."""
 CAP = "cap"
-"""The one limit that is a variable."""
+"""The limit that is a variable of the role."""
 HOSTS = ((1, 1), (2, 2), (4, 4), (8, 8))
-"""Cores and GiB."""
+"""Cores and GiB of the hosts in the tables."""
 RATES = {"silent": 0.0, "a message a minute": 1 / 60, "a message every 10 s": 0.1, "a message a second": 1.0}
-"""Messages that a user sends in a second, each of which is answered."""
+"""Messages per second and user, each of which is answered."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Costs:
 
     @classmethod
     def of(cls, nodes: Mapping[str, Any], contender: str = OURS) -> "Costs":
-        """Take them from what the part "nodes" has written, the medians of a contender of ours."""
+        """Return the medians of one of our contenders from the results of the part "nodes"."""
         found = {key: figure["found"][contender]["median"] for key, figure in nodes["figures"].items()}
         return cls(
             instance_memory=found["memory"] * 1024,
@@ -67,7 +67,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class EdgeCosts:
-    """What our edge costs, in units of `Costs`: without connections, for a websocket, and for a message through it."""
+    """What our edge costs, in units of `Costs`: without connections, per websocket, and per message."""
 
     process_memory: float
     memory: float
@@ -76,7 +76,7 @@ class EdgeCosts:
 
     @classmethod
     def of(cls, edges: Mapping[str, Any]) -> "EdgeCosts":
-        """Take them from what the part "edges" has written, the medians of our own contender."""
+        """Return the medians of our edge from the results of the part "edges"."""
         found = {key: figure["found"][proxies.OURS]["median"] for key, figure in edges["figures"].items()}
         return cls(
             process_memory=found["memory"] * 1024,
@@ -88,7 +88,7 @@ class EdgeCosts:
 
 @dataclass(frozen=True)
 class Caps:
-    """What the roles let through by default."""
+    """The limits in the roles' defaults."""
 
     node_connections: int
     node_descriptors: int
@@ -98,7 +98,7 @@ class Caps:
 
     @classmethod
     def of(cls, defaults: Mapping[str, Any]) -> "Caps":
-        """Take them from the roles' defaults."""
+        """Return the limits from the roles' defaults."""
         return cls(
             defaults["stickyring_node_max_connections"],
             defaults["stickyring_node_limit_nofile"],
@@ -109,9 +109,9 @@ class Caps:
 
 
 def limits(costs: Costs, caps: Caps, cores: int, gib: float, rate: float) -> dict[str, int]:
-    """Return how many users each thing allows on a host with an instance a core.
+    """Return how many users each limit allows on a host with one instance per core.
 
-    `rate` is the messages that a user sends in a second.
+    `rate` is messages per second and user.
     """
     memory = MEMORY_SHARE * gib * 2**20 - cores * costs.instance_memory
     return {
@@ -124,7 +124,7 @@ def limits(costs: Costs, caps: Caps, cores: int, gib: float, rate: float) -> dic
 
 
 def edge_limits(costs: EdgeCosts, caps: Caps, cores: int, gib: float, rate: float) -> dict[str, int]:
-    """Return how many users each thing allows on a host that is an edge; `rate` as for `limits`."""
+    """Return how many users each limit allows on an edge; `rate` as for `limits`."""
     return {
         "memory": max(0, int((MEMORY_SHARE * gib * 2**20 - costs.process_memory) / costs.memory)),
         "heap": max(0, int((HEAP_SHARE * caps.edge_heap_mib * 1024 - costs.process_memory) / costs.memory)),
@@ -135,13 +135,13 @@ def edge_limits(costs: EdgeCosts, caps: Caps, cores: int, gib: float, rate: floa
 
 
 def first(allowed: Mapping[str, int]) -> tuple[int, str]:
-    """Return how many users there can be, and what allows no more."""
+    """Return the number of users that the strictest limit allows, and its name."""
     name = min(allowed, key=lambda each: allowed[each])
     return allowed[name], name
 
 
 def seconds_back(users: int, cores: int, handshake: float) -> float:
-    """Return the seconds that a host needs at least for the handshakes of all its users, all cores on nothing else."""
+    """Return the minimum seconds for the handshakes of all users of a host, if its cores do nothing else."""
     return users * handshake / cores
 
 
@@ -157,16 +157,16 @@ def updated(document: str, parts: Mapping[str, Any], defaults: Mapping[str, Any]
         "",
         *_hosts("a host of nodes on PyPy", partial(limits, Costs.of(nodes, PYPY), caps)),
         "",
-        f"The {number(users)} users of an instance at its cap are all back {number(websocket)} s after an outage if "
-        f"they begin with WebSocket, {number(polling)} s after it if with polling: its core does nothing else then. "
-        f"{_two_digits(int(GIVE_UP_SECONDS / costs.polling_first))} users who begin with polling are back after "
+        f"After an outage, all {number(users)} users of an instance at its cap are back in {number(websocket)} s if "
+        f"they begin with WebSocket, and in {number(polling)} s if they begin with polling, with the whole core. "
+        f"{_two_digits(int(GIVE_UP_SECONDS / costs.polling_first))} users who begin with polling are back in "
         f"{GIVE_UP_SECONDS:g} s.",
         "",
         *_hosts("an edge", partial(edge_limits, EdgeCosts.of(edges), caps)),
         "",
         *_constants(nodes, edges, caps),
         "",
-        "## What the defaults rest on",
+        "## Reasons for the defaults",
         "",
         *_reasons(parts, defaults),
     ]
@@ -174,12 +174,12 @@ def updated(document: str, parts: Mapping[str, Any], defaults: Mapping[str, Any]
 
 
 def write() -> None:
-    """Bring the document into step with docs/benchmarks and the roles."""
+    """Update the document from docs/benchmarks and the roles."""
     DOCUMENT.write_text(updated(DOCUMENT.read_text(), written(), role_defaults()))
 
 
 def written() -> dict[str, Any]:
-    """Return what each of PARTS has written to docs/benchmarks."""
+    """Return the results of each of PARTS in docs/benchmarks."""
     return {part: json.loads((BENCHMARKS / f"{part}.json").read_text()) for part in PARTS}
 
 
@@ -206,7 +206,7 @@ def _cell(allowed: Mapping[str, int]) -> str:
 
 
 def _two_digits(users: int) -> str:
-    """Round down: more digits would claim what no model knows."""
+    """Round down to two digits, which is as precise as the model."""
     unit = 10 ** max(0, len(str(users)) - 2)
     return number(users // unit * unit) if users >= 1000 else str(users // unit * unit)
 
@@ -217,7 +217,7 @@ def _constants(nodes: Mapping[str, Any], edges: Mapping[str, Any], caps: Caps) -
     through = _idle_connections(edges)
     measured = f"[nodes.json](benchmarks/nodes.json), `{nodes['command']}`"
     crowd = _idle_connections(nodes)
-    load = f"at {100 * CPU_SHARE:g} % of the most, on 1000 connections"
+    load = f"at {100 * CPU_SHARE:g} % of full load, on 1000 connections"
     node, edge = (f"[role](../roles/stickyring_{role}/defaults/main.yml)" for role in ("node", "edge"))
 
     def both(value: Callable[[Costs], str]) -> str:
@@ -244,8 +244,8 @@ def _constants(nodes: Mapping[str, Any], edges: Mapping[str, Any], caps: Caps) -
         ("`N`", "memory of an edge without connections", f"{number(edge_costs.process_memory / 1024)} MiB", of_edges),
         ("`j`", f"CPU of an idle websocket in a second, at {through}", _micro(edge_costs.idle), of_edges),
         ("`f`", f"CPU of a message and its answer through an edge, {load}", _micro(edge_costs.message), of_edges),
-        ("", "share of the memory that is used for this", f"{100 * MEMORY_SHARE:g} %", "chosen"),
-        ("", "share of each core that is used for this", f"{100 * CPU_SHARE:g} %", "chosen"),
+        ("", "share of the memory that may be used", f"{100 * MEMORY_SHARE:g} %", "chosen"),
+        ("", "share of each core that may be used", f"{100 * CPU_SHARE:g} %", "chosen"),
         ("", "`stickyring_node_max_connections`, of an instance", number(caps.node_connections), node),
         ("", "`stickyring_node_limit_nofile`, of an instance, 1 a websocket", number(caps.node_descriptors), node),
         ("", "ports of an edge towards an instance", number(PORTS), "`net.ipv4.ip_local_port_range` of Linux"),
@@ -257,7 +257,7 @@ def _constants(nodes: Mapping[str, Any], edges: Mapping[str, Any], caps: Caps) -
 
 
 def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """The defaults that a measurement has decided, each with its figures; what was only chosen is not among them."""
+    """The defaults that follow from a measurement, each with its figures."""
 
     def median(part: str, figure: str, contender: str) -> float:
         found: float = parts[part]["figures"][figure]["found"][contender]["median"]
@@ -265,7 +265,7 @@ def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
 
     def silence(fault: str) -> str:
         users = f"{number(median('faults', fault, 'p99'))} s for 99 of 100 users"
-        return f"{fault}: {users}, where at most {median('faults', fault, 'bound'):g} s are wanted"
+        return f"{fault}: {users}; the limit is {median('faults', fault, 'bound'):g} s"
 
     costs, edge_costs, caps = Costs.of(parts["nodes"]), EdgeCosts.of(parts["edges"]), Caps.of(defaults)
     workers = {"this one": OURS, "gevent": GEVENT, "ASGI (uvicorn)": ASGI}
@@ -290,8 +290,8 @@ def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
         ),
         (
             "node_max_connections",
-            f"{number(caps.node_connections * costs.memory / 1024)} MiB of idle users; if all come back at the same "
-            f"time, {websocket} s of handshakes where they begin with WebSocket, {polling} s with polling; clients "
+            f"{number(caps.node_connections * costs.memory / 1024)} MiB for idle users; if all reconnect at the same "
+            f"time, {websocket} s of handshakes if they begin with WebSocket, {polling} s with polling; clients "
             f"give up after {GIVE_UP_SECONDS:g} s",
             "nodes",
         ),
@@ -300,7 +300,7 @@ def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
         ("edge_upstream_keepalive_time", silence("vanished host, of users who only listen"), "faults"),
         (
             "edge_max_connections",
-            f"{number(caps.edge_connections * edge_costs.memory / 1024)} MiB of idle websockets, of the "
+            f"{number(caps.edge_connections * edge_costs.memory / 1024)} MiB for idle websockets, of the "
             f"{number(caps.edge_heap_mib)} MiB of `stickyring_edge_max_heap_mib`",
             "edges",
         ),
@@ -329,7 +329,7 @@ def _micro(seconds: float) -> str:
 
 
 def _idle_connections(part: Mapping[str, Any]) -> int:
-    """How many connections the figure is of, which its title says."""
+    """The number of connections in the title of the figure."""
     found = re.search(r"\d+", part["figures"]["idle-cpu"]["title"])
     assert found, "the title of idle-cpu names the number of connections"
     return int(found[0])

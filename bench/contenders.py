@@ -1,4 +1,4 @@
-"""What is compared: each contender is a command that serves the same echo on a loopback port."""
+"""The contenders: each is a command that serves the same echo on a loopback port."""
 
 import contextlib
 import functools
@@ -30,9 +30,9 @@ NAME = "bench"
 OURS, PYPY, GEVENT, ASGI = "ours", "ours-pypy", "ours-gevent", "asgi"
 STOCK, PLAIN, NODEJS, STUB = "stock", "stock-plain", "nodejs", "stub"
 PYPY_NURSERY = "4M"
-"""As the node's role has it."""
+"""As in the node role."""
 PYTHON_VERSION = "3.13"
-"""Of Debian 13's python3, which packages are for."""
+"""The version of Debian 13's python3, for which packages are installed."""
 READY_SECONDS = 20.0
 LOOK_SECONDS = 0.005
 READY = b"GET /socket.io/?EIO=4&transport=polling HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
@@ -44,9 +44,9 @@ class PrepareError(Exception):
 
 @dataclass(frozen=True)
 class Contender:
-    """A server under measurement: `command` is given the port to listen on, `offer` is as `Target` has it.
+    """A server under measurement: `command` gets the port to listen on, `offer` is as in `Target`.
 
-    One that `compiles` what runs needs seconds of each kind of load before it is as fast as it will be.
+    One that `compiles` at run time needs seconds of each kind of load before it reaches its full speed.
     """
 
     key: str
@@ -57,13 +57,13 @@ class Contender:
     compiles: bool = False
 
     def shown(self) -> str:
-        """Return the command as one would type it in the root of the tree."""
+        """Return the command as typed in the root of the tree."""
         variables = [f"{name}={value}" for name, value in self.environment.items()]
         return shlex.join([*variables, *self.command(8001)]).replace(f"{HERE.parent}/", "")
 
 
 def contenders(folder: Path) -> list[Contender]:
-    """Return all of them; what they need is installed in `folder` when it is not there yet."""
+    """Return all contenders; missing packages are installed in `folder`."""
     python, node = _debians(folder, "python3"), ours(folder)
     stock, gevent, asgi = (
         install(folder, key, _packages, HERE / f"requirements-{name}.txt")
@@ -88,7 +88,7 @@ def contenders(folder: Path) -> list[Contender]:
         Contender(
             GEVENT,
             f"stickyring, gevent {_pinned('gevent', 'gevent')}",
-            # stickyring.echo names eventlet, so the same echo comes from here.
+            # stickyring.echo requires eventlet, so the same echo comes from here.
             lambda port: [
                 *node.command(port),
                 "--worker-class=gunicorn.workers.ggevent.GeventWorker",
@@ -97,14 +97,14 @@ def contenders(folder: Path) -> list[Contender]:
             {"PYTHONPATH": f"{gevent}:{beside_ours}"},
         ),
         stock_way,
-        # It takes up what is offered, and has no option not to.
+        # It accepts offered compression, and has no option against it.
         replace(stock_way, key=PLAIN, title="stock, to clients without compression", offer=""),
         Contender(
             ASGI,
             f"ASGI: uvicorn {_pinned('asgi', 'uvicorn')}",
             lambda port: [
                 *(*python, "-m", "uvicorn", "--factory", "application:asgi", "--port", str(port)),
-                # Engine.IO pings; the load knows no pings of WebSocket. Of the others, only the stock way compresses.
+                # Engine.IO has its own pings; the load does not support WebSocket's. Only the stock setup compresses.
                 *("--ws-ping-interval", "3600", "--ws-per-message-deflate", "false"),
                 *("--log-level", "warning", "--no-access-log"),
             ],
@@ -121,7 +121,7 @@ def contenders(folder: Path) -> list[Contender]:
 
 
 def _pinned(requirements: str, package: str) -> str:
-    """Return the version of a package that a contender's requirements name."""
+    """Return the version of a package in a contender's requirements."""
     text = (HERE / f"requirements-{requirements}.txt").read_text()
     version: str = re.findall(rf"^{package}==([0-9.]+)", text, re.MULTILINE)[0]
     return version
@@ -136,7 +136,7 @@ def ours(folder: Path) -> Contender:
 
 
 def python_title(folder: Path) -> str:
-    """Return which Python the contenders have that are not on PyPy."""
+    """Return the Python of the contenders that are not on PyPy."""
     return f"CPython {told_version(*_debians(folder, 'python3'), '--version')} of Debian 13"
 
 
@@ -153,7 +153,7 @@ def _ours_on_pypy(folder: Path) -> Contender:
 
 
 def _debians(folder: Path, name: str) -> list[str]:
-    """Return how a program of Debian 13 is started: with that one's loader and libraries."""
+    """Return the command of a program of Debian 13, with Debian 13's loader and libraries."""
     debian = install(folder, "debian-13", _debian_13, HERE / "debian-13-packages.txt")
     program = debian / "usr/bin" / name
     libraries = f"{debian}/usr/lib/{platform.machine()}-linux-gnu"
@@ -162,14 +162,14 @@ def _debians(folder: Path, name: str) -> list[str]:
 
 
 def _site(folder: Path, key: str, python_version: str) -> Path:
-    """Return the packages of our service, from the wheels that the deployment makes for such a Python."""
+    """Return the packages of our service, from the deployment's wheels for such a Python."""
     made, lock = folder / key, ROOT / "app/requirements.lock"
     build(made, "wheelhouse", lock, "--project", ROOT / "app", "--python-version", python_version)
     return install(folder, key, _unpacked, made / "wheelhouse.tar")
 
 
 def stub(place: str = "stub") -> Contender:
-    """Return the stub, which shows what the load itself can do; as a node behind an edge, it has a place."""
+    """Return the stub, which shows how fast the load itself can be; as a node behind an edge, it has a place."""
     return Contender(STUB, "stub", lambda port: [sys.executable, str(HERE / "stub.py"), str(port), place])
 
 
@@ -179,7 +179,7 @@ def _serve(python: list[str], port: int) -> list[str]:
 
 
 def install(folder: Path, key: str, make: Callable[[Path, Path], None], pinned: Path) -> Path:
-    """Install what a file pins, in a folder that the file's content names; it counts when it is whole.
+    """Install what a file pins, in a folder whose name depends on the file's content; incomplete ones do not count.
 
     Raises:
         PrepareError: it cannot be installed.
@@ -212,10 +212,10 @@ def build(directory: Path, artifact: str, lock: Path, *options: str | Path) -> N
 
 
 def told_version(*command: str, of: str = "") -> str:
-    """Return the first version that a program tells, with its last option, behind the text `of`.
+    """Return the first version after the text `of` in a program's output.
 
     Raises:
-        PrepareError: it does not start, or tells none.
+        PrepareError: it does not start, or prints no version.
     """
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     found = re.search(of + r"(\d+\.\d+\.\d+)", done.stdout + done.stderr)
@@ -235,7 +235,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> None:
 
 
 def _packages(place: Path, locked: Path) -> None:
-    """Install what a lock names for Debian 13's Python."""
+    """Install the packages of a lock for Debian 13's Python."""
     run(
         *(sys.executable, "-m", "pip", "install", "--no-deps", "--target", place),
         *("--python-version", PYTHON_VERSION, "--only-binary", ":all:"),
@@ -244,7 +244,7 @@ def _packages(place: Path, locked: Path) -> None:
 
 
 def _debian_13(place: Path, listed: Path) -> None:
-    """Unpack the packages of Debian 13, and what they depend on, from the mirror that this machine uses."""
+    """Unpack packages of Debian 13 and their dependencies from this machine's mirror."""
     index = ("apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", "Label: Debian")
     mirrors = subprocess.run(index, check=True, capture_output=True, text=True).stdout.split()
     if not mirrors:
@@ -257,7 +257,7 @@ def _debian_13(place: Path, listed: Path) -> None:
 
 
 def _unpacked(place: Path, wheelhouse: Path) -> None:
-    """Lay out what the wheels hold, as an installation does, but for its commands."""
+    """Unpack the wheels as an installation does, without commands."""
     with tarfile.open(wheelhouse) as archive:
         for member in archive:
             if member.name.endswith(".whl") and (stream := archive.extractfile(member)):
@@ -280,8 +280,8 @@ class Server:
     processes: tuple[int, ...]
 
     def cpu_seconds(self) -> float:
-        """CPU seconds of all its processes so far, by their CPU-time clocks (clock_getcpuclockid(3)), in nanoseconds'
-        resolution: what /proc/PID/stat has in hundredths of a second.
+        """CPU seconds of all its processes so far, from their CPU-time clocks (clock_getcpuclockid(3)), which have a
+        resolution of nanoseconds instead of the hundredths of a second in /proc/PID/stat.
         """
         try:
             return sum(time.clock_gettime(~process << 3 | 2) for process in self.processes)
@@ -289,18 +289,18 @@ class Server:
             raise LoadError(f"{self.target.title} has lost a process") from None
 
     def user_seconds(self) -> float:
-        """Those of them that were spent outside the kernel, as its clock ticks have sampled them (proc_pid_stat(5))."""
+        """CPU seconds spent outside the kernel, as sampled by its clock ticks (proc_pid_stat(5))."""
         ticks = 0
         for process in self.processes:
             ticks += int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11])
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> int:
-        """Memory of all its processes in bytes; what they share counts once."""
+        """Memory of all its processes in bytes; shared memory counts once."""
         return self._proportional("Pss:")
 
     def heap(self) -> int:
-        """What of it is no file's: that does not change when another process with the same files comes or goes."""
+        """Memory that is not of files, which does not depend on other processes that use the same files."""
         return self._proportional("Pss_Anon:", "Pss_Shmem:")
 
     def _proportional(self, *kinds: str) -> int:
@@ -315,7 +315,7 @@ class Server:
 
 @contextlib.contextmanager
 def running(contender: Contender, core: int, log: Path) -> Iterator[Server]:
-    """Run a contender on one core, from when it answers until the end of the block.
+    """Run a contender on one core; enter the block when it answers, and end it after the block.
 
     Raises:
         LoadError: it does not start.
@@ -360,7 +360,7 @@ def running(contender: Contender, core: int, log: Path) -> Iterator[Server]:
 
 
 def end_all() -> None:
-    """End what a run has left, such as a server that it was starting when it was interrupted."""
+    """End servers that a run has left, for example one that was starting when the run was interrupted."""
     own = os.getpid()
     for child in map(int, Path(f"/proc/{own}/task/{own}/children").read_text().split()):
         os.kill(child, signal.SIGKILL)
@@ -369,7 +369,7 @@ def end_all() -> None:
 
 
 def _end_session(leader: int) -> None:
-    """End the processes of a session whose leader has ended: before it, a master would make new workers."""
+    """End the processes of a session after its leader: while a master runs, it would start new workers."""
     for member in _session(leader):
         with contextlib.suppress(ProcessLookupError):
             os.kill(member, signal.SIGKILL)

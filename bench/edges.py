@@ -1,6 +1,6 @@
-"""The part "edges": our Envoy beside what one would take instead, in front of the same nodes.
+"""The part "edges": our Envoy compared with alternatives, in front of the same nodes.
 
-An edge has a core with the nodes; what it costs is told by its own CPU clock, so that it does not matter who shares it.
+An edge shares a core with the nodes; its costs are from its own CPU clock, so the sharing does not matter.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ DIRECT = "direct"
 NODES = 3
 SESSIONS_OF_A_USER = 2
 TOGETHER = 100
-"""Sessions at the same time, less than any backlog; an edge may keep each for a second after its end."""
+"""Concurrent sessions, fewer than any backlog; an edge may keep each for a second after its end."""
 BROWSERS_MANNER = "upgrade"
-"""How the sessions begin that are measured in front of every fleet."""
+"""How sessions begin in the measurements with every fleet."""
 TRACED_RATE = 200.0
 PLACE = re.compile(r'"sid":"([a-z0-9]+)_')
 
@@ -49,7 +49,7 @@ def _nodes_in_words(number: int, of: str = "") -> str:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Nodes behind an edge: so many, the stub or our own; what is found in front of them has `suffix` in its key."""
+    """Nodes behind an edge: their number, stubs or our own; keys of figures end with `suffix`."""
 
     number: int
     real: bool = False
@@ -57,13 +57,13 @@ class Fleet:
 
     @property
     def title(self) -> str:
-        """What a figure is of."""
+        """The fleet in words, for the title of a figure."""
         return _nodes_in_words(self.number, "stickyring " if self.real else "stub ")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Rounds, seconds of each measurement, and of what size.
+    """Rounds, and duration and size of each measurement.
 
     `fleets` are measured beside NODES stubs, with fewer figures. `moves` are fleets to which a node is added.
     """
@@ -107,7 +107,7 @@ PROFILES = {
 
 
 def figures(profile: Profile) -> list[Figure]:
-    """Everything that is measured, in the order of the table."""
+    """All figures, in the order of the table."""
     return [
         *(
             Figure(
@@ -152,7 +152,7 @@ def figures(profile: Profile) -> list[Figure]:
 
 
 def _figures_of(fleet: Fleet, profile: Profile) -> list[Figure]:
-    """What is measured in front of every fleet."""
+    """The figures that are measured with every fleet."""
     paced = f"at {PACED_RATE:g} echoes per second on {PACED_CROWD} of {max(profile.crowds)} connections, {fleet.title}"
     drawn = not fleet.suffix
     found = [
@@ -176,13 +176,13 @@ def _figures_of(fleet: Fleet, profile: Profile) -> list[Figure]:
 
 
 def measure(rounds: Rounds, profile: Profile) -> Part:
-    """Measure every edge in every round; what a round starts with rotates."""
+    """Measure every edge in every round; each round starts with another one."""
     rounds.say("installing what is missing")
     return compare(rounds, profile, edges(rounds.folder), strace(rounds.folder))
 
 
 def compare(rounds: Rounds, profile: Profile, compared: Sequence[Edge], tracer: Path) -> Part:
-    """Measure these edges; the one without a hash only in what it cannot do."""
+    """Measure these edges; the one without a hash is the control of the stickiness."""
     part = Part(
         "edges",
         "Edges",
@@ -240,7 +240,7 @@ def _nodes(rounds: Rounds, fleet: Fleet) -> Iterator[list[Server]]:
 
 @contextlib.contextmanager
 def _running(rounds: Rounds, edge: Edge, nodes: Sequence[Server]) -> Iterator[Server]:
-    """Run an edge before these nodes; every session through it is another user's."""
+    """Run an edge in front of these nodes; every session through it is of another user."""
     contender: Contender = edge.before([node.target.port for node in nodes], rounds.folder)
     with running(contender, rounds.server_core, rounds.log(f"edges-{edge.key}")) as server:
         users = (f"user-{number}" for number in itertools.count())
@@ -248,7 +248,7 @@ def _running(rounds: Rounds, edge: Edge, nodes: Sequence[Server]) -> Iterator[Se
 
 
 def _hold(rounds: Rounds, part: Part, held: Sequence[Edge], nodes: Sequence[Server], profile: Profile) -> None:
-    """Hold idle connections through several edges at the same time; whatever that costs, all have as much company."""
+    """Hold idle connections through several edges at the same time, in groups of equal size for all."""
     number, seconds = profile.idle_connections, profile.idle_seconds
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(Loop()))
@@ -268,7 +268,7 @@ def _hold(rounds: Rounds, part: Part, held: Sequence[Edge], nodes: Sequence[Serv
 
 
 def _traffic(server: Server, fleet: Fleet, profile: Profile, direct: dict[str, float]) -> dict[str, float]:
-    """What one edge costs in front of a fleet; `direct` is what `_direct` has found of its nodes."""
+    """The costs of one edge in front of a fleet; `direct` is the result of `_direct` for its nodes."""
     with contextlib.closing(Loop()) as loop:
         wires: list[Wire] = []
         check(loop, server.target)
@@ -293,9 +293,7 @@ def _traffic(server: Server, fleet: Fleet, profile: Profile, direct: dict[str, f
 
 
 def _direct(node: Server, fleet: Fleet, profile: Profile) -> dict[str, float]:
-    """The round trips of the load and a node without an edge, and the most echoes: there the load is not to be what
-    allows no more.
-    """
+    """The round trips and the highest rate of echoes without an edge, which shows that the load is not the limit."""
     with contextlib.closing(Loop()) as loop:
         wires: list[Wire] = []
         open_sessions(loop, node.target, wires, max(profile.crowds))
@@ -316,7 +314,7 @@ def _paced(loop: Loop, server: Server, wires: Sequence[Wire], profile: Profile) 
 
 
 def _session(loop: Loop, server: Server, manner: str, profile: Profile) -> float:
-    """Microseconds of CPU that a session takes; no rate, for an edge may keep a connection for a second after its end,
+    """Microseconds of CPU per session. Not a rate, because an edge may keep a connection for a second after its end,
     and the load waits for that.
     """
     _, life, _ = MANNERS[manner]
@@ -325,7 +323,7 @@ def _session(loop: Loop, server: Server, manner: str, profile: Profile) -> float
 
 
 def _echoes(loop: Loop, server: Server, wires: Sequence[Wire], profile: Profile) -> dict[str, float]:
-    """The most echoes that there can be, and their costs."""
+    """Echoes under full load, and their costs."""
     found: dict[str, float] = {}
     for crowd in profile.crowds:
         cpu, user = server.cpu_seconds(), server.user_seconds()
@@ -337,7 +335,7 @@ def _echoes(loop: Loop, server: Server, wires: Sequence[Wire], profile: Profile)
 
 
 def _system_calls(server: Server, tracer: Path) -> float:
-    """How many of them an echo takes; with one connection, so that none serves several."""
+    """System calls per echo, on one connection, so that no call serves several echoes."""
     with contextlib.closing(Loop()) as loop, tempfile.NamedTemporaryFile("r") as table:
         wires: list[Wire] = []
         open_sessions(loop, server.target, wires, 1)
@@ -350,13 +348,13 @@ def _system_calls(server: Server, tracer: Path) -> float:
                 sample = pace(loop, server.target, wires, server.cpu_seconds, seconds=1, rate=TRACED_RATE)
             finally:
                 tracing.send_signal(signal.SIGINT)
-        # % time, seconds, usecs/call, calls, errors if there were any, "total"
+        # % time, seconds, usecs/call, calls, errors if any, "total"
         total = table.read().splitlines()[-1].split()
         return int(total[3]) / sample.count
 
 
 def _users(rounds: Rounds, part: Part, edge: Edge, profile: Profile) -> None:
-    """Measure which nodes users are on: whether their requests are on one, and how many of them another node moves."""
+    """Measure how many users stay on one node, and how many users an added node moves."""
     for fleet in profile.moves:
         with _nodes(rounds, Fleet(fleet + 1)) as nodes:
             clients = [Client(f"user-{number}") for number in range(profile.users)]
@@ -373,7 +371,7 @@ def _users(rounds: Rounds, part: Part, edge: Edge, profile: Profile) -> None:
             moved = sum(one != other for one, other in zip(before, after, strict=True))
             busiest = max(Counter(before).values()) * fleet / len(before)
             part.add(edge.key, {f"moved@{fleet}": 100 * moved / len(before), f"busiest@{fleet}": busiest})
-    rounds.say(f"{edge.title}: asked where users are")
+    rounds.say(f"{edge.title}: measured which nodes users are on")
 
 
 class Client:
@@ -384,7 +382,7 @@ class Client:
         self._cookie: dict[str, str] = {}
 
     def place(self, target: Target) -> str:
-        """Begin a session, and return the place of the node that took it."""
+        """Begin a session, and return the place of its node."""
         status, body = self._ask(target, "GET")
         found = PLACE.search(body)
         if status != 200 or not found:
@@ -392,7 +390,7 @@ class Client:
         return found[1]
 
     def stays(self, target: Target) -> bool:
-        """Whether sessions come about whose every request has a connection of its own, all on one node."""
+        """Whether whole sessions stay on one node, with a connection of its own for each request."""
         places = set()
         for _ in range(SESSIONS_OF_A_USER):
             status, body = self._ask(target, "GET")

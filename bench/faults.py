@@ -1,4 +1,4 @@
-"""The part "faults": what the failure of a part costs its users, by the suites that assert what it may cost them."""
+"""The part "faults": what failures cost users, measured by the suites that assert the limits."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from bench.rounds import Rounds
 NODES = 3
 SUITES = "molecule/shared/tests/failover"
 FOUND = ROOT / ".artifacts/failover.json"
-"""Where the suites keep their figures."""
+"""The file into which the suites write their figures."""
 OPTIONS = ("-p", "no:cacheprovider", "--ansible-inventory")
 LOG = "faults"
 COLUMNS = {
@@ -24,7 +24,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Profile:
-    """How many times the suites run, on the same hosts."""
+    """How often the suites run on the same hosts."""
 
     rounds: int
 
@@ -33,7 +33,7 @@ PROFILES = {"quick": Profile(rounds=1), "full": Profile(rounds=5)}
 
 
 def measure(rounds: Rounds, profile: Profile) -> Part:
-    """Run the suites on fresh hosts; a fault that costs more than it may ends the run.
+    """Run the suites on fresh hosts; a fault that exceeds its limit ends the run.
 
     Raises:
         LabError: there is a lab already, or a suite fails.

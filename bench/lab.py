@@ -24,7 +24,7 @@ from bench.rounds import Rounds
 ROOT = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent
 LAB_OWNER = Path("/var/lib/stickyring-lab/owner")
-"""There while there is a lab on this machine; it has one owner."""
+"""This file exists while there is a lab on this machine, and names its owner."""
 CREATE, DESTROY, SITE = "molecule/shared/create.yml", "molecule/shared/destroy.yml", "site.yml"
 LONGEST_SECONDS = 900.0
 ENDING_SECONDS = 10.0
@@ -36,14 +36,14 @@ PONG = re.compile(r"(\S+) \| SUCCESS =>")
 
 
 class LabError(Exception):
-    """Something cannot be done on the lab; the text is one line."""
+    """An operation on the lab has failed; the text is one line."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A command that has ended well: its output's lines, each with the second at which it came.
+    """A command that has succeeded: the lines of its output, each with its time in seconds.
 
-    `cpu` are the CPU seconds of the command and of what it has started on this machine.
+    `cpu` are the CPU seconds of the command and its processes on this machine.
     """
 
     seconds: float
@@ -51,7 +51,7 @@ class Run:
     cpu: float
 
     def tasks(self) -> dict[str, float]:
-        """Return the seconds of each task, from its header to the next one; all together they are the run's."""
+        """Return the seconds of each task, from its header to the next one; their sum is the duration of the run."""
         spent: dict[str, float] = defaultdict(float)
         task, since = AROUND, 0.0
         for moment, line in self.lines:
@@ -84,12 +84,12 @@ class Control:
             "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
             "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_NOCOWS": "1",
-            # No host is reached over a connection to one that had its address before.
+            # A connection to an earlier host with the same address must not be reused.
             "ANSIBLE_SSH_CONTROL_PATH_DIR": str(folder / "ssh"),
         }
 
     def inventory(self, nodes: int) -> Path:
-        """Return an inventory that is the lab's, with so many nodes."""
+        """Return the lab's inventory with so many nodes."""
         folder = self._folder / str(nodes)
         if not folder.exists():
             shutil.copytree(ROOT / "inventory/lab", folder)
@@ -106,14 +106,14 @@ class Control:
         return self.run("ansible-playbook", "-i", str(self.inventory(nodes)), playbook, *options)
 
     def ping(self, nodes: int) -> Run:
-        """Have every host of so many nodes, and the edge, answer."""
+        """Ping the edge and so many nodes; all must answer."""
         run = self.run("ansible", "-i", str(self.inventory(nodes)), "all", "-m", "ping")
         if len(run.answered()) <= nodes:
             raise LabError(f"only {', '.join(sorted(run.answered()))} answered a ping")
         return run
 
     def run(self, program: str, *arguments: str) -> Run:
-        """Run a command to its end. When this is interrupted, so is the command.
+        """Run a command to its end; an interrupt ends the command too.
 
         Raises:
             LabError: it fails, or takes longer than LONGEST_SECONDS.
@@ -160,7 +160,7 @@ def _cpu_of_commands() -> float:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End a command that is still there; Ansible passes SIGTERM on to what it has started."""
+    """End a command that still runs; Ansible passes SIGTERM on to its processes."""
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -169,7 +169,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def refuse_a_running_lab() -> None:
-    """Refuse to go on while there is a lab on this machine, whoever has made it.
+    """Refuse to run while there is a lab on this machine, whoever owns it.
 
     Raises:
         LabError: there is one.
@@ -182,7 +182,7 @@ def refuse_a_running_lab() -> None:
 
 @contextlib.contextmanager
 def before_the_lab(rounds: Rounds, log: str) -> Iterator[Path]:
-    """Give a part that makes labs all cores, an empty log, and a folder that is removed at the end.
+    """Give a part that creates labs all cores, an empty log, and a folder that is removed at the end.
 
     Raises:
         LabError: there is a lab already.
@@ -198,7 +198,7 @@ def before_the_lab(rounds: Rounds, log: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def lab(control: Control, nodes: int) -> Iterator[None]:
-    """Make fresh hosts, and remove them at the end, whatever that is."""
+    """Create fresh hosts, and remove them at the end, also after a failure."""
     try:
         control.play(nodes, CREATE)
         yield
@@ -220,5 +220,5 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def node_name(index: int) -> str:
-    """Return the name of a node of such an inventory, the first of which has the index 0."""
+    """Return the name of a node in such an inventory; the first index is 0."""
     return f"node{index + 1}"

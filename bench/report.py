@@ -1,4 +1,4 @@
-"""What a part of the benchmark found, as JSON, as a Markdown table, and as plots."""
+"""The results of a part of the benchmark, as JSON, as a Markdown table, and as plots."""
 
 import datetime
 import functools
@@ -23,7 +23,7 @@ from stickyring.tools.plan import plot
 COLORS = ("#2f6f9f", "#7fb0d0", "#c3ccd6", "#946c00", "#b5483a", "#5b7f4f", "#8a6aa8")
 STYLE = plot.STYLE | {"font.size": 9}
 ENOUGH = 2.0
-"""How many times as fast as the fastest contender the stub has to be: then the load holds nobody back."""
+"""How many times as fast as the fastest contender the stub must be; then the load is not the limit."""
 ALONE = 90.0
 """Percent of its core that a server uses under full load when nothing else runs there."""
 TITLE_WIDTH = 60
@@ -32,7 +32,7 @@ PACKAGES = ("stickyring", "gunicorn", "eventlet", "python-socketio", "python-eng
 
 @dataclass(frozen=True)
 class Figure:
-    """What is measured; `more_is_better` is None for what only tells how. The `drawn` ones are plotted."""
+    """A figure; `more_is_better` is None if neither is better. Those that are `drawn` are plotted."""
 
     key: str
     title: str
@@ -43,7 +43,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of a figure's rounds, and the least and the greatest of them."""
+    """The median, the least and the greatest of a figure's rounds."""
 
     median: float
     least: float
@@ -52,26 +52,26 @@ class Spread:
 
     @classmethod
     def of(cls, rounds: list[float]) -> "Spread":
-        """Sum up the rounds, of which there is at least one."""
+        """Return the spread of one or more rounds."""
         return cls(statistics.median(rounds), min(rounds), max(rounds), rounds)
 
     def __str__(self) -> str:
-        """Return `median (least to greatest)`, of a single round only what it found."""
+        """Return `median (least to greatest)`, or the value of a single round."""
         several = f" ({number(self.least)} to {number(self.greatest)})" if len(self.rounds) > 1 else ""
         return f"{number(self.median)}{several}"
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it."""
+        """Return the spread with all rounds."""
         return {"median": self.median, "min": self.least, "max": self.greatest, "rounds": self.rounds}
 
 
 @dataclass
 class Part:
-    """One part of the benchmark: its figures, and of each contender what every round found.
+    """One part of the benchmark: its figures, and each contender's result of every round.
 
-    `base` is whom the ratios are to, `stub` is whom the load is bounded by, if there is a load; it is no contender.
-    `setting` is a sentence on what ran where. `commands` are by contender, or by what else they are for. `sections` are
-    further lines of Markdown, `more` further items of the JSON.
+    `base` is the contender that ratios refer to. `stub`, if there is a load, shows the limit of the load; it is no
+    contender. `setting` says what ran where. `commands` are by contender or purpose. `sections` are further lines of
+    Markdown, `more` further items of the JSON.
     """
 
     key: str
@@ -87,28 +87,28 @@ class Part:
     found: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def add(self, contender: str, found: dict[str, float]) -> None:
-        """Add what a round found of a contender."""
+        """Add a contender's result of a round."""
         for figure, value in found.items():
             self.found.setdefault(figure, {}).setdefault(contender, []).append(value)
 
     @property
     def contenders(self) -> list[str]:
-        """The keys of those that are compared."""
+        """The keys of the contenders."""
         return [key for key in self.titles if key != self.stub]
 
     def spread(self, figure: str, contender: str) -> Spread | None:
-        """Return what was found, if anything was."""
+        """Return the spread of a figure, or None if it was not measured."""
         rounds = self.found.get(figure, {}).get(contender)
         return Spread.of(rounds) if rounds else None
 
     def ratio(self, figure: str, contender: str, base: str) -> Spread | None:
-        """Return the ratio to another one, of each round's two figures, which were measured one after the other."""
+        """Return the ratio to another contender, computed for each round."""
         rounds = self.found.get(figure, {})
         pairs = list(zip(rounds.get(contender, []), rounds.get(base, []), strict=False))
         return Spread.of([one / other for one, other in pairs]) if pairs and all(pair[1] for pair in pairs) else None
 
     def disturbed(self) -> list[str]:
-        """Return who did not get its core, although it had more to do than one message at a time."""
+        """Return the contenders that did not get their whole core under full load."""
         busy = [found for key, found in self.found.items() if key.startswith("busy@") and key != "busy@1"]
         return [key for key in self.contenders if any(statistics.median(found[key]) < ALONE for found in busy)]
 
@@ -127,14 +127,14 @@ class Part:
 
 
 def number(value: float) -> str:
-    """Return a number with three digits that mean something."""
+    """Return a number with three significant digits."""
     if abs(value) >= 1000:
         return f"{value:,.0f}".replace(",", "\N{NO-BREAK SPACE}")
     return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
 
 
 def write(part: Part, folder: Path, context: dict[str, Any]) -> list[Path]:
-    """Write PART.json, .md and .svg: all of them aside first, then moved into place. Return their paths."""
+    """Write PART.json, .md and .svg, all of them aside and then renamed into place. Return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{part.key}-", dir=folder))
     try:
@@ -149,7 +149,7 @@ def write(part: Part, folder: Path, context: dict[str, Any]) -> list[Path]:
 
 
 def context(command: str, profile: str, cores: tuple[int, int]) -> dict[str, Any]:
-    """Return what the figures depend on: command, date, machine and versions."""
+    """Return the command, date, machine and versions of the run."""
     return {
         "command": command,
         "profile": profile,
@@ -174,14 +174,14 @@ def context(command: str, profile: str, cores: tuple[int, int]) -> dict[str, Any
 
 @functools.cache
 def _commit() -> dict[str, str]:
-    """Return which state of the tree is measured, where it is a clone: before anything is written into it."""
+    """Return the commit that is measured, if the tree is a clone; called before anything is written into it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     return {} if done.returncode else {"commit": done.stdout.strip()}
 
 
 def _nodejs() -> dict[str, str]:
-    """Return the version of Node.js, which not every part needs."""
+    """Return the version of Node.js, if it is installed."""
     if not shutil.which("node"):
         return {}
     return {"Node.js": subprocess.run(["node", "--version"], check=True, capture_output=True, text=True).stdout.strip()}
@@ -195,7 +195,7 @@ def _processor() -> str:
 
 
 def as_json(part: Part, context: dict[str, Any]) -> dict[str, Any]:
-    """Return everything: of each figure every contender's rounds, and its ratio to the base."""
+    """Return all results: for each figure and contender the rounds and the ratio to the base."""
     figures = {}
     for figure in part.figures:
         spreads = {key: spread for key in part.titles if (spread := part.spread(figure.key, key))}
@@ -292,7 +292,7 @@ def _cell(part: Part, figure: Figure, contender: str) -> str:
 
 
 def draw(part: Part) -> Picture:
-    """Draw a small chart of bars for each figure that is to be drawn."""
+    """Draw a small bar chart for each figure that is `drawn`."""
     shown = [figure for figure in part.figures if figure.drawn and figure.key in part.found]
     columns = 3
     rows = -(-len(shown) // columns)

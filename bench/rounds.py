@@ -1,4 +1,4 @@
-"""What every part of the benchmark runs in: rounds within a limit of time, cores, logs and progress."""
+"""Shared by all parts of the benchmark: rounds within a time limit, cores, logs and progress."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ Item = TypeVar("Item")
 
 
 class CoresError(Exception):
-    """There is no core for the load beside the one for the servers; the text is one line."""
+    """The machine has too few cores; the text is one line."""
 
 
 class Rounds:
-    """Rounds of one run: `folder` keeps what is installed, and the servers' logs; `limit` is in seconds.
+    """Rounds of one run: `folder` has the installed contenders and the servers' logs; `limit` is in seconds.
 
     The process itself, which makes the load, is pinned to the first core that it may use, servers to the last.
     """
@@ -33,7 +33,7 @@ class Rounds:
 
     @contextlib.contextmanager
     def every_core(self) -> Iterator[None]:
-        """Have all cores within the block, for what is neither load nor server."""
+        """Use all cores within the block, for work that is not measured."""
         os.sched_setaffinity(0, self._cores)
         try:
             yield
@@ -45,12 +45,12 @@ class Rounds:
         return self._begun + self._limit - time.monotonic()
 
     def go(self, number: int, what: str) -> Iterator[int]:
-        """Count rounds, and stop before one that would go beyond the limit; the first one is always made."""
+        """Count rounds, and stop before one that would exceed the limit; the first one always runs."""
         longest = 0.0
         for index in range(number):
             begun = time.monotonic()
             if index and begun + longest > self._begun + self._limit:
-                self.say(f"{what}: the time is up after {index} of {number} rounds")
+                self.say(f"{what}: time limit reached after {index} of {number} rounds")
                 return
             self.say(f"{what}: round {index + 1} of {number}")
             yield index
@@ -58,25 +58,25 @@ class Rounds:
 
     @staticmethod
     def rotated(items: Sequence[Item], number: int) -> list[Item]:
-        """Return the items in the order of a round: each of them begins in turn."""
+        """Return the items in the order of a round; each round begins with another one."""
         at = number % len(items)
         return [*items[at:], *items[:at]]
 
     @staticmethod
     def groups(items: Sequence[Item], number: int, together: int) -> list[list[Item]]:
-        """Return groups of `together` items, or of all where they are fewer, with each item in `number` groups.
+        """Return groups of `together` items, or of all if there are fewer, with each item in `number` groups.
 
-        A group goes on where the one before has ended, so that items have changing company, and all as much of it: the
-        last group alone is smaller where they do not divide.
+        A group begins where the previous one has ended, so that items are grouped with changing others. Only the last
+        group may be smaller.
         """
         size = min(together, len(items))
         turns = [*items] * number
         return [turns[at : at + size] for at in range(0, len(turns), size)]
 
     def log(self, name: str) -> Path:
-        """Return where a server's output goes."""
+        """Return the file for a server's output."""
         return self.folder / "logs" / f"{name}.log"
 
     def say(self, text: str) -> None:
-        """Tell how far the run is."""
+        """Print the progress of the run."""
         print(f"{time.monotonic() - self._begun:6.0f} s  {text}", file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""The stub: the cheapest server that answers the load, which shows how much of it the load can make.
+"""The stub: the cheapest server that answers the load, which shows the limit of the load itself.
 
-It answers a message by the bytes that it comes in, and reads them only when it sees them for the first time. It relies
-on the load, which writes a frame at once and waits for the answer. Called as `stub.py PORT [PLACE]`: the place, letters
-and digits, begins each session's id, so that one sees which of several stubs an edge has chosen.
+It looks up the answer by the bytes of a message, and parses a message only the first time. It relies on the load to
+write a frame at once and to wait for the answer. Called as `stub.py PORT [PLACE]`: the place, letters and digits,
+begins each session's id, which shows which of several stubs an edge has chosen.
 """
 
 import json
@@ -39,7 +39,7 @@ def http(body: str) -> bytes:
 
 
 class Stub:
-    """Answers what has no answer in `known` yet."""
+    """Composes answers that are not yet in `known`."""
 
     def __init__(self, place: str) -> None:
         self.known: dict[bytes, bytes] = {}
@@ -52,7 +52,7 @@ class Stub:
         self._upgrades: dict[int, str] = {}
 
     def answer(self, fd: int, data: bytes) -> bytes:
-        """Return what to write to the connection; no bytes if there is nothing to say yet."""
+        """Return the bytes to write to the connection; empty if there is no answer yet."""
         if data[:1] in (b"G", b"P") or fd in self._parts:
             return self._when_whole(fd, self._parts.pop(fd, b"") + data)
         reply = b""
@@ -126,7 +126,7 @@ class Stub:
 
 
 def serve(port: int, place: str = "stub") -> None:
-    """Serve for ever."""
+    """Serve forever."""
     listener = socket.create_server(("127.0.0.1", port), backlog=1024)
     listener.setblocking(False)
     poll = select.epoll()

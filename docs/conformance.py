@@ -1,4 +1,4 @@
-"""Echoes as the protocol suites of socketio/socket.io want them; `python conformance.py engine|chat` is the stock way.
+"""Echoes that the protocol suites of socketio/socket.io expect; `python conformance.py engine|chat` runs the stock way.
 
 Under `stickyring serve` they are `conformance:engine` and `conformance:chat`. The first answers each message of
 Engine.IO, the second has the events and namespaces that the suite of Socket.IO expects.

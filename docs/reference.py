@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Writes what roles say of their variables into the reference tables and the example inventory; or checks them.
+"""Writes the roles' variables into the reference tables and the example inventory, or checks these.
 
 A role's meta/argument_specs.yml describes each variable, for the table in its README. Its defaults/main.yml has the
-default and the reason, for inventory/example. Both stand between two marks; what is around them is written by hand.
+default and the reason, for inventory/example. Both are between two marks; the text around them is written by hand.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ EXAMPLE_MARKS = (
     "# End of the role's settings.",
 )
 SET_BY_PLAYBOOKS = {"stickyring_node_prove", "stickyring_node_keep_surplus"}
-"""For single plays; an inventory does not set them."""
+"""Variables for single plays, which an inventory does not set."""
 VARIABLE = re.compile(r"((?:^#.*\n)*)(^(\w+):.*(?:\n .*)*)\n", re.MULTILINE)
 """The reason for a default, the default in all its lines, and the variable's name."""
 LONGEST_DEFAULT = 60
 EXAMPLES_OF_USE = """
 examples:
-  docs/reference.py           write them
-  docs/reference.py --check   end with 1, and name the files, where they are not as they would be written
+  docs/reference.py           write tables and example
+  docs/reference.py --check   exit with 1 and name the files that are out of date
 """
 
 
 def main() -> None:
-    """Write or check; exit with 1 where a check finds something."""
+    """Write or check; exit with 1 if a checked file is out of date."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES_OF_USE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,7 +67,7 @@ def put(file: Path, marks: tuple[str, str], lines: list[str], *, check: bool) ->
 
 
 def table(role: str) -> list[str]:
-    """Return the Markdown table of a role's variables, a line each."""
+    """Return the Markdown table of a role's variables."""
     specs = yaml.safe_load((PROJECT / "roles" / role / "meta" / "argument_specs.yml").read_text())["argument_specs"]
     rows = [
         f"| `{name}` | {default_of(option)} | {html.escape(meaning_of(option), quote=False)} |"
@@ -77,7 +77,7 @@ def table(role: str) -> list[str]:
 
 
 def options(described: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every option with its name; those inside of another as `listeners[].tls.key`."""
+    """Yield every option with its name; nested ones as `listeners[].tls.key`."""
     for name, option in described.items():
         yield f"{prefix}{name}", option
         inner = "[]." if option["type"] == "list" else "."
@@ -85,7 +85,7 @@ def options(described: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def default_of(option: dict[str, Any]) -> str:
-    """Return what the table says of an option's default."""
+    """Return an option's default for the table."""
     if option.get("required"):
         return "required"
     if (value := option.get("default")) is None:
@@ -106,7 +106,7 @@ def meaning_of(option: dict[str, Any]) -> str:
 
 
 def example(role: str) -> list[str]:
-    """Return a role's defaults as comments, but for those that playbooks or the role `stickyring` set."""
+    """Return a role's defaults as comments, without those that playbooks or the role `stickyring` set."""
     composed = SET_BY_PLAYBOOKS | set(
         yaml.safe_load((PROJECT / "roles" / "stickyring" / "defaults" / "main.yml").read_text())
     )

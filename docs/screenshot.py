@@ -57,7 +57,7 @@ def take(base_url: str, output: Path) -> None:
 
         user = new_user()
         tabs = [open_tab(user, url), open_tab(user, url)]
-        # The ring may put a second user beside the first: the picture tells more with one who is elsewhere.
+        # The ring may assign a second user to the same node; the picture needs a user on another one.
         for _ in range(MOST_USERS):
             other = open_tab(new_user(), url)
             if other.get_by_test_id("node").inner_text() != tabs[0].get_by_test_id("node").inner_text():
@@ -78,7 +78,7 @@ def take(base_url: str, output: Path) -> None:
 
 
 def main() -> None:
-    """Parse the arguments and take the picture, or say in one line why not."""
+    """Parse the arguments and take the picture, or fail with one line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url", help="address of a listener of the edge, such as http://198.51.100.10:9002")
     parser.add_argument(

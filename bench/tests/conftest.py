@@ -1,4 +1,4 @@
-"""What the tests of parts that need the lab share."""
+"""Fixtures for the tests of parts that need the lab."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from bench.tests.fake_lab import ANSIBLE, PROGRAMS
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """The folder of an Ansible and a pytest that have no hosts, and do as if."""
+    """The folder of stand-ins for Ansible and pytest, without hosts."""
     for name in PROGRAMS:
         (tmp_path / name).write_text(ANSIBLE)
         (tmp_path / name).chmod(0o755)

@@ -1,4 +1,4 @@
-"""Programs that have no hosts and do as if, and the command that measures with them."""
+"""Stand-ins for Ansible and pytest, without hosts, and the command that measures with them."""
 
 import subprocess
 import sys
@@ -66,7 +66,7 @@ __main__.main(prog_name="bench")
 
 
 def command(programs: Path, part: str) -> list[str]:
-    """Return what measures a part with these programs."""
+    """Return the command that measures a part with these programs."""
     return [sys.executable, "-c", DRIVER, str(programs), part, "--output", str(programs / "output")]
 
 
@@ -76,5 +76,5 @@ def run(programs: Path, part: str) -> subprocess.CompletedProcess[str]:
 
 
 def told(stderr: str) -> list[str]:
-    """Return what was told besides progress."""
+    """Return the lines of standard error besides progress."""
     return [line for line in stderr.splitlines() if not line.lstrip()[:1].isdigit()]

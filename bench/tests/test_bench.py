@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, and no run that measures something else ends well."""
+"""The benchmark measures what it says, and a run that measures something else fails."""
 
 import contextlib
 import json
@@ -58,14 +58,14 @@ def part() -> Part:
 
 @pytest.fixture
 def every_core() -> Iterator[None]:
-    """Give the process of the tests its cores back."""
+    """Restore the cores of the test process."""
     before = os.sched_getaffinity(0)
     yield
     os.sched_setaffinity(0, before)
 
 
 def driver(*contenders: str) -> list[str]:
-    """A command that runs the whole benchmark with these contenders, and a profile of a second."""
+    """A command that runs the whole benchmark with these contenders and a very short profile."""
     return [
         sys.executable,
         "-c",
@@ -266,7 +266,7 @@ def test_an_interrupted_run_leaves_no_process_and_no_file(tmp_path: Path) -> Non
 def test_what_an_interrupted_run_has_written_is_in_step(
     part: Part, tmp_path: Path, every_core: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first part is written when the second one is interrupted."""
+    """The second part is interrupted when the first one has been written."""
 
     def interrupted(*_: object) -> Part:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What docs/capacity.md says follows from what was measured."""
+"""The figures of docs/capacity.md follow from the measurements."""
 
 import pytest
 import yaml

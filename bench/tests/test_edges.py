@@ -1,4 +1,4 @@
-"""Edges are measured at what they do: a proxy that keeps users together, and one that does not."""
+"""The measurement of edges, with a proxy that keeps users on one node and one that does not."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_what_keeps_users_together_is_told_from_what_does_not(rounds: Rounds, tm
     ((calls,),) = part.found["system-calls"].values()
     assert 5 < calls < 6, "1100 calls for a second's 200 echoes"
     assert part.found["sticky"] == {proxies.NGINX: [100.0], proxies.UNHASHED: [0.0]}
-    # Of a hash modulo the number of nodes, three of four users have another node when a fourth comes.
+    # With a hash modulo the number of nodes, three of four users move when a fourth node is added.
     ((moved,),) = part.found["moved@3"].values()
     assert moved == pytest.approx(75, abs=10)
     ((busiest,),) = part.found["busiest@3"].values()

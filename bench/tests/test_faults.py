@@ -1,4 +1,4 @@
-"""What failures cost is taken from the suites that assert it, on hosts that the run has made."""
+"""The part "faults" takes its figures from the suites, on hosts that the run has created."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_the_figures_are_those_of_the_suites(programs: Path) -> None:
 
 
 def test_suites_without_figures_end_the_run_without_a_lab(programs: Path) -> None:
-    """Those of another run are not taken for its own."""
+    """Figures of an earlier run are not used."""
     (programs / "fails").touch()
     (programs / "found").write_text('{"killed process": {"median": 1}}')
     done = run(programs, "faults")

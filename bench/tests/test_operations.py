@@ -1,4 +1,4 @@
-"""The operations are measured as they are, on hosts that the run has made, and of which nothing stays."""
+"""The part "operations" measures playbooks on hosts that it creates and removes."""
 
 import json
 import os

@@ -1,14 +1,14 @@
-// Opens Socket.IO sessions with the JavaScript client as it comes and tells where they landed.
+// Opens Socket.IO sessions with the JavaScript client's default options and reports which nodes answered.
 //
 //   node socketio_client.mjs --package DIR --connections N URL ID...
 //
-// DIR holds node_modules/socket.io-client. For every ID it opens N connections at once, each with `client_id=ID` in its
-// query and options otherwise untouched, waits for the node's welcome, the echo of one message and the upgrade, and
+// DIR has node_modules/socket.io-client. For every ID it opens N connections at once, each with `client_id=ID` in its
+// query and otherwise default options, waits for the node's welcome, the echo of one message and the upgrade, and
 // closes them. Prints one JSON object:
 //
 //   {tried, completed, errors: [text, ...], nodes_by_id: {id: [node, ...]}, transports: {name: completed sessions}}
 //
-// Exits 0 when it could do this work, whatever it found: to judge is the caller's part.
+// Exits 0 if all sessions were tried, whatever the results: the caller checks them.
 
 import { createRequire } from "node:module";
 import { resolve } from "node:path";
@@ -28,7 +28,7 @@ if (values.package === undefined || !(connections > 0) || ids.length === 0) {
 }
 const { io } = createRequire(resolve(values.package, "package.json"))("socket.io-client");
 
-/** One session, as {nodes: [node, ...], transport} when it went to its end, else rejected with the reason. */
+/** One session: resolves to {nodes: [node, ...], transport} if it completes, else rejects with the reason. */
 function session(clientId) {
   const text = `hello from ${clientId}`;
   const socket = io(url, { query: { client_id: clientId }, forceNew: true });
