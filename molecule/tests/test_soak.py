@@ -72,7 +72,7 @@ def test_a_report_is_too_old_after_so_many_commits_to_what_it_is_about(
 
 def test_what_is_not_committed_is_not_soaked(soak: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "roles" / "a").write_text("changed")
-    with pytest.raises(SystemExit, match="Commit first"):
+    with pytest.raises(SystemExit, match="Commit your changes first"):
         play(soak, monkeypatch, "true")
 
 
