@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON_OUTSIDE_APP := plugins playbooks roles molecule docs bench
 PROGRAMS := $(wildcard roles/*/files/*.py molecule/*.py docs/*.py)
 
-.PHONY: help root controller demo proof down test tools lint lint-python lint-ansible unit molecule chaos soak bench lock collection reference screenshot
+.PHONY: help root controller demo proof down test tools lint lint-python lint-ansible unit molecule chaos soak vm bench lock collection reference screenshot
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -90,6 +90,10 @@ chaos: root .venv/.tools ## Run operations and faults on the lab in random order
 soak: root .venv/.tools ## Everything that `make test` leaves out, chaos and PyPy, into docs/soak.md (3 hours; OPERATIONS=15 HOURS=1)
 	@$(call need,chromium:chromium)
 	molecule/soak.py --operations $(OPERATIONS) --hours $(HOURS)
+
+vm: root .venv/.tools ## Take an edge and two nodes as real VMs (QEMU) through their life, into docs/vms.md (50 minutes; KEEP=1 leaves them)
+	@$(call need,qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils mmdebstrap:mmdebstrap mkfs.ext4:e2fsprogs)
+	molecule/vm.py $(if $(KEEP),--keep)
 
 bench: root .venv/.tools ## Measure this stack (PARTS='nodes edges' or one of operations, faults; PROFILE=quick: 5 minutes; full: 40)
 	@$(call need,node:nodejs npm:npm mmdebstrap:mmdebstrap)

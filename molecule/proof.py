@@ -10,13 +10,13 @@ import ast
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
+
+import longrun
 
 MOLECULE = Path(__file__).parent
 README = MOLECULE / "README.md"
@@ -53,9 +53,7 @@ class Row(NamedTuple):
 
 def main() -> None:
     """Run the scenarios; exit with the status of the first command that fails."""
-    # SIGINT too: a shell starts background commands with it ignored, and their children would inherit that.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    longrun.heed_interrupts()
     ARTIFACTS.mkdir(exist_ok=True)
     SUITES.unlink(missing_ok=True)
     rows: list[Row] = []
@@ -85,39 +83,20 @@ def named(scenarios: Iterable[str]) -> list[str]:
 
 
 def play(command: list[str], log: TextIO) -> tuple[int, list[Row]]:
-    """Run a command, show and log its output; return its status, and a row for each action but the suites.
-
-    An interrupt also ends the command and its processes.
-    """
+    """Run a command, show and log its output; return its status, and a row for each action but the suites."""
     rows: list[Row] = []
     began = time.monotonic()
-    environment = os.environ | {"COLUMNS": "200"}
-    with subprocess.Popen(
-        command,
-        cwd=MOLECULE.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            for line in process.stdout or ():
-                print(line, end="", flush=True)
-                print(line, end="", file=log, flush=True)
-                if (found := ACTION.match(COLOUR.sub("", line))) is None:
-                    continue
-                if found["state"] == "Executing":
-                    began = time.monotonic()
-                elif (does := WHAT_ACTIONS_DO.get(found["action"])) is not None:
-                    rows.append(Row(found["scenario"], found["action"], does, 0, time.monotonic() - began))
-        except KeyboardInterrupt:
-            os.killpg(process.pid, signal.SIGINT)
-            # Read to the end: subprocess would wait only a quarter of a second.
-            log.writelines(process.stdout or ())
-            process.wait()
-            raise
-    return process.returncode, rows
+
+    def hear(line: str) -> None:
+        nonlocal began
+        if (found := ACTION.match(COLOUR.sub("", line))) is None:
+            return
+        if found["state"] == "Executing":
+            began = time.monotonic()
+        elif (does := WHAT_ACTIONS_DO.get(found["action"])) is not None:
+            rows.append(Row(found["scenario"], found["action"], does, 0, time.monotonic() - began))
+
+    return longrun.play(command, {"COLUMNS": "200"}, hear, log), rows
 
 
 def suite_row(suite: dict[str, Any]) -> Row:

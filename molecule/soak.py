@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
 import shlex
-import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
+
+import longrun
+from longrun import JUDGED, git
 
 PROJECT = Path(__file__).parents[1]
 REPORT = PROJECT / "docs" / "soak.md"
@@ -25,7 +24,6 @@ PYPY = PROJECT / ".artifacts" / "pypy"
 SEEDS = (1, 2, 3, 4)
 PYPY_SEED = 5
 SESSIONS = 500
-JUDGED = ("roles", "playbooks", "app/src")
 MOST_COMMITS = 50
 EXAMPLES = """
 examples:
@@ -56,9 +54,8 @@ def main() -> None:
         parser.error("--operations and --hours: give more than 0")
     if given.check:
         sys.exit(too_old())
-    if dirty := git("status", "--porcelain", *JUDGED):
-        sys.exit(f"Commit your changes first, because the report names a commit:\n{dirty}")
-    commit, began = git("rev-parse", "--short", "HEAD"), time.monotonic()
+    longrun.heed_interrupts()
+    commit, began = longrun.committed(), time.monotonic()
     PYPY.mkdir(parents=True, exist_ok=True)
     on_pypy = {"stickyring_node_python": "pypy3", "stickyring_artifacts_python_versions": ["3.13", "pypy3.11"]}
     (PYPY / "hosts.json").write_text(json.dumps({"all": {"vars": on_pypy}}))
@@ -88,28 +85,23 @@ def steps(operations: int, hours: float) -> list[Step]:
 def row(step: Step) -> str:
     """Run a step and show its output; return its row of the table. Exit with 1 if it fails."""
     print(f"==> {step.purpose}: {step.command}", flush=True)
-    began, last = time.monotonic(), ""
-    environment = os.environ | {"STICKYRING_SOAK": "1", "ANSIBLE_INVENTORY": step.inventory}
-    command = shlex.split(step.command)
-    with subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout or ():
-            print(line, end="", flush=True)
-            last = line.strip() or last
-    if process.returncode:
+    began, lines = time.monotonic(), [""]
+    environment = {"STICKYRING_SOAK": "1", "ANSIBLE_INVENTORY": step.inventory}
+    if longrun.play(shlex.split(step.command), environment, lines.append):
         sys.exit(f"Failed: {step.command}\ndocs/soak.md was not written.")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     said = last if step.command.startswith(("molecule/chaos.py", "stickyring probe")) else ""
     return f"| {step.purpose} | `{step.command}` | {time.monotonic() - began:.0f} | {said.replace('|', '/')} |"
 
 
 def write(rows: list[str], commit: str, seconds: float) -> None:
     """Write the report."""
-    moment, machine = datetime.now(UTC).isoformat(timespec="minutes"), f"{os.cpu_count()} cores, {platform.release()}"
     REPORT.write_text(
         "\n".join(
             [
                 "# Soak",
                 "",
-                f"`make soak` wrote this on {moment}, commit {commit}, {machine}, after {seconds / 3600:.1f} hours.",
+                longrun.origin("make soak", commit, seconds),
                 "Every step has succeeded; a run with a failed step writes no report.",
                 "",
                 "| what | command | seconds | its last line |",
@@ -134,11 +126,6 @@ def too_old() -> str | None:
         age = f"docs/soak.md is {commits} commits to {', '.join(JUDGED)} old"
         return f"{age}, more than {MOST_COMMITS}: run `make soak`"
     return None
-
-
-def git(*arguments: str) -> str:
-    """Return git's output."""
-    return subprocess.run(["git", *arguments], cwd=PROJECT, check=True, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

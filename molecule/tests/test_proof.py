@@ -27,6 +27,7 @@ echo '{"scenario": "default", "suite": "nodes", "seconds": 2.5, "steps": ['"$ste
 @pytest.fixture
 def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The program in a project of its own."""
+    monkeypatch.syspath_prepend(str(MOLECULE))
     spec = importlib.util.spec_from_file_location("proof", MOLECULE / "proof.py")
     assert spec is not None
     assert spec.loader is not None
@@ -34,6 +35,7 @@ def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     for name, path in (("MOLECULE", "molecule"), ("README", "molecule/README.md"), ("ARTIFACTS", ".artifacts")):
         monkeypatch.setattr(module, name, tmp_path / path)
+    monkeypatch.setattr(module.longrun, "PROJECT", tmp_path)
     monkeypatch.setattr(module, "LOG", tmp_path / ".artifacts" / "molecule.log")
     monkeypatch.setattr(module, "SUITES", tmp_path / ".artifacts" / "suites.jsonl")
     (tmp_path / "molecule" / "shared" / "tests" / "nodes").mkdir(parents=True)

@@ -48,11 +48,11 @@ def found(
         def play(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
             commands.append(command)
             asked = json.loads(command[command.index("--extra-vars") + 1])
-            assert asked["id"] == "alice"
-            folder = Path(asked["directory"])
+            assert asked["stickyring_id"] == "alice"
+            folder = Path(asked["stickyring_directory"])
             for edge, ring in rings.items():
                 (folder / "rings" / f"{edge}.json").write_text(json.dumps(ring))
-            for host, answers in (nodes if asked["live"] and nodes else {}).items():
+            for host, answers in (nodes if asked["stickyring_live"] and nodes else {}).items():
                 text = answers if isinstance(answers, str) else "".join(json.dumps(one) + "\n" for one in answers)
                 (folder / "sessions" / host).write_text(text)
             return subprocess.CompletedProcess(command, 0, "", "")

@@ -17,8 +17,8 @@ cat >"$hook" <<'HOOK'
 #!/bin/sh
 set -eu
 root=$1
-# systemd-modules-load cannot work inside a container and would leave the host "degraded".
-ln -s /dev/null "$root/etc/systemd/system/systemd-modules-load.service"
+# A host without a kernel is a container: systemd-modules-load cannot work there and would leave it "degraded".
+[ -d "$root/lib/modules" ] || ln -s /dev/null "$root/etc/systemd/system/systemd-modules-load.service"
 rm -f "$root"/etc/ssh/ssh_host_*
 cat >"$root/etc/ssh/sshd_config.d/lab.conf" <<'SSHD'
 HostKey /etc/ssh/lab/host_key

@@ -1,0 +1,86 @@
+"""What long runs share: commands that are shown and end with the run, and reports that name their commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+PROJECT = Path(__file__).parents[1]
+JUDGED = ("plugins", "roles", "playbooks", "app/src")
+
+
+def heed_interrupts() -> None:
+    """Have SIGINT and SIGTERM raise KeyboardInterrupt.
+
+    SIGINT too: a shell starts background commands with it ignored, and their children would inherit that.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
+def ignore_interrupts() -> None:
+    """Let what follows run to its end: a second interrupt would leave something behind."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def play(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    hear: Callable[[str], None],
+    log: TextIO | None = None,
+) -> int:
+    """Run a command at the project's root and return its status; its output is shown, and heard, line by line.
+
+    With a log, its errors too, and all is kept there. When this is interrupted, so is the command with all that it has
+    started.
+    """
+    with subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if log else None,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                if log:
+                    print(line, end="", file=log, flush=True)
+                hear(line)
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGINT)
+            # Read to the end: subprocess would wait only a quarter of a second.
+            for line in process.stdout or ():
+                if log:
+                    log.write(line)
+            process.wait()
+            raise
+    return process.returncode
+
+
+def committed() -> str:
+    """Return the commit that a report names; exit where what it judges is not committed."""
+    if dirty := git("status", "--porcelain", *JUDGED):
+        sys.exit(f"Commit your changes first, because the report names a commit:\n{dirty}")
+    return git("rev-parse", "--short", "HEAD")
+
+
+def origin(command: str, commit: str, seconds: float) -> str:
+    """Return the sentence of a report that says where it is from."""
+    moment, machine = datetime.now(UTC).isoformat(timespec="minutes"), f"{os.cpu_count()} cores, {platform.release()}"
+    return f"`{command}` wrote this on {moment}, commit {commit}, {machine}, after {seconds / 3600:.1f} hours."
+
+
+def git(*arguments: str) -> str:
+    """Return what git says."""
+    return subprocess.run(["git", *arguments], cwd=PROJECT, check=True, capture_output=True, text=True).stdout.strip()
