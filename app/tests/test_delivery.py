@@ -336,6 +336,21 @@ async def test_a_client_that_disconnected_on_purpose_sends_nothing(node: Node) -
 
 
 @pytest.mark.asyncio
+async def test_a_message_waits_if_the_namespace_is_lost_before_the_connection(node: Node) -> None:
+    """python-socketio forgets the namespace first; on a slow machine the engine's event comes much later."""
+    async with user(node) as client:
+        sender = Sender(client)
+        del client.namespaces["/"]
+        with pytest.raises(socketio.exceptions.BadNamespaceError):
+            await client.emit("at_once", "the control")
+        waiting = asyncio.create_task(sender.send("at_once", "hello"))
+        await asyncio.sleep(0)
+        await client.eio.ws.close()
+        assert await waiting == "noted hello"
+        assert sender.repeated == 0
+
+
+@pytest.mark.asyncio
 async def test_a_message_can_be_given_up(node: Node) -> None:
     async with user(node) as client:
         sender = Sender(client)

@@ -236,13 +236,20 @@ class Sender:
                 if not answered.done():
                     answered.set_result(answer if len(answer) > 1 else next(iter(answer), None))
 
-            for repetition in itertools.count():
+            sent = False
+            while True:
                 await self._settled.wait()
                 if self._ended:
                     raise socketio.exceptions.DisconnectedError
-                self.repeated += repetition > 0
                 self._dropped = asyncio.get_running_loop().create_future()
-                await self._client.emit(event, message, callback=acknowledge)
+                try:
+                    await self._client.emit(event, message, callback=acknowledge)
+                except socketio.exceptions.BadNamespaceError:
+                    # The namespace is lost, and the engine's disconnect event is still to come.
+                    self._settled.clear()
+                    continue
+                self.repeated += sent
+                sent = True
                 await asyncio.wait(
                     (answered, self._dropped), timeout=self._ack_timeout, return_when=asyncio.FIRST_COMPLETED
                 )
