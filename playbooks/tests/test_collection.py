@@ -19,7 +19,7 @@ PROGRAMS = Path(sys.executable).parent
 INVENTORY = """\
 edge: {hosts: {edge1: {ansible_host: 192.0.2.1}}}
 nodes: {hosts: {node1: {ansible_host: 192.0.2.11, stickyring_weight: 2}}}
-all: {vars: {stickyring_address: "{{ ansible_host }}"}}
+all: {vars: {stickyring_address: "{{ ansible_host }}", stickyring_node_application: "chat:app"}}
 """
 
 
