@@ -101,7 +101,7 @@ bench: root .venv/.tools ## Measure this stack (PARTS='nodes edges' or one of op
 
 collection: .venv/.installed ## Build .artifacts/stickyring-fleet-VERSION.tar.gz, for `ansible-galaxy collection install` (INSTALL=FOLDER does it)
 	ansible-galaxy collection build --force --output-path .artifacts
-ifdef INSTALL
+ifeq ($(origin INSTALL),command line)
 	ansible-galaxy collection install --force --offline --collections-path $(INSTALL) \
 	  .artifacts/stickyring-fleet-$(shell sed -n 's/^version: //p' galaxy.yml).tar.gz
 endif

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from ansible.errors import AnsibleUndefinedVariable
 from ansible_collections.stickyring.fleet.plugins.module_utils.instances import instance_name, instance_port
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.addresses import is_address
 from jinja2 import UndefinedError
 
 LISTS_OF_THE_PROBE = {
@@ -99,7 +99,7 @@ def problems(
         f"{host}: its address is {_address(hostvars[host])!r}, and Envoy resolves no names: set stickyring_address to"
         " the IP address at which edges and nodes reach the host. ansible_host may stay a name."
         for host in hosts
-        if not _is_ip(_address(hostvars[host]))
+        if not is_address(_address(hostvars[host]))
     ]
     found += _not_numbers(nodes, hostvars)
     found += _not_a_share(hostvars, nodes)
@@ -121,14 +121,6 @@ def _address(variables: Mapping[str, Any]) -> str:
         return str(variables["stickyring_address"])
     except (KeyError, AnsibleUndefinedVariable, UndefinedError):
         return ""
-
-
-def _is_ip(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _not_a_share(hostvars: Mapping[str, Mapping[str, Any]], nodes: Sequence[str]) -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from ansible_collections.stickyring.fleet.plugins.module_utils.instances import instance_name, instance_port
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.addresses import is_address
 
 # The values are used in unit files, shells, folder names and headers: no character may have a special meaning there.
 TEXTS = {
@@ -62,13 +62,13 @@ def _mistakes(variables: dict[str, Any]) -> Iterator[str]:
         value = variables.get(name, "")
         if name in variables and not re.fullmatch(pattern, "" if value is None else str(value), re.ASCII):
             yield f"{name} {value!r} {fault}"
-    if "address" in variables and not _is_address(variables["address"]):
+    if "address" in variables and not is_address(variables["address"]):
         yield (
             f"address {variables['address']!r} is no IP address: set stickyring_address to the one at which the edge"
             " reaches the host"
         )
     edges = variables.get("edges", [])
-    if not isinstance(edges, list) or not all(map(_is_address, edges)):
+    if not isinstance(edges, list) or not all(map(is_address, edges)):
         yield f"edges is {edges!r}: give a list of IP addresses"
     for name in BOOLEANS:
         if str(variables.get(name, "no")).lower() not in {"true", "false", "yes", "no", "on", "off", "1", "0"}:
@@ -107,14 +107,6 @@ def _mistakes_of_the_environment(environment: object) -> Iterator[str]:
             yield f"environment: {name!r} cannot name an environment variable"
         elif name.startswith("STICKYRING_"):
             yield f"environment: {name} is reserved for the runtime: use the role's variables instead"
-
-
-def _is_address(text: object) -> bool:
-    try:
-        ipaddress.ip_address(str(text))
-    except ValueError:
-        return False
-    return True
 
 
 def node_variables(

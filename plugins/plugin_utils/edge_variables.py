@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any
 
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.addresses import is_address
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_resources import LARGEST_RING, NOBODY, policy_of
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
@@ -61,17 +62,9 @@ def _repeated(values: list[Any]) -> list[Any]:
     return [value for value, count in Counter(values).items() if count > 1]
 
 
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _canonical(address: str) -> str:
     """The canonical spelling of an IP address; other text is returned unchanged."""
-    return str(ipaddress.ip_address(address)) if _is_address(address) else address
+    return str(ipaddress.ip_address(address)) if is_address(address) else address
 
 
 def _range_problems(settings: Data) -> list[str]:
@@ -136,7 +129,7 @@ def _place_problems(listeners: list[Data]) -> list[str]:
         where = f"listener {item['name']}"
         if not 1024 <= port <= 65535:
             problems.append(f"{where}: port {port} is not from 1024 to 65535; Envoy has no privilege for lower ports.")
-        if not _is_address(address):
+        if not is_address(address):
             problems.append(f"{where}: {address!r} is no IP address, and Envoy resolves no names here.")
     return problems + [f"port {port} on {address} has two listeners." for address, port in _repeated(places)]
 
@@ -229,7 +222,7 @@ def edge_problems(settings: Data, pems: dict[str, str], sha256: str | None = Non
         problems += [
             f"{where}: endpoint {e['name']}: {e['address']!r} is no IP address, and Envoy resolves no names here."
             for e in endpoints
-            if not _is_address(e["address"])
+            if not is_address(e["address"])
         ]
         problems += [
             f"{where}: endpoint {e['name']}: the weight must be 1 or more."
