@@ -66,7 +66,7 @@ def test_a_node_that_is_lost_in_its_restart_ends_the_run_and_the_next_run_comple
             assert process.wait() != 0, said
             assert time.monotonic() - since < ENDED_SECONDS, said
     reason, ended = said[-2:]
-    assert f"{first} could not be reached at `stickyring_node : " in reason
+    assert f"{first} could not be reached at `stickyring.fleet.stickyring_node : " in reason
     assert "State of the lost host: It was being restarted" in ended
     after = serving()
     assert {name: after[name] for name in others} == {name: before[name] for name in others}
