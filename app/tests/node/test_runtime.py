@@ -2,6 +2,7 @@
 
 import gc
 import io
+import itertools
 import json
 import threading
 import weakref
@@ -13,6 +14,7 @@ from wsgiref.util import setup_testing_defaults
 import pytest
 import socketio
 
+from stickyring.node.application import Application
 from stickyring.node.runtime import Runtime
 from stickyring.node.sessions import key_of
 
@@ -52,6 +54,14 @@ def sid_of(accepted: Answer) -> str:
     return str(json.loads(accepted.text[1:])["sid"])
 
 
+def serving(*servers: socketio.Server) -> Application:
+    """Return an application that serves the first server at the default path, and the others at /1, /2 and so on."""
+    apps = [socketio.WSGIApp(server, socketio_path=f"/{n or 'socket.io'}") for n, server in enumerate(servers)]
+    for outer, inner in itertools.pairwise(apps):
+        outer.wsgi_app = inner
+    return Application(apps[0], apps)
+
+
 def sample(runtime: Runtime, name: str) -> float | None:
     for line in Answer(runtime, "/metrics").text.splitlines():
         if line.startswith(f"{name} "):
@@ -62,7 +72,7 @@ def sample(runtime: Runtime, name: str) -> float | None:
 @pytest.fixture
 def runtime() -> Runtime:
     server = socketio.Server(async_mode="threading", monitor_clients=False)
-    return Runtime(socketio.WSGIApp(server), node_name="node1-1", max_connections=CAP)
+    return Runtime(serving(server), node_name="node1-1", max_connections=CAP)
 
 
 def test_everything_but_its_own_paths_reaches_the_application() -> None:
@@ -70,7 +80,7 @@ def test_everything_but_its_own_paths_reaches_the_application() -> None:
         start_response("200 OK", [])
         return [environ["PATH_INFO"].encode()]
 
-    runtime = Runtime(application, node_name="node1-1", max_connections=CAP)
+    runtime = Runtime(Application(application, []), node_name="node1-1", max_connections=CAP)
     for path in ("/", "/healthz/more", "/socket.io/"):
         assert Answer(runtime, path).text == path
     assert Answer(runtime, "/healthz").text == "ok\n"
@@ -180,7 +190,7 @@ def test_packets_and_an_unknown_namespace_are_answered_as_in_the_protocol(runtim
 
 def test_each_runtime_counts_for_itself(runtime: Runtime) -> None:
     server = socketio.Server(async_mode="threading", monitor_clients=False)
-    other = Runtime(socketio.WSGIApp(server), node_name="node1-2", max_connections=CAP)
+    other = Runtime(serving(server), node_name="node1-2", max_connections=CAP)
     handshake(runtime)
     assert sample(other, 'stickyring_handshakes_accepted_total{transport="polling"}') == 0
 
@@ -228,7 +238,7 @@ def test_a_session_has_the_cluster_of_its_handshake(runtime: Runtime, said: str 
 def test_a_session_is_forgotten_however_it_ends() -> None:
     server = socketio.Server(async_mode="threading", monitor_clients=False)
     server.on("connect", lambda sid, environ: None)
-    runtime = Runtime(socketio.WSGIApp(server), node_name="node1-1", max_connections=1000)
+    runtime = Runtime(serving(server), node_name="node1-1", max_connections=1000)
 
     def joined() -> str:
         sid = sid_of(handshake(runtime, key="alice"))
@@ -332,7 +342,7 @@ def test_without_a_connection_from_gunicorn_the_engines_websocket_is_used() -> N
         return answer
 
     server.eio._async = {**server.eio._async, "websocket": theirs}
-    runtime = Runtime(socketio.WSGIApp(server), node_name="node1-1", max_connections=CAP)
+    runtime = Runtime(serving(server), node_name="node1-1", max_connections=CAP)
     environ = {
         "PATH_INFO": "/socket.io/",
         "QUERY_STRING": "EIO=4&transport=websocket",
@@ -365,7 +375,7 @@ def test_the_application_sees_what_the_edge_says_of_the_client() -> None:
         start_response("200 OK", [])
         return [f"{environ['wsgi.url_scheme']} {environ['REMOTE_ADDR']}".encode()]
 
-    runtime = Runtime(application, node_name="node1-1", max_connections=CAP)
+    runtime = Runtime(Application(application, []), node_name="node1-1", max_connections=CAP)
     said = {"HTTP_X_FORWARDED_PROTO": "https", "HTTP_X_STICKYRING_CLIENT": "198.51.100.7"}
     for peer, seen in (("127.0.0.1", "https 198.51.100.7"), ("192.0.2.1", "http 192.0.2.1")):
         environ: dict[str, Any] = {"PATH_INFO": "/", "QUERY_STRING": "", "REQUEST_METHOD": "GET", "REMOTE_ADDR": peer}

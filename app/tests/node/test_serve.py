@@ -79,6 +79,7 @@ def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.Mo
         "control_path": None,
         "edges_path": None,
         "replace": False,
+        "check": False,
         "watchdog": None,
         "log_level": "info",
     }

@@ -414,7 +414,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServePro
 
 
 def test_a_worker_class_without_retire_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "chat.py").write_text(APPLICATION)
+    (tmp_path / "chat.py").write_text(APPLICATION.replace('"eventlet"', '"threading"'))
     with serving(tmp_path, "chat:application", "--control", "control", "--worker-class", "gthread") as serve:
         line = refusal(tmp_path, "chat:application")
         cause = "its worker class ThreadWorker does not support --replace: restart the node"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
 
 import socketio
-from prometheus_client import CollectorRegistry
 
 from stickyring.node.drain import Drain
 from stickyring.node.metrics import TRANSPORTS, Engine, EngineMetrics, Packet
@@ -40,10 +39,11 @@ JOIN_SECONDS = 45.0
 
 
 class SocketIOGate:
-    """Wraps a `socketio.WSGIApp`: rejects new handshakes when the node is full, counts, and tracks the sessions.
+    """Stands before a Socket.IO server: rejects new handshakes when the node is full, counts, and tracks the sessions.
 
-    It works for any such application, through public names of python-engineio's server: `on()` and `handlers` (the
-    events connect, message and disconnect), `send_packet()` (every outgoing message) and `sockets` (the sessions). A
+    It works for any application that has one, through public names of python-engineio's server: `handle_request()`
+    (which every middleware calls), `on()` and `handlers` (the events connect, message and disconnect), `send_packet()`
+    (every outgoing message) and `sockets` (the sessions). A
     session is in `sessions` from its connect event to its disconnect event. WebSockets are those of
     `stickyring.node.websocket`, put in place of the engine's under a private name; the engine's version is pinned. A
     message that the application sends goes to the WebSocket at once if nothing is queued before it. Each session
@@ -74,23 +74,23 @@ class SocketIOGate:
 
     def __init__(
         self,
-        application: socketio.WSGIApp,
+        server: socketio.Server,
+        metrics: EngineMetrics,
         max_connections: int,
-        registry: CollectorRegistry,
         sessions: dict[str, Session],
         drain: Drain,
     ) -> None:
-        self._application = application
-        self.path: str = application.engineio_path
+        self._server = server
+        self._metrics = metrics
+        self._max_connections = max_connections
         self._sessions = sessions
         self._drain = drain
-        self._max_connections = max_connections
-        self._server: socketio.Server = application.engineio_app
-        self._engine: Engine = self._server.eio
-        check_packets(self._server)
+        self._engine: Engine = server.eio
+        self._handle_request = self._engine.handle_request
+        self._engine.handle_request = self._guard
+        check_packets(server)
         # The only way to make python-engineio use another WebSocket.
         self._engine._async = {**self._engine._async, "websocket": _choose_websocket(self._engine._async["websocket"])}
-        self._metrics = EngineMetrics(self._engine, max_connections, registry)
         # (deadline for joining, session id), in order.
         self._arrivals: deque[tuple[float, str]] = deque()
         self._watches_arrivals = False
@@ -104,17 +104,13 @@ class SocketIOGate:
         # Not the engine's own count, which includes ended polling sessions until its next cleanup.
         return len(self._sessions) >= self._max_connections
 
-    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        """Serve one request."""
-        if not environ["PATH_INFO"].startswith(self.path):
-            return self._pass_on(environ, start_response)
+    def _guard(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        """Serve one request, in place of the engine."""
         if self.predecessor is not None and (passed_on := self._ask_predecessor(self.predecessor, environ)):
             return _answer(start_response, *passed_on)
         return self._serve(environ, start_response)
 
     def _serve(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        # Hidden from python-engineio, which would create a class per request for eventlet's WebSocket.
-        environ[SOCKET_VARIABLE] = environ.pop("gunicorn.socket", None)
         query = environ.get("QUERY_STRING", "")
         sid = _parameter(query, "sid")
         session = self._sessions.get(sid or "")
@@ -124,7 +120,7 @@ class SocketIOGate:
             return _answer(start_response, *refused)
         if _is_a_websocket(environ):
             if environ[SOCKET_VARIABLE] is None:
-                return self._pass_on(environ, start_response)
+                return self._handle_request(environ, start_response)
             if session is not None and (session.socket.upgrading or session.socket.upgraded):
                 # Only one WebSocket per session. Like Node.js, open the second one and close it.
                 WebSocket(lambda websocket: websocket.fail(PROTOCOL_ERROR), self._engine)(environ, start_response)
@@ -160,10 +156,6 @@ class SocketIOGate:
             self._metrics.refused.labels(_transport_label(query), "bad_request").inc()
         return (*refused, b"") if refused else None
 
-    def _pass_on(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        answer: Iterable[bytes] = self._application(environ, start_response)
-        return answer
-
     def _ask_predecessor(
         self, predecessor: Predecessor, environ: "WSGIEnvironment"
     ) -> tuple[str, list[tuple[str, str]], bytes] | None:
@@ -179,7 +171,7 @@ class SocketIOGate:
         return predecessor.ask(environ, body.encode(), self._engine.ping_interval + self._engine.ping_timeout)
 
     def _ask(self, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]], bytes]:
-        """Return status, headers and body of the application's answer; StopIteration at the end of a WebSocket."""
+        """Return status, headers and body of the engine's answer; StopIteration at the end of a WebSocket."""
         begun: list[tuple[str, list[tuple[str, str]]]] = []
 
         def begin(status: str, headers: list[tuple[str, str]], *exc_info: "OptExcInfo") -> Callable[[bytes], object]:
@@ -187,7 +179,7 @@ class SocketIOGate:
             return lambda _: None
 
         try:
-            body = b"".join(self._application(environ, begin))
+            body = b"".join(self._handle_request(environ, begin))
         except OSError:
             raise  # the client of a WebSocket has gone; gunicorn handles that
         except Exception as error:

@@ -7,6 +7,7 @@ numbers are in /metrics, and the edge's access log has a line for each.
 
 import logging
 import sys
+import traceback
 import warnings
 
 from gunicorn.config import Config
@@ -54,3 +55,8 @@ class GunicornLogger(Logger):
     def info(self, msg: str, *args: object, **kwargs: object) -> None:
         """Log at `debug`: the node's own lines already cover these events."""
         self.error_log.debug(msg, *args, **kwargs)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's type and message in one line."""
+    return " ".join("".join(traceback.format_exception_only(error)).split())

@@ -1,6 +1,5 @@
 """A node's process: gunicorn's master, with one worker around the deployed application."""
 
-import importlib
 import logging
 import mmap
 import os
@@ -11,7 +10,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +19,14 @@ import click
 import gunicorn.util
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
-from gunicorn.errors import AppImportError, HaltServer
+from gunicorn.errors import HaltServer
 from gunicorn.sock import TCP6Socket, TCPSocket
 from gunicorn.workers.base import Worker
 
 from stickyring.node import logs
 from stickyring.node.control_socket import ControlSocket
 from stickyring.node.listener import BACKLOG, address_text
+from stickyring.node.logs import one_line
 from stickyring.node.notify import Manager
 from stickyring.node.takeover import Incumbent, Successor
 
@@ -46,6 +45,8 @@ HUNG_SECONDS = 30
 LARGEST_FIELD = 65536
 MOST_FIELDS = 200
 LISTENING, DRAINED = b"l", b"d"
+CHECKED = "checked"
+"""In place of a cause: the application can be served."""
 TICK_SECONDS = 0.1
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 SPARE_DESCRIPTORS = 64
@@ -66,6 +67,7 @@ class Settings:
     edges: Path | None
     watchdog: float | None
     log_level: str
+    check: bool = False
 
 
 class Node(BaseApplication):
@@ -134,7 +136,11 @@ class Node(BaseApplication):
         except SystemExit:
             # The worker is a fork of this process and exits through here too.
             if os.getpid() == master:
-                if refusal := self._refusal():
+                if (refusal := self._refusal()) == CHECKED:
+                    return
+                if self._settings.check:
+                    refusal = refusal or f"cannot load {self._settings.application}: its process ended meanwhile"
+                if refusal:
                     if self.successor is not None:
                         self.successor.fail(refusal)
                     raise click.ClickException(refusal) from None
@@ -148,19 +154,29 @@ class Node(BaseApplication):
         """Import the application in the worker; if that fails, end the master with the cause."""
         # Imported here, because python-socketio and the metrics' locks must see the standard library as the worker
         # class has patched it.
+        from stickyring.node.application import CannotBeServedError, load, try_once  # noqa: PLC0415
         from stickyring.node.control import Control, ControlServer  # noqa: PLC0415
         from stickyring.node.forwarded import Edges  # noqa: PLC0415
         from stickyring.node.runtime import Runtime  # noqa: PLC0415
 
+        path = self._settings.application
         try:
-            application = gunicorn.util.import_app(self._settings.application)
-        except (Exception, SystemExit) as error:
+            application = load(path, self._worker_class)
+            if self._settings.check:
+                try_once(path, application.call)
+        except CannotBeServedError as error:
             log.debug("the application cannot be loaded", exc_info=True)
-            self._refuse(f"cannot load {self._settings.application}: {_describe(error)}")
+            self._refuse(f"cannot load {path}: {error}")
         name = self._settings.node_name
         edges = Edges(self._settings.edges)
         limit = self._settings.max_connections
         self._runtime = runtime = Runtime(application, node_name=name, max_connections=limit, edges=edges)
+        if self._settings.check:
+            try:
+                runtime.try_handshakes()
+            except CannotBeServedError as error:
+                self._refuse(f"cannot serve {path}: {error}")
+            self._refuse(CHECKED)
         # Only our worker class has it: others let connections wait.
         worker = self._worker
         runtime.heed(lambda: getattr(worker, "exhausted", False))
@@ -195,6 +211,11 @@ class Node(BaseApplication):
                 return
 
     @property
+    def checks(self) -> bool:
+        """Whether it only tries to load the application."""
+        return self._settings.check
+
+    @property
     def retired(self) -> bool:
         """Whether another process has replaced this one; shared by master and worker."""
         return bool(self._retired[0])
@@ -204,11 +225,13 @@ class Node(BaseApplication):
         return self._drain_here.recv(64) if select.select([self._drain_here], [], [], seconds)[0] else b""
 
     def _refuse(self, cause: str) -> NoReturn:
-        """Send the cause to the master, end the master, and end this worker."""
+        """Send the cause (or CHECKED) to the master, end the master, and end this worker."""
         os.write(self._refusal_writer, cause.encode()[:4096])
         if os.getppid() == self._worker.ppid:  # not a process that adopted this worker
             os.kill(self._worker.ppid, signal.SIGTERM)
-        sys.exit()
+        # Does not wait for threads that the application has started.
+        sys.stdout.flush()
+        os._exit(0)
 
     def _refusal(self) -> str:
         try:
@@ -268,6 +291,8 @@ class _Master(Arbiter):
                 raise HaltServer("the command that started the new process has ended", 1)
             if self.worker_age and not self.WORKERS:
                 raise HaltServer("the new process's worker ended before it served", 1)
+        if self.app.checks and self.worker_age and not self.WORKERS:
+            raise HaltServer("the worker ended before it had loaded the application", 1)
         super().manage_workers()
 
     def stop(self, graceful: bool = True) -> None:
@@ -304,7 +329,7 @@ def load_worker_class(path: str) -> type[Worker]:
         found = gunicorn.util.load_class(path)
     except (RuntimeError, ImportError, AttributeError, ValueError) as error:
         # gunicorn's message is a whole traceback; the exception's context is the cause.
-        raise click.ClickException(f"no worker class {path}: {_one_line(error.__context__ or error)}") from None
+        raise click.ClickException(f"no worker class {path}: {one_line(error.__context__ or error)}") from None
     if not (isinstance(found, type) and issubclass(found, Worker)):
         raise click.ClickException(f"no worker class {path}: it is not derived from gunicorn.workers.base.Worker")
     return found
@@ -324,21 +349,3 @@ def _raise_descriptor_limit(max_connections: int) -> None:
             hard,
             max_connections,
         )
-
-
-def _describe(error: BaseException) -> str:
-    """Return the error in one line, with the file and line of the application that raised it."""
-    if isinstance(error, AppImportError):
-        return str(error)
-    loaders = (__file__, gunicorn.util.__file__, importlib.__file__)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename not in loaders and not frame.filename.startswith("<frozen")
-    ]
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{_one_line(error)}{place}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join("".join(traceback.format_exception_only(error)).split())

@@ -4,13 +4,16 @@ A message is one Engine.IO message packet (protocol revision 4): a Socket.IO eve
 disconnect, or a binary attachment. Pings and the handshake itself are not messages.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info, PlatformCollector, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 TRANSPORTS = ("polling", "websocket")
 
@@ -74,6 +77,7 @@ class Engine(Protocol):
     sockets: dict[str, EngineSession]
     handlers: dict[str, Callable[..., object]]
     send_packet: Callable[[str, Packet], None]
+    handle_request: "Callable[[WSGIEnvironment, StartResponse], Iterable[bytes]]"
     max_http_buffer_size: float
     ping_interval: float
     ping_timeout: float
@@ -108,15 +112,15 @@ does not read; a client that joins no namespace; a connect handler that fails.""
 
 
 class EngineMetrics:
-    """The counters of one Engine.IO server; the gate increments them.
+    """The counters of a node's Engine.IO servers together; the gates increment them.
 
     Labels: `transport` is polling, websocket or other (a transport that the client made up); `direction` is received or
     sent; `reason` of a failed session is one of FAILURES; `reason` of a refused handshake is capacity, draining or
     descriptors (503), protocol (400: older than Engine.IO 4), unauthorized (401) or bad_request (400).
     """
 
-    def __init__(self, engine: Engine, max_connections: int, registry: CollectorRegistry) -> None:
-        registry.register(_ConnectionsCollector(engine))
+    def __init__(self, engines: Sequence[Engine], max_connections: int, registry: CollectorRegistry) -> None:
+        registry.register(_ConnectionsCollector(engines))
         Gauge("stickyring_connections_limit", "Connections above which new handshakes get 503.", registry=registry).set(
             max_connections
         )
@@ -165,13 +169,14 @@ class MoveMetrics:
 
 
 class _ConnectionsCollector(Collector):
-    """Counts the engine's open sessions by transport at each scrape, so the figure cannot drift."""
+    """Counts the engines' open sessions by transport at each scrape, so the figure cannot drift."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self._engines = engines
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        upgraded = [session.upgraded for session in self._engine.sockets.copy().values() if not session.closed]
+        sessions = [session for engine in self._engines for session in engine.sockets.copy().values()]
+        upgraded = [session.upgraded for session in sessions if not session.closed]
         family = GaugeMetricFamily("stickyring_connections", "Open Engine.IO sessions.", labels=["transport"])
         family.add_metric(["polling"], upgraded.count(False))
         family.add_metric(["websocket"], upgraded.count(True))

@@ -3,15 +3,16 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-import socketio
 from prometheus_client import make_wsgi_app
 
+from stickyring.node.application import Application, CannotBeServedError, try_once
 from stickyring.node.drain import Drain
 from stickyring.node.forwarded import Edges
 from stickyring.node.gate import SocketIOGate, refuse
-from stickyring.node.metrics import MoveMetrics, node_registry
+from stickyring.node.metrics import EngineMetrics, MoveMetrics, node_registry
 from stickyring.node.sessions import Session
 from stickyring.node.takeover import ELSEWHERE_HEADER, Predecessor
+from stickyring.node.websocket import SOCKET_VARIABLE
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -24,8 +25,7 @@ class Runtime:
     `/metrics` (Prometheus exposition) itself; every other request reaches the application unchanged. While the node
     drains, the edge is asked to try the next node instead.
 
-    A `socketio.WSGIApp` gets a `SocketIOGate`. One inside another WSGI application is not recognised, and is served
-    like any other application.
+    Each Socket.IO server in the application gets a `SocketIOGate`; the cap and the drain are for all of them together.
 
     The application sees the client's scheme and address if an edge sends them (`stickyring.node.forwarded`).
 
@@ -34,7 +34,7 @@ class Runtime:
     """
 
     def __init__(
-        self, application: "WSGIApplication", *, node_name: str, max_connections: int, edges: Edges | None = None
+        self, application: Application, *, node_name: str, max_connections: int, edges: Edges | None = None
     ) -> None:
         self._edges = edges or Edges()
         registry = node_registry(node_name)
@@ -43,25 +43,35 @@ class Runtime:
         self._requests: set[object] = set()
         self.drain = Drain(self.sessions, self._requests, self.move_metrics)
         self._metrics: WSGIApplication = make_wsgi_app(registry)
-        self._gate: SocketIOGate | None = None
-        if isinstance(application, socketio.WSGIApp):
-            application = self._gate = SocketIOGate(application, max_connections, registry, self.sessions, self.drain)
-        self._application = application
+        self._application = application.call
+        apps = application.socketio_apps
+        self._paths = tuple({app.engineio_path.rstrip("/") for app in apps})
+        servers = list({id(app.engineio_app): app.engineio_app for app in apps}.values())
+        metrics = EngineMetrics([server.eio for server in servers], max_connections, registry) if servers else None
+        self._gates = [
+            SocketIOGate(server, metrics, max_connections, self.sessions, self.drain) for server in servers if metrics
+        ]
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Serve one request."""
         self._edges.tell(environ)
-        if self._gate is not None and environ["PATH_INFO"] == self._gate.path.rstrip("/"):
-            # Some clients (Swift, Dart) omit the slash, and Node.js accepts that.
-            environ["PATH_INFO"] = self._gate.path
-        match environ["PATH_INFO"]:
+        path = environ["PATH_INFO"]
+        # Anywhere in the path, because the application may mount python-socketio under a prefix.
+        socket_io = any(f"{known}/" in f"{path}/" for known in self._paths)
+        if socket_io:
+            # Hidden from python-engineio, which would create a class per request for eventlet's WebSocket.
+            environ[SOCKET_VARIABLE] = environ.pop("gunicorn.socket", None)
+            if path.endswith(self._paths):
+                # Some clients (Swift, Dart) omit the slash, and Node.js accepts that.
+                environ["PATH_INFO"] += "/"
+        match path:
             case "/healthz":
                 return _text(start_response, "200 OK", "ok")
             case "/readyz":
                 return self._readiness(start_response)
             case "/metrics":
                 return self._metrics(environ, start_response)
-            case path if self.drain.active and not (self._gate and path.startswith(self._gate.path)):
+            case _ if self.drain.active and not socket_io:
                 return refuse(start_response, [(ELSEWHERE_HEADER, "1")])
             case _ if "HTTP_UPGRADE" in environ:
                 # Not wrapped: a drain waits for its session, and gunicorn checks the answer's type.
@@ -71,18 +81,29 @@ class Runtime:
 
     def succeed(self, predecessor: Predecessor | None) -> None:
         """Pass requests of the predecessor's sessions on to it."""
-        if self._gate is not None:
-            self._gate.predecessor = predecessor
+        for gate in self._gates:
+            gate.predecessor = predecessor
 
     def heed(self, exhausted: Callable[[], bool]) -> None:
         """Accept no new sessions while `exhausted()` is true: the worker has no descriptors left."""
-        if self._gate is not None:
-            self._gate.exhausted = exhausted
+        for gate in self._gates:
+            gate.exhausted = exhausted
+
+    def try_handshakes(self) -> None:
+        """Open a session on each path of Socket.IO, without a namespace: no handler of the application is called.
+
+        Raises:
+            CannotBeServedError: a server fails.
+        """
+        for path in self._paths:
+            status = try_once("", self, f"{path}/", "EIO=4&transport=polling")
+            if status.startswith("5"):
+                raise CannotBeServedError(f"it answers a handshake on {path}/ with {status}")
 
     def _readiness(self, start_response: "StartResponse") -> Iterable[bytes]:
         if self.drain.active:
             return _text(start_response, "503 Service Unavailable", "draining")
-        if self._gate is not None and self._gate.full:
+        if any(gate.full for gate in self._gates):
             return _text(start_response, "503 Service Unavailable", "full")
         return _text(start_response, "200 OK", "ready")
 

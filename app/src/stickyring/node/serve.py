@@ -114,6 +114,11 @@ def default_node_name() -> str:
     help="Replace the process that serves --control, and take over its listening socket.",
 )
 @click.option(
+    "--check",
+    is_flag=True,
+    help="Only load APPLICATION as the worker does and let it answer one request, on no port, then end.",
+)
+@click.option(
     "--watchdog",
     type=click.FloatRange(min=0),
     envvar="STICKYRING_WATCHDOG",
@@ -140,14 +145,15 @@ def serve(
     control_path: Path | None,
     edges_path: Path | None,
     replace: bool,
+    check: bool,
     watchdog: float | None,
     log_level: str,
 ) -> None:
     """Serve APPLICATION as one node of a sticky Socket.IO deployment.
 
-    APPLICATION is a WSGI application as `module:attribute` or `module:factory()`; the default is the echo service. A
-    python-socketio application is a `socketio.WSGIApp` with async_mode='eventlet'. The node answers /healthz, /readyz
-    and /metrics itself.
+    APPLICATION is a WSGI application as `module:attribute` or `module:factory()`; the default is the echo service. Its
+    Socket.IO servers may be anywhere in it: a `socketio.WSGIApp`, Flask-SocketIO, either of them in a middleware. Leave
+    out their async_mode, or set it to 'eventlet'. The node answers /healthz, /readyz and /metrics itself.
 
     SIGTERM drains the node: it refuses new users, asks all users to reconnect, and ends when they have left. A second
     signal, SIGINT or SIGQUIT ends it at once.
@@ -157,6 +163,9 @@ def serve(
     release and the settings may differ, but not the address. The command returns when the new process serves. If that
     fails, it reports the cause, and the old process keeps serving.
 
+    With --check, a worker loads the application as if to serve it, lets it answer a request for / and a Socket.IO
+    handshake, and ends. It fails with the reason why the application cannot be served.
+
     \b
     Examples:
       stickyring serve
@@ -164,6 +173,7 @@ def serve(
       stickyring serve --control /run/stickyring-node/1/control.sock
       stickyring serve --control /run/stickyring-node/1/control.sock --replace
       stickyring serve chat.server:application --max-connections 20000
+      stickyring serve --check chat.server:application
       STICKYRING_LISTEN='[::1]:8001' stickyring serve 'chat.server:create(debug=False)'
     """
     with needing("node", "gunicorn", "eventlet", "prometheus_client", "pythonjsonlogger"):
@@ -184,6 +194,7 @@ def serve(
         edges_path,
         watchdog,
         log_level,
+        check,
     )
     logs.configure(log_level, node_name)
     # The application runs in the worker, a child of this process.
@@ -191,7 +202,9 @@ def serve(
     # As with gunicorn, an application in the working directory can be imported.
     sys.path.insert(0, str(Path.cwd()))
     found_class = load_worker_class(worker_class)
-    if replace:
+    if check:
+        Node(settings, found_class, listen(("127.0.0.1", 0)), None).run()
+    elif replace:
         if control_path is None:
             raise click.UsageError("--replace needs --control: the control socket of the process to replace")
         successor = Successor(control_path, lambda listener: check_address(listener, address))

@@ -1,0 +1,168 @@
+"""The deployed application: how it is imported, which Socket.IO servers are in it, and why one cannot be served."""
+
+import gc
+import importlib
+import inspect
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from wsgiref.util import setup_testing_defaults
+
+import engineio
+import gunicorn.util
+import socketio
+from gunicorn.errors import AppImportError
+from gunicorn.workers.base import Worker
+
+from stickyring.node.logs import one_line
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
+
+ASYNC_MODES = {
+    "stickyring.node.worker": ("eventlet", "threading"),
+    "gunicorn.workers.gthread": ("threading",),
+    "gunicorn.workers.ggevent": ("gevent", "threading"),
+}
+"""The values of python-socketio's `async_mode` that work on a worker class, by its module. On eventlet, the threads of
+`threading` are green."""
+
+
+class CannotBeServedError(Exception):
+    """Why an application cannot be served, and what to write instead, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Application:
+    """An imported WSGI application, and each `socketio.WSGIApp` in it, wherever that is."""
+
+    call: "WSGIApplication"
+    socketio_apps: Sequence[socketio.WSGIApp]
+
+
+def load(path: str, worker: type[Worker]) -> Application:
+    """Import an application, `module:attribute` or `module:factory()`, in the process that will serve it.
+
+    All middlewares of python-socketio that exist afterwards are its own: a node process serves nothing else.
+
+    Raises:
+        CannotBeServedError: the reason.
+    """
+    try:
+        found = gunicorn.util.import_app(path)
+    except (Exception, SystemExit) as error:
+        raise CannotBeServedError(_cause(path, error)) from error
+    _check_interface(path, found)
+    gc.collect()
+    existing = gc.get_objects()
+    middlewares = [one for one in existing if issubclass(type(one), engineio.WSGIApp)]
+    for one in middlewares:
+        _check_server(one.engineio_app, worker)
+    served = {id(one.engineio_app) for one in middlewares}
+    for one in existing:
+        if issubclass(type(one), socketio.Server) and id(one) not in served:
+            raise CannotBeServedError(
+                "it has a socketio.Server that no socketio.WSGIApp serves: write application = "
+                "socketio.WSGIApp(server), or socketio.WSGIApp(server, other_application)"
+            )
+    return Application(found, middlewares)
+
+
+def try_once(path: str, application: "WSGIApplication", target: str = "/", query: str = "") -> str:
+    """Let an application answer one GET, as a worker does; return the status.
+
+    Raises:
+        CannotBeServedError: it raises an exception, or what it returns is no answer.
+    """
+    begun: list[str] = []
+
+    def begin(status: str, _headers: object, *_exc_info: object) -> Callable[[bytes], object]:
+        begun.append(status)
+        return lambda _: None
+
+    environ: WSGIEnvironment = {"PATH_INFO": target, "QUERY_STRING": query, "REMOTE_ADDR": "127.0.0.1"}
+    setup_testing_defaults(environ)
+    try:
+        answer = application(environ, begin)
+        first = next(iter(answer), b"") if isinstance(answer, Iterable) else answer
+        if close := getattr(answer, "close", None):
+            close()
+    except Exception as error:
+        raise CannotBeServedError(f"it fails on a request for {target}: {describe(error)}") from error
+    if first is answer:
+        raise CannotBeServedError(
+            f"for a request it returns an object of {type(answer).__name__}, which is no WSGI answer; "
+            f"if it makes the application, write {path}()"
+        )
+    if not (begun and isinstance(first, bytes)):
+        raise CannotBeServedError(f"its answer to a request is no WSGI answer: it begins with {first!r:.40}")
+    return begun[-1]
+
+
+def describe(error: BaseException) -> str:
+    """Return an error in one line, with the file and line of the application that raised it."""
+    if isinstance(error, AppImportError):
+        return str(error)
+    return f"{one_line(error)}{_place(error)}"
+
+
+def _place(error: BaseException, *libraries: str) -> str:
+    """Return ` (file:line)` of the innermost frame that is not in these libraries nor in what imports applications."""
+    loaders = (__file__, gunicorn.util.__file__, importlib.__file__)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename not in loaders
+        and not frame.filename.startswith("<frozen")
+        and not any(f"/{library}/" in frame.filename for library in libraries)
+    ]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def _cause(path: str, error: BaseException) -> str:
+    """Return why an import failed; for a Socket.IO object in place of an application, what to write."""
+    if isinstance(error, AppImportError) and "must be callable" in str(error):
+        module, _, name = path.partition(":")
+        found = getattr(importlib.import_module(module), name.partition("(")[0], None)
+        if isinstance(found, socketio.Server):
+            return "it is a socketio.Server: name its application, socketio.WSGIApp(server)"
+        if type(found).__module__.partition(".")[0] == "flask_socketio":
+            return f"it is a {type(found).__name__} of Flask-SocketIO: name the Flask application, such as {module}:app"
+        return f"it is a {type(found).__name__}, which cannot be called: name a WSGI application"
+    if isinstance(error, ValueError) and str(error) == "Invalid async_mode specified":
+        place = _place(error, "engineio", "socketio", "flask_socketio")
+        return f"it asks for an async_mode whose package is not installed{place}: install it, or leave async_mode out"
+    return describe(error)
+
+
+def _check_interface(path: str, found: Callable[..., Any]) -> None:
+    if _is_asgi(found):
+        raise CannotBeServedError("it is an ASGI application, and this worker class serves WSGI")
+    if inspect.isclass(found):
+        raise CannotBeServedError(f"it is a class: write {path}() to make the application")
+    try:
+        inspect.signature(found).bind({}, None)
+    except TypeError:
+        raise CannotBeServedError(
+            f"it does not take a request (environ, start_response); if it makes the application, write {path}()"
+        ) from None
+    except ValueError:  # a callable that does not tell its parameters
+        pass
+
+
+def _is_asgi(found: object) -> bool:
+    if inspect.isclass(found):
+        return hasattr(found, "__await__")
+    return inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(getattr(found, "__call__", None))  # noqa: B004
+
+
+def _check_server(server: object, worker: type[Worker]) -> None:
+    if not isinstance(server, socketio.Server):
+        raise CannotBeServedError("it has an engineio.Server without Socket.IO, which nodes do not serve")
+    allowed = ASYNC_MODES.get(worker.__module__)
+    if allowed is not None and server.async_mode not in allowed:
+        raise CannotBeServedError(
+            f"its async_mode is {server.async_mode!r}, but {worker.__name__} needs {' or '.join(map(repr, allowed))}: "
+            "set it, or leave it out"
+        )
