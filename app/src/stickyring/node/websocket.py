@@ -45,7 +45,7 @@ class Server(Protocol):
         """Run `target` in a task of its own."""
 
 
-class _FailureError(Exception):
+class FailureError(Exception):
     """The client broke the protocol; `status` goes into the closing frame."""
 
     def __init__(self, status: int) -> None:
@@ -79,6 +79,122 @@ def refusal(environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]]] | N
     return None
 
 
+class Reader:
+    """The client's side of a connection, without input and output: `feed` takes bytes, `next` returns what is complete.
+
+    A message has at most `longest` bytes. A text is rejected as soon as it cannot be valid UTF-8 any more.
+    """
+
+    __slots__ = ("_buffer", "_checker", "_frame", "_kind", "_longest", "_parts", "_size")
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._buffer = b""
+        self._kind = CONTINUATION  # opcode of the message being received, if any
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._frame: tuple[int, int, bytes] | None = None  # first byte, missing bytes and mask of a frame begun
+        self._checker: codecs.IncrementalDecoder | None = None
+
+    def feed(self, received: bytes) -> None:
+        """Add bytes of the connection."""
+        self._buffer = self._buffer + received if self._buffer else received
+
+    def next(self) -> tuple[int, bytes] | None:
+        """Return the opcode and the payload of the next message or control frame; None if more bytes are needed.
+
+        Raises:
+            FailureError: the client broke the protocol.
+        """
+        while self._frame is not None or self._begin():
+            first, missing, key = self._frame  # type: ignore[misc]  # _begin has set it
+            opcode = first & OPCODE
+            if opcode & CONTROL:
+                if len(self._buffer) < missing:
+                    return None
+                return opcode, self._take(missing, key)
+            part = self._take(missing, key)
+            text = (opcode or self._kind) == TEXT
+            missing -= len(part)
+            if text and (missing or self._checker is not None or first != FINAL | TEXT):
+                self._check(part)
+            self._parts.append(part)
+            if missing:
+                shift = len(part) % 4
+                self._frame = first, missing, key[shift:] + key[:shift]
+                return None
+            if first & FINAL:
+                kind, message = self._kind, b"".join(self._parts)
+                self._kind, self._checker, self._parts, self._size = CONTINUATION, None, [], 0
+                return kind, message
+        return None
+
+    def _begin(self) -> bool:
+        """Read a frame's head into `_frame` (section 5.2); return whether it is complete."""
+        buffer = self._buffer
+        if len(buffer) < 2:
+            return False
+        first, size = buffer[0], buffer[1] & LENGTH
+        if first & RESERVED or not buffer[1] & MASKED:
+            raise FailureError(PROTOCOL_ERROR)
+        opcode = first & OPCODE
+        if opcode & CONTROL:
+            if size > LONGEST_OF_CONTROL or not first & FINAL:
+                raise FailureError(PROTOCOL_ERROR)
+        elif (opcode == CONTINUATION) != bool(self._kind) or opcode > BINARY:
+            raise FailureError(PROTOCOL_ERROR)
+        begin = 2
+        if size > 125:
+            begin = 4 if size == 126 else 10
+            if len(buffer) < begin:
+                return False
+            size = int.from_bytes(buffer[2:begin], "big")
+            if size > self._longest:
+                raise FailureError(TOO_BIG)
+        if len(buffer) < begin + 4:
+            return False
+        if not opcode & CONTROL:
+            self._kind = self._kind or opcode
+            self._size += size
+            # Empty fragments take memory too.
+            if self._size + len(self._parts) > self._longest:
+                raise FailureError(TOO_BIG)
+        self._frame = first, size, buffer[begin : begin + 4]
+        self._buffer = buffer[begin + 4 :]
+        return True
+
+    def _take(self, most: int, key: bytes) -> bytes:
+        """Return at most that much of the frame's payload without its mask, and end the frame."""
+        payload, self._buffer = self._buffer[:most], self._buffer[most:]
+        self._frame = None
+        return _unmasked(payload, key)
+
+    def _check(self, part: bytes) -> None:
+        """Reject a text as soon as it cannot be valid UTF-8 any more (section 8.1)."""
+        if self._checker is None:
+            self._checker = codecs.getincrementaldecoder("utf-8")()
+        try:
+            self._checker.decode(part)
+        except UnicodeDecodeError:
+            raise FailureError(NOT_UTF8) from None
+        # Python's decoder waits for the third octet of a surrogate, which is never valid.
+        if b"\xed\xa0" <= self._checker.getstate()[0] < b"\xee":
+            raise FailureError(NOT_UTF8)
+
+
+def status_of(payload: bytes) -> int:
+    """Return the status of a closing frame (section 5.5.1).
+
+    Raises:
+        FailureError: it is not valid.
+    """
+    status = int.from_bytes(payload[:2], "big") if payload else NORMAL
+    if len(payload) == 1 or not any(status in allowed for allowed in STATUSES):
+        raise FailureError(PROTOCOL_ERROR)
+    decoded(payload[2:])
+    return status
+
+
 class WebSocket:
     """One WebSocket, and the WSGI application that opens it; python-engineio makes one for each upgrade.
 
@@ -90,10 +206,7 @@ class WebSocket:
     def __init__(self, handler: Callable[["WebSocket"], object], server: Server) -> None:
         self._handler = handler
         self._server = server
-        self._longest = int(server.max_http_buffer_size)
-        self._buffer = b""
-        self._kind = CONTINUATION  # opcode of the message being received, if any
-        self._checker: codecs.IncrementalDecoder | None = None
+        self._reader = Reader(int(server.max_http_buffer_size))
         self._sending = threading.Lock()
         self._senders = 0  # including those waiting for the lock
         self._closing = False
@@ -123,7 +236,7 @@ class WebSocket:
         """Return the client's next message, str for text and bytes for binary; None when the connection has ended."""
         try:
             return self._message()
-        except _FailureError as failure:
+        except FailureError as failure:
             self.fail(failure.status)
         except OSError:
             pass
@@ -198,115 +311,29 @@ class WebSocket:
                 self._send(_frame(CLOSE, b"" if status is None else struct.pack("!H", status)))
 
     def _message(self) -> str | bytes | None:
-        parts: list[bytes] = []
-        size = 0
-        self._kind, self._checker = CONTINUATION, None
-        while (found := self._next()) is not None:
-            first, payload = found
-            opcode = first & OPCODE
-            if opcode & CONTROL:
-                if not self._go_on_after(opcode, payload):
+        while True:
+            while (found := self._reader.next()) is None:
+                received = self._read()
+                if not received:
                     return None
-                continue
-            self._kind = self._kind or opcode
-            size += len(payload)
-            # Empty fragments take memory too.
-            if size + len(parts) > self._longest:
-                raise _FailureError(TOO_BIG)
-            parts.append(payload)
-            if first & FINAL:
-                return _decoded(b"".join(parts)) if self._kind == TEXT else b"".join(parts)
-        return None
+                self._reader.feed(received)
+            kind, payload = found
+            if not kind & CONTROL:
+                return decoded(payload) if kind == TEXT else payload
+            if not self._go_on_after(kind, payload):
+                return None
 
     def _go_on_after(self, opcode: int, payload: bytes) -> bool:
         """Answer a control frame; return whether more frames can follow (section 5.5)."""
         if opcode == CLOSE:
-            status = int.from_bytes(payload[:2], "big") if payload else NORMAL
-            if len(payload) == 1 or not any(status in allowed for allowed in STATUSES):
-                raise _FailureError(PROTOCOL_ERROR)
-            _decoded(payload[2:])
-            self._close(status)
+            self._close(status_of(payload))
             return False
         if opcode == PING:
             with contextlib.suppress(OSError):
                 self._send(_frame(PONG, payload))
         elif opcode != PONG:
-            raise _FailureError(PROTOCOL_ERROR)
+            raise FailureError(PROTOCOL_ERROR)
         return True
-
-    def _next(self) -> tuple[int, bytes] | None:
-        """Return the next frame's first byte and payload; None at the end of the connection."""
-        while len(self._buffer) < 2:
-            if not self._receive():
-                return None
-        first, size = self._buffer[0], self._buffer[1] & LENGTH
-        if first & RESERVED or not self._buffer[1] & MASKED:
-            raise _FailureError(PROTOCOL_ERROR)
-        opcode = first & OPCODE
-        if opcode & CONTROL:
-            if size > LONGEST_OF_CONTROL or not first & FINAL:
-                raise _FailureError(PROTOCOL_ERROR)
-        elif (opcode == CONTINUATION) != bool(self._kind) or opcode > BINARY:
-            raise _FailureError(PROTOCOL_ERROR)
-        begin = 2
-        if size > 125:
-            begin = 4 if size == 126 else 10
-            while len(self._buffer) < begin:
-                if not self._receive():
-                    return None
-            size = int.from_bytes(self._buffer[2:begin], "big")
-            if size > self._longest:
-                raise _FailureError(TOO_BIG)
-        end = begin + 4 + size
-        buffer = self._buffer
-        text = (opcode or self._kind) == TEXT
-        if len(buffer) < end:
-            payload = self._receive_payload(begin, size, text)
-            return None if payload is None else (first, payload)
-        self._buffer = buffer[end:]
-        payload = _unmasked(buffer[begin + 4 : end], buffer[begin : begin + 4])
-        if text and first != FINAL | TEXT:
-            self._check(payload)
-        return first, payload
-
-    def _receive(self) -> bool:
-        """Read into the buffer; return False at the end of the connection."""
-        received = self._read()
-        self._buffer += received
-        return bool(received)
-
-    def _receive_payload(self, begin: int, size: int, text: bool) -> bytes | None:
-        """Return the payload of a frame that is not in the buffer yet; None at the end of the connection."""
-        while len(self._buffer) < begin + 4:
-            if not self._receive():
-                return None
-        key, received = self._buffer[begin : begin + 4], self._buffer[begin + 4 :]
-        parts: list[bytes] = []
-        missing = size
-        while True:
-            shift = (size - missing) % 4
-            part = _unmasked(received[:missing], key[shift:] + key[:shift])
-            if text:
-                self._check(part)
-            parts.append(part)
-            missing -= len(part)
-            if not missing:
-                self._buffer = received[len(part) :]
-                return b"".join(parts)
-            if not (received := self._read()):
-                return None
-
-    def _check(self, part: bytes) -> None:
-        """Reject a text as soon as it cannot be valid UTF-8 any more (section 8.1)."""
-        if self._checker is None:
-            self._checker = codecs.getincrementaldecoder("utf-8")()
-        try:
-            self._checker.decode(part)
-        except UnicodeDecodeError:
-            raise _FailureError(NOT_UTF8) from None
-        # Python's decoder waits for the third octet of a surrogate, which is never valid.
-        if b"\xed\xa0" <= self._checker.getstate()[0] < b"\xee":
-            raise _FailureError(NOT_UTF8)
 
     def _read(self) -> bytes:
         return b"" if time.monotonic() > self._end else self.socket.recv(READ_BYTES)
@@ -319,8 +346,13 @@ def _unmasked(payload: bytes, key: bytes) -> bytes:
     return (int.from_bytes(payload, "little") ^ int.from_bytes(mask, "little")).to_bytes(size, "little")
 
 
-def _decoded(payload: bytes) -> str:
+def decoded(payload: bytes) -> str:
+    """Return a text message.
+
+    Raises:
+        FailureError: it is not UTF-8.
+    """
     try:
         return payload.decode()
     except UnicodeDecodeError:
-        raise _FailureError(NOT_UTF8) from None
+        raise FailureError(NOT_UTF8) from None
