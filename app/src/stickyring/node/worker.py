@@ -6,13 +6,10 @@ of file descriptors: until some are free again, it answers new connections so th
 """
 
 import contextlib
-import errno
-import math
 import os
 import platform
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -25,20 +22,16 @@ from gunicorn.http.message import Request
 from gunicorn.workers.base_async import AsyncWorker
 
 from stickyring.node.connection import Connection
+from stickyring.node.descriptors import OUT_OF_RESOURCES, Reserve
 
 HEARTBEAT_SECONDS = 1.0
 ACCEPT_PAUSE_SECONDS = 0.2
 RELAY_BACKLOG = 2048
-RECOVERED_SECONDS = 1.0
-"""After the last refusal, descriptors count as exhausted for this long."""
 SUCCESSORS_ADDRESS = "127.0.0.1"
 """The client address of requests that the successor passes on: a Unix socket has none."""
 LAST_REQUEST_SECONDS = 1.0
 """When the worker retires: how long it waits for the first or next request of a connection."""
 TICK_SECONDS = 0.02
-OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-"""Errors of accept(2) that leave the connection in the backlog until the process has resources again."""
-READABLE_BYTES = 65536
 EVENTLET_SKIP_VARIABLE = "PYTEST_CURRENT_TEST"
 
 
@@ -59,8 +52,7 @@ class EventletWorker(AsyncWorker):
         self._unheard: set[Connection] = set()
         self._idle: set[Connection] = set()
         self._requests: set[Request] = set()
-        self._spare: int | None = None
-        self._refused_at = -math.inf
+        self._reserve: Reserve | None = None
 
     def init_process(self) -> None:
         """Patch the standard library before the application is imported; the master stays unpatched."""
@@ -75,20 +67,12 @@ class EventletWorker(AsyncWorker):
     @property
     def exhausted(self) -> bool:
         """Whether connections are refused because file descriptors have run out."""
-        return time.monotonic() < self._refused_at + RECOVERED_SECONDS
-
-    @property
-    def _refusal(self) -> bytes:
-        # Imported here: when this module is imported, the standard library is not patched yet.
-        from stickyring.node.takeover import ELSEWHERE_HEADER  # noqa: PLC0415
-
-        head = ("HTTP/1.1 503 Service Unavailable", f"{ELSEWHERE_HEADER}: 1", "Content-Length: 0", "Connection: close")
-        return "\r\n".join([*head, "", ""]).encode()
+        return self._reserve is not None and self._reserve.exhausted
 
     def run(self) -> None:
         """Accept and serve until SIGTERM or until the master is gone, then let running requests finish."""
         connections = eventlet.GreenPool(self.worker_connections)
-        self._spare = _spare_descriptor()
+        self._reserve = Reserve()
         self._listeners = [GreenSocket(listener.sock) for listener in self.sockets]
         self._acceptors = [eventlet.spawn(self._accept, listener, connections) for listener in self._listeners]
 
@@ -167,38 +151,15 @@ class EventletWorker(AsyncWorker):
                 if error.errno in OUT_OF_RESOURCES:
                     if not warned:
                         self.log.warning("refusing connections for now: %s", error.strerror)
-                    warned, self._refused_at = True, time.monotonic()
+                    warned = True
                     # Let other green threads run, which may free descriptors.
-                    eventlet.sleep(0 if self._refuse(listener.fd) else ACCEPT_PAUSE_SECONDS)
+                    refused = self._reserve is not None and self._reserve.refuse(listener.fd)
+                    eventlet.sleep(0 if refused else ACCEPT_PAUSE_SECONDS)
                 continue
             if warned and not self.exhausted:
                 self.log.warning("accepting connections again")
                 warned = False
             connections.spawn_n(self.handle, listener, Connection(client), address)
-
-    def _refuse(self, listener: socket.socket) -> bool:
-        """Answer a connection from the backlog with 503, using the spare descriptor; return whether that worked.
-
-        Otherwise the connection would hang: to the edge it looks accepted, and health checks use a connection of their
-        own. Nothing here may yield, because another green thread would take the descriptor.
-        """
-        if self._spare is not None:
-            os.close(self._spare)
-        try:
-            client, _ = listener.accept()
-        except OSError:
-            return False
-        else:
-            with client:
-                client.setblocking(False)
-                # Closing with unread data would reset the connection and could lose the answer.
-                with contextlib.suppress(OSError):
-                    client.recv(READABLE_BYTES)
-                with contextlib.suppress(OSError):
-                    client.send(self._refusal)
-            return True
-        finally:
-            self._spare = _spare_descriptor()
 
     def handle(self, listener: GreenSocket, client: Connection, address: object) -> None:
         """Serve one connection."""
@@ -261,14 +222,6 @@ def _uncounted_locks() -> Iterator[None]:
         yield
     finally:
         del os.environ[EVENTLET_SKIP_VARIABLE]
-
-
-def _spare_descriptor() -> int | None:
-    """Return a descriptor to keep in reserve; None if there is none."""
-    try:
-        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
 
 
 def _stop_reading(connection: socket.socket) -> None:
