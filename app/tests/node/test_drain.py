@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 from stickyring.node.drain import Drain
 from stickyring.node.master import GRACEFUL_SECONDS
 from stickyring.node.metrics import MoveMetrics
-from stickyring.node.mover import PATIENCE_SECONDS
+from stickyring.node.sessions import PATIENCE_SECONDS
 
 APPLICATION = """
 import os

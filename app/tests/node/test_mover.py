@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stickyring.node import mover
+from stickyring.node import mover, sessions
 from stickyring.node.mover import Move
 from stickyring.node.sessions import SETTLING_SECONDS, Session
 
@@ -158,13 +158,13 @@ def test_a_session_ends_when_its_acknowledgement_is_sent(node: Node) -> None:
     session.handled()
     thread.join()
     assert session.ended
-    assert move.seconds < mover.PATIENCE_SECONDS
+    assert move.seconds < sessions.PATIENCE_SECONDS
 
 
 def test_an_acknowledgement_that_never_comes_does_not_block_the_end(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mover, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(sessions, "PATIENCE_SECONDS", 0.2)
     session = node.connect("away1")
     assert session.takes(owing=True)
     move = node.move()
@@ -195,7 +195,7 @@ def test_a_session_does_not_end_while_something_is_under_way(node: Node, unfinis
         socket.queue.get()
     thread.join()
     assert session.ended
-    assert move.seconds < mover.PATIENCE_SECONDS
+    assert move.seconds < sessions.PATIENCE_SECONDS
 
 
 def test_sessions_that_leave_by_themselves_are_not_asked(node: Node) -> None:

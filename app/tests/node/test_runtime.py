@@ -14,7 +14,7 @@ from wsgiref.util import setup_testing_defaults
 import pytest
 import socketio
 
-from stickyring.node.application import Application
+from stickyring.node.application import Application, Paths
 from stickyring.node.runtime import Runtime
 from stickyring.node.sessions import key_of
 
@@ -59,7 +59,7 @@ def serving(*servers: socketio.Server) -> Application:
     apps = [socketio.WSGIApp(server, socketio_path=f"/{n or 'socket.io'}") for n, server in enumerate(servers)]
     for outer, inner in itertools.pairwise(apps):
         outer.wsgi_app = inner
-    return Application(apps[0], apps)
+    return Application(apps[0], servers, Paths(app.engineio_path.rstrip("/") for app in apps))
 
 
 def sample(runtime: Runtime, name: str) -> float | None:
@@ -80,7 +80,7 @@ def test_everything_but_its_own_paths_reaches_the_application() -> None:
         start_response("200 OK", [])
         return [environ["PATH_INFO"].encode()]
 
-    runtime = Runtime(Application(application, []), node_name="node1-1", max_connections=CAP)
+    runtime = Runtime(Application(application), node_name="node1-1", max_connections=CAP)
     for path in ("/", "/healthz/more", "/socket.io/"):
         assert Answer(runtime, path).text == path
     assert Answer(runtime, "/healthz").text == "ok\n"
@@ -375,7 +375,7 @@ def test_the_application_sees_what_the_edge_says_of_the_client() -> None:
         start_response("200 OK", [])
         return [f"{environ['wsgi.url_scheme']} {environ['REMOTE_ADDR']}".encode()]
 
-    runtime = Runtime(Application(application, []), node_name="node1-1", max_connections=CAP)
+    runtime = Runtime(Application(application), node_name="node1-1", max_connections=CAP)
     said = {"HTTP_X_FORWARDED_PROTO": "https", "HTTP_X_STICKYRING_CLIENT": "198.51.100.7"}
     for peer, seen in (("127.0.0.1", "https 198.51.100.7"), ("192.0.2.1", "http 192.0.2.1")):
         environ: dict[str, Any] = {"PATH_INFO": "/", "QUERY_STRING": "", "REQUEST_METHOD": "GET", "REMOTE_ADDR": peer}

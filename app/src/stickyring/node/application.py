@@ -5,7 +5,7 @@ import importlib
 import inspect
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from wsgiref.util import setup_testing_defaults
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ASYNC_MODES = {
     "stickyring.node.worker": ("eventlet", "threading"),
+    "stickyring.node.asgi.worker": ("asgi",),
     "gunicorn.workers.gthread": ("threading",),
     "gunicorn.workers.ggevent": ("gevent", "threading"),
 }
@@ -33,18 +34,34 @@ class CannotBeServedError(Exception):
     """Why an application cannot be served, and what to write instead, in one sentence."""
 
 
+class Paths:
+    """Where Socket.IO is served: `known` paths without their last slash, anywhere in a URL's path.
+
+    The application may mount python-socketio under a prefix, or leave the path to another middleware; then the query of
+    a request shows it.
+    """
+
+    def __init__(self, known: Iterable[str]) -> None:
+        self.known = tuple(dict.fromkeys(known))
+
+    def match(self, path: str, query: str) -> bool:
+        """Return whether a request is for Socket.IO."""
+        return any(f"{known}/" in f"{path}/" for known in self.known) or ("EIO=" in query and "transport=" in query)
+
+
 @dataclass(frozen=True)
 class Application:
-    """An imported WSGI application, and each `socketio.WSGIApp` in it, wherever that is."""
+    """An imported application, WSGI or ASGI, the Socket.IO servers in it, and their paths."""
 
-    call: "WSGIApplication"
-    socketio_apps: Sequence[socketio.WSGIApp]
+    call: Any
+    servers: Sequence[Any] = ()
+    paths: Paths = field(default_factory=lambda: Paths(()))
 
 
 def load(path: str, worker: type[Worker]) -> Application:
     """Import an application, `module:attribute` or `module:factory()`, in the process that will serve it.
 
-    All middlewares of python-socketio that exist afterwards are its own: a node process serves nothing else.
+    All servers and middlewares of python-socketio that exist afterwards are its own: a process serves nothing else.
 
     Raises:
         CannotBeServedError: the reason.
@@ -53,20 +70,24 @@ def load(path: str, worker: type[Worker]) -> Application:
         found = gunicorn.util.import_app(path)
     except (Exception, SystemExit) as error:
         raise CannotBeServedError(_cause(path, error)) from error
-    _check_interface(path, found)
+    asgi = bool(getattr(worker, "asgi", False))
+    _check_interface(path, found, worker, asgi=asgi)
     gc.collect()
     existing = gc.get_objects()
-    middlewares = [one for one in existing if issubclass(type(one), engineio.WSGIApp)]
-    for one in middlewares:
-        _check_server(one.engineio_app, worker)
-    served = {id(one.engineio_app) for one in middlewares}
+    ours = [one for one in existing if issubclass(type(one), engineio.ASGIApp if asgi else engineio.WSGIApp)]
+    middleware = "socketio.ASGIApp" if asgi else "socketio.WSGIApp"
+    servers = {id(server): server for server in (one.engineio_server if asgi else one.engineio_app for one in ours)}
+    for server in servers.values():
+        _check_server(server, worker)
     for one in existing:
-        if issubclass(type(one), socketio.Server) and id(one) not in served:
+        if issubclass(type(one), socketio.Server | socketio.AsyncServer) and id(one) not in servers:
+            name = type(one).__name__
             raise CannotBeServedError(
-                "it has a socketio.Server that no socketio.WSGIApp serves: write application = "
-                "socketio.WSGIApp(server), or socketio.WSGIApp(server, other_application)"
+                f"it has a socketio.{name} that no {middleware} serves: write application = {middleware}(server), "
+                f"or {middleware}(server, other_application)"
             )
-    return Application(found, middlewares)
+    paths = Paths(one.engineio_path.rstrip("/") for one in ours if one.engineio_path)
+    return Application(found, [*servers.values()], paths)
 
 
 def try_once(path: str, application: "WSGIApplication", target: str = "/", query: str = "") -> str:
@@ -127,6 +148,8 @@ def _cause(path: str, error: BaseException) -> str:
         found = getattr(importlib.import_module(module), name.partition("(")[0], None)
         if isinstance(found, socketio.Server):
             return "it is a socketio.Server: name its application, socketio.WSGIApp(server)"
+        if isinstance(found, socketio.AsyncServer):
+            return "it is a socketio.AsyncServer: name its application, socketio.ASGIApp(server)"
         if type(found).__module__.partition(".")[0] == "flask_socketio":
             return f"it is a {type(found).__name__} of Flask-SocketIO: name the Flask application, such as {module}:app"
         return f"it is a {type(found).__name__}, which cannot be called: name a WSGI application"
@@ -136,29 +159,31 @@ def _cause(path: str, error: BaseException) -> str:
     return describe(error)
 
 
-def _check_interface(path: str, found: Callable[..., Any]) -> None:
-    if _is_asgi(found):
-        raise CannotBeServedError("it is an ASGI application, and this worker class serves WSGI")
+def _check_interface(path: str, found: Callable[..., Any], worker: type[Worker], *, asgi: bool) -> None:
     if inspect.isclass(found):
         raise CannotBeServedError(f"it is a class: write {path}() to make the application")
-    try:
-        inspect.signature(found).bind({}, None)
-    except TypeError:
+    if _is_asgi(found) != asgi:
         raise CannotBeServedError(
-            f"it does not take a request (environ, start_response); if it makes the application, write {path}()"
+            f"it is {'a WSGI' if asgi else 'an ASGI'} application, which {worker.__name__} does not serve: "
+            f"set stickyring_node_worker_class (--worker-class) to {'eventlet' if asgi else 'asgi'}"
+        )
+    try:
+        inspect.signature(found).bind(*([None] * (3 if asgi else 2)))
+    except TypeError:
+        request = "(scope, receive, send)" if asgi else "(environ, start_response)"
+        raise CannotBeServedError(
+            f"it does not take a request {request}; if it makes the application, write {path}()"
         ) from None
     except ValueError:  # a callable that does not tell its parameters
         pass
 
 
 def _is_asgi(found: object) -> bool:
-    if inspect.isclass(found):
-        return hasattr(found, "__await__")
     return inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(getattr(found, "__call__", None))  # noqa: B004
 
 
 def _check_server(server: object, worker: type[Worker]) -> None:
-    if not isinstance(server, socketio.Server):
+    if not isinstance(server, socketio.Server | socketio.AsyncServer):
         raise CannotBeServedError("it has an engineio.Server without Socket.IO, which nodes do not serve")
     allowed = ASYNC_MODES.get(worker.__module__)
     if allowed is not None and server.async_mode not in allowed:

@@ -112,13 +112,13 @@ class SocketIOGate:
 
     def _serve(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         query = environ.get("QUERY_STRING", "")
-        sid = _parameter(query, "sid")
+        sid = parameter(query, "sid")
         session = self._sessions.get(sid or "")
         if session is not None:
             environ[SESSION_VARIABLE] = session
         if (refused := self._refusal(environ, query, sid, session)) is not None:
             return _answer(start_response, *refused)
-        if _is_a_websocket(environ):
+        if is_a_websocket(environ):
             if environ[SOCKET_VARIABLE] is None:
                 return self._handle_request(environ, start_response)
             if session is not None and (session.socket.upgrading or session.socket.upgraded):
@@ -126,11 +126,11 @@ class SocketIOGate:
                 WebSocket(lambda websocket: websocket.fail(PROTOCOL_ERROR), self._engine)(environ, start_response)
                 raise StopIteration
         if sid is None and environ["REQUEST_METHOD"] == "GET":
-            return self._handshake(environ, start_response, _transport_label(query), _parameter(query, "EIO") or "")
-        answer = self._poll(session, environ) if session is not None and _is_a_poll(environ) else self._ask(environ)
+            return self._handshake(environ, start_response, transport_label(query), parameter(query, "EIO") or "")
+        answer = self._poll(session, environ) if session is not None and is_a_poll(environ) else self._ask(environ)
         if session is not None and session.failed == "too_long" and answer[0].startswith("400"):
             answer = "413 Content Too Large", *answer[1:]
-        return _answer(start_response, *_conforming(environ, answer))
+        return _answer(start_response, *conforming(environ, answer))
 
     def _refusal(
         self, environ: "WSGIEnvironment", query: str, sid: str | None, session: Session | None
@@ -139,28 +139,28 @@ class SocketIOGate:
         if session is None and sid is not None:
             # The engine keeps an ended session until its next cleanup, and fails on a POST for it.
             self._engine.sockets.pop(sid, None)
-            self._metrics.unknown_sessions.labels(_transport_label(query)).inc()
+            self._metrics.unknown_sessions.labels(transport_label(query)).inc()
             if self._drain.active or (key_of(environ) is not None and ISSUED_VARIABLE not in environ):
                 return "400 Bad Request", [*JSON, (ELSEWHERE_HEADER, "1")], UNKNOWN_SESSION
         elif session is None and (self._drain.active or self.exhausted()):
             if environ["REQUEST_METHOD"] == "GET":
                 reason = "draining" if self._drain.active else "descriptors"
-                self._metrics.refused.labels(_transport_label(query), reason).inc()
+                self._metrics.refused.labels(transport_label(query), reason).inc()
             return "503 Service Unavailable", [(ELSEWHERE_HEADER, "1"), RETRY_LATER], b""
-        if _parameter(query, "j") is not None:
+        if parameter(query, "j") is not None:
             return "400 Bad Request", JSON, BAD_REQUEST
-        if environ[SOCKET_VARIABLE] is None or not _is_a_websocket(environ):
+        if environ[SOCKET_VARIABLE] is None or not is_a_websocket(environ):
             return None
         refused = refusal(environ)
         if refused and sid is None:
-            self._metrics.refused.labels(_transport_label(query), "bad_request").inc()
+            self._metrics.refused.labels(transport_label(query), "bad_request").inc()
         return (*refused, b"") if refused else None
 
     def _ask_predecessor(
         self, predecessor: Predecessor, environ: "WSGIEnvironment"
     ) -> tuple[str, list[tuple[str, str]], bytes] | None:
         """Return the predecessor's answer to a request of one of its sessions; None if it is not one."""
-        sid = _parameter(environ.get("QUERY_STRING", ""), "sid")
+        sid = parameter(environ.get("QUERY_STRING", ""), "sid")
         # A WebSocket is not passed on: its client keeps polling.
         if sid is None or sid in self._sessions or "HTTP_UPGRADE" in environ:
             return None
@@ -217,7 +217,7 @@ class SocketIOGate:
             self._metrics.refused.labels(transport, "capacity").inc()
             return refuse(start_response, [RETRY_LATER])
         # An accepted handshake is counted at the engine's connect event. Unlike the engine, require `transport`.
-        if supported and _parameter(environ.get("QUERY_STRING", ""), "transport") is None:
+        if supported and parameter(environ.get("QUERY_STRING", ""), "transport") is None:
             status, headers, body = "400 Bad Request", [*JSON], BAD_REQUEST
         else:
             status, headers, body = self._ask(environ)
@@ -235,7 +235,7 @@ class SocketIOGate:
         def on_connect(sid: str, environ: "WSGIEnvironment") -> object:
             answer = connect(sid, environ)
             if answer is None or answer is True:
-                transport = _transport_label(environ.get("QUERY_STRING", ""))
+                transport = transport_label(environ.get("QUERY_STRING", ""))
                 metrics.accepted[transport].inc()
                 polling = None if transport == "websocket" else threading.Lock()
                 socket = engine.sockets[sid]
@@ -341,7 +341,7 @@ def _choose_websocket(other: Callable[..., "WSGIApplication"]) -> Callable[..., 
     return choose
 
 
-def _parameter(query: str, name: str) -> str | None:
+def parameter(query: str, name: str) -> str | None:
     """Return the first non-empty value of a query parameter; None if there is none."""
     # parse_qs would take longer than everything else here.
     for parameter in query.split("&"):
@@ -352,23 +352,25 @@ def _parameter(query: str, name: str) -> str | None:
     return None
 
 
-def _transport_label(query: str) -> str:
+def transport_label(query: str) -> str:
     """Return the requested transport as a metric's label; `other` for one that a client made up."""
-    transport = _parameter(query, "transport") or "polling"
+    transport = parameter(query, "transport") or "polling"
     return transport if transport in TRANSPORTS else "other"
 
 
-def _is_a_websocket(environ: "WSGIEnvironment") -> bool:
+def is_a_websocket(environ: "WSGIEnvironment") -> bool:
+    """Return whether a request asks for a WebSocket."""
     return bool(environ.get("HTTP_UPGRADE", "").lower() == "websocket")
 
 
-def _is_a_poll(environ: "WSGIEnvironment") -> bool:
+def is_a_poll(environ: "WSGIEnvironment") -> bool:
+    """Return whether a request waits for a polling session's packets."""
     if environ["REQUEST_METHOD"] != "GET" or "HTTP_UPGRADE" in environ:
         return False
-    return _transport_label(environ.get("QUERY_STRING", "")) == "polling"
+    return transport_label(environ.get("QUERY_STRING", "")) == "polling"
 
 
-def _conforming(
+def conforming(
     environ: "WSGIEnvironment", answer: tuple[str, list[tuple[str, str]], bytes]
 ) -> tuple[str, list[tuple[str, str]], bytes]:
     """Return the engine's answer with the protocol's own status and body."""

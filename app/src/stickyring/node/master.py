@@ -44,6 +44,7 @@ GRACEFUL_SECONDS = 3
 HUNG_SECONDS = 30
 LARGEST_FIELD = 65536
 MOST_FIELDS = 200
+WORKER_CLASSES = {"eventlet": "stickyring.node.worker.EventletWorker", "asgi": "stickyring.node.asgi.worker.AsgiWorker"}
 LISTENING, DRAINED = b"l", b"d"
 CHECKED = "checked"
 """In place of a cause: the application can be served."""
@@ -154,29 +155,25 @@ class Node(BaseApplication):
         """Import the application in the worker; if that fails, end the master with the cause."""
         # Imported here, because python-socketio and the metrics' locks must see the standard library as the worker
         # class has patched it.
-        from stickyring.node.application import CannotBeServedError, load, try_once  # noqa: PLC0415
+        from stickyring.node.application import CannotBeServedError, load  # noqa: PLC0415
         from stickyring.node.control import Control, ControlServer  # noqa: PLC0415
         from stickyring.node.forwarded import Edges  # noqa: PLC0415
-        from stickyring.node.runtime import Runtime  # noqa: PLC0415
+
+        if getattr(self._worker_class, "asgi", False):
+            from stickyring.node.asgi.runtime import AsyncRuntime as Runtime  # noqa: PLC0415
+        else:
+            from stickyring.node.runtime import Runtime  # type: ignore[assignment] # noqa: PLC0415
 
         path = self._settings.application
         try:
             application = load(path, self._worker_class)
-            if self._settings.check:
-                try_once(path, application.call)
         except CannotBeServedError as error:
             log.debug("the application cannot be loaded", exc_info=True)
-            self._refuse(f"cannot load {path}: {error}")
+            self.refuse(str(error))
         name = self._settings.node_name
         edges = Edges(self._settings.edges)
         limit = self._settings.max_connections
         self._runtime = runtime = Runtime(application, node_name=name, max_connections=limit, edges=edges)
-        if self._settings.check:
-            try:
-                runtime.try_handshakes()
-            except CannotBeServedError as error:
-                self._refuse(f"cannot serve {path}: {error}")
-            self._refuse(CHECKED)
         # Only our worker class has it: others let connections wait.
         worker = self._worker
         runtime.heed(lambda: getattr(worker, "exhausted", False))
@@ -224,6 +221,10 @@ class Node(BaseApplication):
         """Return what the worker has sent, waiting for at most that time."""
         return self._drain_here.recv(64) if select.select([self._drain_here], [], [], seconds)[0] else b""
 
+    def refuse(self, cause: str) -> NoReturn:
+        """In the worker: end the node, because the application cannot be served."""
+        self._refuse(f"cannot load {self._settings.application}: {cause}")
+
     def _refuse(self, cause: str) -> NoReturn:
         """Send the cause (or CHECKED) to the master, end the master, and end this worker."""
         os.write(self._refusal_writer, cause.encode()[:4096])
@@ -244,6 +245,8 @@ class Node(BaseApplication):
         self._heard(0)  # discard what the previous worker sent
 
     def _begin_to_serve(self, worker: Worker) -> None:
+        if self._settings.check:
+            self._try_once(worker)
         if self.successor is None or self.successor.done:
             self._manager.mention(b"READY=1")
         else:
@@ -269,6 +272,17 @@ class Node(BaseApplication):
             self._address,
             extra={"address": self._address, "worker_class": self._settings.worker_class},
         )
+
+    def _try_once(self, worker: Worker) -> NoReturn:
+        from stickyring.node.application import CannotBeServedError  # noqa: PLC0415
+
+        try:
+            tried = self._runtime.try_once(self._settings.application)
+            if tried is not None:
+                worker.loop.run_until_complete(tried)
+        except CannotBeServedError as error:
+            self.refuse(str(error))
+        self._refuse(CHECKED)
 
 
 class _Master(Arbiter):
@@ -320,11 +334,12 @@ class _Master(Arbiter):
 
 
 def load_worker_class(path: str) -> type[Worker]:
-    """Return the gunicorn worker class named `path` (module.Class).
+    """Return the worker class named `path`: one of WORKER_CLASSES, or any of gunicorn's (module.Class).
 
     Raises:
         click.ClickException: there is no such class.
     """
+    path = WORKER_CLASSES.get(path, path)
     try:
         found = gunicorn.util.load_class(path)
     except (RuntimeError, ImportError, AttributeError, ValueError) as error:

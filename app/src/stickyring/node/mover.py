@@ -14,9 +14,6 @@ BATCH_SECONDS = 0.1
 """Short, so that the other nodes get a steady stream of clients instead of bursts."""
 JITTER = 0.5
 """Pauses vary by this share, so that nodes which started together do not stay in step."""
-PATIENCE_SECONDS = 2.0
-"""How long to wait until nothing is under way in a session. Then it accepts nothing new, and gets the same time again
-for what is under way: an acknowledgement that is never given must not block the end."""
 RETURN_SECONDS = 2.0
 """Clients wait 0.5 to 1.5 s before they reconnect: after this, those that the edge sends back here have arrived."""
 TICK_SECONDS = 0.05
@@ -53,6 +50,7 @@ class Move:
         self._leaves = leaves
         self._on_asked = on_asked
         self._asked_at: dict[Hashable, float] = {}
+        self._leaving = threading.Condition()
         self._began = time.monotonic()
         self._ended: float | None = None
         self._users = self._to_ask()
@@ -103,18 +101,15 @@ class Move:
 
     def _ask_all(self, users: list[list[Session]]) -> None:
         random.shuffle(users)
-        leaving = []
         for batch in self._batches(users):
             for session in batch:
                 self._asked_at[_user(session)] = time.monotonic()
                 self.asked += 1
                 self._on_asked()
-                # One thread each: a session may have to wait, and the application's disconnect handlers may block.
-                leaving.append(threading.Thread(target=self._see_off, args=(session,), daemon=True))
-                leaving[-1].start()
+                session.see_off(self._count_as_left)
             time.sleep(len(batch) / self.rate * random.uniform(1 - JITTER, 1 + JITTER))
-        for thread in leaving:
-            thread.join()
+        with self._leaving:
+            self._leaving.wait_for(lambda: self.left == self.asked)
 
     def _batches(self, users: list[list[Session]]) -> Iterator[list[Session]]:
         batch: list[Session] = []
@@ -126,19 +121,10 @@ class Move:
         if batch:
             yield batch
 
-    def _see_off(self, session: Session) -> None:
-        _wait_for_quiet(session)
-        session.taking = False
-        _wait_for_quiet(session)
-        if not session.ended:
-            session.end()
-        self.left += 1
-
-
-def _wait_for_quiet(session: Session) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (session.ended or session.quiet) and time.monotonic() < deadline:
-        time.sleep(TICK_SECONDS)
+    def _count_as_left(self) -> None:
+        with self._leaving:
+            self.left += 1
+            self._leaving.notify_all()
 
 
 def _user(session: Session) -> Hashable:

@@ -52,10 +52,19 @@ def body_of(environ: "WSGIEnvironment", longest: int) -> str:
     length = int(declared) if declared else longest + 1
     if declared and length > longest:
         raise TooLongError
-    body: bytes = environ["wsgi.input"].read(length)
+    return checked_body(environ, environ["wsgi.input"].read(length), longest)
+
+
+def checked_body(environ: "WSGIEnvironment", body: bytes, longest: int) -> str:
+    """Return a body that was read, of which `longest` bytes are allowed.
+
+    Raises:
+        TooLongError: it is longer.
+        ValueError: it is shorter than its Content-Length, or not UTF-8.
+    """
     if len(body) > longest:
         raise TooLongError
-    if declared and len(body) < length:
+    if (declared := environ.get("CONTENT_LENGTH")) and len(body) < int(declared):
         raise ValueError("the body is shorter than its Content-Length")
     return body.decode()
 
@@ -80,7 +89,7 @@ def check_packets(server: socketio.Server) -> None:
     disconnect handler fails, the other ones still run and the client is removed. The replaced private names are mostly
     those that python-socketio's own admin instrumentation replaces.
     """
-    server.packet_class = _checked(server.packet_class, ATTACHMENTS * int(server.eio.max_http_buffer_size))
+    server.packet_class = checked(server.packet_class, ATTACHMENTS * int(server.eio.max_http_buffer_size))
     manager, disconnect = server.manager, server.disconnect
     handle_connect, handle_disconnect = server._handle_connect, server._handle_disconnect
     send_packet = server._send_packet
@@ -136,7 +145,7 @@ def _logging(message: str, call: Callable[..., object]) -> Callable[..., None]:
     return call_and_log
 
 
-def _checked(packet_class: Any, longest: int) -> Any:  # noqa: ANN401 - python-socketio has no types
+def checked(packet_class: Any, longest: int) -> Any:  # noqa: ANN401 - python-socketio has no types
     """Return a packet class that decodes only what a client may send; `longest` bounds its attachments, in bytes."""
 
     class CheckedPacket(packet_class):

@@ -15,7 +15,10 @@ from stickyring.node.takeover import ELSEWHERE_HEADER, Predecessor
 from stickyring.node.websocket import SOCKET_VARIABLE
 
 if TYPE_CHECKING:
+    from _typeshed import OptExcInfo
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+EVENT_STREAM = "text/event-stream"
 
 
 class Runtime:
@@ -44,9 +47,8 @@ class Runtime:
         self.drain = Drain(self.sessions, self._requests, self.move_metrics)
         self._metrics: WSGIApplication = make_wsgi_app(registry)
         self._application = application.call
-        apps = application.socketio_apps
-        self._paths = tuple({app.engineio_path.rstrip("/") for app in apps})
-        servers = list({id(app.engineio_app): app.engineio_app for app in apps}.values())
+        self._paths = application.paths
+        servers = application.servers
         metrics = EngineMetrics([server.eio for server in servers], max_connections, registry) if servers else None
         self._gates = [
             SocketIOGate(server, metrics, max_connections, self.sessions, self.drain) for server in servers if metrics
@@ -56,12 +58,11 @@ class Runtime:
         """Serve one request."""
         self._edges.tell(environ)
         path = environ["PATH_INFO"]
-        # Anywhere in the path, because the application may mount python-socketio under a prefix.
-        socket_io = any(f"{known}/" in f"{path}/" for known in self._paths)
+        socket_io = self._paths.match(path, environ.get("QUERY_STRING", ""))
         if socket_io:
             # Hidden from python-engineio, which would create a class per request for eventlet's WebSocket.
             environ[SOCKET_VARIABLE] = environ.pop("gunicorn.socket", None)
-            if path.endswith(self._paths):
+            if path.endswith(self._paths.known):
                 # Some clients (Swift, Dart) omit the slash, and Node.js accepts that.
                 environ["PATH_INFO"] += "/"
         match path:
@@ -89,16 +90,17 @@ class Runtime:
         for gate in self._gates:
             gate.exhausted = exhausted
 
-    def try_handshakes(self) -> None:
-        """Open a session on each path of Socket.IO, without a namespace: no handler of the application is called.
+    def try_once(self, path: str) -> None:
+        """Let the application answer a request for `/`, and a handshake on each path of Socket.IO.
 
         Raises:
-            CannotBeServedError: a server fails.
+            CannotBeServedError: it raises an exception, or what it returns is no answer.
         """
-        for path in self._paths:
-            status = try_once("", self, f"{path}/", "EIO=4&transport=polling")
+        try_once(path, self._application, "/")
+        for known in self._paths.known:
+            status = try_once(path, self, f"{known}/", "EIO=4&transport=polling")
             if status.startswith("5"):
-                raise CannotBeServedError(f"it answers a handshake on {path}/ with {status}")
+                raise CannotBeServedError(f"it answers a handshake on {known}/ with {status}")
 
     def _readiness(self, start_response: "StartResponse") -> Iterable[bytes]:
         if self.drain.active:
@@ -109,7 +111,7 @@ class Runtime:
 
 
 class _Answer:
-    """An application's answer; it is in `under_way` until it is closed."""
+    """An application's answer; it is in `under_way` until it is closed, unless it is a stream of events."""
 
     def __init__(
         self,
@@ -120,8 +122,15 @@ class _Answer:
     ) -> None:
         self._under_way = under_way
         under_way.add(self)
+
+        def begin(status: str, headers: list[tuple[str, str]], *exc_info: "OptExcInfo") -> Callable[[bytes], object]:
+            # A stream of events does not end by itself.
+            if any(name.lower() == "content-type" and value.startswith(EVENT_STREAM) for name, value in headers):
+                under_way.discard(self)
+            return start_response(status, headers, *exc_info)
+
         try:
-            self._body = application(environ, start_response)
+            self._body = application(environ, begin)
         except BaseException:
             under_way.discard(self)
             raise

@@ -39,6 +39,9 @@ NO_OPERATION = str(NOOP)
 SETTLING_SECONDS = 1.0
 """A new client is still joining namespaces; if its session ends meanwhile, python-socketio's client gives up."""
 TICK_SECONDS = 0.05
+PATIENCE_SECONDS = 2.0
+"""How long to wait until nothing is under way in a session. Then it accepts nothing new, and gets the same time again
+for what is under way: an acknowledgement that is never given must not block the end."""
 REASON = "transport close"
 """The reason that applications get: the client lost the connection and may be back."""
 FAILED = "transport error"
@@ -217,7 +220,7 @@ class Session:
             while packet is not None:
                 queue.task_done()
                 packets.append(packet)
-                self._under_way += _size(packet)
+                self._under_way += size_of(packet)
                 if len(packets) == PACKETS_AT_ONCE:
                     return packets
                 packet = queue.get(block=False)
@@ -235,7 +238,7 @@ class Session:
             return False
         if self.ended:
             return True
-        self._waiting += _size(packet)
+        self._waiting += size_of(packet)
         if self._waiting <= WAITING_MESSAGES * self.engine.max_http_buffer_size:
             return True
         # In a task of its own: a handler is sending, and the disconnect handlers may need a lock that it holds.
@@ -252,6 +255,27 @@ class Session:
         """
         self.moved = True
         self._close(REASON)
+
+    def see_off(self, done: Callable[[], None]) -> None:
+        """In a thread of its own: end it once nothing is under way in it; then call `done`.
+
+        A session may have to wait, and the application's disconnect handlers may block.
+        """
+
+        def leave() -> None:
+            self._wait_for_quiet()
+            self.taking = False
+            self._wait_for_quiet()
+            if not self.ended:
+                self.end()
+            done()
+
+        threading.Thread(target=leave, daemon=True).start()
+
+    def _wait_for_quiet(self) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not (self.ended or self.quiet) and time.monotonic() < deadline:
+            time.sleep(TICK_SECONDS)
 
     def fail(self, reason: str, error: BaseException | None = None) -> None:
         """End it at once for an error, and answer the client with an error; `reason` is one of `metrics.FAILURES`."""
@@ -400,7 +424,8 @@ def _bounded(connection: Any, seconds: float) -> Iterator[None]:  # noqa: ANN401
         connection.settimeout(timeout)
 
 
-def _size(packet: Packet) -> int:
+def size_of(packet: Packet) -> int:
+    """Return the memory that a waiting packet takes, in bytes."""
     # PyPy has no sys.getsizeof().
     return (len(packet.data) if isinstance(packet.data, str | bytes) else 0) + PACKET_BYTES
 

@@ -55,10 +55,23 @@ class FailureError(Exception):
 
 def frame(message: str | bytes) -> bytes:
     """Return a message as one unmasked frame (section 5.2): text for str, binary for bytes."""
-    return _frame(TEXT, message.encode()) if isinstance(message, str) else _frame(BINARY, message)
+    return encode(TEXT, message.encode()) if isinstance(message, str) else encode(BINARY, message)
 
 
-def _frame(opcode: int, payload: bytes) -> bytes:
+def acceptance(key: str, *headers: str) -> bytes:
+    """Return the answer that opens a WebSocket (section 4.2.2); `key` is the client's, `headers` are further lines."""
+    accept = base64.b64encode(hashlib.sha1(f"{key}{GUID}".encode(), usedforsecurity=False).digest()).decode()
+    head = ("HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade")
+    return "\r\n".join([*head, f"Sec-WebSocket-Accept: {accept}", *headers, "", ""]).encode("latin-1")
+
+
+def closing_frame(status: int | None) -> bytes:
+    """Return a closing frame (section 5.5.1), without a status for None."""
+    return encode(CLOSE, b"" if status is None else struct.pack("!H", status))
+
+
+def encode(opcode: int, payload: bytes) -> bytes:
+    """Return a final, unmasked frame."""
     size, first = len(payload), FINAL | opcode
     if size < 126:
         return bytes((first, size)) + payload
@@ -217,13 +230,8 @@ class WebSocket:
 
         Afterwards, nothing may be read from the connection or written to it.
         """
-        key = environ["HTTP_SEC_WEBSOCKET_KEY"]
-        accept = base64.b64encode(hashlib.sha1(f"{key}{GUID}".encode(), usedforsecurity=False).digest()).decode()
         self.socket = environ[SOCKET_VARIABLE]
-        self.socket.sendall(
-            "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            f"Sec-WebSocket-Accept: {accept}\r\n\r\n".encode()
-        )
+        self.socket.sendall(acceptance(environ["HTTP_SEC_WEBSOCKET_KEY"]))
         if hasattr(self.socket, "watch"):
             self.socket.watch()
         try:
@@ -308,7 +316,7 @@ class WebSocket:
         if not self._closing:
             self._closing = True
             with contextlib.suppress(OSError):
-                self._send(_frame(CLOSE, b"" if status is None else struct.pack("!H", status)))
+                self._send(closing_frame(status))
 
     def _message(self) -> str | bytes | None:
         while True:
@@ -330,7 +338,7 @@ class WebSocket:
             return False
         if opcode == PING:
             with contextlib.suppress(OSError):
-                self._send(_frame(PONG, payload))
+                self._send(encode(PONG, payload))
         elif opcode != PONG:
             raise FailureError(PROTOCOL_ERROR)
         return True
