@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,11 +76,56 @@ class ServeProcess:
         return self.process.wait(DEADLINE_SECONDS)
 
 
+def as_asgi(source: str) -> str:
+    """Return a WSGI application of these tests as an ASGI application: an AsyncServer, and its pages in threads."""
+    blocks = re.split(r"(?m)^(?=(?: *@.*\n)* *(?:def |application = ))", source)
+    for number, block in enumerate(blocks):
+        if not re.search(r"^ *def \w+\(sid", block, re.M):
+            continue
+        block = re.sub(r"^( *)def (\w+\(sid)", r"\1async def \2", block, flags=re.M)  # noqa: PLW2901
+        block = re.sub(r"\bserver\.(emit|send|sleep|disconnect|call)\(", r"await server.\1(", block)  # noqa: PLW2901
+        blocks[number] = re.sub(r"\b(?:time|eventlet)\.sleep\(", "await asyncio.sleep(", block)
+    source = "".join(blocks).replace("eventlet.sleep(", "time.sleep(").replace("import eventlet\n", "")
+    source = source.replace('async_mode="eventlet"', 'async_mode="asgi"').replace(
+        "socketio.Server(", "socketio.AsyncServer("
+    )
+    source = source.replace("stickyring.node.gate", "stickyring.node.asgi.gate")
+    source = source.replace("stickyring.node.sessions", "stickyring.node.asgi.sessions")
+    source = re.sub(r"socketio\.WSGIApp\(server, (\w+)\)", r"socketio.ASGIApp(server, WsgiToAsgi(\1))", source)
+    source = source.replace("socketio.WSGIApp(", "socketio.ASGIApp(")
+    return f"import asyncio\nimport time\n{WSGI_TO_ASGI}\n{source}"
+
+
+WSGI_TO_ASGI = """
+class WsgiToAsgi:
+    def __init__(self, application):
+        self.application = application
+
+    async def __call__(self, scope, receive, send):
+        assert scope["type"] == "http", scope["type"]
+        begun = []
+        environ = {"PATH_INFO": scope["path"], "REQUEST_METHOD": scope["method"]}
+        answer = lambda: b"".join(self.application(environ, lambda *head: begun.append(head)))
+        body = await asyncio.to_thread(answer)
+        headers = [(name.lower().encode(), value.encode()) for name, value in begun[0][1]]
+        await send({"type": "http.response.start", "status": int(begun[0][0][:3]), "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+"""
+RUNTIME = os.environ.get("STICKYRING_TEST_RUNTIME", "eventlet")
+"""Which worker class serves the tests' applications: eventlet, or asgi, for which they are rewritten."""
+
+
 @contextmanager
 def serving(
     directory: Path, *arguments: str, descriptors: int | None = None, **environment: str
 ) -> Iterator[ServeProcess]:
     """Run `stickyring serve` in `directory`, which may contain applications; the block runs while it serves."""
+    if RUNTIME == "asgi":
+        for path in directory.glob("*.py"):
+            if "WSGIApp" in (source := path.read_text()):
+                path.write_text(as_asgi(source))
+        arguments = tuple(one.replace("echo:create_application", "echo:create_asgi_application") for one in arguments)
+        environment.setdefault("STICKYRING_WORKER_CLASS", "asgi")
     limit = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
     command = [*limit, str(STICKYRING), "serve", "--listen", "127.0.0.1:0", "--node-name", "node1-1", *arguments]
     stderr = directory / "stderr"

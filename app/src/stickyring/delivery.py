@@ -37,12 +37,13 @@ that a sender has given up. If a sender has two messages under way, the earlier 
 
 import asyncio
 import functools
+import inspect
 import itertools
 import re
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ connection is detected as such). Longer than the four seconds that a node waits 
 
 @dataclass(slots=True)
 class _Turn:
-    lock: threading.Lock
+    lock: Any  # of threads, or of asyncio
     users: int = 0
 
 
@@ -96,7 +97,8 @@ class Received:
 
     It keeps the counter and the acknowledgement of each sender's last message, in the process's memory. One object may
     wrap the handlers of several events: a sender counts all its messages together. Handlers are functions, in green
-    threads or real ones, and must return: their sender's next messages wait for them.
+    threads or real ones, or coroutine functions of a `socketio.AsyncServer`, and must return: their sender's next
+    messages wait for them.
 
     Memory is bounded, whatever clients send: at most SENDERS_OF_A_CONNECTION senders for each connection and
     ANSWER_BYTES of acknowledgements in all; the least recent senders are forgotten first. Beyond WAITING_TURNS waiting
@@ -122,47 +124,72 @@ class Received:
         neither handled nor acknowledged: its sender gave it up, or already got its acknowledgement.
         """
 
+        if inspect.iscoroutinefunction(handler):
+            return self._once_async(handler)
+
         @functools.wraps(handler)
         def handle(sid: str, *data: object) -> object:
-            found = MESSAGE_ID.fullmatch(data[-1]) if len(data) > 1 and isinstance(data[-1], str) else None
-            if found is None:
+            if (found := _id_of(data)) is None:
                 return handler(sid, *data)
-            sender, counter = found["sender"], int(found["counter"])
-            with self._turn(sender) as its_turn:
-                if not its_turn:
+            sender, counter = found
+            with self._turn(sender, threading.Lock) as lock:
+                if lock is None:
                     return self._not_acknowledged
-                last = self._last.get(sender)
-                if last is not None and counter < last.counter:
-                    return self._not_acknowledged
-                if last is not None and counter == last.counter:
-                    answer = last.answer
-                else:
-                    answer = handler(sid, *data[:-1], message_id=data[-1])
-                self._keep(sender, _Last(counter, answer, sid, _size(answer)))
-                return answer
+                with lock:
+                    known, answer = self._known(sender, counter)
+                    if not known:
+                        answer = handler(sid, *data[:-1], message_id=data[-1])
+                    return self._keep(sender, counter, answer, sid)
 
         return handle
 
+    def _once_async(self, handler: Callable[..., Coroutine[Any, Any, object]]) -> Callable[..., object]:
+        @functools.wraps(handler)
+        async def handle(sid: str, *data: object) -> object:
+            if (found := _id_of(data)) is None:
+                return await handler(sid, *data)
+            sender, counter = found
+            with self._turn(sender, asyncio.Lock) as lock:
+                if lock is None:
+                    return self._not_acknowledged
+                async with lock:
+                    known, answer = self._known(sender, counter)
+                    if not known:
+                        answer = await handler(sid, *data[:-1], message_id=data[-1])
+                    return self._keep(sender, counter, answer, sid)
+
+        return handle
+
+    def _known(self, sender: str, counter: int) -> tuple[bool, object]:
+        """Return whether a message is not to be handled, and how it is acknowledged then."""
+        last = self._last.get(sender)
+        if last is None or counter > last.counter:
+            return False, None
+        return True, last.answer if counter == last.counter else self._not_acknowledged
+
     @contextmanager
-    def _turn(self, sender: str) -> Iterator[bool]:
-        """Hold the sender's turn for this block, once no other message of it has it; False if too many wait already."""
+    def _turn(self, sender: str, make_lock: Callable[[], Any]) -> Iterator[Any]:
+        """Return the lock to hold while a message of the sender is handled; None if too many wait already."""
         with self._lock:
-            turn = self._turns.setdefault(sender, _Turn(threading.Lock()))
+            turn = self._turns.setdefault(sender, _Turn(make_lock()))
             takes_part = turn.users <= WAITING_TURNS
             turn.users += takes_part
         if not takes_part:
-            yield False
+            yield None
             return
         try:
-            with turn.lock:
-                yield True
+            yield turn.lock
         finally:
             with self._lock:
                 turn.users -= 1
                 if not turn.users:
                     del self._turns[sender]
 
-    def _keep(self, sender: str, last: _Last) -> None:
+    def _keep(self, sender: str, counter: int, answer: object, sid: str) -> object:
+        """Note the acknowledgement of a message, and return it."""
+        if answer is self._not_acknowledged:
+            return answer
+        last = _Last(counter, answer, sid, _size(answer))
         with self._lock:
             if sender in self._last:
                 self._forget(sender)
@@ -174,6 +201,7 @@ class Received:
                 self._forget(next(iter(of_connection)))
             while len(self._last) > self._senders or (self._bytes > ANSWER_BYTES and len(self._last) > 1):
                 self._forget(next(iter(self._last)))
+        return answer
 
     def _forget(self, sender: str) -> None:
         last = self._last.pop(sender)
@@ -182,6 +210,12 @@ class Received:
         del of_connection[sender]
         if not of_connection:
             del self._of_connection[last.sid]
+
+
+def _id_of(data: tuple[object, ...]) -> tuple[str, int] | None:
+    """Return sender and counter of an event's id; None if it has none."""
+    found = MESSAGE_ID.fullmatch(data[-1]) if len(data) > 1 and isinstance(data[-1], str) else None
+    return None if found is None else (found["sender"], int(found["counter"]))
 
 
 def _size(answer: object) -> int:

@@ -9,6 +9,7 @@ sends it again, it gets only the acknowledgement again.
 import mimetypes
 import os
 from pathlib import Path
+from typing import Any
 
 import socketio
 
@@ -16,6 +17,16 @@ from stickyring.delivery import Received
 
 PAGES = Path(__file__).with_name("pages")
 CLIENT_SCRIPT = "socket.io.min.js"
+OPTIONS: dict[str, Any] = {
+    # The handlers never block, so they need no task of their own: 8 to 15 % less work for an echo.
+    "async_handlers": False,
+    # The connect handler sends the welcome. Clients expect the connection to be accepted before any event.
+    "always_connect": True,
+    # Only the pages' own origin is allowed. The edge passes it on in Host and X-Forwarded-Proto.
+    "cors_allowed_origins": None,
+    # Ping interval and timeout stay at Engine.IO's 25 and 20 s. Failures behind the edge are detected without them,
+    # and they are most of the cost of silent clients.
+}
 
 
 def create_application(pages: str = str(PAGES)) -> socketio.WSGIApp:
@@ -26,22 +37,8 @@ def create_application(pages: str = str(PAGES)) -> socketio.WSGIApp:
     Raises:
         FileNotFoundError: the folder has no JavaScript client, which the pages need.
     """
-    if not Path(pages, CLIENT_SCRIPT).is_file():
-        raise FileNotFoundError(
-            f"{Path(pages, CLIENT_SCRIPT)} is missing: run `pip install .` in the folder app/, which gets it with npm"
-        )
-    prefix = f"node#{os.environ['STICKYRING_NODE_NAME']}: "
-    server = socketio.Server(
-        async_mode="eventlet",
-        # The handlers never block, so they need no green thread of their own: 8 to 15 % less work for an echo.
-        async_handlers=False,
-        # The connect handler sends the welcome. Clients expect the connection to be accepted before any event.
-        always_connect=True,
-        # Only the pages' own origin is allowed. The edge passes it on in Host and X-Forwarded-Proto.
-        cors_allowed_origins=None,
-        # Ping interval and timeout stay at Engine.IO's 25 and 20 s. Failures behind the edge are detected without them,
-        # and they are most of the cost of silent clients.
-    )
+    files, prefix = _static_files(Path(pages)), _prefix()
+    server = socketio.Server(async_mode="eventlet", **OPTIONS)
 
     def welcome(sid: str, environ: dict[str, object]) -> None:
         server.emit("message", f"{prefix}welcome", to=sid)
@@ -53,10 +50,40 @@ def create_application(pages: str = str(PAGES)) -> socketio.WSGIApp:
 
     server.on("connect", welcome)
     server.on("message", Received(server).once(echo))
-    return socketio.WSGIApp(server, static_files=_static_files(Path(pages)))
+    return socketio.WSGIApp(server, static_files=files)
+
+
+def create_asgi_application(pages: str = str(PAGES)) -> socketio.ASGIApp:
+    """Return the same as an ASGI application, for the worker class `asgi`.
+
+    Raises:
+        FileNotFoundError: the folder has no JavaScript client, which the pages need.
+    """
+    files, prefix = _static_files(Path(pages)), _prefix()
+    server = socketio.AsyncServer(async_mode="asgi", **OPTIONS)
+
+    async def welcome(sid: str, environ: dict[str, object]) -> None:
+        await server.emit("message", f"{prefix}welcome", to=sid)
+
+    async def echo(sid: str, text: object = "", *more: object, message_id: str | None = None) -> str:
+        answer = f"{prefix}{text}"
+        await server.emit("message", answer if message_id is None else (answer, message_id), to=sid)
+        return answer
+
+    server.on("connect", welcome)
+    server.on("message", Received(server).once(echo))
+    return socketio.ASGIApp(server, static_files=files)
+
+
+def _prefix() -> str:
+    return f"node#{os.environ['STICKYRING_NODE_NAME']}: "
 
 
 def _static_files(pages: Path) -> dict[str, dict[str, str]]:
+    if not (pages / CLIENT_SCRIPT).is_file():
+        raise FileNotFoundError(
+            f"{pages / CLIENT_SCRIPT} is missing: run `pip install .` in the folder app/, which gets it with npm"
+        )
     files = {
         f"/{page.name}": {"filename": str(page), "content_type": _content_type(page)}
         for page in pages.iterdir()

@@ -338,8 +338,9 @@ class FakeSession:
         self.quiet = True
         self.taking = True
 
-    def end(self) -> None:
+    def see_off(self, done: Callable[[], None]) -> None:
         self.ended = True
+        done()
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from gunicorn.glogging import Logger
 from pythonjsonlogger.json import JsonFormatter
 
 LIBRARIES = ("engineio.server", "socketio.server")
+SERVERS = ("uvicorn.error",)
+"""What they log at `info` is in the node's own lines."""
 
 
 def configure(level: str, node_name: str) -> None:
@@ -34,6 +36,8 @@ def configure(level: str, node_name: str) -> None:
     logging.captureWarnings(True)
     # Known, and the reason why the worker class is a setting.
     warnings.filterwarnings("ignore", message=r"\s*Eventlet is deprecated")
+    for server in SERVERS:
+        logging.getLogger(server).setLevel(logging.INFO if level == "debug" else logging.WARNING)
     for library in LIBRARIES:
         # Both log every packet at info. With a level set, they do not add a plain-text handler of their own.
         logging.getLogger(library).setLevel(logging.INFO if level == "debug" else logging.ERROR)
