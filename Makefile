@@ -59,6 +59,7 @@ lint-ansible: .venv/.tools
 	docs/reference.py --check
 	yamllint --strict .
 	ansible-lint
+	antsibull-changelog lint
 	@# As other teams get it. It wants to fetch pip for environments of its own, which Python brings as well.
 	@mkdir -p .artifacts/ansible-test/.ansible/test/cache
 	@echo 'import ensurepip; ensurepip.bootstrap()' > .artifacts/ansible-test/.ansible/test/cache/get_pip_24_2.py
@@ -68,8 +69,8 @@ lint-ansible: .venv/.tools
 	  cd $$folder/ansible_collections/stickyring/fleet; export HOME=$(CURDIR)/.artifacts/ansible-test; \
 	  ansible-test sanity --python default --color no $(SANITY:%=--test %)
 
-# All that needs no other version of Python, and looks at what ruff, mypy and yamllint do not.
-SANITY := action-plugin-docs changelog empty-init ignores line-endings no-assert no-get-exception no-illegal-filenames \
+# All that needs no other version of Python, and looks at what ruff, mypy, yamllint and antsibull-changelog do not.
+SANITY := action-plugin-docs empty-init ignores line-endings no-assert no-get-exception no-illegal-filenames \
 	no-smart-quotes replace-urlopen runtime-metadata shebang symlinks use-argspec-type-path validate-modules
 
 unit: .venv/.tools ## Unit tests, without root and without the lab
