@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 PROJECT = Path(__file__).parents[1]
-TABLES = ("stickyring_artifacts", "stickyring_edge", "stickyring_node")
+TABLES = tuple(sorted(folder.name for folder in (PROJECT / "roles").glob("stickyring*")))
 EXAMPLES = {"stickyring_edge": "edge.yml", "stickyring_node": "nodes.yml"}
 TABLE_MARKS = ("<!-- Written by docs/reference.py from meta/argument_specs.yml. -->", "<!-- End of the variables. -->")
 EXAMPLE_MARKS = (
@@ -69,9 +69,11 @@ def put(file: Path, marks: tuple[str, str], lines: list[str], *, check: bool) ->
 def table(role: str) -> list[str]:
     """Return the Markdown table of a role's variables."""
     specs = yaml.safe_load((PROJECT / "roles" / role / "meta" / "argument_specs.yml").read_text())["argument_specs"]
+    # The role `stickyring` has no tasks of its own, and so no entry point `main`.
+    described = specs["main" if "main" in specs else "preflight"]["options"]
     rows = [
         f"| `{name}` | {default_of(option)} | {html.escape(meaning_of(option), quote=False)} |"
-        for name, option in options(specs["main"]["options"])
+        for name, option in options(described)
     ]
     return ["| variable | default | what it is |", "|---|---|---|", *rows]
 
