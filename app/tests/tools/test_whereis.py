@@ -133,7 +133,7 @@ def test_it_says_when_no_session_is_open(found: Any) -> None:
     assert (result.exit_code, result.output.splitlines()[1]) == (0, "  no session is open")
 
 
-def test_an_unknown_answer_is_an_error(found: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unknown_answer_is_an_error(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = found({"edge1": {}})
     result = run()
     assert (result.exit_code, result.output) == (2, "Error: edge1 serves no ring yet\n")
@@ -142,8 +142,26 @@ def test_an_unknown_answer_is_an_error(found: Any, monkeypatch: pytest.MonkeyPat
     )
     result = run()
     assert result.exit_code == 2
-    assert "fatal: unreachable" in result.output
+    assert "playbooks/whereis.yml failed:\nfatal: unreachable" in result.output
+
+
+def test_the_playbook_of_the_collection_is_used_outside_a_clone(
+    found: Any, commands: list[list[str]], tmp_path: Path
+) -> None:
+    run = found({"edge1": THREE})
+    assert run().exit_code == 0
     (tmp_path / "playbooks" / "whereis.yml").unlink()
-    result = run()
+    assert run().exit_code == 0
+    assert [command[1] for command in commands] == ["playbooks/whereis.yml", "stickyring.fleet.whereis"]
+
+
+def test_without_a_clone_and_the_collection_it_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ansible itself says that it does not find the playbook."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ANSIBLE_COLLECTIONS_PATH", str(tmp_path))
+    monkeypatch.delenv("ANSIBLE_CONFIG", raising=False)
+    result = CliRunner().invoke(main, ["whereis", "alice"])
     assert result.exit_code == 2
-    assert "run this in the project's folder" in result.output
+    assert "the collection stickyring.fleet is not installed: run this in the clone's folder" in result.output

@@ -13,6 +13,9 @@ import click
 from stickyring.ring import Ring, RingError
 
 PLAYBOOK = Path("playbooks/whereis.yml")
+"""In a clone."""
+INSTALLED_PLAYBOOK = "stickyring.fleet.whereis"
+"""In the installed collection."""
 EPILOG = """\b
 Examples:
   stickyring whereis alice
@@ -42,12 +45,10 @@ class Unknown(click.ClickException):
 def whereis(*, user: str, options: tuple[str, ...], live: bool, inventory: str | None) -> None:
     """Show the assigned node of user ID, from the rings of all edges.
 
-    ID is the user's id as the application knows it, without percent-encoding. Run this in the project's folder. It asks
-    the edges, and with --live the nodes, over SSH like any playbook. OPTIONS after -- are passed to ansible-playbook:
-    -k, -K, --vault-password-file and others.
+    ID is the user's id as the application knows it, without percent-encoding. It asks the edges, and with --live the
+    nodes, over SSH like any playbook: with the clone's playbook in its folder, elsewhere with that of the collection
+    stickyring.fleet. OPTIONS after -- are passed to ansible-playbook: -k, -K, --vault-password-file and others.
     """
-    if not PLAYBOOK.is_file():
-        raise Unknown(f"there is no {PLAYBOOK} here: run this in the project's folder")
     with tempfile.TemporaryDirectory() as folder:
         answers = _ask(user, live, inventory, options, Path(folder))
     owners = {edge: _owner(edge, ring, user) for edge, ring in answers["rings"].items()}
@@ -73,12 +74,13 @@ def _ask(user: str, live: bool, inventory: str | None, options: Sequence[str], f
     "silent": [host that did not answer]}
 
     Raises:
-        Unknown: the playbook failed, or the inventory has no edge.
+        Unknown: the playbook is not found or has failed, or the inventory has no edge.
     """
+    playbook = str(PLAYBOOK) if PLAYBOOK.is_file() else INSTALLED_PLAYBOOK
     # Ansible's copy does not create a file's folder.
     for kind in ("rings", "sessions"):
         (folder / kind).mkdir()
-    command = [str(Path(sys.executable).with_name("ansible-playbook")), str(PLAYBOOK)]
+    command = [str(Path(sys.executable).with_name("ansible-playbook")), playbook]
     variables = {"stickyring_id": user, "stickyring_live": live, "stickyring_directory": str(folder)}
     command += ["--extra-vars", json.dumps(variables)]
     command += ["--inventory", inventory] if inventory else []
@@ -87,8 +89,13 @@ def _ask(user: str, live: bool, inventory: str | None, options: Sequence[str], f
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise Unknown(f"cannot run {command[0]}: {error.strerror}") from None
+    if done.returncode and f"{INSTALLED_PLAYBOOK} could not be found" in done.stderr:
+        raise Unknown(
+            f"there is no {PLAYBOOK} here, and the collection stickyring.fleet is not installed: run this in the"
+            " clone's folder, or install the collection"
+        )
     if done.returncode:
-        raise Unknown(f"{PLAYBOOK} failed:\n{(done.stdout + done.stderr).strip()}")
+        raise Unknown(f"{playbook} failed:\n{(done.stdout + done.stderr).strip()}")
     rings = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("rings/*.json"))}
     if not rings:
         raise Unknown("the inventory has no edge")
