@@ -96,6 +96,13 @@ def as_asgi(source: str) -> str:
     return f"import asyncio\nimport time\n{WSGI_TO_ASGI}\n{source}"
 
 
+def rewrite(directory: Path) -> None:
+    """Rewrite the applications in a folder for the worker class under test."""
+    for path in directory.glob("*.py"):
+        if RUNTIME == "asgi" and "WSGIApp" in (source := path.read_text()):
+            path.write_text(as_asgi(source))
+
+
 WSGI_TO_ASGI = """
 class WsgiToAsgi:
     def __init__(self, application):
@@ -113,6 +120,15 @@ class WsgiToAsgi:
 """
 RUNTIME = os.environ.get("STICKYRING_TEST_RUNTIME", "eventlet")
 """Which worker class serves the tests' applications: eventlet, or asgi, for which they are rewritten."""
+WORKER = {"STICKYRING_WORKER_CLASS": RUNTIME}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is of the eventlet worker alone."""
+    if RUNTIME != "eventlet":
+        left_out = [item for item in items if item.get_closest_marker("eventlet")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @contextmanager
@@ -120,18 +136,15 @@ def serving(
     directory: Path, *arguments: str, descriptors: int | None = None, **environment: str
 ) -> Iterator[ServeProcess]:
     """Run `stickyring serve` in `directory`, which may contain applications; the block runs while it serves."""
+    rewrite(directory)
     if RUNTIME == "asgi":
-        for path in directory.glob("*.py"):
-            if "WSGIApp" in (source := path.read_text()):
-                path.write_text(as_asgi(source))
         arguments = tuple(one.replace("echo:create_application", "echo:create_asgi_application") for one in arguments)
-        environment.setdefault("STICKYRING_WORKER_CLASS", "asgi")
     limit = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
     command = [*limit, str(STICKYRING), "serve", "--listen", "127.0.0.1:0", "--node-name", "node1-1", *arguments]
     stderr = directory / "stderr"
     with stderr.open("wb") as output:
         process = subprocess.Popen(
-            command, stderr=output, cwd=directory, env={"PATH": os.environ["PATH"]} | environment
+            command, stderr=output, cwd=directory, env={"PATH": os.environ["PATH"]} | WORKER | environment
         )
     node = ServeProcess(process, stderr)
     try:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import socketio
-from conftest import DEADLINE_SECONDS, STICKYRING, ServeProcess, serving, wait_until
+from conftest import DEADLINE_SECONDS, STICKYRING, WORKER, ServeProcess, rewrite, serving, wait_until
 
 from stickyring.delivery import Sender
 from stickyring.node.control import ControlServer, Refusal
@@ -90,6 +90,7 @@ def master(folder: Path) -> int:
 
 
 def start_replacing(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    rewrite(folder)
     # A new file each time: the new process keeps the command's standard error open.
     (folder / "replaced").unlink(missing_ok=True)
     with (folder / "replaced").open("wb") as output:
@@ -98,7 +99,7 @@ def start_replacing(folder: Path, *arguments: str, **environment: str) -> subpro
             cwd=folder,
             stdout=output,
             stderr=output,
-            env={"PATH": os.environ["PATH"], "STICKYRING_CONTROL": "control"} | environment,
+            env={"PATH": os.environ["PATH"], "STICKYRING_CONTROL": "control"} | WORKER | environment,
         )
 
 
@@ -268,14 +269,14 @@ def test_no_new_connection_reaches_the_replaced_process(node: Start, tmp_path: P
     assert serve.process.wait(DEADLINE_SECONDS) == 0
 
 
-def request(connection: HTTPConnection, path: str) -> tuple[int, str | None, str]:
+def request(connection: HTTPConnection, path: str) -> tuple[int, str, str]:
     connection.request("GET", path)
     return answer(connection)
 
 
-def answer(connection: HTTPConnection) -> tuple[int, str | None, str]:
+def answer(connection: HTTPConnection) -> tuple[int, str, str]:
     found = connection.getresponse()
-    return found.status, found.getheader("Connection"), found.read().decode()
+    return found.status, found.getheader("Connection", "keep-alive"), found.read().decode()
 
 
 def test_a_successor_that_cannot_start_affects_nobody(node: Start, tmp_path: Path) -> None:
@@ -337,7 +338,13 @@ def test_only_one_replacement_at_a_time(node: Start, tmp_path: Path) -> None:
     wait_until((tmp_path / "loading").exists, "it loads")
     command = ["serve", "--replace", "--listen", "127.0.0.1:0", "--control", "control", "chat:application"]
     second = subprocess.run(
-        [STICKYRING, *command], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False
+        [STICKYRING, *command],
+        cwd=tmp_path,
+        env=os.environ | WORKER,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+        check=False,
     )
     cause = "Error: cannot make the control socket control.next: another --replace is under way\n"
     assert (second.returncode, second.stderr) == (1, cause)
@@ -413,6 +420,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServePro
         yield node, folder
 
 
+@pytest.mark.eventlet
 def test_a_worker_class_without_retire_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "chat.py").write_text(APPLICATION.replace('"eventlet"', '"threading"'))
     with serving(tmp_path, "chat:application", "--control", "control", "--worker-class", "gthread") as serve:

@@ -182,7 +182,8 @@ class Node(BaseApplication):
             control = Control(name, runtime.sessions, runtime.move_metrics, runtime.drain, incumbent)
             server = ControlServer(self._control.listener, control)
             threading.Thread(target=server.run, daemon=True).start()
-        threading.Thread(target=self._drain_when_told, args=(runtime.drain,), daemon=True).start()
+        self.draining = threading.Thread(target=self._drain_when_told, args=(runtime.drain,), daemon=True)
+        self.draining.start()
         return runtime
 
     def _drain_when_told(self, drain: "Drain") -> None:

@@ -1,5 +1,6 @@
 """What a node adds to an ASGI application, as `stickyring.node.runtime` does to a WSGI application."""
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,10 @@ class AsyncRuntime:
         """Accept no new sessions while `exhausted()` is true: the worker has no descriptors left."""
         for gate in self._gates:
             gate.exhausted = exhausted
+
+    async def end(self) -> None:
+        """End what sessions are left, with the application's disconnect handlers."""
+        await asyncio.gather(*(session.leave() for session in [*self.sessions.values()]))  # type: ignore[attr-defined]
 
     async def try_once(self, path: str) -> None:
         """Let the application answer a request for `/`, and a handshake on each path of Socket.IO.

@@ -29,7 +29,7 @@ from stickyring.node.sessions import (
     Session,
     size_of,
 )
-from stickyring.node.websocket import NORMAL, PROTOCOL_ERROR
+from stickyring.node.websocket import PROTOCOL_ERROR
 
 PROBE, PROBED, UPGRADE = "2probe", "3probe", "5"
 MOST_INCOMING = 64
@@ -184,12 +184,18 @@ class AsyncSession(Session):
                     return
         except Exception as error:
             await self.end_for("packet", error)
+            self._stay_for_the_answer()
             raise EngineIOError from error
         # The mover still waits for acknowledgements of the application. An answer now would make the client leave.
         while self.refused and not self.ended:
             await asyncio.sleep(TICK_SECONDS)
         await self.end_for(self.failed)
+        self._stay_for_the_answer()
         raise EngineIOError("the session ended, possibly before the last packet")
+
+    def _stay_for_the_answer(self) -> None:
+        # The engine answers 400 only to a request of a session that it has; then it forgets the session.
+        self.engine.sockets[self.socket.sid] = self.socket
 
     def attach(self, websocket: WebSocket) -> None:
         """Open a WebSocket for this session: one that began with it, or one to upgrade to."""
@@ -280,18 +286,22 @@ class AsyncSession(Session):
     def see_off(self, done: Callable[[], None]) -> None:
         """From any thread: end it once nothing is under way, so that its client reconnects; then call `done`."""
 
-        async def leave() -> None:
+        async def wait_and_leave() -> None:
             try:
                 await self._wait_for_quiet()
                 self.taking = False
                 await self._wait_for_quiet()
-                if not self.ended:
-                    self.moved = True
-                    await self.close(wait=False, abort=True, reason=REASON)
+                await self.leave()
             finally:
                 done()
 
-        self._loop.call_soon_threadsafe(lambda: self.start(leave()))
+        self._loop.call_soon_threadsafe(lambda: self.start(wait_and_leave()))
+
+    async def leave(self) -> None:
+        """End it so that its client reconnects by itself; on return, the application's disconnect handlers have run."""
+        if not self.ended:
+            self.moved = True
+            await self.close(wait=False, abort=True, reason=REASON)
 
     async def _wait_for_quiet(self) -> None:
         deadline = self._loop.time() + PATIENCE_SECONDS
@@ -341,7 +351,7 @@ class AsyncSession(Session):
         elif self.failed == "unread":
             self.websocket.abort()
         else:
-            self.websocket.close(PROTOCOL_ERROR if self.failed in {"packet", "too_long"} else NORMAL)
+            self.websocket.close(PROTOCOL_ERROR if self.failed in {"packet", "too_long"} else None)
         # The engine keeps an ended polling session until its next cleanup, and fails on a POST for it.
         if not wait:
             self.engine.sockets.pop(self.socket.sid, None)

@@ -134,9 +134,13 @@ class AsgiWorker(Worker):
         self._let_requests_be_the_last()
         if not self._told:
             # End before graceful_timeout, when the master kills.
+            seconds = max(self.cfg.graceful_timeout - HEARTBEAT_SECONDS, 0)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(self.cfg.graceful_timeout - HEARTBEAT_SECONDS, 0)):
-                    while any(connection.busy for connection in self.connections) or self.server_state.tasks:
+                async with asyncio.timeout(seconds):
+                    if self.wsgi.drain.final:
+                        await asyncio.to_thread(self.app.draining.join, seconds)
+                    await self.wsgi.end()
+                    while any(connection.busy for connection in self.connections):
                         await asyncio.sleep(TICK_SECONDS)
                     await self.lifespan.shutdown()
 
