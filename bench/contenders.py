@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 ARTIFACTS = ROOT / "roles/stickyring_artifacts/files"
 NAME = "bench"
-OURS, PYPY, GEVENT, ASGI = "ours", "ours-pypy", "ours-gevent", "asgi"
+OURS, PYPY, GEVENT, OURS_ASGI, ASGI = "ours", "ours-pypy", "ours-gevent", "ours-asgi", "asgi"
 STOCK, PLAIN, NODEJS, STUB = "stock", "stock-plain", "nodejs", "stub"
 PYPY_NURSERY = "4M"
 """As in the node role."""
@@ -95,6 +95,12 @@ def contenders(folder: Path) -> list[Contender]:
                 "application:tuned('gevent')",
             ],
             {"PYTHONPATH": f"{gevent}:{beside_ours}"},
+        ),
+        Contender(
+            OURS_ASGI,
+            "stickyring, asgi",
+            lambda port: [*node.command(port), "--worker-class=asgi", "application:asgi()"],
+            {"PYTHONPATH": beside_ours},
         ),
         stock_way,
         # It accepts offered compression, and has no option against it.
