@@ -80,9 +80,9 @@ def as_asgi(source: str) -> str:
     """Return a WSGI application of these tests as an ASGI application: an AsyncServer, and its pages in threads."""
     blocks = re.split(r"(?m)^(?=(?: *@.*\n)* *(?:def |application = ))", source)
     for number, block in enumerate(blocks):
-        if not re.search(r"^ *def \w+\(sid", block, re.M):
+        if not re.search(r"^ *def \w+\(sid|\bserver\.(?:emit|sleep)\(", block, re.M):
             continue
-        block = re.sub(r"^( *)def (\w+\(sid)", r"\1async def \2", block, flags=re.M)  # noqa: PLW2901
+        block = re.sub(r"^( *)def ", r"\1async def ", block, flags=re.M)  # noqa: PLW2901
         block = re.sub(r"\bserver\.(emit|send|sleep|disconnect|call)\(", r"await server.\1(", block)  # noqa: PLW2901
         blocks[number] = re.sub(r"\b(?:time|eventlet)\.sleep\(", "await asyncio.sleep(", block)
     source = "".join(blocks).replace("eventlet.sleep(", "time.sleep(").replace("import eventlet\n", "")
@@ -93,13 +93,16 @@ def as_asgi(source: str) -> str:
     source = source.replace("stickyring.node.sessions", "stickyring.node.asgi.sessions")
     source = re.sub(r"socketio\.WSGIApp\(server, (\w+)\)", r"socketio.ASGIApp(server, WsgiToAsgi(\1))", source)
     source = source.replace("socketio.WSGIApp(", "socketio.ASGIApp(")
+    if "def application(environ" in source:
+        source += "\napplication = WsgiToAsgi(application)\n"
     return f"import asyncio\nimport time\n{WSGI_TO_ASGI}\n{source}"
 
 
 def rewrite(directory: Path) -> None:
     """Rewrite the applications in a folder for the worker class under test."""
     for path in directory.glob("*.py"):
-        if RUNTIME == "asgi" and "WSGIApp" in (source := path.read_text()):
+        source = path.read_text()
+        if RUNTIME == "asgi" and ("WSGIApp(" in source or "def application(environ" in source):
             path.write_text(as_asgi(source))
 
 
@@ -138,6 +141,8 @@ def serving(
     """Run `stickyring serve` in `directory`, which may contain applications; the block runs while it serves."""
     rewrite(directory)
     if RUNTIME == "asgi":
+        if not arguments or arguments[0].startswith("--"):
+            arguments = ("stickyring.echo:create_application()", *arguments)
         arguments = tuple(one.replace("echo:create_application", "echo:create_asgi_application") for one in arguments)
     limit = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
     command = [*limit, str(STICKYRING), "serve", "--listen", "127.0.0.1:0", "--node-name", "node1-1", *arguments]

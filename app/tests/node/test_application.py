@@ -1,15 +1,22 @@
 """Applications of every shape: which are served with all that a node promises, and how the others are refused."""
 
+import asyncio
+import contextlib
+import json
 import os
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import socketio
 from conftest import DEADLINE_SECONDS, STICKYRING, ServeProcess, serving, wait_until
 
+from stickyring.node.master import GRACEFUL_SECONDS
 from stickyring.node.operate import ask
 from stickyring.node.takeover import ELSEWHERE_HEADER
 
@@ -19,12 +26,18 @@ SHAPES = {
     "django_site:application": ("say", ("hello",), {}),
     "two_servers:application": ("say", ("hello",), {}),
     "two_servers:application /game": ("move", (b"e4",), {"serializer": "msgpack"}),
+    "fastapi_chat:app": ("say", ("hello",), {}),
 }
+ASGI = ("fastapi_chat:app", "stickyring.echo:create_asgi_application()")
+
+
+def worker_class(application: str) -> tuple[str, ...]:
+    return ("--worker-class", "asgi") if application in ASGI else ()
 
 
 def check(folder: Path, application: str, *options: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [STICKYRING, "serve", "--check", application, *options],
+        [STICKYRING, "serve", "--check", application, *worker_class(application), *options],
         cwd=folder,
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(GALLERY)},
         capture_output=True,
@@ -37,7 +50,8 @@ def check(folder: Path, application: str, *options: str) -> "subprocess.Complete
 @pytest.fixture(params=SHAPES)
 def node(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[ServeProcess, str, Any]]:
     application, _, prefix = request.param.partition(" ")
-    with serving(tmp_path, application, "--control", "control", PYTHONPATH=str(GALLERY)) as process:
+    options = ("--control", "control", *worker_class(application))
+    with serving(tmp_path, application, *options, PYTHONPATH=str(GALLERY)) as process:
         yield process, f"{prefix}/socket.io", SHAPES[request.param]
 
 
@@ -129,7 +143,7 @@ def test_a_wrong_application_is_refused_in_one_line(tmp_path: Path, source: str,
     assert cause in run.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("application", [*SHAPES, "stickyring.echo:create_application()"])
+@pytest.mark.parametrize("application", [*SHAPES, "stickyring.echo:create_application()", *ASGI])
 def test_a_check_listens_nowhere_and_ends_well(tmp_path: Path, application: str) -> None:
     run = check(tmp_path, application.partition(" ")[0])
     assert (run.returncode, run.stdout) == (0, "")
@@ -140,3 +154,82 @@ def test_an_async_mode_that_does_not_fit_the_worker_is_refused(tmp_path: Path) -
     run = check(tmp_path, "flask_rooms:app", "--worker-class", "gthread")
     assert run.returncode == 1
     assert "its async_mode is 'eventlet', but ThreadWorker needs 'threading'" in run.stderr
+
+
+@pytest.fixture
+def fastapi(tmp_path: Path) -> Iterator[ServeProcess]:
+    with serving(tmp_path, "fastapi_chat:app", "--worker-class", "asgi", PYTHONPATH=str(GALLERY)) as node:
+        yield node
+
+
+def test_lifespan_events_reach_the_application(fastapi: ServeProcess, capfd: pytest.CaptureFixture[str]) -> None:
+    assert json.loads(fastapi.get("/").read()) == {"started": ["database"]}
+    assert fastapi.stop() == 0
+    assert capfd.readouterr().out == "closed database\n"
+
+
+def test_an_application_that_does_not_start_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(
+        "async def application(scope, receive, send):\n"
+        "    assert scope['type'] == 'lifespan'\n"
+        "    await receive()\n"
+        "    await send({'type': 'lifespan.startup.failed', 'message': 'no database'})\n"
+    )
+    run = check(tmp_path, "late:application", "--worker-class", "asgi")
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == "Error: cannot load late:application: its lifespan startup has failed"
+
+
+def test_websockets_of_the_application_work(fastapi: ServeProcess) -> None:
+    async def play() -> list[str]:
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{fastapi.url}/plain") as websocket:
+            texts = ["first", "x" * 1_000_000, "last"]
+            for text in texts:
+                await websocket.send_str(text)
+            assert [await websocket.receive_str(timeout=5) for _ in texts] == texts
+            await websocket.close()
+        async with aiohttp.ClientSession() as session:
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await session.ws_connect(f"{fastapi.url}/none")
+        return [str(refused.value.status)]
+
+    assert asyncio.run(play()) == ["403"]
+
+
+def test_a_stream_of_events_does_not_hold_a_drain(fastapi: ServeProcess) -> None:
+    stream = fastapi.get("/events")
+    assert stream.readline() == b"data: here\n"
+    began = time.monotonic()
+    assert fastapi.stop() == 0
+    assert time.monotonic() - began < GRACEFUL_SECONDS + 2, "the drain timeout is 30 s"
+
+
+def test_a_handler_that_blocks_the_loop_stops_the_heartbeat(tmp_path: Path) -> None:
+    (tmp_path / "stuck.py").write_text(
+        "import time\n"
+        "async def application(scope, receive, send):\n"
+        "    assert scope['type'] == 'http'\n"
+        "    if scope['path'] == '/stuck':\n"
+        "        time.sleep(3)\n"
+        "    await send({'type': 'http.response.start', 'status': 204, 'headers': []})\n"
+        "    await send({'type': 'http.response.body', 'body': b''})\n"
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(6)
+        options = ("--worker-class", "asgi")
+        with serving(tmp_path, "stuck:application", *options, NOTIFY_SOCKET=str(tmp_path / "notify")) as node:
+            assert manager.recv(64) == b"READY=1"
+            assert manager.recv(64) == b"WATCHDOG=1"
+            manager.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while manager.recv(64):
+                    pass
+            assert node.get("/stuck").status == 204
+            heard = 0
+            with contextlib.suppress(BlockingIOError):
+                while manager.recv(64):
+                    heard += 1
+            assert heard <= 1, "of the three seconds at most their beginning"
+            manager.settimeout(6)
+            assert manager.recv(64) == b"WATCHDOG=1", "then it goes on"

@@ -270,6 +270,7 @@ def test_help_shows_examples() -> None:
         assert f"stickyring {command} --control /run/" in invoke(command, "--help").stdout
 
 
+@pytest.mark.eventlet
 def test_the_socket_is_private_and_removed_with_the_node(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:
     Path(tmp_path, "plain.py").write_text(PLAIN)
     control = tmp_path / "control"

@@ -8,18 +8,19 @@ import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from http.client import HTTPConnection, HTTPResponse
+from http.client import HTTPConnection, HTTPResponse, RemoteDisconnected
 from pathlib import Path
 from typing import Any
 
 import pytest
 import socketio
-from conftest import ServeProcess, serving, wait_until
+from conftest import RUNTIME, ServeProcess, serving, wait_until
 from test_websocket import BINARY, CLOSE, TEXT
 from test_websocket import Client as RawWebSocket
 
 CLIENT = Path(__file__).with_name("burst_client.mjs")
 LONGEST = 100_000
+UNANSWERED = 0
 APPLICATION = f"""
 import socketio
 import stickyring.node.gate
@@ -141,8 +142,10 @@ class Polling:
             if end:
                 connection.shutdown(socket.SHUT_WR)
             answer = HTTPResponse(connection)
-            answer.begin()
-            return answer.status
+            with contextlib.suppress(RemoteDisconnected):
+                answer.begin()
+                return answer.status
+            return UNANSWERED
 
     def take(self, beginning: str) -> str:
         """Poll until a packet begins with `beginning`, and return the rest of it."""
@@ -323,16 +326,18 @@ def test_a_body_of_the_largest_size_is_read(node: ServeProcess) -> None:
     session.close()
 
 
+CUT_SHORT = 400 if RUNTIME == "eventlet" else UNANSWERED
+"""uvicorn closes a connection on which the client sends nothing more."""
 BODIES: dict[str, tuple[int, Callable[[Polling], int]]] = {
     "too long": (413, lambda session: session.post(fill(LONGEST + 1))),
     "too long in chunks": (
         413,
         lambda session: session.post(iter([fill(LONGEST + 1).encode()]), **{"Transfer-Encoding": "chunked"}),
     ),
-    "shorter than its length": (400, lambda session: session.post_raw("Content-Length: 100", NOTE.encode())),
+    "shorter than its length": (CUT_SHORT, lambda session: session.post_raw("Content-Length: 100", NOTE.encode())),
     "longer than its length": (400, lambda session: session.post_raw("Content-Length: 8", NOTE.encode())),
     "ends before its last chunk": (
-        400,
+        CUT_SHORT,
         lambda session: session.post_raw("Transfer-Encoding: chunked", b"c\r\n" + NOTE.encode() + b"\r\n"),
     ),
     "invalid chunks": (400, lambda session: session.post_raw("Transfer-Encoding: chunked", b"zz\r\n")),

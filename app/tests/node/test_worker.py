@@ -138,9 +138,10 @@ def test_a_connection_carries_several_requests(node: ServeProcess) -> None:
     for _ in range(3):
         connection.request("GET", "/")
         answer = connection.getresponse()
-        assert (answer.read(), answer.getheader("Connection")) == (b"answer", "keep-alive")
+        assert (answer.read(), answer.getheader("Connection", "keep-alive")) == (b"answer", "keep-alive")
 
 
+@pytest.mark.eventlet
 def test_an_application_may_answer_with_a_file(node: ServeProcess) -> None:
     assert node.get("/file").read() == APPLICATION.encode()
 
@@ -178,6 +179,7 @@ def test_a_worker_whose_master_is_gone_ends(serve: Callable[..., ServeProcess], 
     wait_until(lambda: not answers(node), "the worker ends")
 
 
+@pytest.mark.eventlet
 def test_systemd_gets_ready_and_a_heartbeat_while_the_loop_runs(
     serve: Callable[..., ServeProcess], application: str, tmp_path: Path, manager: socket.socket
 ) -> None:

@@ -86,7 +86,7 @@ def load(path: str, worker: type[Worker]) -> Application:
                 f"it has a socketio.{name} that no {middleware} serves: write application = {middleware}(server), "
                 f"or {middleware}(server, other_application)"
             )
-    paths = Paths(one.engineio_path.rstrip("/") for one in ours if one.engineio_path)
+    paths = Paths(path for one in ours if (path := (one.engineio_path or "").rstrip("/")))
     return Application(found, [*servers.values()], paths)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import socketio
 
 from stickyring.node.asgi.packets import check_packets
-from stickyring.node.asgi.sessions import AsyncSession
+from stickyring.node.asgi.sessions import LOST, AsyncSession
 from stickyring.node.asgi.websocket import Channel
 from stickyring.node.drain import Drain
 from stickyring.node.gate import (
@@ -96,7 +96,22 @@ class AsyncSocketIOGate:
     async def _guard(self, scope: "Scope", receive: "ASGIReceiveCallable", send: "ASGISendCallable") -> None:
         """Serve one request, in place of the engine."""
         channel: Channel | None = scope.get(CHANNEL)  # type: ignore[assignment]
-        environ = await self._translate(scope, receive, send)
+        lost: list[bool] = []
+
+        async def receive_and_note() -> Any:  # noqa: ANN401 - an ASGI event
+            event = await receive()
+            if event["type"] == "http.disconnect":
+                lost.append(True)
+            return event
+
+        environ = await self._translate(scope, receive_and_note, send)
+        if not environ:
+            # The client has left, or what it sent was no HTTP.
+            session = self._sessions.get(parameter(scope["query_string"].decode("latin-1"), "sid") or "")  # type: ignore[union-attr]
+            if isinstance(session, AsyncSession):
+                await session.end_for("packet", ConnectionResetError())
+            return
+        environ[LOST] = lost
         environ["REMOTE_ADDR"] = (scope.get("client") or ("127.0.0.1",))[0]  # type: ignore[index]
         environ["wsgi.url_scheme"] = scope["scheme"].replace("ws", "http")  # type: ignore[union-attr]
         environ[CHANNEL] = channel
@@ -249,7 +264,7 @@ class AsyncSocketIOGate:
             try:
                 await message(sid, data)  # type: ignore[misc]
             except Exception as error:
-                session.fail("handler" if isinstance(error, HandlerError) else "packet", error)
+                await session.end_for("handler" if isinstance(error, HandlerError) else "packet", error)
 
         async def on_disconnect(sid: str, *reason: str) -> None:
             session = sessions.pop(sid, None)

@@ -31,6 +31,8 @@ from stickyring.node.sessions import (
 )
 from stickyring.node.websocket import PROTOCOL_ERROR
 
+LOST = "stickyring.lost"
+"""Filled when the client has closed the connection of a request, in its environ."""
 PROBE, PROBED, UPGRADE = "2probe", "3probe", "5"
 MOST_INCOMING = 64
 """A WebSocket reads no further while so many packets wait for the application."""
@@ -157,7 +159,7 @@ class AsyncSession(Session):
             self.push(EnginePacket(PING))
 
     def _time_out(self) -> None:
-        self.start(self.close(wait=False, abort=False, reason=TIMED_OUT))
+        self.start(self.close(wait=False, abort=True, reason=TIMED_OUT))
 
     # What comes from the client.
 
@@ -173,6 +175,8 @@ class AsyncSession(Session):
                 raise TooLongError  # noqa: TRY301 - as those of the body
             async with asyncio.timeout(self.engine.ping_timeout):
                 received = await environ["wsgi.input"].read(longest + 1)
+            if environ[LOST]:
+                raise ConnectionResetError  # noqa: TRY301 - as those of the body
             for number, packet in enumerate(packets_of(checked_body(environ, received, longest)), start=1):
                 if self.ended or self.refused:
                     break
@@ -234,7 +238,7 @@ class AsyncSession(Session):
             try:
                 await self._receive(incoming[0])
             except Exception as error:
-                self.fail("packet", error)
+                await self.end_for("packet", error)
             if len(incoming) == MOST_INCOMING and (websocket := self.websocket or self._applicant):
                 with contextlib.suppress(RuntimeError):  # it is closing
                     websocket.transport.resume_reading()
@@ -246,14 +250,13 @@ class AsyncSession(Session):
         if self._applicant is not None and not self.socket.upgraded:
             self._upgrade(self._applicant, message)
         elif isinstance(message, str) and message[:1] not in FROM_CLIENT:
-            self.fail("packet")
+            await self.end_for("packet")
         else:
             await self.socket.receive(EnginePacket(encoded_packet=message))  # type: ignore[func-returns-value]
 
     def _upgrade(self, websocket: WebSocket, message: str | bytes) -> None:
         if message != (UPGRADE if self._probed else PROBE):
             websocket.fail(PROTOCOL_ERROR)
-            self.fail("packet")
         elif not self._probed:
             self._probed = self.socket.upgrading = True
             websocket.send(PROBED)
@@ -276,8 +279,11 @@ class AsyncSession(Session):
             self._deadline = None
 
     def _on_end(self, websocket: WebSocket) -> None:
+        mine = websocket in {self._applicant, self.websocket}
         if self._applicant is websocket:
             self._forget_applicant()
+        if mine and websocket.broken:
+            self.fail("packet")
         elif self.websocket is websocket:  # type: ignore[comparison-overlap]
             self.lose()
 
@@ -351,7 +357,7 @@ class AsyncSession(Session):
         elif self.failed == "unread":
             self.websocket.abort()
         else:
-            self.websocket.close(PROTOCOL_ERROR if self.failed in {"packet", "too_long"} else None)
+            self.websocket.close()
         # The engine keeps an ended polling session until its next cleanup, and fails on a POST for it.
         if not wait:
             self.engine.sockets.pop(self.socket.sid, None)

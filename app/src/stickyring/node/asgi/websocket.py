@@ -44,7 +44,7 @@ class WebSocket(asyncio.Protocol):
     """One connection whose client asks for a WebSocket.
 
     `open` accepts it; then `on_message` is called with each message, str for text and bytes for binary, and `on_end`
-    once, with the status, when the connection has ended.
+    once, with the status, when the connection has ended or the client broke the protocol.
     """
 
     def __init__(self, transport: asyncio.Transport, key: str) -> None:
@@ -57,7 +57,10 @@ class WebSocket(asyncio.Protocol):
         self._on_end: Callable[[int], object] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._status = WENT_AWAY
+        self._blamed: int | None = None
         self._lost = False
+        self.broken = False
+        """Whether the client broke the protocol."""
         self.writable: asyncio.Event | None = None
 
     def open(
@@ -100,18 +103,22 @@ class WebSocket(asyncio.Protocol):
         """Send a closing frame, and give the client CLOSING_SECONDS to answer it."""
         if self._state == OPEN:
             self._state = CLOSING
-            self.transport.write(closing_frame(status))
+            self.transport.write(closing_frame(self._blamed or status))
             if not self._lost:
                 self._deadline = asyncio.get_running_loop().call_later(CLOSING_SECONDS, self.transport.abort)
                 if self.transport.can_write_eof():
                     self.transport.write_eof()
 
+    def blame(self, status: int) -> None:
+        """Set the status of the closing frame, unless one is set already."""
+        self._blamed = self._blamed or status
+
     def fail(self, status: int) -> None:
         """Close it because the client broke the protocol; discard what the client still sends."""
-        self._on_message = None
+        self.broken = True
         self._status = status
         self.close(status)
-        self._reader = None
+        self._end()
 
     def abort(self) -> None:
         """Close the connection at once; what has not been sent is lost."""

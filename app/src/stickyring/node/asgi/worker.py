@@ -140,8 +140,10 @@ class AsgiWorker(Worker):
                     if self.wsgi.drain.final:
                         await asyncio.to_thread(self.app.draining.join, seconds)
                     await self.wsgi.end()
-                    while any(connection.busy for connection in self.connections):
+                    while self.connections:
                         await asyncio.sleep(TICK_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_SECONDS / 2):
                     await self.lifespan.shutdown()
 
     def _stop(self) -> None:

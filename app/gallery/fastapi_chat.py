@@ -1,0 +1,62 @@
+"""FastAPI with an AsyncServer mounted in it, a stream of events and an upload. Deploy `fastapi_chat:app`."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import socketio
+from fastapi import FastAPI, Request, WebSocket
+from fastapi.responses import StreamingResponse
+
+server = socketio.AsyncServer(async_mode="asgi")
+started: list[str] = []
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    """Open what the application needs before it serves, and close it at the end."""
+    started.append("database")
+    yield
+    print("closed", *started, flush=True)
+
+
+app = FastAPI(lifespan=lifespan)
+app.mount("/socket.io", socketio.ASGIApp(server, socketio_path=""))
+
+
+@app.get("/")
+async def index() -> dict[str, list[str]]:
+    """Say what was opened."""
+    return {"started": started}
+
+
+@app.post("/upload")
+async def upload(request: Request) -> int:
+    """Return the size of a body."""
+    return len(await request.body())
+
+
+@app.get("/events")
+async def events() -> StreamingResponse:
+    """Send an event now, and nothing for an hour."""
+
+    async def quiet() -> AsyncIterator[str]:
+        yield "data: here\n\n"
+        await asyncio.sleep(3600)
+
+    return StreamingResponse(quiet(), media_type="text/event-stream")
+
+
+@app.websocket("/plain")
+async def plain(websocket: WebSocket) -> None:
+    """Echo over a WebSocket that is no Socket.IO."""
+    await websocket.accept()
+    async for text in websocket.iter_text():
+        await websocket.send_text(text)
+
+
+@server.event
+async def say(sid: str, text: str) -> str:
+    """Send a text to all clients of this node, and acknowledge it."""
+    await server.emit("said", text)
+    return text
