@@ -162,9 +162,10 @@ def fastapi(tmp_path: Path) -> Iterator[ServeProcess]:
         yield node
 
 
-def test_lifespan_events_reach_the_application(fastapi: ServeProcess, capfd: pytest.CaptureFixture[str]) -> None:
-    assert json.loads(fastapi.get("/").read()) == {"started": ["database"]}
-    assert fastapi.stop() == 0
+def test_lifespan_events_reach_the_application(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with serving(tmp_path, "fastapi_chat:app", "--worker-class", "asgi", PYTHONPATH=str(GALLERY)) as node:
+        assert json.loads(node.get("/").read()) == {"started": ["database"]}
+        assert node.stop() == 0
     assert capfd.readouterr().out == "closed database\n"
 
 

@@ -106,7 +106,7 @@ def try_once(path: str, application: "WSGIApplication", target: str = "/", query
     setup_testing_defaults(environ)
     try:
         answer = application(environ, begin)
-        first = next(iter(answer), b"") if isinstance(answer, Iterable) else answer
+        first: object = next(iter(answer), b"") if isinstance(answer, Iterable) else answer
         if close := getattr(answer, "close", None):
             close()
     except Exception as error:

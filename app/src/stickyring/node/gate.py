@@ -86,7 +86,7 @@ class SocketIOGate:
         self._sessions = sessions
         self._drain = drain
         self._engine: Engine = server.eio
-        self._handle_request = self._engine.handle_request
+        self._handle_request: WSGIApplication = self._engine.handle_request
         self._engine.handle_request = self._guard
         check_packets(server)
         # The only way to make python-engineio use another WebSocket.
@@ -174,7 +174,9 @@ class SocketIOGate:
         """Return status, headers and body of the engine's answer; StopIteration at the end of a WebSocket."""
         begun: list[tuple[str, list[tuple[str, str]]]] = []
 
-        def begin(status: str, headers: list[tuple[str, str]], *exc_info: "OptExcInfo") -> Callable[[bytes], object]:
+        def begin(
+            status: str, headers: list[tuple[str, str]], _exc_info: "OptExcInfo | None" = None, /
+        ) -> Callable[[bytes], object]:
             begun.append((status, [*headers]))
             return lambda _: None
 

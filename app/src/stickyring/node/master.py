@@ -31,9 +31,9 @@ from stickyring.node.notify import Manager
 from stickyring.node.takeover import Incumbent, Successor
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIApplication
-
+    from stickyring.node.asgi.runtime import AsyncRuntime
     from stickyring.node.drain import Drain
+    from stickyring.node.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -151,18 +151,13 @@ class Node(BaseApplication):
             if self._control is not None and os.getpid() == master:
                 self._control.remove()
 
-    def load(self) -> "WSGIApplication":
+    def load(self) -> "Runtime | AsyncRuntime":
         """Import the application in the worker; if that fails, end the master with the cause."""
         # Imported here, because python-socketio and the metrics' locks must see the standard library as the worker
         # class has patched it.
         from stickyring.node.application import CannotBeServedError, load  # noqa: PLC0415
         from stickyring.node.control import Control, ControlServer  # noqa: PLC0415
         from stickyring.node.forwarded import Edges  # noqa: PLC0415
-
-        if getattr(self._worker_class, "asgi", False):
-            from stickyring.node.asgi.runtime import AsyncRuntime as Runtime  # noqa: PLC0415
-        else:
-            from stickyring.node.runtime import Runtime  # type: ignore[assignment] # noqa: PLC0415
 
         path = self._settings.application
         try:
@@ -173,7 +168,8 @@ class Node(BaseApplication):
         name = self._settings.node_name
         edges = Edges(self._settings.edges)
         limit = self._settings.max_connections
-        self._runtime = runtime = Runtime(application, node_name=name, max_connections=limit, edges=edges)
+        make = self._runtime_class()
+        self._runtime = runtime = make(application, node_name=name, max_connections=limit, edges=edges)
         # Only our worker class has it: others let connections wait.
         worker = self._worker
         runtime.heed(lambda: getattr(worker, "exhausted", False))
@@ -185,6 +181,16 @@ class Node(BaseApplication):
         self.draining = threading.Thread(target=self._drain_when_told, args=(runtime.drain,), daemon=True)
         self.draining.start()
         return runtime
+
+    def _runtime_class(self) -> "type[Runtime] | type[AsyncRuntime]":
+        # Imported here for the reason given in load().
+        if getattr(self._worker_class, "asgi", False):
+            from stickyring.node.asgi.runtime import AsyncRuntime  # noqa: PLC0415
+
+            return AsyncRuntime
+        from stickyring.node.runtime import Runtime  # noqa: PLC0415
+
+        return Runtime
 
     def _drain_when_told(self, drain: "Drain") -> None:
         # A new object for the same descriptor, because the worker class may have patched sockets.

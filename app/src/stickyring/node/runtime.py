@@ -46,7 +46,7 @@ class Runtime:
         self._requests: set[object] = set()
         self.drain = Drain(self.sessions, self._requests, self.move_metrics)
         self._metrics: WSGIApplication = make_wsgi_app(registry)
-        self._application = application.call
+        self._application: WSGIApplication = application.call
         self._paths = application.paths
         servers = application.servers
         metrics = EngineMetrics([server.eio for server in servers], max_connections, registry) if servers else None
@@ -123,11 +123,13 @@ class _Answer:
         self._under_way = under_way
         under_way.add(self)
 
-        def begin(status: str, headers: list[tuple[str, str]], *exc_info: "OptExcInfo") -> Callable[[bytes], object]:
+        def begin(
+            status: str, headers: list[tuple[str, str]], exc_info: "OptExcInfo | None" = None, /
+        ) -> Callable[[bytes], object]:
             # A stream of events does not end by itself.
             if any(name.lower() == "content-type" and value.startswith(EVENT_STREAM) for name, value in headers):
                 under_way.discard(self)
-            return start_response(status, headers, *exc_info)
+            return start_response(status, headers, exc_info) if exc_info else start_response(status, headers)
 
         try:
             self._body = application(environ, begin)

@@ -38,7 +38,7 @@ from stickyring.node.websocket import PROTOCOL_ERROR, refusal
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
-    from asgiref.typing import ASGIReceiveCallable, ASGISendCallable, Scope
+    from asgiref.typing import ASGIReceiveCallable, ASGISendCallable
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +93,9 @@ class AsyncSocketIOGate:
         """Whether a new handshake would be refused."""
         return len(self._sessions) >= self._max_connections
 
-    async def _guard(self, scope: "Scope", receive: "ASGIReceiveCallable", send: "ASGISendCallable") -> None:
+    async def _guard(self, scope: dict[str, Any], receive: "ASGIReceiveCallable", send: "ASGISendCallable") -> None:
         """Serve one request, in place of the engine."""
-        channel: Channel | None = scope.get(CHANNEL)  # type: ignore[assignment]
+        channel: Channel | None = scope.get(CHANNEL)
         lost: list[bool] = []
 
         async def receive_and_note() -> Any:  # noqa: ANN401 - an ASGI event
@@ -107,13 +107,13 @@ class AsyncSocketIOGate:
         environ = await self._translate(scope, receive_and_note, send)
         if not environ:
             # The client has left, or what it sent was no HTTP.
-            session = self._sessions.get(parameter(scope["query_string"].decode("latin-1"), "sid") or "")  # type: ignore[union-attr]
+            session = self._sessions.get(parameter(scope["query_string"].decode("latin-1"), "sid") or "")
             if isinstance(session, AsyncSession):
                 await session.end_for("packet", ConnectionResetError())
             return
         environ[LOST] = lost
-        environ["REMOTE_ADDR"] = (scope.get("client") or ("127.0.0.1",))[0]  # type: ignore[index]
-        environ["wsgi.url_scheme"] = scope["scheme"].replace("ws", "http")  # type: ignore[union-attr]
+        environ["REMOTE_ADDR"] = (scope.get("client") or ("127.0.0.1",))[0]
+        environ["wsgi.url_scheme"] = scope["scheme"].replace("ws", "http")
         environ[CHANNEL] = channel
         answer = await self._answer(environ)
         if answer is None:

@@ -97,7 +97,7 @@ class AsyncSession(Session):
 
     def push(self, packet: Packet) -> None:
         """Send a packet, or queue it for the next poll; a client that does not read loses its session."""
-        websocket = self.websocket
+        websocket = self._carrier
         if websocket is None:
             if self.has_room_for(packet):
                 self._queue.put_nowait(packet)
@@ -106,7 +106,7 @@ class AsyncSession(Session):
             if websocket.transport.get_write_buffer_size() > WAITING_MESSAGES * self.engine.max_http_buffer_size:
                 self.fail("unread")
 
-    async def poll(self) -> list[Packet]:
+    async def poll(self) -> list[Packet]:  # type: ignore[override]
         """Wait for the next packets; return none at the end of the session.
 
         Raises:
@@ -163,7 +163,7 @@ class AsyncSession(Session):
 
     # What comes from the client.
 
-    async def take_in(self, environ: dict[str, Any]) -> None:
+    async def take_in(self, environ: dict[str, Any]) -> None:  # type: ignore[override]
         """Receive all packets of a POST in order.
 
         Raises:
@@ -180,7 +180,7 @@ class AsyncSession(Session):
             for number, packet in enumerate(packets_of(checked_body(environ, received, longest)), start=1):
                 if self.ended or self.refused:
                     break
-                await self.socket.receive(packet)  # type: ignore[func-returns-value]
+                await self.socket.receive(packet)  # type: ignore[func-returns-value,misc]
                 if number % TURN_PACKETS == 0:
                     await asyncio.sleep(0)
             else:
@@ -210,7 +210,7 @@ class AsyncSession(Session):
             self.socket.connected = True
             self._carry(websocket)
         websocket.open(int(self.engine.max_http_buffer_size), self._on_message, lambda _: self._on_end(websocket))
-        if self.websocket is websocket:
+        if self._carrier is websocket:
             self._flush()
 
     def _carry(self, websocket: WebSocket) -> None:
@@ -229,7 +229,7 @@ class AsyncSession(Session):
         self._incoming.append(message)
         if len(self._incoming) == 1:
             self.start(self._handle_incoming())
-        elif len(self._incoming) == MOST_INCOMING and (websocket := self.websocket or self._applicant):
+        elif len(self._incoming) == MOST_INCOMING and (websocket := self._carrier or self._applicant):
             websocket.transport.pause_reading()
 
     async def _handle_incoming(self) -> None:
@@ -239,7 +239,7 @@ class AsyncSession(Session):
                 await self._receive(incoming[0])
             except Exception as error:
                 await self.end_for("packet", error)
-            if len(incoming) == MOST_INCOMING and (websocket := self.websocket or self._applicant):
+            if len(incoming) == MOST_INCOMING and (websocket := self._carrier or self._applicant):
                 with contextlib.suppress(RuntimeError):  # it is closing
                     websocket.transport.resume_reading()
             incoming.popleft()
@@ -252,7 +252,7 @@ class AsyncSession(Session):
         elif isinstance(message, str) and message[:1] not in FROM_CLIENT:
             await self.end_for("packet")
         else:
-            await self.socket.receive(EnginePacket(encoded_packet=message))  # type: ignore[func-returns-value]
+            await self.socket.receive(EnginePacket(encoded_packet=message))  # type: ignore[func-returns-value,misc]
 
     def _upgrade(self, websocket: WebSocket, message: str | bytes) -> None:
         if message != (UPGRADE if self._probed else PROBE):
@@ -279,12 +279,12 @@ class AsyncSession(Session):
             self._deadline = None
 
     def _on_end(self, websocket: WebSocket) -> None:
-        mine = websocket in {self._applicant, self.websocket}
+        mine = websocket in {self._applicant, self._carrier}
         if self._applicant is websocket:
             self._forget_applicant()
         if mine and websocket.broken:
             self.fail("packet")
-        elif self.websocket is websocket:  # type: ignore[comparison-overlap]
+        elif self._carrier is websocket:
             self.lose()
 
     # The end.
@@ -309,7 +309,7 @@ class AsyncSession(Session):
             self.moved = True
             await self.close(wait=False, abort=True, reason=REASON)
 
-    async def _wait_for_quiet(self) -> None:
+    async def _wait_for_quiet(self) -> None:  # type: ignore[override]
         deadline = self._loop.time() + PATIENCE_SECONDS
         while not (self.ended or self.quiet) and self._loop.time() < deadline:
             await asyncio.sleep(TICK_SECONDS)
@@ -348,16 +348,16 @@ class AsyncSession(Session):
             self.push(EnginePacket(CLOSE))
         if self._applicant is not None:
             self._applicant.close()
-        if self.websocket is None:
+        if self._carrier is None:
             if wait and not abort:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self.engine.ping_interval + self.engine.ping_timeout):
                         await self._queue.join()
             self._queue.put_nowait(None)
         elif self.failed == "unread":
-            self.websocket.abort()
+            self._carrier.abort()
         else:
-            self.websocket.close()
+            self._carrier.close()
         # The engine keeps an ended polling session until its next cleanup, and fails on a POST for it.
         if not wait:
             self.engine.sockets.pop(self.socket.sid, None)
@@ -367,6 +367,11 @@ class AsyncSession(Session):
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    @property
+    def _carrier(self) -> WebSocket | None:
+        """The WebSocket that carries the session."""
+        return self.websocket  # type: ignore[return-value]
 
     @property
     def _queue(self) -> "asyncio.Queue[Any]":

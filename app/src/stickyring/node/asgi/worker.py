@@ -26,7 +26,7 @@ from stickyring.node.descriptors import OUT_OF_RESOURCES, Reserve
 try:
     import uvloop
 except ImportError:  # PyPy has none
-    uvloop = None
+    uvloop = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ class AsgiWorker(Worker):
         task.add_done_callback(self._tasks.discard)
 
 
-class Connection(HttpToolsProtocol):  # type: ignore[misc]
+class Connection(HttpToolsProtocol):
     """uvicorn's HTTP connection; a WebSocket leaves it for one of `stickyring.node.asgi.websocket`."""
 
     def __init__(self, *, worker: AsgiWorker, **_: object) -> None:
@@ -299,7 +299,7 @@ class Connection(HttpToolsProtocol):  # type: ignore[misc]
 
     async def _offer(self, channel: Channel, scope: dict[str, Any]) -> None:
         try:
-            await self.app(scope, channel.receive, channel.send)  # type: ignore[arg-type]
+            await self.app(scope, channel.receive, channel.send)
         except Exception:
             log.exception("Error handling WebSocket %s", scope["path"])
             channel.end(1011)
