@@ -73,7 +73,7 @@ def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.Mo
         "application": "stickyring.echo:create_application()",
         "address": ("127.0.0.1", 8001),
         "node_name": "node7-1",
-        "worker_class": "stickyring.node.worker.EventletWorker",
+        "worker_class": "eventlet",
         "max_connections": 10000,
         "drain_timeout": 30,
         "control_path": None,

@@ -67,11 +67,11 @@ def default_node_name() -> str:
 )
 @click.option(
     "--worker-class",
-    default="stickyring.node.worker.EventletWorker",
+    default="eventlet",
     show_default=True,
     envvar="STICKYRING_WORKER_CLASS",
     show_envvar=True,
-    help="Any gunicorn worker class.",
+    help="eventlet for WSGI applications, asgi for ASGI applications, or any worker class of gunicorn.",
 )
 @click.option(
     "--max-connections",
@@ -151,9 +151,10 @@ def serve(
 ) -> None:
     """Serve APPLICATION as one node of a sticky Socket.IO deployment.
 
-    APPLICATION is a WSGI application as `module:attribute` or `module:factory()`; the default is the echo service. Its
-    Socket.IO servers may be anywhere in it: a `socketio.WSGIApp`, Flask-SocketIO, either of them in a middleware. Leave
-    out their async_mode, or set it to 'eventlet'. The node answers /healthz, /readyz and /metrics itself.
+    APPLICATION is a WSGI application, or with --worker-class asgi an ASGI application, as `module:attribute` or
+    `module:factory()`; the default is the echo service. Its Socket.IO servers may be anywhere in it: a
+    `socketio.WSGIApp` or `ASGIApp`, Flask-SocketIO, one mounted in FastAPI or behind a middleware. Leave out their
+    async_mode, or set it to 'eventlet' or 'asgi'. The node answers /healthz, /readyz and /metrics itself.
 
     SIGTERM drains the node: it refuses new users, asks all users to reconnect, and ends when they have left. A second
     signal, SIGINT or SIGQUIT ends it at once.
@@ -173,6 +174,7 @@ def serve(
       stickyring serve --control /run/stickyring-node/1/control.sock
       stickyring serve --control /run/stickyring-node/1/control.sock --replace
       stickyring serve chat.server:application --max-connections 20000
+      stickyring serve --worker-class asgi chat.main:app
       stickyring serve --check chat.server:application
       STICKYRING_LISTEN='[::1]:8001' stickyring serve 'chat.server:create(debug=False)'
     """
