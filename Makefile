@@ -75,6 +75,8 @@ SANITY := action-plugin-docs empty-init ignores line-endings no-assert no-get-ex
 
 unit: .venv/.tools ## Unit tests, without root and without the lab
 	cd app && pytest $(SIDE_BY_SIDE)
+	@# What has to hold for applications of both kinds, on the other worker class.
+	cd app && STICKYRING_TEST_RUNTIME=asgi pytest $(SIDE_BY_SIDE) $(ON_BOTH)
 	@# Separate, because importing Ansible's controller redirects the warnings of modules.
 	pytest $(SIDE_BY_SIDE) playbooks
 	pytest $(SIDE_BY_SIDE) roles molecule/tests bench
@@ -128,6 +130,8 @@ endif
 
 # More processes than a small machine has cores, because most tests wait for a process that they have started.
 SIDE_BY_SIDE := --numprocesses 3 --dist worksteal
+ON_BOTH := tests/test_echo.py tests/test_delivery.py \
+  $(addprefix tests/node/test_,control.py drain.py packets.py rebalance.py takeover.py websocket.py websocket_conformance.py worker.py)
 SEED = 1
 OPERATIONS = $(if $(filter soak,$(MAKECMDGOALS)),15,60)
 HOURS = 1

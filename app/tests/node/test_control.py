@@ -116,8 +116,10 @@ def test_an_invalid_request_is_refused(
     assert error in answer["error"]
 
 
-def test_before_the_first_rebalance_none_runs(node: ServeProcess, folder: Path) -> None:
-    assert ask(folder / "control", "GET", "/rebalance") == (200, {"running": False})
+def test_before_the_first_rebalance_none_runs(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:
+    (tmp_path / "socket.io.min.js").touch()
+    serve("stickyring.echo:create_application('.')", "--control", "control")
+    assert ask(tmp_path / "control", "GET", "/rebalance") == (200, {"running": False})
 
 
 def test_a_bad_request_does_not_affect_others(node: ServeProcess, folder: Path) -> None:
