@@ -1,4 +1,8 @@
-"""The echo service as releases that must not be deployed, each with the fault that its name says."""
+"""The echo service as releases that must not be deployed, each with the fault that its name says.
+
+`crashes_when_loaded` fails wherever it is loaded. The others fail only as a unit of systemd, as an application does that
+the unit's sandbox refuses something: the check before a deployment cannot find them.
+"""
 
 import os
 import threading
@@ -10,16 +14,25 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
 LIFETIME_SECONDS = 10
+AS_A_UNIT = "INVOCATION_ID" in os.environ
+
+
+def crashes_when_loaded() -> "WSGIApplication":
+    """Raise before anything is served."""
+    raise RuntimeError("this release cannot be loaded")
 
 
 def crashes_at_start() -> "WSGIApplication":
     """Raise before anything is served."""
-    raise RuntimeError("this release cannot start")
+    if AS_A_UNIT:
+        raise RuntimeError("this release cannot start")
+    return create_application()
 
 
 def never_gets_ready() -> "WSGIApplication":
     """Wait forever."""
-    threading.Event().wait()
+    if AS_A_UNIT:
+        threading.Event().wait()
     return create_application()
 
 

@@ -84,7 +84,9 @@ def test_it_takes_the_place_of_the_echo_service(inventory: Any, ansible: Any, ed
 
     # The inventory of this scenario has an index instead of the wheelhouse.
     wheelhouse = "stickyring_node_wheelhouse={{ stickyring_artifacts_directory }}/wheelhouse.tar"
-    options = ["-e", json.dumps(settings), "-e", wheelhouse, "-e", "stickyring_node_proving_time=0"]
+    # And an ASGI application.
+    others = {"stickyring_node_proving_time": 0, "stickyring_node_worker_class": "eventlet"}
+    options = ["-e", json.dumps(settings), "-e", wheelhouse, "-e", json.dumps(others)]
     ansible("ansible-playbook", "-i", inventory, "site.yml", *options)
 
     assert asyncio.run(sign(edge_url("sticky"), "grace")) == (1, "grace")

@@ -123,6 +123,24 @@ def test_a_bad_release_stops_at_the_first_share(
     assert not [one for one in elsewhere if one.count("disconnect", since)]
 
 
+def test_an_application_that_cannot_be_served_stops_before_any_restart(residents: Any, run: Any, serving: Any) -> None:
+    wrong = {
+        "node1": ("faulty:crashes_when_loaded()", "RuntimeError: this release cannot be loaded"),
+        "node2": ("faulty:crashes_when_loaded", "if it makes the application, write faulty:crashes_when_loaded()"),
+        "node3": ("faulty:absent", "Failed to find attribute 'absent' in 'faulty'"),
+    }
+    before, since = serving(), time.monotonic()
+    of_each_node = {name: application for name, (application, _) in wrong.items()}
+    application = f"{{{{ {of_each_node}[inventory_hostname] }}}}"
+    told = run(UPDATE, *release("faulty", **FAULTY, stickyring_node_application=application), fails=True)
+    assert time.monotonic() - since < 60
+    for application, reason in wrong.values():
+        assert f"Error: cannot load {application}: " in told
+        assert reason in told
+    assert serving() == before
+    assert not [one for one in residents if one.count("disconnect", since) or one.lost]
+
+
 def test_a_release_that_does_not_start_in_surge_mode_affects_no_user(residents: Any, run: Any, serving: Any) -> None:
     before, since = serving(), time.monotonic()
     told = run(UPDATE, *faulty("crashes_at_start"), "-e", "stickyring_node_surge=true", fails=True)
