@@ -67,7 +67,8 @@ def invoke(*arguments: str | Path) -> Result:
 
 def connect(node: ServeProcess, key: str | None, cluster: str | None = None) -> str:
     headers = {"x-stickyring-key": key, "x-stickyring-cluster": cluster}
-    said = {name: value for name, value in headers.items() if value is not None}
+    # On the wire, the edge's key is UTF-8, which http.client does not encode.
+    said = {name: value.encode().decode("latin-1") for name, value in headers.items() if value is not None}
     answer = node.get("/socket.io/?EIO=4&transport=polling", said)
     return str(json.loads(answer.read()[1:])["sid"])
 
@@ -77,16 +78,16 @@ def close(node: ServeProcess, sid: str) -> None:
 
 
 def test_sessions_lists_the_open_sessions(node: ServeProcess, folder: Path) -> None:
-    sids = [connect(node, "alice", "nodes"), *(connect(node, key) for key in ("alice", "a%20b&c", None))]
+    sids = [connect(node, "alice", "nodes"), *(connect(node, key) for key in ("alice", "a%20b&c", None, "café"))]
     listed = invoke("sessions", "--control", folder / "control")
     assert listed.exit_code == 0
     found = json.loads(listed.stdout)
     assert found["node"] == "node1-1"
-    assert [session["key"] for session in found["sessions"]] == ["alice", "alice", "a%20b&c", None]
-    assert [session["cluster"] for session in found["sessions"]] == ["nodes", None, None, None]
+    assert [session["key"] for session in found["sessions"]] == ["alice", "alice", "a%20b&c", None, "café"]
+    assert [session["cluster"] for session in found["sessions"]] == ["nodes", None, None, None, None]
     assert {session["transport"] for session in found["sessions"]} == {"polling"}
     assert all(0 <= session["seconds"] < DEADLINE_SECONDS for session in found["sessions"])
-    for key, count in (("alice", 2), ("a%20b&c", 1), ("a b&c", 0)):
+    for key, count in (("alice", 2), ("a%20b&c", 1), ("café", 1), ("a b&c", 0)):
         one = json.loads(invoke("sessions", "--control", folder / "control", "--key", key).stdout)
         assert [session["key"] for session in one["sessions"]] == [key] * count
     for sid in sids:

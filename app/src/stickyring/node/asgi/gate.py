@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 CHANNEL = "stickyring.channel"
 """A WebSocket's `Channel`, in the ASGI scope and in the environ that applications get."""
+EDGES_HEADERS = b"x-stickyring-"
 Answer = tuple[str, list[tuple[str, str]], bytes]
 
 
@@ -112,6 +113,10 @@ class AsyncSocketIOGate:
                 await session.end_for("packet", ConnectionResetError())
             return
         environ[LOST] = lost
+        for name, value in scope["headers"]:
+            # As WSGI has them (PEP 3333): what reads the edge's headers decodes the bytes.
+            if name.startswith(EDGES_HEADERS):
+                environ[f"HTTP_{name.decode('latin-1').upper().replace('-', '_')}"] = value.decode("latin-1")
         environ["REMOTE_ADDR"] = (scope.get("client") or ("127.0.0.1",))[0]
         environ["wsgi.url_scheme"] = scope["scheme"].replace("ws", "http")
         environ[CHANNEL] = channel
