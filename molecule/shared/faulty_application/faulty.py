@@ -1,7 +1,7 @@
 """The echo service as releases that must not be deployed, each with the fault that its name says.
 
-`crashes_when_loaded` fails wherever it is loaded. The others fail only as a unit of systemd, as an application does that
-the unit's sandbox refuses something: the check before a deployment cannot find them.
+`crashes_when_loaded` fails wherever it is loaded. The others fail only in a unit of systemd, as if its sandbox refused
+something: the check before a deployment cannot find them.
 """
 
 import os
