@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import zlib
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.cookies import SimpleCookie
 from typing import Any
@@ -162,12 +162,13 @@ async def deployed(
     echo: bool = True,
     quick_pings: bool = False,
     serializer: str = "default",
+    ports: Sequence[int] = (),
 ) -> AsyncIterator[Deployment]:
-    """Nodes node1-1, node2-1, ... and an edge on free loopback ports."""
+    """Nodes node1-1, node2-1, ... and an edge on free loopback ports; with `ports`, an edge of nodes that run there."""
     deployment = Deployment()
     async with contextlib.AsyncExitStack() as stack:
-        ports = []
-        for number in range(1, nodes + 1):
+        ports = list(ports)
+        for number in range(1, 1 if ports else nodes + 1):
             application = node_application(deployment, f"node{number}-1", echo, quick_pings, serializer)
             # Otherwise an abandoned poll would delay the end of the test by a ping interval.
             runner = web.AppRunner(application, access_log=None, shutdown_timeout=0, handler_cancellation=True)

@@ -1,6 +1,7 @@
 """The command as a user runs it: exit status, one-line errors, files, signals."""
 
 import asyncio
+import io
 import json
 import resource
 import signal
@@ -14,7 +15,8 @@ from click.testing import CliRunner
 from deployment import astray, by_parameter, deployed
 
 from stickyring.cli import main
-from stickyring.tools.probe.command import made_ids, read_ids
+from stickyring.tools.probe.arguments import made_ids, read_ids, read_login
+from stickyring.tools.probe.settings import Dialect
 
 STICKYRING = str(Path(sys.executable).with_name("stickyring"))
 PIPE = asyncio.subprocess.PIPE
@@ -69,6 +71,27 @@ async def test_an_interrupt_ends_with_the_table_and_130() -> None:
     assert "interrupted: 20 of 20 sessions had ended" in " ".join(rest.decode().split())
 
 
+@pytest.mark.asyncio
+async def test_an_interrupt_while_the_first_session_waits_for_an_answer_ends_the_probe() -> None:
+    asked = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # The first connection only looks whether anything listens.
+        if await reader.read(1):
+            asked.set()
+            await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        process = await asyncio.create_subprocess_exec(STICKYRING, "probe", url, stdout=PIPE)
+        await asyncio.wait_for(asked.wait(), 15)
+        process.send_signal(signal.SIGINT)
+        output, _ = await asyncio.wait_for(process.communicate(), 5)
+    assert process.returncode == 130
+    assert "interrupted: 0 of 720 sessions had ended" in " ".join(output.decode().split())
+
+
 def refused(*arguments: str) -> tuple[int, str]:
     """Exit status and error of a run that must end in one line."""
     result = CliRunner().invoke(main, ["probe", *arguments])
@@ -96,6 +119,27 @@ LOCAL = "http://127.0.0.1:9"
         ([LOCAL, "--path", "socket.io"], "must start with /"),
         ([LOCAL, "--id-prefix", "zoë "], "percent-encoding"),
         ([LOCAL, "--ids", "20000"], "more than 200000"),
+        ([LOCAL, "--auth", "{token"], "--auth: not JSON (Expecting property name"),
+        ([LOCAL, "--auth", '"token"'], '--auth: not a JSON object: give \'{"token": "..."}\' for example'),
+        ([LOCAL, "--auth", "@/nowhere/login"], "--auth: cannot read /nowhere/login: No such file"),
+        ([LOCAL, "--auth", "@"], "--auth: cannot read "),
+        ([LOCAL, "--header", "Authorization"], "--header: give 'Name: value'"),
+        ([LOCAL, "--header", "A: b\r\nC: d"], "--header: give 'Name: value'"),
+        ([LOCAL, "--header", "A:"], "--header: give 'Name: value'"),
+        ([LOCAL, "--header", "Upgrade: h2c"], "--header: the probe sets Upgrade itself"),
+        ([LOCAL, "-H", "sec-websocket-key: x"], "the probe sets sec-websocket-key itself"),
+        ([LOCAL, "-H", "@-", "-H", "@-"], "@- can be given once"),
+        ([LOCAL, "-H", "X-User: a", "--key-header", "x-user"], "--key-header and --header both set x-user"),
+        ([LOCAL, "--namespace", "chat"], "--namespace: 'chat' must start with /"),
+        ([LOCAL, "--namespace", "/a,b"], "--namespace: '/a,b' must start with / and contain no space, comma"),
+        ([LOCAL, "--parser", "json"], "'json' is not one of 'default', 'msgpack'"),
+        ([LOCAL, "--no-upgrade", "--transport", "upgrade"], "--no-upgrade and --transport upgrade contradict"),
+        ([LOCAL, "--transport", "http"], "'http' is not one of"),
+        ([LOCAL, "--http", "health"], "--http: 'health' must start with /"),
+        ([LOCAL, "--http", "/a?b"], "--http: '/a?b' must start with / and contain no space, ?"),
+        ([LOCAL, "--http", "/", "--namespace", "/"], "--http and --namespace contradict each other"),
+        ([LOCAL, "--http", "/", "--transport", "polling"], "--http and --transport contradict each other"),
+        ([LOCAL, "--http", "/", "--connections", "1"], "--http needs --connections 2 or more"),
         ([LOCAL, "--json", "/nowhere/result.json"], "/nowhere/result.json"),
         ([LOCAL, "--ids-file", "/nowhere/ids"], "/nowhere/ids"),
     ],
@@ -104,6 +148,41 @@ def test_bad_usage_ends_with_2_and_one_line(arguments: Sequence[str], complaint:
     status, error = refused(*arguments)
     assert status == 2
     assert complaint in error
+
+
+def test_bad_content_of_a_file_is_refused_without_showing_it(tmp_path: Path) -> None:
+    file = tmp_path / "login"
+    for content, option, complaint in (
+        ("{'token': 'sesame'}", "--auth", "not JSON"),
+        ('["sesame"]', "--auth", "not a JSON object"),
+        ("X-Good: 1\n\nsesame\n", "--header", f"{file}, line 3: give 'Name: value'"),
+        ("Upgrade: sesame\n", "--header", f"{file}, line 1: the probe sets Upgrade itself"),
+    ):
+        file.write_text(content)
+        status, error = refused(LOCAL, option, f"@{file}")
+        assert status == 2
+        assert complaint in error
+        assert "sesame" not in error
+    file.write_bytes(b"\xff")
+    assert "is not a text in UTF-8" in refused(LOCAL, "--auth", f"@{file}")[1]
+
+
+def test_a_foreign_target_is_refused_with_a_login_and_with_http_too() -> None:
+    for options in (["--auth", "{}"], ["--http", "/"]):
+        status, error = refused("http://192.0.2.1", *options)
+        assert status == 2
+        assert "use --i-own-this-target to put load on it" in error
+
+
+def test_both_secrets_can_come_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = '{"token": "sesame", "n": [1, {"deep": "inside"}]}\nAuthorization: Bearer abcdefgh1234\n\nCookie: a=b\n'
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    login = read_login("@-", ["X-Plain: yes", "@-"])
+    assert login.auth == {"token": "sesame", "n": [1, {"deep": "inside"}]}
+    assert login.headers == [("X-Plain", "yes"), ("Authorization", "Bearer abcdefgh1234"), ("Cookie", "a=b")]
+    # What was typed on the command line is not hidden.
+    assert login.secrets == {"sesame", "inside", "Bearer abcdefgh1234", "abcdefgh1234", "a=b"}
+    assert Dialect(secrets=login.secrets).without_secrets("Bearer abcdefgh1234: no abcdefgh1234") == "***: no ***"
 
 
 def test_more_open_files_than_the_system_allows_are_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +205,7 @@ def test_nothing_listens_ends_with_1_and_one_line() -> None:
 def test_without_the_extra_it_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in [name for name in sys.modules if name.startswith("stickyring.tools.probe.")]:
         if module not in (
+            "stickyring.tools.probe.arguments",
             "stickyring.tools.probe.command",
             "stickyring.tools.probe.settings",
             "stickyring.tools.probe.targets",

@@ -11,7 +11,7 @@ from stickyring.tools.probe import report as report_module
 from stickyring.tools.probe.failures import INVALID_SESSION, refusal
 from stickyring.tools.probe.report import Report, percentile
 from stickyring.tools.probe.session import Record
-from stickyring.tools.probe.settings import Dialect, Manner, Shape
+from stickyring.tools.probe.settings import SESSIONS, Dialect, Manner, Shape
 from stickyring.tools.probe.targets import Target
 
 TARGET = Target("http://127.0.0.1:9002", "127.0.0.1", 9002, "", "127.0.0.1")
@@ -110,10 +110,10 @@ def test_the_tables_fit_into_80_columns_and_with_hold_into_100() -> None:
             opened=True,
             cause="timeout (echo)" if number % 7 == 0 else None,
         )
-        for number, manner in itertools.product(range(1200), Manner)
+        for number, manner in itertools.product(range(1200), SESSIONS)
     ]
     for hold, width in ((None, 80), (30.0, 100)):
-        text = rendered(reported(*records, manners=tuple(Manner), hold=hold), width)
+        text = rendered(reported(*records, manners=SESSIONS, hold=hold), width)
         assert max(map(len, text.splitlines())) <= width
         assert "…" not in text
         for word in ("websocket-first", "1200", "98.7/1500", "node3-1", "timeout (echo)"):

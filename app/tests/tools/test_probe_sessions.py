@@ -25,7 +25,7 @@ from stickyring.tools.probe.failures import INVALID_SESSION, TWO_NODES
 from stickyring.tools.probe.load import Load
 from stickyring.tools.probe.report import Report
 from stickyring.tools.probe.run import judge_and_measure, measure
-from stickyring.tools.probe.settings import Dialect, Manner, Shape
+from stickyring.tools.probe.settings import SESSIONS, Dialect, Manner, Parser, Shape
 from stickyring.tools.probe.targets import Target, judge
 from stickyring.tools.probe.transports import connector
 
@@ -58,7 +58,7 @@ async def test_a_keyed_edge_is_sticky_over_every_transport() -> None:
 
 async def test_each_transport_sends_the_requests_of_its_name() -> None:
     steps = {}
-    for manner in Manner:
+    for manner in SESSIONS:
         async with deployed(by_parameter(), nodes=1) as deployment:
             await probed(deployment, Shape(IDS[:1], [manner], connections=1))
         steps[manner] = [
@@ -178,7 +178,7 @@ async def test_without_echo_an_application_may_have_any_serializer(serializer: s
 
 async def test_an_echo_in_msgpack_is_understood() -> None:
     async with deployed(by_parameter(), serializer="msgpack", node_header=None) as deployment:
-        report = await probed(deployment, BRIEF, Dialect(msgpack=True))
+        report = await probed(deployment, BRIEF, Dialect(parser=Parser.MSGPACK))
         assert deployment.events == ["disconnect: client disconnect"] * BRIEF.total
     assert report.sticky, report.verdict
     assert report.nodes_known_by == "texts of the application"

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TextIO
 
 import click
+from click.core import ParameterSource
 
 from stickyring.cli import needing
-from stickyring.tools.probe.settings import Dialect, Manner, Shape
+from stickyring.tools.probe.arguments import TOKEN, Refused, made_ids, read_ids, read_login
+from stickyring.tools.probe.settings import SESSIONS, Dialect, Manner, Parser, Shape
 from stickyring.tools.probe.targets import NothingListensError, TargetError
 
 DEFAULT_IDS = 60
@@ -20,10 +22,9 @@ MOST_SESSIONS = 200_000
 SPARE_FILES = 100
 GARBAGE_THRESHOLD = 50_000
 
-# RFC 3986, unreserved: characters that no client or edge rewrites.
-PLAIN_ID = re.compile(r"[A-Za-z0-9._~-]+")
-# RFC 9110, token.
-TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+# Socket.IO ends a namespace with a comma, and clients take what follows `?` for a query.
+NAMESPACE = re.compile(r"/[^\s,?]*")
+PATH = re.compile(r"/[^\s?#]*", re.ASCII)
 
 EPILOG = """\b
 Examples:
@@ -34,18 +35,19 @@ Examples:
       --transport websocket --hold 60                        do live sessions survive a change?
   stickyring probe https://chat.example.com --i-own-this-target \\
       --path /ws/socket.io/ --key-param user --no-echo       your own application
+  stickyring probe http://127.0.0.1:9002 --no-echo \\
+      --namespace /chat --auth @login.json                   with a login
+  stickyring probe http://127.0.0.1:9002 --http /            without Socket.IO
 
 \b
-Exit status: 0 sticky; 1 not sticky, or not proven; 2 bad usage, or load on the target
-is not allowed; 130 interrupted.
+Every user of this machine can read a command line (ps). Give secrets as @FILE, or
+as @- on standard input; the probe keeps these out of its output.
+
+\b
+Exit status: 0 sticky; 1 not sticky, not proven, or login refused; 2 bad usage, or load
+on the target is not allowed; 130 interrupted.
 For a private certificate authority, set the environment variable SSL_CERT_FILE.
 """
-
-
-class Refused(click.ClickException):
-    """Bad usage, reported in one line without click's usage text."""
-
-    exit_code = 2
 
 
 @click.command(epilog=EPILOG)
@@ -53,9 +55,16 @@ class Refused(click.ClickException):
 @click.option(
     "transports",
     "--transport",
-    type=click.Choice([manner.value for manner in Manner]),
+    type=click.Choice([manner.value for manner in SESSIONS]),
     multiple=True,
     help="Probe only this transport; repeatable. websocket-first falls back to polling. [default: all four]",
+)
+@click.option("--no-upgrade", is_flag=True, help="Leave out the transport upgrade: the server allows no upgrades.")
+@click.option(
+    "--http",
+    metavar="PATH",
+    help="For an application without Socket.IO: GET this path, and take the node from the node header. A status from "
+    "400 is a failure; a redirect is not followed.",
 )
 @click.option("count", "--ids", type=click.IntRange(min=1), help=f"Number of ids. [default: {DEFAULT_IDS}]")
 @click.option("--id-prefix", default="user-", show_default=True, help="Ids are PREFIX00001, PREFIX00002, ...")
@@ -69,7 +78,7 @@ class Refused(click.ClickException):
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help="Sessions per id and transport.",
+    help="Sessions per id and transport; with --http, requests per id.",
 )
 @click.option(
     "--concurrency",
@@ -93,6 +102,28 @@ class Refused(click.ClickException):
     metavar="SECONDS",
     help="Timeout of each step of a session.",
 )
+@click.option(
+    "--auth",
+    metavar="JSON|@FILE",
+    help="Log in with this object, the payload of the Socket.IO connect (`auth` in clients). @FILE reads it from FILE, "
+    "@- from standard input.",
+)
+@click.option(
+    "headers",
+    "-H",
+    "--header",
+    multiple=True,
+    metavar="'NAME: VALUE'|@FILE",
+    help="Send this header with every request; repeatable. @FILE reads headers from FILE, one per line; @- from "
+    "standard input, after the line of --auth @-.",
+)
+@click.option("--namespace", default="/", show_default=True, help="Socket.IO namespace to connect to.")
+@click.option(
+    "--parser",
+    type=click.Choice([parser.value for parser in Parser]),
+    help='The application\'s parser of packets; msgpack is socket.io-msgpack-parser, in Python serializer="msgpack". '
+    "[default: default; with --no-echo, the one that the application answers]",
+)
 @click.option("--path", default="/socket.io/", show_default=True, help="Path of the Socket.IO endpoint.")
 @click.option("--key-param", default="client_id", show_default=True, help="Query parameter that carries the id.")
 @click.option("--key-header", metavar="NAME", help="Send the id in this header instead.")
@@ -112,7 +143,7 @@ class Refused(click.ClickException):
 @click.option(
     "--no-echo",
     is_flag=True,
-    help="The application has no echo: time an answer of Socket.IO itself, with the default serializer or msgpack.",
+    help="The application has no echo: time an answer of Socket.IO itself.",
 )
 @click.option("json_file", "--json", type=click.File("w", lazy=False), metavar="FILE", help="Write the result to FILE.")
 @click.option(
@@ -121,10 +152,14 @@ class Refused(click.ClickException):
     is_flag=True,
     help="Allow load on a target outside this machine and the lab.",
 )
+@click.pass_context
 def probe(
+    context: click.Context,
     *,
     url: str,
     transports: tuple[str, ...],
+    no_upgrade: bool,
+    http: str | None,
     count: int | None,
     id_prefix: str,
     ids_file: Path | None,
@@ -132,6 +167,10 @@ def probe(
     concurrency: int,
     hold: float | None,
     timeout: float,
+    auth: str | None,
+    headers: tuple[str, ...],
+    namespace: str,
+    parser: str | None,
     path: str,
     key_param: str,
     key_header: str | None,
@@ -148,33 +187,40 @@ def probe(
     The probe opens real Socket.IO sessions (Engine.IO 4) over every transport: handshake, connect, echo, disconnect.
     Every HTTP request uses a new TCP connection, so that only the edge can keep a session on one node. Parameters in
     the query of URL are added to every request.
+
+    The first session opens alone. If the application refuses its login, the probe ends with the application's reason.
     """
-    if no_key and key_header:
-        raise Refused("--no-key and --key-header contradict each other")
-    if count is not None and ids_file is not None:
-        raise Refused("--ids and --ids-file contradict each other")
-    for option, name in (("--key-header", key_header), ("--node-header", node_header), ("--key-param", key_param)):
-        if name is not None and not TOKEN.fullmatch(name):
-            raise Refused(f"{option}: {name!r} is not a valid name")
-    if not path.startswith("/") or not path.isascii() or re.search(r"[\s?#]", path):
-        raise Refused(f"--path: {path!r} must start with / and contain no space, ? or #")
+    check(context)
+    login = read_login(auth, headers)
+    if key_header and key_header.lower() in {name.lower() for name, _ in login.headers}:
+        raise Refused(f"--key-header and --header both set {key_header}")
+    manners = [manner for manner in SESSIONS if not transports or manner in transports]
+    if no_upgrade and Manner.UPGRADE in manners:
+        manners.remove(Manner.UPGRADE)
     shape = Shape(
         ids=made_ids(id_prefix, count or DEFAULT_IDS) if ids_file is None else read_ids(ids_file),
-        manners=[manner for manner in Manner if not transports or manner in transports],
+        manners=manners if http is None else [Manner.HTTP],
         connections=connections,
         concurrency=concurrency,
         hold=hold,
         keep_cookies=keep_cookies,
     )
     if shape.total > MOST_SESSIONS and not owned:
-        raise Refused(f"{shape.total} sessions are more than {MOST_SESSIONS}: use --i-own-this-target to allow that")
+        raise Refused(
+            f"{shape.total} {shape.noun} are more than {MOST_SESSIONS}: use --i-own-this-target to allow that"
+        )
     allow_files(shape)
     dialect = Dialect(
-        path=path,
+        path=http or path,
         key_param=None if no_key or key_header else key_param,
         key_header=key_header,
         node_header=node_header,
         event=None if no_echo else event,
+        namespace=namespace,
+        auth=login.auth,
+        headers=login.headers,
+        secrets=login.secrets,
+        parser=None if parser is None else Parser(parser),
         timeout=timeout,
     )
     with needing("probe", "aiohttp", "msgpack", "rich"):
@@ -190,32 +236,34 @@ def probe(
     sys.exit(publish(report, json_file))
 
 
-def made_ids(prefix: str, count: int) -> list[str]:
-    """Return `count` ids, PREFIX00001 and so on, the same in every run."""
-    if prefix and not PLAIN_ID.fullmatch(prefix):
-        raise Refused(f"--id-prefix: {prefix!r} needs percent-encoding; use letters, digits and . _ ~ -")
-    return [f"{prefix}{number:05}" for number in range(1, count + 1)]
+def check(context: click.Context) -> None:
+    """Refuse values that are not valid, and options that contradict each other."""
+    given = context.params
+    for one, other in (("no_key", "key_header"), ("count", "ids_file")):
+        if given[one] and given[other]:
+            raise Refused(f"{name_of(context, one)} and {name_of(context, other)} contradict each other")
+    if given["no_upgrade"] and Manner.UPGRADE in given["transports"]:
+        raise Refused("--no-upgrade and --transport upgrade contradict each other")
+    for option in ("key_header", "node_header", "key_param"):
+        if given[option] is not None and not TOKEN.fullmatch(given[option]):
+            raise Refused(f"{name_of(context, option)}: {given[option]!r} is not a valid name")
+    for option in ("path", "http"):
+        if given[option] is not None and not PATH.fullmatch(given[option]):
+            raise Refused(f"--{option}: {given[option]!r} must start with / and contain no space, ? or #")
+    if not NAMESPACE.fullmatch(given["namespace"]):
+        raise Refused(f"--namespace: {given['namespace']!r} must start with / and contain no space, comma or ?")
+    if given["http"] is None:
+        return
+    for option in ("transports", "no_upgrade", "hold", "auth", "namespace", "parser", "path", "event", "no_echo"):
+        if context.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+            raise Refused(f"--http and {name_of(context, option)} contradict each other")
+    if given["connections"] == 1:
+        raise Refused("--http needs --connections 2 or more: a single request cannot show that an id stays on its node")
 
 
-def read_ids(file: Path) -> list[str]:
-    """Return the ids in `file`, one per line; empty lines are skipped."""
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"--ids-file: cannot read {file}: {error}") from error
-    ids: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        name = line.strip()
-        if not name:
-            continue
-        if not PLAIN_ID.fullmatch(name):
-            raise Refused(f"{file}, line {number}: {name!r} needs percent-encoding; use letters, digits and . _ ~ -")
-        if name in ids:
-            raise Refused(f"{file}, line {number}: {name} is already on line {ids[name]}")
-        ids[name] = number
-    if not ids:
-        raise Refused(f"{file} contains no id")
-    return list(ids)
+def name_of(context: click.Context, parameter: str) -> str:
+    """Return the long name of an option."""
+    return next(option.opts[-1] for option in context.command.params if option.name == parameter)
 
 
 def allow_files(shape: Shape) -> None:

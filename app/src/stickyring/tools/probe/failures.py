@@ -8,11 +8,27 @@ import aiohttp
 
 INVALID_SESSION = "Invalid session"
 TWO_NODES = "answered by two nodes"
+LOGIN_REFUSED = "login refused"
+NO_NAMESPACE = ("Unable to connect", "Invalid namespace")
+"""How python-socketio and Socket.IO on Node.js refuse a namespace that they do not have."""
 LONGEST = 120
 
 
 class Failure(Exception):
     """A session ended before it was complete; the text is its cause."""
+
+
+class Rejected(Failure):
+    """The application rejected the login or the namespace of a session; it will do so again."""
+
+
+def connect_refusal(namespace: str, content: object) -> Rejected:
+    """Return the failure for a CONNECT_ERROR, whose content is an object with `message` or any other JSON."""
+    if isinstance(content, dict):
+        content = content.get("message", content)
+    if content in NO_NAMESPACE:
+        return Rejected(f"the application has no namespace {namespace}: {content}"[:LONGEST])
+    return Rejected(f"{LOGIN_REFUSED}: {' '.join(str(content).split())}"[:LONGEST])
 
 
 def refusal(status: int, body: str) -> Failure:
@@ -25,18 +41,23 @@ def refusal(status: int, body: str) -> Failure:
         return Failure(INVALID_SESSION)
     if 300 <= status < 400:
         return Failure(f"HTTP {status} (a redirect, not followed)")
-    words = explanation(body) if status == 400 else ""
-    return Failure(f"HTTP {status}: {words}" if words else f"HTTP {status}")
+    words = explanation(body) if status in (400, 401, 403) else ""
+    text = f"HTTP {status}: {words}" if words else f"HTTP {status}"
+    return Rejected(f"{LOGIN_REFUSED}: {text}") if status == 401 else Failure(text)
 
 
 def explanation(body: str) -> str:
-    """Return the text of an Engine.IO error body (JSON string, or object with `message`), at most 80 characters."""
+    """Return the text of an error body, at most 80 characters.
+
+    The body is a JSON string, or an object with `message` as in Engine.IO, or `error` or `detail` as in web frameworks,
+    or plain text. A page of HTML has no text worth a line.
+    """
     try:
         content = json.loads(body)
     except ValueError:
-        return ""
+        content = "" if body.lstrip().startswith(("<", "{", "[")) else body
     if isinstance(content, dict):
-        content = content.get("message", "")
+        content = next((content[name] for name in ("message", "error", "detail") if name in content), "")
     return " ".join(str(content).split())[:80]
 
 

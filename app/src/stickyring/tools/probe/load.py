@@ -3,26 +3,32 @@
 import asyncio
 import contextlib
 import dataclasses
-import itertools
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 
 import aiohttp
 
-from stickyring.tools.probe.failures import Failure
+from stickyring.tools.probe.failures import Failure, Rejected
+from stickyring.tools.probe.page import Page
 from stickyring.tools.probe.session import Record, Session, User
-from stickyring.tools.probe.settings import Dialect, Manner, Shape
+from stickyring.tools.probe.settings import Dialect, Manner, Parser, Shape
 from stickyring.tools.probe.targets import Target
 from stickyring.tools.probe.transports import connector
 
 
 class Load:
-    """A run of all sessions of a shape against a target; `records` grows as sessions end."""
+    """A run of all sessions of a shape against a target; `records` grows as sessions end.
+
+    The first session opens alone. If the application rejects it, `rejected` is set to the reason and no other session
+    begins: further attempts could lock an account.
+    """
 
     def __init__(self, target: Target, dialect: Dialect, shape: Shape, announce: Callable[[str], None]) -> None:
         self.shape = shape
         self.records: list[Record] = []
         self.failed = 0
         self.interrupted = False
+        self.rejected: str | None = None
         self._target = target
         self._dialect = dialect
         self._announce = announce
@@ -30,6 +36,8 @@ class Load:
         self._opening: set[asyncio.Task[None]] = set()
         self._holds: set[asyncio.Timeout] = set()
         self._unsettled = shape.total
+        self._begun = asyncio.Event()
+        self._url = f"{target.origin}{dialect.path}"
 
     @property
     def held(self) -> int:
@@ -45,58 +53,95 @@ class Load:
             else User(name, nobody, contextlib.nullcontext())
             for name in self.shape.ids
         ]
-        query = f"&{self._target.query}" if self._target.query else ""
-        base_url = f"{self._target.origin}{self._dialect.path}?EIO=4{query}"
         async with connector(self._target) as connections, asyncio.TaskGroup() as sessions:
-            if self._dialect.event is None:
-                self._dialect = await self._find_dialect(connections, base_url)
-            # In this order, the sessions of one id are spread over the whole run.
-            for number, user, manner in itertools.product(
-                range(1, self.shape.connections + 1), users, self.shape.manners
-            ):
+            if self._dialect.event is None and self._dialect.parser is None and Manner.HTTP not in self.shape.manners:
+                await self._find_parser(connections)
+            for number, user, manner in self._order(users):
                 await self._slots.acquire()
-                if self.interrupted:
+                if self.interrupted or self.rejected:
                     break
-                session = Session(
-                    connector=connections,
-                    base_url=base_url,
-                    dialect=self._dialect,
-                    user=user,
-                    manner=manner,
-                    connection=number,
+                work = (
+                    self._page(self._new_page(connections, user))
+                    if manner is Manner.HTTP
+                    else self._session(self._new_session(connections, user, manner, number))
                 )
-                self._opening.add(sessions.create_task(self._session(session)))
+                self._opening.add(sessions.create_task(work))
+                await self._begun.wait()
+
+    def _order(self, users: list[User]) -> Iterator[tuple[int, User, Manner]]:
+        """Yield the sessions in an order that spreads those of one id over the whole run.
+
+        Each round has another order, the same in every run: otherwise an edge that takes the nodes in turn would look
+        sticky whenever the number of sessions in a round is a multiple of the number of nodes.
+        """
+        for number in range(1, self.shape.connections + 1):
+            for user in random.Random(number).sample(users, len(users)):
+                for manner in self.shape.manners:
+                    yield number, user, manner
 
     def interrupt(self) -> None:
         """Cancel sessions that are opening, close those held open, and start no more."""
         self.interrupted = True
+        # A task that is cancelled before it runs sets nothing.
+        self._begun.set()
         for task in self._opening:
             task.cancel()
         self._end_holds(0)
 
-    async def _find_dialect(self, connections: aiohttp.BaseConnector, base_url: str) -> Dialect:
-        """Return the dialect in which the server answers; the handshake does not show which one that is."""
+    def _new_session(self, connections: aiohttp.BaseConnector, user: User, manner: Manner, number: int) -> Session:
+        return Session(
+            connector=connections,
+            url=self._url,
+            query=self._target.query,
+            dialect=self._dialect,
+            user=user,
+            manner=manner,
+            connection=number,
+        )
+
+    def _new_page(self, connections: aiohttp.BaseConnector, user: User) -> Page:
+        return Page(connector=connections, url=self._url, query=self._target.query, dialect=self._dialect, user=user)
+
+    async def _find_parser(self, connections: aiohttp.BaseConnector) -> None:
+        """Take the parser that the server answers, or the default; the handshake does not show which one it is."""
         user = User(self.shape.ids[0], aiohttp.DummyCookieJar(), contextlib.nullcontext())
-        for dialect in (self._dialect, dataclasses.replace(self._dialect, msgpack=True)):
-            session = Session(
-                connector=connections,
-                base_url=base_url,
-                dialect=dialect,
-                user=user,
-                manner=Manner.WEBSOCKET_FIRST,
-                connection=0,
-            )
+        for parser in Parser:
+            self._dialect = dataclasses.replace(self._dialect, parser=parser)
+            session = self._new_session(connections, user, Manner.WEBSOCKET_FIRST, 0)
             try:
                 await session.open()
                 await session.close()
+            except Rejected as rejected:
+                self.rejected = self._dialect.without_secrets(str(rejected))
+                return
             except Failure:
-                if not session.begun:
+                if not session.record.begun:
                     break
             else:
-                return dialect
+                return
             finally:
                 await session.abort()
-        return self._dialect
+        self._dialect = dataclasses.replace(self._dialect, parser=Parser.DEFAULT)
+
+    def _failed(self, record: Record, failure: Failure) -> None:
+        record.cause = self._dialect.without_secrets(str(failure))
+        if isinstance(failure, Rejected) and not self._begun.is_set():
+            self.rejected = record.cause
+        self.failed += 1
+
+    async def _page(self, page: Page) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            await page.get()
+        except Failure as failure:
+            self._failed(page.record, failure)
+        finally:
+            self._begun.set()
+            self._opening.discard(task)
+            self._slots.release()
+            await page.abort()
+        self.records.append(page.record)
 
     async def _session(self, session: Session) -> None:
         try:
@@ -104,11 +149,11 @@ class Load:
             if self.shape.hold is not None:
                 await self._hold(session)
             await session.close()
-            session.verify()
+            session.record.verify()
         except Failure as failure:
-            session.record.cause = str(failure)
-            self.failed += 1
+            self._failed(session.record, failure)
         finally:
+            self._begun.set()
             await session.abort()
         self.records.append(session.record)
 
@@ -118,7 +163,8 @@ class Load:
         try:
             await session.open()
             await session.round_trip()
-            session.verify()
+            session.record.verify()
+            self._begun.set()
         except Failure:
             self._settled()
             raise

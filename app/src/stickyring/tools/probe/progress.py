@@ -32,7 +32,7 @@ def state(load: Load) -> str:
 
 async def bar(load: Load, console: Console) -> None:
     """Draw a bar until cancelled."""
-    columns = (TextColumn("sessions"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    columns = (TextColumn(load.shape.noun), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task(state(load), total=load.shape.total)
         while True:
@@ -44,4 +44,4 @@ async def lines(load: Load, console: Console) -> None:
     """Print a line every few seconds until cancelled."""
     while True:
         await asyncio.sleep(LINE_EVERY)
-        console.print(f"{len(load.records)} of {load.shape.total} sessions ended, {state(load)}")
+        console.print(f"{len(load.records)} of {load.shape.total} {load.shape.noun} ended, {state(load)}")

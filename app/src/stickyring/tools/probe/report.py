@@ -35,7 +35,7 @@ from rich.text import Text
 
 from stickyring.tools.probe.failures import INVALID_SESSION, TWO_NODES
 from stickyring.tools.probe.session import Record
-from stickyring.tools.probe.settings import Dialect, Shape
+from stickyring.tools.probe.settings import Dialect, Manner, Shape
 from stickyring.tools.probe.targets import Target
 
 SPLIT_IDS_SHOWN = 100
@@ -59,6 +59,7 @@ class Figures:
         self.failures = Counter(record.cause for record in records if record.cause is not None)
         self.dropped = sum(record.opened and record.cause is not None for record in records)
         self.fell_back = sum(record.fell_back for record in records)
+        self.unanswered = sum(record.begun and record.handshake is None for record in records)
         self.handshakes = [record.handshake for record in records if record.handshake is not None]
         self.round_trips = [seconds for record in records for seconds in record.round_trips]
         self.sessions_per_node = Counter(node for record in records for node in record.nodes)
@@ -154,13 +155,13 @@ class Report:
     @property
     def verdict(self) -> str:
         """The result and its cause, in one line."""
-        total = self.total
+        total, noun = self.total, self.shape.noun
         if self.interrupted:
-            ended = f"{total.sessions} of {self.shape.total} sessions had ended"
+            ended = f"{total.sessions} of {self.shape.total} {noun} had ended"
             return f"interrupted: {ended}, {total.completed} of them complete; nothing is proven"
         if not self.sticky:
             return self._failing()
-        completed = f"all {total.sessions} sessions completed"
+        completed = f"all {total.sessions} {noun} completed"
         match list(total.ids_per_node):
             case []:
                 return f"sticky as far as can be seen: {completed}; which node served them is unknown"
@@ -170,21 +171,26 @@ class Report:
                 return f"sticky: {completed}, each of {len(total.nodes_of)} ids on one of {len(nodes)} nodes"
 
     def _failing(self) -> str:
-        total = self.total
+        total, noun = self.total, self.shape.noun
+        unkeyed = "" if self.key else ", and no id was sent"
         parts = []
         if total.invalid:
-            unkeyed = "" if self.key else ", and no id was sent"
             parts.append(
                 f"{total.invalid} of {total.sessions} sessions got HTTP 400 {INVALID_SESSION}: "
                 f"the requests of one session reached different nodes{unkeyed}"
             )
         if total.split_ids:
-            parts.append(f"{len(total.split_ids)} of {len(total.nodes_of)} ids were on more than one node")
+            split = f"{len(total.split_ids)} of {len(total.nodes_of)} ids were on more than one node"
+            parts.append(split if total.invalid else f"{split}{unkeyed}")
         others = [(name, count) for name, count in total.failures.most_common() if name != INVALID_SESSION]
         if others:
             causes = ", ".join(f"{count} x {name}" for name, count in others[:3])
             more = f", {len(others) - 3} more causes" if len(others) > 3 else ""
-            parts.append(f"{total.failed_otherwise} of {total.sessions} sessions failed: {causes}{more}")
+            parts.append(f"{total.failed_otherwise} of {total.sessions} {noun} failed: {causes}{more}")
+        if total.failures.keys() == {"HTTP 404"} and Manner.HTTP not in self.shape.manners:
+            parts.append("is this the --path of Socket.IO? An application without Socket.IO needs --http")
+        elif total.unanswered == total.sessions and not total.invalid:
+            parts.append("no connect of Socket.IO was answered: the application may need another --parser")
         if total.dropped:
             parts.append(f"{total.dropped} sessions were dropped after they had been open")
         unsticky = total.invalid or total.split_ids or total.failures[TWO_NODES]
@@ -216,7 +222,7 @@ class Report:
         good = self.sticky and not self.interrupted
         paragraphs: list[list[RenderableType]] = [
             [Text(line) for line in self._asked()],
-            [self._transports_table(), *(Text(line, style="dim") for line in self._notes())],
+            [self._figures_table(), *(Text(line, style="dim") for line in self._notes())],
         ]
         if self.nodes_known_by is not None:
             paragraphs.append([self._nodes_table()])
@@ -228,12 +234,17 @@ class Report:
 
     def _asked(self) -> list[str]:
         key = f"id as {self.key}" if self.key else "no id sent"
+        inside = "" if self.dialect.namespace == "/" else f", namespace {self.dialect.namespace}"
+        return [f"{self.target.origin} ({self.target.address}), {key}{inside}", f"{self._load()}, {self.elapsed:.1f} s"]
+
+    def _load(self) -> str:
         shape = self.shape
-        return [
-            f"{self.target.origin} ({self.target.address}), {key}",
-            f"{len(shape.ids)} ids x {shape.connections} connections x {len(shape.manners)} transports, "
-            f"{self.elapsed:.1f} s",
-        ]
+        return f"{len(shape.ids)} ids x {shape.connections} connections x {len(shape.manners)} transports"
+
+    @property
+    def _columns(self) -> dict[str, Figures]:
+        """What the tables of nodes and failures show beside the total."""
+        return self.by_manner
 
     def _notes(self) -> list[str]:
         notes = ["split ids: seen on more than one node; busiest/mean: ids on the busiest node over the mean"]
@@ -246,7 +257,7 @@ class Report:
             notes.append(f"{self.total.fell_back} websocket-first sessions fell back to polling")
         return notes
 
-    def _transports_table(self) -> Table:
+    def _figures_table(self) -> Table:
         # Without padding and edge the columns fit into the 80 characters of a terminal.
         table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
         table.add_column("transport", no_wrap=True)
@@ -286,7 +297,7 @@ class Report:
     def _nodes_table(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False)
         table.add_column("node", overflow="fold")
-        for name in ("ids", "sessions", *self.by_manner):
+        for name in ("ids", self.shape.noun, *self._columns):
             table.add_column(name, justify="right", no_wrap=True)
         nodes = sorted(self.total.ids_per_node)
         for node in nodes[:NODES_SHOWN]:
@@ -294,7 +305,7 @@ class Report:
                 Text(node),
                 str(self.total.ids_per_node[node]),
                 str(self.total.sessions_per_node[node]),
-                *(str(figures.sessions_per_node[node]) for figures in self.by_manner.values()),
+                *(str(figures.sessions_per_node[node]) for figures in self._columns.values()),
             )
         if len(nodes) > NODES_SHOWN:
             table.add_row(f"... and {len(nodes) - NODES_SHOWN} more")
@@ -303,10 +314,10 @@ class Report:
     def _failures_table(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False)
         table.add_column("cause of failure", overflow="fold")
-        for name in ("sessions", *self.by_manner):
+        for name in (self.shape.noun, *self._columns):
             table.add_column(name, justify="right", no_wrap=True)
         for name, count in self.total.failures.most_common():
-            table.add_row(Text(name), str(count), *(str(figures.failures[name]) for figures in self.by_manner.values()))
+            table.add_row(Text(name), str(count), *(str(figures.failures[name]) for figures in self._columns.values()))
         return table
 
 

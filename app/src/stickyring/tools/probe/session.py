@@ -17,10 +17,11 @@ from typing import Any, NoReturn
 import aiohttp
 import msgpack
 from aiohttp.abc import AbstractCookieJar
+from multidict import CIMultiDict
 from yarl import URL
 
-from stickyring.tools.probe.failures import TWO_NODES, Failure, cause, refusal
-from stickyring.tools.probe.settings import Dialect, Manner
+from stickyring.tools.probe.failures import TWO_NODES, Failure, cause, connect_refusal, refusal
+from stickyring.tools.probe.settings import Dialect, Manner, Parser
 from stickyring.tools.probe.transports import Polling, Transport, WebSocket
 
 # Errors that a faulty deployment can cause; any other is a bug of the probe and must be seen.
@@ -49,6 +50,7 @@ class Record:
     """What one session saw. Times in seconds; `cause` is None if it completed.
 
     `header_nodes` are the nodes named in the response header, `spoken_nodes` those named in the application's texts.
+    `begun` is set when the handshake of Engine.IO succeeds, `handshake` when Socket.IO has answered the connect.
     `opened` is set when the first round trip succeeds, so a record with `opened` and a `cause` is a dropped session.
     """
 
@@ -58,6 +60,7 @@ class Record:
     spoken_nodes: set[str] = field(default_factory=set)
     handshake: float | None = None
     round_trips: list[float] = field(default_factory=list)
+    begun: bool = False
     opened: bool = False
     fell_back: bool = False
     cause: str | None = None
@@ -67,19 +70,47 @@ class Record:
         """The nodes that answered: from the header if there was one, else from the texts."""
         return self.header_nodes or self.spoken_nodes
 
+    def verify(self) -> None:
+        """Raise Failure if two nodes answered."""
+        if len(self.header_nodes) > 1 or len(self.spoken_nodes) > 1:
+            raise Failure(TWO_NODES)
+
+
+def http_session(
+    connector: aiohttp.BaseConnector, dialect: Dialect, user: User, *middlewares: aiohttp.ClientMiddlewareType
+) -> aiohttp.ClientSession:
+    """Return a client with the user's cookies and the headers of the dialect, the user's id perhaps among them."""
+    headers = CIMultiDict({"User-Agent": AGENT})
+    for name, _ in dialect.headers:
+        headers.pop(name, None)
+    for name, value in dialect.headers:
+        headers.add(name, value)
+    if dialect.key_header is not None:
+        headers[dialect.key_header] = user.name
+    return aiohttp.ClientSession(
+        connector=connector,
+        connector_owner=False,
+        cookie_jar=user.cookies,
+        headers=headers,
+        skip_auto_headers=("Accept-Encoding",),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+        middlewares=middlewares,
+    )
+
 
 class Session:
     """A Socket.IO session: `open`, any number of `round_trip`, perhaps `stay`, then `close` or `abort`.
 
-    All but `abort` raise Failure with the cause if the deployment fails or exceeds the timeout. `base_url` is the URL
-    of the Socket.IO path, with a query to which parameters can be appended.
+    All but `abort` raise Failure with the cause if the deployment fails or exceeds the timeout. `url` is the URL of the
+    Socket.IO path without a query; `query` is added to every request.
     """
 
     def __init__(
         self,
         *,
         connector: aiohttp.BaseConnector,
-        base_url: str,
+        url: str,
+        query: str,
         dialect: Dialect,
         user: User,
         manner: Manner,
@@ -89,19 +120,9 @@ class Session:
         self._dialect = dialect
         self._label = f"{user.name} {manner} {connection}"
         self._user = user
-        headers = {"User-Agent": AGENT}
-        if dialect.key_header is not None:
-            headers[dialect.key_header] = user.name
-        self._http = aiohttp.ClientSession(
-            connector=connector,
-            connector_owner=False,
-            cookie_jar=user.cookies,
-            headers=headers,
-            skip_auto_headers=("Accept-Encoding",),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
-            middlewares=(self._watch,),
-        )
-        self._base_url = base_url if dialect.key_param is None else f"{base_url}&{dialect.key_param}={user.name}"
+        self._http = http_session(connector, dialect, user, self._watch)
+        key = None if dialect.key_param is None else f"{dialect.key_param}={user.name}"
+        self._base_url = "&".join(filter(None, (f"{url}?EIO=4", query, key)))
         self._sid = ""
         self._upgrades: list[str] = []
         self._transport: Transport | None = None
@@ -109,13 +130,12 @@ class Session:
         self._awaited: str | None = None
         self._questions = 0
 
-    @property
-    def begun(self) -> bool:
-        """Whether the handshake has succeeded."""
-        return bool(self._sid)
-
     async def open(self) -> None:
-        """Do the handshake, the Socket.IO connect (packet 40) and, for UPGRADE, the upgrade to WebSocket."""
+        """Do the handshake, the Socket.IO connect (packet 40) and, for UPGRADE, the upgrade to WebSocket.
+
+        Raises:
+            Rejected: the application answered the handshake with 401, or the connect with CONNECT_ERROR.
+        """
         manner = self.record.manner
         begin = time.perf_counter()
         async with self._user.visit:
@@ -149,7 +169,8 @@ class Session:
             packet, stage = self._packet(CONNECT, self._awaited), "answer"
         else:
             self._awaited = f"[{self._label} #{self._questions}]"
-            packet, stage = self._packet(EVENT, data=[self._dialect.event, self._awaited]), "echo"
+            data = [self._dialect.event, self._awaited]
+            packet, stage = self._packet(EVENT, self._dialect.namespace, data), "echo"
         begin = time.perf_counter()
         await self._step(stage, self._ask(packet))
         self.record.round_trips.append(time.perf_counter() - begin)
@@ -167,7 +188,7 @@ class Session:
     async def close(self) -> None:
         """Disconnect, and close the transport."""
         assert self._transport is not None
-        await self._step("close", self._transport.close(self._packet(DISCONNECT)))
+        await self._step("close", self._transport.close(self._packet(DISCONNECT, self._dialect.namespace)))
 
     async def abort(self) -> None:
         """Free everything that is still open; may follow `close`."""
@@ -179,17 +200,8 @@ class Session:
         if transport is not None:
             await transport.abort()
 
-    def verify(self) -> None:
-        """Raise Failure if two nodes answered."""
-        if len(self.record.header_nodes) > 1 or len(self.record.spoken_nodes) > 1:
-            raise Failure(TWO_NODES)
-
     async def _step(self, stage: str, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            async with asyncio.timeout(self._dialect.timeout):
-                await work
-        except ERRORS as error:
-            raise Failure(cause(error, stage)) from error
+        await step(stage, self._dialect.timeout, work)
 
     async def _packets_before(self, when: float) -> list[str | bytes]:
         """Return the next packets, or none if the loop's clock reaches `when` first; that loses no packet."""
@@ -199,6 +211,8 @@ class Session:
                 return await self._transport.receive()
         except TimeoutError:
             return []
+        except Failure:
+            raise
         except ERRORS as error:
             raise Failure(cause(error, "held open")) from error
 
@@ -225,16 +239,18 @@ class Session:
         async with self._http.get(self._url("polling")) as response:
             packet = await response.text("utf-8")
         self._sid, self._upgrades = open_packet(packet)
+        self.record.begun = True
         self._transport = Polling(self._http, self._url("polling", self._sid))
 
     async def _open_websocket(self) -> None:
         websocket = await WebSocket.open(self._http, self._url("websocket"), self._closing_time())
         self._transport = websocket
         self._sid, self._upgrades = open_packet(str((await websocket.receive())[0]))
+        self.record.begun = True
 
     async def _connect(self) -> None:
         assert self._transport is not None
-        await self._transport.send(self._packet(CONNECT))
+        await self._transport.send(self._packet(CONNECT, self._dialect.namespace, self._dialect.auth))
         while not self._connected:
             await self._take()
 
@@ -243,7 +259,7 @@ class Session:
         polling = self._transport
         assert isinstance(polling, Polling)
         if "websocket" not in self._upgrades:
-            raise Failure("the server offers no upgrade to websocket")
+            raise Failure("the server offers no upgrade to websocket (--no-upgrade leaves it out)")
         polling.poll()
         websocket = await WebSocket.open(self._http, self._url("websocket", self._sid), self._closing_time())
         try:
@@ -263,14 +279,15 @@ class Session:
     def _closing_time(self) -> float:
         return min(self._dialect.timeout, LONGEST_CLOSE)
 
-    def _packet(self, kind: int, namespace: str = "/", data: list[str | None] | None = None) -> str | bytes:
-        """Return a Socket.IO packet as an Engine.IO message; one with data asks for an acknowledgement."""
-        if self._dialect.msgpack:
-            fields: dict[str, Any] = {"type": kind, "nsp": namespace}
-            packed: bytes = msgpack.packb(fields if data is None else fields | {"data": data, "id": self._questions})
+    def _packet(self, kind: int, namespace: str, data: Any = None) -> str | bytes:  # noqa: ANN401 - any JSON
+        """Return a Socket.IO packet as an Engine.IO message; an event asks for an acknowledgement."""
+        number = self._questions if kind == EVENT else None
+        if self._dialect.parser is Parser.MSGPACK:
+            fields = {"type": kind, "nsp": namespace, "data": data, "id": number}
+            packed: bytes = msgpack.packb({name: value for name, value in fields.items() if value is not None})
             return packed
         inside = "" if namespace == "/" else f"{namespace},"
-        return f"4{kind}{inside}" if data is None else f"4{kind}{inside}{self._questions}{json.dumps(data)}"
+        return f"4{kind}{inside}{'' if number is None else number}{'' if data is None else json.dumps(data)}"
 
     async def _ask(self, packet: str | bytes) -> None:
         assert self._transport is not None
@@ -290,22 +307,23 @@ class Session:
             elif packet == "1":
                 raise Failure("session closed by the server")
             elif isinstance(packet, bytes):
-                if self._dialect.msgpack:
+                if self._dialect.parser is Parser.MSGPACK:
                     self._message(*_unpacked(packet))
             elif packet.startswith("4"):
                 self._message(*_parsed(packet))
 
     def _message(self, kind: int, namespace: str, content: Any) -> None:  # noqa: ANN401 - as it came
-        if namespace != "/":
+        if namespace != self._dialect.namespace:
             if namespace == self._awaited and kind in (0, 4):
                 self._awaited = None
         elif kind == 0:
             self._connected = True
         elif kind == 1:
-            raise Failure("disconnected by the server")
+            # python-socketio refuses so with `always_connect`, and then says why.
+            rejected = content and not self.record.opened
+            raise connect_refusal(namespace, content) if rejected else Failure("disconnected by the server")
         elif kind == 4:
-            reason = content.get("message") if isinstance(content, dict) else content
-            raise Failure(f"connect refused by the application: {reason}"[:120])
+            raise connect_refusal(namespace, content)
         elif kind in (2, 3) and isinstance(content, list):
             for text in content:
                 if isinstance(text, str):
@@ -320,13 +338,24 @@ class Session:
             self._awaited = None
 
 
+async def step(stage: str, timeout: float, work: Coroutine[Any, Any, None]) -> None:
+    """Await `work`; raise Failure with the cause if it fails or takes longer than `timeout` seconds."""
+    try:
+        async with asyncio.timeout(timeout):
+            await work
+    except Failure:
+        raise
+    except ERRORS as error:
+        raise Failure(cause(error, stage)) from error
+
+
 def _parsed(packet: str) -> tuple[int, str, Any]:
     match = SOCKETIO_PACKET.match(packet)
     if match is None:
         raise Failure(f"not a Socket.IO packet: {packet[:40]}")
     kind, namespace, _, body = match.groups()
     # Attachments are ignored: an echo is text.
-    return int(kind), namespace or "/", json.loads(body) if kind in "234" and body else None
+    return int(kind), namespace or "/", json.loads(body) if kind in "1234" and body else None
 
 
 def _unpacked(packet: bytes) -> tuple[int, str, Any]:
