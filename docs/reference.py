@@ -19,7 +19,7 @@ import yaml
 
 PROJECT = Path(__file__).parents[1]
 TABLES = tuple(sorted(folder.name for folder in (PROJECT / "roles").glob("stickyring*")))
-EXAMPLES = {"stickyring_edge": "edge.yml", "stickyring_node": "nodes.yml"}
+EXAMPLES = {"stickyring_edge": "edge.yml", "stickyring_node": "nodes.yml", "stickyring_probe": "all.yml"}
 TABLE_MARKS = ("<!-- Written by docs/reference.py from meta/argument_specs.yml. -->", "<!-- End of the variables. -->")
 EXAMPLE_MARKS = (
     "# All settings of the role with their defaults, written by docs/reference.py from its defaults/main.yml.",

@@ -21,6 +21,8 @@ KNOWN = [
     "stickyring_address",
     "stickyring_share",
     "stickyring_node_name",
+    "stickyring_probe_auth",
+    "stickyring_probe_headers",
     "stickyring_probe_options",
     "stickyring_probe_urls",
 ]
@@ -94,6 +96,14 @@ def test_options_of_the_probe_that_are_no_list_are_refused() -> None:
     assert message == "edge1: stickyring_probe_options is '--no-echo': give a list, [--no-echo] for example."
     (message,) = check(edge1={"stickyring_probe_urls": "http://x"})
     assert message.startswith("edge1: stickyring_probe_urls is 'http://x': give a list")
+
+
+@pytest.mark.parametrize("name", ["stickyring_probe_auth", "stickyring_probe_headers"])
+def test_a_login_that_is_no_dictionary_is_refused_without_showing_it(name: str) -> None:
+    (message,) = check(edge1={name: "sesame"})
+    assert message.startswith(f"edge1: {name} is not a dictionary: give {{")
+    assert "sesame" not in message
+    assert check(edge1={name: {"token": "sesame"}}) == []
 
 
 def test_two_hosts_can_use_the_same_port() -> None:

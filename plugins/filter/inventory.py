@@ -17,6 +17,10 @@ LISTS_OF_THE_PROBE = {
     "stickyring_probe_options": "[--no-echo]",
     "stickyring_probe_urls": '["https://chat.example.com"]',
 }
+DICTIONARIES_OF_THE_PROBE = {
+    "stickyring_probe_auth": '{token: "{{ vault_probe_token }}"}',
+    "stickyring_probe_headers": '{Authorization: "Bearer {{ vault_probe_token }}"}',
+}
 
 RESULT = re.compile(r"stickyring_(edge|node)_result_")
 """Variables that a role has set in an earlier playbook of the same run."""
@@ -108,6 +112,13 @@ def problems(
         for host in edges
         for name, example in LISTS_OF_THE_PROBE.items()
         if not isinstance(hostvars[host].get(name, []), list)
+    ]
+    # Without their values, which are secrets.
+    found += [
+        f"{host}: {name} is not a dictionary: give {example}, for example."
+        for host in edges
+        for name, example in DICTIONARIES_OF_THE_PROBE.items()
+        if not isinstance(hostvars[host].get(name, {}), Mapping)
     ]
     if found:
         return found
