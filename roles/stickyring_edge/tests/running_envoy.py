@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import platform
 import re
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,8 @@ PLAY = """
     - ansible.builtin.import_role: {name: stickyring.fleet.stickyring_edge, tasks_from: preflight}
     - ansible.builtin.copy:
         content: "{{ {'files': __stickyring_edge_xds_files, 'keys': __stickyring_edge_private_keys,
-          'start_files': __stickyring_edge_start_files} | to_json }}"
+          'start_files': __stickyring_edge_start_files, 'listeners': stickyring_edge_listeners,
+          'clusters': stickyring_edge_clusters, 'common': __stickyring_edge_common} | to_json }}"
         dest: "{{ directory }}/composed.json"
         mode: "0600"
       no_log: true
@@ -152,3 +157,79 @@ def running(folder: Path, composed: dict[str, Any], *options: str) -> Iterator[E
     finally:
         envoy.terminate()
         envoy.wait(20)
+
+
+class Node(BaseHTTPRequestHandler):
+    """Accepts every upgrade, and answers other requests with the headers that it got."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.headers.get("Upgrade"):
+            self.send_response(101)
+            self.send_header("Upgrade", "websocket")
+            self.send_header("Connection", "Upgrade")
+            self.end_headers()
+            while data := self.connection.recv(100):
+                self.connection.sendall(data)
+            self.close_connection = True
+            return
+        body = json.dumps(dict(self.headers.items())).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
+    """A server with this handler; yields its port."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+def handshake(port: int, *protocols: str, **options: Any) -> ssl.SSLSocket:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    for name, value in options.items():
+        setattr(context, name, value)
+    if protocols:
+        context.set_alpn_protocols(list(protocols))
+    return context.wrap_socket(socket.create_connection(("127.0.0.1", port), 5))
+
+
+class Websocket:
+    """A websocket through one of the listeners."""
+
+    def __init__(self, edge: Edge, listener: str) -> None:
+        port = edge.ports[listener]
+        self.socket = handshake(port) if listener == "safe" else socket.create_connection(("127.0.0.1", port), 5)
+        key = base64.b64encode(bytes(16)).decode()
+        self.socket.sendall(
+            f"GET /socket.io/ HTTP/1.1\r\nHost: edge\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode()
+        )
+        answer = b""
+        while not answer.endswith(b"\r\n\r\n"):
+            more = self.socket.recv(1)
+            assert more, "closed without an answer"
+            answer += more
+        assert answer.startswith(b"HTTP/1.1 101"), answer
+
+    def is_open(self) -> bool:
+        """Whether a message still comes back."""
+        self.socket.sendall(b"ping")
+        return self.socket.recv(4) == b"ping"
+
+    def __enter__(self) -> Websocket:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.socket.close()

@@ -5,16 +5,13 @@ Everything is on the loopback address; the node behind it only opens websockets 
 
 from __future__ import annotations
 
-import base64
 import json
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from copy import deepcopy
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ import pytest
 from ansible_collections.stickyring.fleet.plugins.filter import edge as filters
 from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin
 from certificates import Certificate, make_certificate
-from running_envoy import START_SECONDS, Edge, compose, free_ports, running
+from running_envoy import START_SECONDS, Edge, Node, Websocket, compose, free_ports, handshake, running, serving
 
 # Websockets of a changed listener end after this many seconds; the role keeps Envoy's default of 600.
 DRAIN_SECONDS = 1
@@ -32,75 +29,10 @@ HANDSHAKE_SECONDS = 2
 MAX_CONNECTIONS = 40
 
 
-class Node(BaseHTTPRequestHandler):
-    """Accepts every upgrade, and answers other requests with the headers that it got."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        if self.headers.get("Upgrade"):
-            self.send_response(101)
-            self.send_header("Upgrade", "websocket")
-            self.send_header("Connection", "Upgrade")
-            self.end_headers()
-            while data := self.connection.recv(100):
-                self.connection.sendall(data)
-            self.close_connection = True
-            return
-        body = json.dumps(dict(self.headers.items())).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_arguments: object) -> None:
-        pass
-
-
-def handshake(port: int, *protocols: str, **options: Any) -> ssl.SSLSocket:
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    for name, value in options.items():
-        setattr(context, name, value)
-    if protocols:
-        context.set_alpn_protocols(list(protocols))
-    return context.wrap_socket(socket.create_connection(("127.0.0.1", port), 5))
-
-
 def serial(port: int) -> int:
     """The serial number of the certificate that a new connection gets."""
     with handshake(port) as client:
         return Certificate.serial_of(client.getpeercert(binary_form=True))
-
-
-class Websocket:
-    """A websocket through one of the listeners."""
-
-    def __init__(self, edge: Edge, listener: str) -> None:
-        port = edge.ports[listener]
-        self.socket = handshake(port) if listener == "safe" else socket.create_connection(("127.0.0.1", port), 5)
-        key = base64.b64encode(bytes(16)).decode()
-        self.socket.sendall(
-            f"GET /socket.io/ HTTP/1.1\r\nHost: edge\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode()
-        )
-        answer = b""
-        while not answer.endswith(b"\r\n\r\n"):
-            more = self.socket.recv(1)
-            assert more, "closed without an answer"
-            answer += more
-        assert answer.startswith(b"HTTP/1.1 101"), answer
-
-    def is_open(self) -> bool:
-        """Whether a message still comes back."""
-        self.socket.sendall(b"ping")
-        return self.socket.recv(4) == b"ping"
-
-    def __enter__(self) -> Websocket:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.socket.close()
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +42,8 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[int]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Node)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield server.server_port
-    server.shutdown()
-    server.server_close()
+    with serving(Node) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")
