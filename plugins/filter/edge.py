@@ -13,6 +13,7 @@ from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_resources im
     endpoints_of,
     policy_of,
 )
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_routes import edge_duration
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_variables import edge_problems
 
 Data = dict[str, Any]
@@ -20,11 +21,6 @@ Data = dict[str, Any]
 RING_POLICIES = ("RING_HASH", "MAGLEV")
 # Envoy's own default for the slots of a Maglev table.
 MAGLEV_TABLE = 65537
-
-
-def edge_duration(seconds: float | str) -> str:
-    """Seconds in the notation of Envoy's google.protobuf.Duration, the same for a number and its text."""
-    return f"{float(seconds):.9f}".rstrip("0").rstrip(".") + "s"
 
 
 def _ring_document(resource: Data, members: list[Data]) -> Data:

@@ -14,6 +14,8 @@ NODE_HEADERS = ("x-stickyring-key", "x-stickyring-cluster", "x-stickyring-client
 ISSUED_HEADER = "x-stickyring-issued"
 # Envoy's filter state in a request: the key as the client gave it, and the key that is hashed, logged and passed on.
 GIVEN, KEY = "stickyring.given", "stickyring.key"
+# The filter that limits bodies, and the name of the limit in it.
+BODY_FILTER, BODY_LIMIT = "stickyring.body", "limit"
 # A key is UTF-8 without control characters (C0, DEL, C1), and without a blank at either end, which headers would lose.
 # Envoy matches byte by byte, hence the forms of UTF-8 (RFC 3629, section 4).
 KEY_CHARACTER = (
@@ -29,6 +31,11 @@ BAD_KEY = json.dumps(
         "message": "Bad request: a user id is UTF-8 without control characters, and no blank at either end",
     }
 )
+
+
+def edge_duration(seconds: float | str) -> str:
+    """Seconds in the notation of Envoy's google.protobuf.Duration, the same for a number and its text."""
+    return f"{float(seconds):.9f}".rstrip("0").rstrip(".") + "s"
 
 
 def _given(policy: Data) -> str:
@@ -104,8 +111,46 @@ def _set_cookie(cookie: Data, *, secure: bool) -> Data:
     return {"header": {"key": "set-cookie", "value": "; ".join(parts)}, "append_action": "APPEND_IF_EXISTS_OR_ADD"}
 
 
-def _with_key(regex: str) -> Data:
-    return {"prefix": "/", "filter_state": [{"key": GIVEN, "string_match": {"safe_regex": {"regex": regex}}}]}
+def _with_key(match: Data, regex: str) -> Data:
+    return {**match, "filter_state": [{"key": GIVEN, "string_match": {"safe_regex": {"regex": regex}}}]}
+
+
+def _body_limit(limit: int) -> Data:
+    """Per-route settings of the limit for bodies.
+
+    They are in the routes because a changed listener would drop its WebSockets.
+    """
+    limit_filter = {
+        "@type": TYPE + "envoy.extensions.filters.http.body_size_limit.v3.BodySizeLimit",
+        "max_request_bytes": limit,
+    }
+    return {
+        BODY_FILTER: {
+            "@type": TYPE + "envoy.extensions.filters.http.filter_chain.v3.FilterChainConfigPerRoute",
+            "filter_chain": {"filters": [{"name": BODY_LIMIT, "typed_config": limit_filter}]},
+        }
+    }
+
+
+def _to_nodes(item: Data, common: Data) -> list[Data]:
+    """The routes of a listener that lead to its cluster, the longest prefix first; all requests match the last one."""
+    # A body is kept for a retry until it exceeds this. Envoy's own limit is the connection's buffer, far below what is
+    # allowed. With the larger limit of a path, a few uploads would fill the edge's memory.
+    everything = {
+        "match": {"prefix": "/"},
+        "route": {"cluster": item["cluster"], **common["route"]},
+        "request_body_buffer_limit": common["largest_body"],
+    }
+    paths: list[Data] = item["paths"] if "paths" in item else common["paths"]
+    special = []
+    for path in sorted(paths, key=lambda path: (-len(path["prefix"]), path["prefix"])):
+        route = {**everything, "match": {"path_separated_prefix": path["prefix"]}}
+        if "timeout" in path:
+            route["route"] = {**everything["route"], "timeout": edge_duration(path["timeout"])}
+        if "body_limit" in path:
+            route["typed_per_filter_config"] = _body_limit(int(path["body_limit"]))
+        special.append(route)
+    return [*special, everything]
 
 
 def routes(item: Data, common: Data) -> Data:
@@ -128,25 +173,22 @@ def routes(item: Data, common: Data) -> Data:
         )
     ]
     private = [{"match": {"path": path}, "direct_response": {"status": 404}} for path in common["private_paths"]]
-    # A retry sends the whole body again. Envoy's own limit is the connection's buffer, far below the allowed body size.
-    everything = {
-        "match": {"prefix": "/"},
-        "route": {"cluster": item["cluster"], **common["route"]},
-        "request_body_buffer_limit": common["largest_body"],
-    }
-    routes = [everything]
+    routes = _to_nodes(item, common)
+    resource["typed_per_filter_config"] = _body_limit(common["largest_body"])
     if policies:
-        resource["typed_per_filter_config"] = _key_filters(policies)
-        everything["route"]["hash_policy"] = [{"filter_state": {"key": KEY}}]
+        resource["typed_per_filter_config"] |= _key_filters(policies)
+        for route in routes:
+            route["route"] = {**route["route"], "hash_policy": [{"filter_state": {"key": KEY}}]}
         cookie = _issued_cookie(policies)
         added: Data = {}
         if cookie:
             added["request_headers_to_add"] = [{"header": {"key": ISSUED_HEADER, "value": "1"}}]
             added["response_headers_to_add"] = [_set_cookie(cookie, secure="tls" in item)]
+        refused = {"status": 400, "body": {"inline_string": BAD_KEY}}
         routes = [
-            {**everything, "match": _with_key(GOOD_KEY)},
-            {"match": _with_key(ANY_KEY), "direct_response": {"status": 400, "body": {"inline_string": BAD_KEY}}},
-            {**everything, **added},
+            *({**route, "match": _with_key(route["match"], GOOD_KEY)} for route in routes),
+            {"match": _with_key({"prefix": "/"}, ANY_KEY), "direct_response": refused},
+            *({**route, **added} for route in routes),
         ]
     resource["virtual_hosts"] = [{"name": item["name"], "domains": ["*"], "routes": [*private, *routes]}]
     return resource

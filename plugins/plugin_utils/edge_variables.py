@@ -25,6 +25,11 @@ OTHER_FIELDS = {"cookie": {"ttl", "path", "attributes"}, "connection_properties"
 TTL = re.compile(r"[0-9]+s")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PING_INTERVAL = 25
+PREFIX = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)+")
+# The path of Socket.IO, unless an application chooses another.
+SOCKET_IO = "socket.io"
+# What a path may set, with the lowest and the highest value.
+PATH_SETTINGS: dict[str, tuple[float, float]] = {"timeout": (0.0, 86400.0), "body_limit": (1, 2**32 - 1)}
 LOG_LEVELS = ("trace", "debug", "info", "warning", "error", "critical", "off")
 # The lowest and the highest value of every variable that is a number; a float where fractions are meant.
 RANGES: dict[str, tuple[float, float]] = {
@@ -71,13 +76,17 @@ def _range_problems(settings: Data) -> list[str]:
     """Numbers that are invalid or out of range; a number may be text, as from the command line and INI files."""
     problems = []
     for name, (low, high) in RANGES.items():
-        value = settings[f"stickyring_edge_{name}"]
-        whole = isinstance(low, int)
-        fraction = "" if whole else r"(\.[0-9]+)?"
-        if not re.fullmatch(rf"-?(0|[1-9][0-9]*){fraction}", str(value)) or not low <= float(value) <= high:
-            kind = "whole number" if whole else "number"
-            problems.append(f"stickyring_edge_{name} is {value!r}: give a {kind} from {low:.10g} to {high:.10g}.")
+        problems += _range_problem(f"stickyring_edge_{name}", settings[f"stickyring_edge_{name}"], low, high)
     return problems
+
+
+def _range_problem(where: str, value: object, low: float, high: float) -> list[str]:
+    whole = isinstance(low, int)
+    fraction = "" if whole else r"(\.[0-9]+)?"
+    if re.fullmatch(rf"-?(0|[1-9][0-9]*){fraction}", str(value)) and low <= float(str(value)) <= high:
+        return []
+    kind = "whole number" if whole else "number"
+    return [f"{where} is {value!r}: give a {kind} from {low:.10g} to {high:.10g}."]
 
 
 def _text_problems(settings: Data, clusters: list[Data]) -> list[str]:
@@ -103,6 +112,41 @@ def _text_problems(settings: Data, clusters: list[Data]) -> list[str]:
         value = settings[f"stickyring_edge_{name}"]
         if str(value).lower() not in {"true", "false", "yes", "no", "on", "off", "1", "0"}:
             problems.append(f"stickyring_edge_{name} is {value!r}: give true or false.")
+    return problems
+
+
+def _path_problems(where: str, paths: object) -> list[str]:
+    """What is wrong with the settings of single paths."""
+    if not isinstance(paths, list) or not all(isinstance(path, dict) and "prefix" in path for path in paths):
+        return [f"{where} is {paths!r}: give a list such as [{{prefix: /events, timeout: 0}}]."]
+    problems = [f"{where}: {prefix} is listed twice." for prefix in _repeated([str(path["prefix"]) for path in paths])]
+    for path in paths:
+        prefix = str(path["prefix"])
+        parts = prefix.split("/")
+        if prefix == "/":
+            problems.append(
+                f"{where}: / would cover Socket.IO. For all paths, there are stickyring_edge_route_timeout and"
+                " stickyring_edge_max_request_body_bytes."
+            )
+        elif SOCKET_IO in parts:
+            problems.append(
+                f"{where}: {prefix} is a path of Socket.IO, which has the settings stickyring_edge_route_timeout and"
+                " stickyring_edge_max_request_body_bytes."
+            )
+        elif not PREFIX.fullmatch(prefix) or {".", ".."} & {*parts}:
+            problems.append(
+                f"{where}: {prefix!r} is no prefix: give a path such as /upload, in letters, digits and"
+                " -._~!$&'()*+,;=:@, without a slash at its end."
+            )
+        problems += [
+            f"{where}: {prefix} has no setting {key}; there are {' and '.join(PATH_SETTINGS)}."
+            for key in sorted(map(str, path.keys() - {"prefix", *PATH_SETTINGS}))
+        ]
+        if not path.keys() & PATH_SETTINGS:
+            problems.append(f"{where}: {prefix} sets nothing: give {' or '.join(PATH_SETTINGS)}.")
+        for key, (low, high) in PATH_SETTINGS.items():
+            if key in path:
+                problems += _range_problem(f"{where}: {prefix}: {key}", path[key], low, high)
     return problems
 
 
@@ -235,6 +279,13 @@ def edge_problems(settings: Data, pems: dict[str, str], sha256: str | None = Non
                 f"{where}: {points} points for each of {weight} units of weight, and one for {NOBODY['name']}, are more"
                 f" than Envoy's {LARGEST_RING}; lower stickyring_edge_ring_points_per_weight."
             )
+    problems += _path_problems("stickyring_edge_paths", settings["stickyring_edge_paths"])
+    problems += [
+        problem
+        for item in listeners
+        if "paths" in item
+        for problem in _path_problems(f"listener {item['name']}: paths", item["paths"])
+    ]
     lists = {"stickyring_edge_hash_policies": hash_policies}
     lists |= {f"listener {item['name']}": item.get("hash_policies") or [] for item in listeners}
     problems += [

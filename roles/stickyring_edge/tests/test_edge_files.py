@@ -30,6 +30,7 @@ COMMON: dict[str, Any] = {
     "directory": "/etc/x",
     "hash_policies": POLICIES,
     "private_paths": ["/metrics"],
+    "paths": [],
     "largest_body": 1000,
     "ring_points_per_weight": 100,
     "listener": {},
@@ -290,7 +291,7 @@ def test_a_cookie_with_a_ttl_is_issued(cookie: dict[str, Any], tls: bool, issued
 
 def test_without_a_policy_nothing_is_hashed_or_logged_as_a_key() -> None:
     [routes] = compose()["routes/unkeyed.json"]
-    assert "typed_per_filter_config" not in routes
+    assert routes["typed_per_filter_config"].keys() == {"stickyring.body"}
     assert "hash_policy" not in routes["virtual_hosts"][0]["routes"][-1]["route"]
 
 
@@ -315,6 +316,85 @@ def test_private_paths_are_answered_before_any_node() -> None:
     private, *public = compose()["routes/sticky.json"][0]["virtual_hosts"][0]["routes"]
     assert private == {"match": {"path": "/metrics"}, "direct_response": {"status": 404}}
     assert [route["match"]["prefix"] for route in public] == ["/"] * len(public)
+
+
+PATHS = [
+    {"prefix": "/upload", "body_limit": "5000"},
+    {"prefix": "/events", "timeout": 0},
+    {"prefix": "/upload/reports", "timeout": "300", "body_limit": 7000},
+]
+
+
+def body_limits(settings: dict[str, Any]) -> list[int]:
+    """The limits in typed_per_filter_config."""
+    filters = settings.get("stickyring.body", {}).get("filter_chain", {}).get("filters", [])
+    return [one["typed_config"]["max_request_bytes"] for one in filters]
+
+
+def limits(routes: dict[str, Any]) -> list[tuple[str, str, list[int]]]:
+    """Prefix, timeout and own body limit of each route to a cluster."""
+    return [
+        (
+            route["match"].get("path_separated_prefix", "all"),
+            route["route"]["timeout"],
+            body_limits(route.get("typed_per_filter_config", {})),
+        )
+        for route in with_nodes(routes)
+    ]
+
+
+@pytest.mark.parametrize("listener", ["sticky", "unkeyed"])
+def test_paths_become_routes_the_longest_prefix_first(listener: str) -> None:
+    for paths in (PATHS, PATHS[::-1]):
+        files = edge_resources.edge_files(LISTENERS, CLUSTERS, COMMON | {"paths": paths}, PEMS)
+        [routes] = files[f"routes/{listener}.json"]
+        wanted = [
+            ("/upload/reports", "300s", [7000]),
+            ("/events", "0s", []),
+            ("/upload", "60s", [5000]),
+            ("all", "60s", []),
+        ]
+        # Once for requests with a key, and once for those without.
+        assert limits(routes) == wanted * (1 if listener == "unkeyed" else 2)
+        assert body_limits(routes["typed_per_filter_config"]) == [1000]
+        # What a retry needs is kept by the edge, so it does not grow with the allowed body.
+        assert {route["request_body_buffer_limit"] for route in with_nodes(routes)} == {1000}
+
+
+def test_under_a_prefix_users_are_found_as_everywhere() -> None:
+    files = edge_resources.edge_files(LISTENERS, CLUSTERS, COMMON | {"paths": PATHS}, PEMS)
+    [routes] = files["routes/sticky.json"]
+    [plain] = compose()["routes/sticky.json"]
+    last, first = with_nodes(plain)[1], with_nodes(plain)[0]
+    for count, route in enumerate(with_nodes(routes)):
+        expected = first if count <= len(PATHS) else last
+        assert route["match"].get("filter_state") == expected["match"].get("filter_state")
+        for field in ("request_headers_to_add", "response_headers_to_add"):
+            assert route.get(field) == expected.get(field)
+        assert route["route"]["hash_policy"] == expected["route"]["hash_policy"]
+    # A key that is not valid is refused before a route for requests without a key.
+    refusals = [
+        count
+        for count, route in enumerate(routes["virtual_hosts"][0]["routes"])
+        if route.get("direct_response", {}).get("status") == 400
+    ]
+    assert refusals == [1 + 1 + len(PATHS)]
+
+
+def test_paths_and_the_body_limit_are_only_in_the_routes() -> None:
+    before = compose()
+    after = edge_resources.edge_files(LISTENERS, CLUSTERS, COMMON | {"paths": PATHS, "largest_body": 2000}, PEMS)
+    assert {path for path in before if before[path] != after[path]} == {
+        f"routes/{item['name']}.json" for item in LISTENERS
+    }
+    assert before.keys() == after.keys()
+
+
+def test_a_listener_may_have_paths_of_its_own() -> None:
+    listeners = [LISTENERS[0] | {"paths": PATHS[:1]}, LISTENERS[1], LISTENERS[2] | {"paths": []}]
+    files = edge_resources.edge_files(listeners, CLUSTERS, COMMON | {"paths": PATHS[1:2]}, PEMS)
+    found = {item["name"]: limits(files[f"routes/{item['name']}.json"][0])[0][0] for item in listeners}
+    assert found == {"sticky": "/upload", "single": "/events", "unkeyed": "all"}
 
 
 def test_a_cluster_may_have_a_health_path_of_its_own() -> None:
@@ -379,6 +459,52 @@ def test_each_fault_of_a_single_value_is_reported(others: dict[str, Any], words:
     assert words in check(**others)
 
 
+@pytest.mark.parametrize(
+    ("paths", "words"),
+    [
+        ("/upload", "is '/upload': give a list such as [{prefix: /events, timeout: 0}]."),
+        (["/upload"], "is ['/upload']: give a list such as"),
+        ([{"timeout": 0}], "is [{'timeout': 0}]: give a list such as"),
+        ([{"prefix": "/upload"}], ": /upload sets nothing: give timeout or body_limit."),
+        ([{"prefix": "/a", "timeout": 0, "limit": 1}], ": /a has no setting limit; there are timeout and body_limit."),
+        ([{"prefix": "/a", "timeout": 0}, {"prefix": "/a", "body_limit": 1}], ": /a is listed twice."),
+        ([{"prefix": "/", "timeout": 0}], ": / would cover Socket.IO. For all paths, there are"),
+        ([{"prefix": "/socket.io", "timeout": 0}], ": /socket.io is a path of Socket.IO, which has the settings"),
+        ([{"prefix": "/chat/socket.io/x", "timeout": 0}], ": /chat/socket.io/x is a path of Socket.IO"),
+        ([{"prefix": "upload", "timeout": 0}], ": 'upload' is no prefix: give a path such as /upload"),
+        ([{"prefix": "/upload/", "timeout": 0}], ": '/upload/' is no prefix"),
+        ([{"prefix": "/a//b", "timeout": 0}], ": '/a//b' is no prefix"),
+        ([{"prefix": "/a/../b", "timeout": 0}], ": '/a/../b' is no prefix"),
+        ([{"prefix": "/a?b", "timeout": 0}], ": '/a?b' is no prefix"),
+        ([{"prefix": "/%61", "timeout": 0}], ": '/%61' is no prefix"),
+        ([{"prefix": "/a", "timeout": -1}], ": /a: timeout is -1: give a number from 0 to 86400."),
+        ([{"prefix": "/a", "timeout": None}], ": /a: timeout is None: give a number from 0 to 86400."),
+        ([{"prefix": "/a", "body_limit": 0}], ": /a: body_limit is 0: give a whole number from 1 to 4294967295."),
+        ([{"prefix": "/a", "body_limit": "1e6"}], ": /a: body_limit is '1e6': give a whole number"),
+        ([{"prefix": "/a", "body_limit": True}], ": /a: body_limit is True: give a whole number"),
+    ],
+)
+def test_each_fault_of_a_path_is_reported(paths: Any, words: str) -> None:
+    assert f"stickyring_edge_paths{words if words[0] == ':' else ' ' + words}" in check(paths=paths)
+    listeners = [LISTENERS[0] | {"paths": paths}]
+    assert f"listener sticky: paths{words if words[0] == ':' else ' ' + words}" in check(listeners)
+
+
+def test_good_paths_have_no_problem() -> None:
+    assert check(paths=[]) == ""
+    assert check(paths=PATHS) == ""
+    assert check([LISTENERS[0] | {"paths": PATHS}]) == ""
+    assert check(paths=[{"prefix": "/~a/b.c/socket.io2", "timeout": "0.5"}, {"prefix": "/events2", "timeout": 0}]) == ""
+
+
+def test_paths_have_the_settings_of_the_argument_specs() -> None:
+    options = yaml.safe_load((ROLE / "meta" / "argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
+    for described in (options["stickyring_edge_paths"], options["stickyring_edge_listeners"]["options"]["paths"]):
+        types = {name: option["type"] for name, option in described["options"].items()}
+        ranges = {name: type(low).__name__ for name, (low, _) in edge_variables.PATH_SETTINGS.items()}
+        assert types == {"prefix": "str", **ranges}
+
+
 def test_every_number_has_a_range_and_every_log_level_is_accepted() -> None:
     options = yaml.safe_load((ROLE / "meta" / "argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
     numbers = {name: option["type"] for name, option in options.items() if option["type"] in {"int", "float"}}
@@ -391,7 +517,7 @@ def test_every_number_has_a_range_and_every_log_level_is_accepted() -> None:
     ("seconds", "duration"), [(2, "2s"), ("2", "2s"), (60.0, "60s"), ("0.5", "0.5s"), (1e5, "100000s"), (0, "0s")]
 )
 def test_a_duration_is_the_same_for_every_spelling(seconds: float | str, duration: str) -> None:
-    assert edge.edge_duration(seconds) == duration
+    assert edge_routes.edge_duration(seconds) == duration
 
 
 @pytest.mark.parametrize(

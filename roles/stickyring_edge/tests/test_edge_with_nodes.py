@@ -503,7 +503,7 @@ def test_the_body_limit_would_end_websockets(edge: Edge) -> None:
     [listener] = [one for one in files["listeners.json"] if one["name"] == "sticky"]
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
     manager["upgrade_configs"] = [{"upgrade_type": "websocket"}]
-    assert any(one["name"].endswith("body_size_limit") for one in manager["http_filters"])
+    assert any(one["name"] == "stickyring.body" for one in manager["http_filters"])
     assert "failed" not in edge.give(files, may_end_websockets=True)
     try:
         back, drops = asyncio.run(talk(edge, "sticky", 2 * MEGABYTE, 10_000, 1))
