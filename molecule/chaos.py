@@ -190,6 +190,7 @@ def change_edge(lab: Lab, node: str) -> None:
 EDGE_CHANGES = (
     {"stickyring_edge_route_timeout": 90},
     {"stickyring_edge_circuit_breaker_max_requests": 90000},
+    {"stickyring_edge_max_request_body_bytes": 900000, "stickyring_edge_paths": [{"prefix": "/events", "timeout": 0}]},
     {"stickyring_edge_hash_policies": [{"query_parameter": {"name": "client_id"}}]},
 )
 OPERATIONS: dict[str, tuple[Callable[[Lab, str], None], int]] = {

@@ -146,6 +146,56 @@ def test_an_oversize_body_is_refused_before_it_is_sent(edge_url: Any, announced:
     connection.close()
 
 
+def paths_of(edge: Any) -> dict[str, dict[str, dict[str, Any]]]:
+    """The settings of paths in the inventory, by listener and prefix."""
+    return {
+        listener["name"]: {one["prefix"]: one for one in listener.get("paths", edge.variables["stickyring_edge_paths"])}
+        for listener in edge.variables["stickyring_edge_listeners"]
+    }
+
+
+def status_of_announced(url: str, path: str, size: int) -> int:
+    """The status of a POST whose body is announced and never sent."""
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=5)
+    connection.putrequest("POST", path)
+    connection.putheader("Content-Length", str(size))
+    connection.endheaders()
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+def test_a_body_may_be_larger_under_its_prefix(edge_url: Any, edge: Any) -> None:
+    """No application of the lab has such a path, so a node answers 404 at once."""
+    default = edge.variables["stickyring_edge_max_request_body_bytes"]
+    limits = {path: one["body_limit"] for path, one in paths_of(edge)["sticky"].items() if "body_limit" in one}
+    assert limits, "no path to test"
+    for prefix, limit in limits.items():
+        for path in (prefix, f"{prefix}/below", f"{prefix}?client_id=big"):
+            assert status_of_announced(edge_url("sticky"), path, limit) == 404
+            assert status_of_announced(edge_url("sticky"), path, limit + 1) == 413
+        assert status_of_announced(edge_url("sticky"), f"{prefix}2", default) == 404
+        assert status_of_announced(edge_url("sticky"), f"{prefix}2", default + 1) == 413
+
+
+def test_the_routes_have_the_timeouts_of_the_paths(config: dict[str, Any], edge: Any) -> None:
+    """Whether a stream of events stays open is tested with an Envoy on the loopback address."""
+    default = edge.variables["stickyring_edge_route_timeout"]
+    found: dict[str, dict[str | None, float]] = {}
+    for one in config["RoutesConfigDump"]["dynamic_route_configs"]:
+        served = one["route_config"]
+        routes = [route for route in served["virtual_hosts"][0]["routes"] if "route" in route]
+        found[served["name"]] = {
+            route["match"].get("path_separated_prefix"): float(route["route"]["timeout"].removesuffix("s"))
+            for route in routes
+        }
+        assert {route["route"]["idle_timeout"] for route in routes} == {"0s"}
+    assert found == {
+        listener: {None: default} | {prefix: one.get("timeout", default) for prefix, one in paths.items()}
+        for listener, paths in paths_of(edge).items()
+    }
+
+
 @pytest.fixture(scope="module")
 def unplaced(edge: Any) -> str:
     """A user whose point belongs to the endpoint `nobody`."""
