@@ -120,7 +120,8 @@ def test_no_process_is_left_behind(said: dict[str, dict[str, object]]) -> None:
 
 
 def test_the_application_is_loaded_with_the_units_environment(said: dict[str, dict[str, object]]) -> None:
-    environment = json.loads(re.search(r"OSError: (\{.*\}) \(", str(said["asking"]["stderr"]).splitlines()[-1])[1])
+    (found,) = re.findall(r"OSError: (\{.*\}) \(", str(said["asking"]["stderr"]).splitlines()[-1])
+    environment = json.loads(found)
     assert environment["STICKYRING_NODE_NAME"] == "asking-1"
     assert environment["STICKYRING_LISTEN"] == "192.0.2.1:8001"
     assert environment["CHAT"] == "a 'quoted' \"text\" $HOME"
