@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ansible_collections.stickyring.fleet.plugins.module_utils.instances import instance_name, instance_port
+from ansible_collections.stickyring.fleet.plugins.module_utils.secrets import quoted, secrets_digest
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.addresses import is_address
 
 # The values are used in unit files, shells, folder names and headers: no character may have a special meaning there.
@@ -44,6 +45,8 @@ RANGES = {
 }
 BOOLEANS = ("prove", "surge", "keep_surplus")
 VARIABLE = r"[A-Za-z_]\w*"
+SECRET_BYTES = 65536
+"""The kernel passes no variable above 128 KiB, and systemd logs the text of a variable that it refuses."""
 DESCRIPTORS_BESIDE_CONNECTIONS = 100
 BEATS = 3
 """The shortest watchdog, in seconds: a process gives a sign of life every second."""
@@ -74,7 +77,8 @@ def _mistakes(variables: dict[str, Any]) -> Iterator[str]:
         if str(variables.get(name, "no")).lower() not in {"true", "false", "yes", "no", "on", "off", "1", "0"}:
             yield f"{name} is {variables[name]!r}: give true or false"
     yield from _mistakes_of_numbers(variables)
-    yield from _mistakes_of_the_environment(variables.get("environment", {}))
+    yield from _mistakes_of_the_environment("environment", variables.get("environment", {}))
+    yield from _mistakes_of_the_secrets(variables.get("secrets", {}), variables.get("environment", {}))
 
 
 def _mistakes_of_numbers(variables: dict[str, Any]) -> Iterator[str]:
@@ -98,15 +102,41 @@ def _mistakes_of_numbers(variables: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _mistakes_of_the_environment(environment: object) -> Iterator[str]:
+def _mistakes_of_the_environment(setting: str, environment: object) -> Iterator[str]:
     if not isinstance(environment, dict):
-        yield f"environment is {environment!r}: give a dictionary, {{NAME: value}}"
+        yield f"{setting} is {environment!r}: give a dictionary, {{NAME: value}}"
         return
     for name in environment:
         if not re.fullmatch(VARIABLE, str(name), re.ASCII):
-            yield f"environment: {name!r} cannot name an environment variable"
+            yield f"{setting}: {name!r} cannot name an environment variable"
         elif name.startswith("STICKYRING_"):
-            yield f"environment: {name} is reserved for the runtime: use the role's variables instead"
+            yield f"{setting}: {name} is reserved for the runtime: use the role's variables instead"
+
+
+def _mistakes_of_the_secrets(secrets: object, environment: object) -> Iterator[str]:
+    """Yield sentences that contain no value, not even of something that is no dictionary."""
+    if not isinstance(secrets, dict):
+        yield "secrets is no dictionary: give {NAME: value}"
+        return
+    yield from _mistakes_of_the_environment("secrets", secrets)
+    for name, value in secrets.items():
+        if isinstance(environment, dict) and name in environment:
+            yield f"secrets: {name} is in stickyring_node_environment too: remove it from one of them"
+        if fault := _fault_of_a_secret(value):
+            yield f"secrets: {name} {fault}"
+
+
+def _fault_of_a_secret(value: object) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return "is neither a text nor a number: put its value in quotes"
+    text = str(value)
+    if "\0" in text:
+        return "contains a NUL character, which no environment variable can"
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return "contains characters that UTF-8 does not have: encode it, for example with base64"
+    return f"has {size} bytes: {SECRET_BYTES} are the most" if size > SECRET_BYTES else None
 
 
 def node_variables(
@@ -140,17 +170,19 @@ def node_environments(
 
 
 def _text(header: str, variables: dict[str, str]) -> str:
-    quoted = {key: value.replace("\\", "\\\\").replace('"', '\\"') for key, value in variables.items()}
-    lines = [header.rstrip(), *(f'{key}="{value}"' for key, value in quoted.items()), "STICKYRING_ENVIRONMENT=", ""]
+    lines = [header.rstrip(), *(f"{key}={quoted(value)}" for key, value in variables.items())]
+    lines += ["STICKYRING_ENVIRONMENT=", ""]
     return node_with_digest("\n".join(lines), "STICKYRING_ENVIRONMENT")
 
 
 def node_with_digest(text: str, variable: str) -> str:
     """Return the text with its own SHA-256 as the value of a variable that is empty in it.
 
-    A process that starts from the text has this variable, which shows what it was started from.
+    A process that starts from the text has this variable, which shows what it was started from. It is the last one of
+    that name: a value of several lines before it may contain the same words.
     """
-    return text.replace(f"{variable}=\n", f"{variable}={hashlib.sha256(text.encode()).hexdigest()}\n")
+    before, name, after = text.rpartition(f"{variable}=\n")
+    return f"{before}{name[:-1]}{hashlib.sha256(text.encode()).hexdigest()}\n{after}"
 
 
 class FilterModule:
@@ -164,4 +196,5 @@ class FilterModule:
             "node_variables": node_variables,
             "node_environments": node_environments,
             "node_with_digest": node_with_digest,
+            "node_secrets_digest": secrets_digest,
         }

@@ -26,6 +26,10 @@ options:
     elements: str
     required: true
   files: {description: "SHA-256 of each file that the instances read, by path", type: dict, required: true}
+  secrets:
+    description: Digest of the service's secrets. It is not shown, because short secrets can be guessed from it.
+    type: str
+    required: true
 attributes:
   check_mode: {description: "Changes nothing in either mode", support: full}
 author:
@@ -47,6 +51,7 @@ EXAMPLES = r"""
     keep_surplus: false
     mistakes: []
     files: {}
+    secrets: "{{ {} | stickyring.fleet.node_secrets_digest }}"
   register: state
 """
 
@@ -71,7 +76,9 @@ lacks_venv:
   returned: success
 prepared: {description: "Whether the account and the settings folder are as wanted", type: bool, returned: success}
 differing:
-  description: Files of O(files) that are missing or have another content, owner or mode
+  description:
+    - Files of O(files) that are missing or have another content, owner or mode; the folder of the secrets if anything
+      in it is; the folder of the former secrets if it exists.
   type: list
   elements: str
   returned: success
@@ -102,7 +109,12 @@ enabled: {description: "Instances that start at boot", type: list, elements: int
 running: {description: "Instances that run", type: list, elements: int, returned: success}
 healthy: {description: "Those that answer the health path with 200", type: list, elements: int, returned: success}
 up_to_date:
-  description: Instances whose processes were started from the wanted unit, environment, release and Python
+  description: Instances whose processes were started from the wanted unit, environment, secrets, release and Python
+  type: list
+  elements: int
+  returned: success
+reloadable:
+  description: Instances that a reload gives all that a restart does, namely those that have no secrets and need none
   type: list
   elements: int
   returned: success
@@ -122,6 +134,12 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.compat.version import LooseVersion
 from ansible_collections.stickyring.fleet.plugins.module_utils.instances import instance_port
+from ansible_collections.stickyring.fleet.plugins.module_utils.secrets import (
+    DIGEST,
+    PREFIX,
+    secrets_digest,
+    secrets_in,
+)
 
 LOWEST_PYTHON = "3.11"
 PYPY_SINCE = 13
@@ -144,6 +162,7 @@ OPTIONS = {
     "keep_surplus": {"type": "bool", "required": True},
     "mistakes": {"type": "list", "elements": "str", "required": True},
     "files": {"type": "dict", "required": True},
+    "secrets": {"type": "str", "required": True, "no_log": True},
 }
 HEALTH_SECONDS = 3
 # Home and shell of the account that the role makes; another account of that name would be overwritten.
@@ -155,6 +174,7 @@ KEPT = "served"
 """Prefix of the folders below a release that keep a unit and environments with which it has served."""
 DIGESTS = ("STICKYRING_UNIT", "STICKYRING_ENVIRONMENT")
 """Variables in the unit and the environment file; in a process they show which of these it was started from."""
+NO_SECRETS = secrets_digest({})
 ROOT = Path("/")
 PROGRAMS = Path("/usr/bin")
 PROC = Path("/proc")
@@ -320,9 +340,35 @@ def moving(wanted: dict[str, Any], environments: dict[int, dict[str, str]]) -> l
 
 
 def digests(*paths: Path) -> dict[str, str]:
-    """Return the digests in the files."""
-    texts = "\n".join(path.read_text() for path in paths if path.is_file())
-    return dict(re.findall(rf'^(?:Environment=)?({"|".join(DIGESTS)})="?(\w+)"?$', texts, re.MULTILINE))
+    """Return the digests in the unit and the environment file.
+
+    Each is the last one of its name: a setting of several lines before it may contain the same words.
+    """
+    texts = [(name, path.read_text()) for name, path in zip(DIGESTS, paths, strict=True) if path.is_file()]
+    found = {name: re.findall(rf'^(?:Environment=)?{name}="?(\w+)"?$', text, re.MULTILINE) for name, text in texts}
+    return {name: values[-1] for name, values in found.items() if values}
+
+
+def differing_secrets(folder: Path, *, same: bool) -> set[str]:
+    """Return the folders of secrets on which the role must act, the former ones included."""
+    former = folder.with_name(f"{folder.name}.former")
+    paths = [folder] * (not same) + [former] * former.exists()
+    return {f"/{path.relative_to(ROOT)}" for path in paths}
+
+
+def has_secrets(unit: str, variables: dict[str, str], digest: str) -> bool:
+    """Return whether a process has the secrets of this digest, as variables and as credentials.
+
+    After `systemctl reload` it has the variables of now, but systemd keeps the credentials of its start, and from
+    version 255 on it hides these from the new process (https://github.com/systemd/systemd/issues/35227).
+    """
+    credential = ROOT / "run" / "credentials" / unit / f"{PREFIX}{DIGEST}"
+    try:
+        loaded = credential.read_text()
+    except OSError:
+        return False
+    shown = "CREDENTIALS_DIRECTORY" in variables or digest == NO_SECRETS
+    return shown and variables.get(DIGEST) == loaded == digest
 
 
 def namespace_problem() -> str | None:
@@ -442,6 +488,12 @@ def main() -> None:
     linked = current.readlink() if current.is_symlink() else Path()
     release = linked.name if linked.parent == Path("releases") else ""
     differing = {path for path, sha256 in wanted["files"].items() if not as_wanted(ROOT / path.lstrip("/"), sha256)}
+    secrets = settings / "secrets"
+    present = secrets_in(secrets, OWNER)
+    # Empty if the folder is damaged: no process has such secrets.
+    digest = "" if present is None else secrets_digest(present)
+    differing |= differing_secrets(secrets, same=digest == wanted["secrets"])
+    needs_secrets = template.is_file() and f"=/{secrets.relative_to(ROOT)}/" in template.read_text()
 
     processes = {i: started_from(shown[i]["MainPID"]) for i in running}
 
@@ -449,10 +501,13 @@ def main() -> None:
         made, python, variables = processes[instance]
         same_python = python == (made / "bin" / "python").resolve()
         told = {name: variables[name] for name in DIGESTS if name in variables}
-        return same_python and made == releases / release and told == digests(template, settings / f"{instance}.env")
+        same_settings = told == digests(template, settings / f"{instance}.env")
+        # A rollback may restore a unit that has none.
+        same_secrets = not needs_secrets or has_secrets(f"{service}@{instance}.service", variables, digest)
+        return same_python and made == releases / release and same_settings and same_secrets
 
     def up_to_date(instance: int) -> bool:
-        files = [template, settings / f"{instance}.env"]
+        files = [template, settings / f"{instance}.env", secrets]
         written = differing.isdisjoint(f"/{path.relative_to(ROOT)}" for path in files)
         loaded = shown[instance]["NeedDaemonReload"] == "no" and release == wanted["release"]
         return complete and written and loaded and runs_what_is_there(instance)
@@ -473,6 +528,12 @@ def main() -> None:
             if healthy(wanted["address"], instance_port(wanted["port"], i), wanted["health_path"])
         ],
         "up_to_date": sorted(filter(up_to_date, running)),
+        "reloadable": [
+            i
+            for i in sorted(running)
+            if {wanted["secrets"], digest} == {NO_SECRETS}
+            and has_secrets(f"{service}@{i}.service", processes[i][2], NO_SECRETS)
+        ],
         "moving": moving(wanted, {i: variables for i, (_, _, variables) in processes.items() if i in instances}),
         "surplus": sorted((configured | running | enabled).difference(instances)),
     }

@@ -36,6 +36,7 @@ def check(**changed: object) -> list[str]:
         {"port": 65535, "instances": 1},
         {"instances": 1},
         {"environment": {"REDIS_URL": "redis://x", "_x1": ""}},
+        {"secrets": {"A": "", "_b": 1, "C": 1.5, "D": "'\" \\ $HOME %n\nsecond line\t{{ x }}"}},
         {"name": "Node1.Example.COM"},
         {"name": "192.0.2.1"},
         {"address": "2001:db8::1"},
@@ -104,11 +105,27 @@ def test_good_variables_have_no_mistake(changed: dict[str, Any]) -> None:
         ({"environment": {"A-B": 1}}, "stickyring_node_environment: 'A-B' cannot name an environment variable"),
         ({"environment": {"1A": 1}}, "stickyring_node_environment: '1A' cannot name"),
         ({"environment": {"GOOD": 1, "STICKYRING_LISTEN": 1}}, "STICKYRING_LISTEN is reserved for the runtime"),
+        ({"secrets": "A=hunter2"}, "stickyring_node_secrets is no dictionary: give {NAME: value}"),
+        ({"secrets": ["hunter2"]}, "stickyring_node_secrets is no dictionary"),
+        ({"secrets": None}, "stickyring_node_secrets is no dictionary"),
+        ({"secrets": {"A-B": "hunter2"}}, "stickyring_node_secrets: 'A-B' cannot name an environment variable"),
+        ({"secrets": {"STICKYRING_UNIT": "hunter2"}}, "STICKYRING_UNIT is reserved for the runtime"),
+        ({"secrets": {"A": "hunter2"}, "environment": {"A": 1}}, "A is in stickyring_node_environment too: remove it"),
+        (
+            {"secrets": {"A": True}},
+            "stickyring_node_secrets: A is neither a text nor a number: put its value in quotes",
+        ),
+        ({"secrets": {"A": None}}, "A is neither a text nor a number"),
+        ({"secrets": {"A": ["hunter2"]}}, "A is neither a text nor a number"),
+        ({"secrets": {"A": "hunter2\0"}}, "stickyring_node_secrets: A contains a NUL character"),
+        ({"secrets": {"A": "hunter2\ud800"}}, "A contains characters that UTF-8 does not have"),
+        ({"secrets": {"A": "hunter2" * 10000}}, "A has 70000 bytes: 65536 are the most"),
     ],
 )
 def test_each_mistake_is_reported(changed: dict[str, Any], words: str) -> None:
     [mistake] = check(**changed)
     assert words in mistake
+    assert "hunter2" not in mistake
 
 
 def test_every_option_is_checked_by_its_type() -> None:
@@ -122,7 +139,7 @@ def test_every_option_is_checked_by_its_type() -> None:
     assert chosen == {f"stickyring_node_{name}": node.TEXTS[name][0].split("|") for name in ("python", "log_level")}
     # Only Ansible reads these, as names of files on the controller.
     files = {"requirements", "wheelhouse"}
-    judged_names = {*node.TEXTS, *node.RANGES, *node.BOOLEANS, "address", "edges", "environment"} | files
+    judged_names = {*node.TEXTS, *node.RANGES, *node.BOOLEANS, "address", "edges", "environment", "secrets"} | files
     assert {f"stickyring_node_{name}" for name in judged_names} == set(OPTIONS)
     composed = yaml.safe_load((ROLE / "vars" / "main.yml").read_text())["__stickyring_node_judged"]
     assert {*composed, "release"} == judged_names - files

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 import yaml
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.stickyring.fleet.plugins.modules import node_preflight
+from ansible_collections.stickyring.fleet.plugins.module_utils import secrets as files_of_secrets
+from ansible_collections.stickyring.fleet.plugins.modules import node_preflight, node_secrets
 
 SERVICE = "stickyring-test"
 REQUIREMENTS = hashlib.sha256(b"click==8.0").hexdigest()
@@ -28,10 +29,14 @@ UNIT = f"/etc/systemd/system/{SERVICE}@.service"
 SETTINGS = f"/etc/{SERVICE}"
 RELEASE = "1.0+abc_D-1"
 FILES = {
-    UNIT: f'Environment=STICKYRING_UNIT=a1\nExecStart=/opt/{SERVICE}/current/bin/stickyring serve "chat:app"\n',
+    UNIT: f"Environment=STICKYRING_UNIT=a1\nEnvironmentFile={SETTINGS}/secrets/environment\n"
+    f'ExecStart=/opt/{SERVICE}/current/bin/stickyring serve "chat:app"\n',
     f"{SETTINGS}/1.env": 'N="1"\nSTICKYRING_ENVIRONMENT=b1\n',
     f"{SETTINGS}/2.env": 'N="2"\nSTICKYRING_ENVIRONMENT=b2\n',
 }
+SECRETS = {"PASSWORD": "hunter2", "KEY": "-----BEGIN\nSTICKYRING_UNIT=0\nSTICKYRING_SECRETS=0\n"}
+DIGEST = files_of_secrets.secrets_digest(SECRETS)
+NONE = files_of_secrets.secrets_digest({})
 GOOD: dict[str, Any] = {
     "service": SERVICE,
     "address": "127.0.0.1",
@@ -45,6 +50,7 @@ GOOD: dict[str, Any] = {
     "keep_surplus": False,
     "mistakes": [],
     "files": {path: hashlib.sha256(text.encode()).hexdigest() for path, text in FILES.items()},
+    "secrets": DIGEST,
 }
 
 
@@ -105,7 +111,8 @@ class Host:
         edited: bool = False,
         release: str = RELEASE,
         python: Path | None = None,
-        **digests: str,
+        credentials: str = DIGEST,
+        **variables: str | None,
     ) -> dict[str, str]:
         """What systemctl shows of a running instance; its process was started from the arguments, or from FILES."""
         pid = str(1000 + instance)
@@ -113,8 +120,16 @@ class Host:
         process.mkdir(parents=True, exist_ok=True)
         interpreter = self.root / "opt" / SERVICE / "releases" / release / "bin" / "python"
         (process / "cmdline").write_text(f"{interpreter}\0/opt/{SERVICE}/current/bin/stickyring\0serve\0")
-        told = {"STICKYRING_UNIT": "a1", "STICKYRING_ENVIRONMENT": f"b{instance}"} | digests
-        (process / "environ").write_text("\0".join(f"{name}={value}" for name, value in {"N": "1", **told}.items()))
+        told: dict[str, str | None] = {
+            "STICKYRING_UNIT": "a1",
+            "STICKYRING_ENVIRONMENT": f"b{instance}",
+            "STICKYRING_SECRETS": DIGEST,
+        }
+        told |= {"CREDENTIALS_DIRECTORY": "/run/credentials"} | variables
+        self.write(f"run/credentials/{SERVICE}@{instance}.service/secret_STICKYRING_SECRETS", credentials)
+        (process / "environ").write_text(
+            "\0".join(f"{name}={value}" for name, value in {"N": "1", **told}.items() if value is not None)
+        )
         (process / "exe").unlink(missing_ok=True)
         (process / "exe").symlink_to(python or self.programs / "python3.11")
         return {
@@ -136,6 +151,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     made = Host(tmp_path)
     monkeypatch.setattr(node_preflight, "ROOT", made.root)
     monkeypatch.setattr(node_preflight, "OWNER", (os.getuid(), os.getgid()))
+    monkeypatch.setattr(node_secrets, "OWNER", (os.getuid(), os.getgid()))
     monkeypatch.setattr(node_preflight, "PROGRAMS", made.programs)
     monkeypatch.setattr(node_preflight, "PROC", made.processes)
     monkeypatch.setattr(pwd, "getpwnam", made.getpwnam)
@@ -456,6 +472,7 @@ def installed(host: Host) -> None:
     """A host on which everything is as wanted."""
     for path, text in FILES.items():
         host.write(path, text).chmod(0o644 if path == UNIT else 0o600)
+    node_secrets.write(SECRETS, host.root / SETTINGS.lstrip("/") / "secrets")
     host.release(RELEASE)
     (host.root / "opt" / SERVICE / "current").symlink_to(f"releases/{RELEASE}")
 
@@ -495,6 +512,10 @@ def test_the_state_of_a_host_is_reported(host: Host, free_ports: int) -> None:
         ({"release": "0.9"}, [1]),
         ({"STICKYRING_UNIT": "a0"}, [1]),
         ({"STICKYRING_ENVIRONMENT": "b1"}, [1]),
+        ({"STICKYRING_SECRETS": NONE}, [1]),
+        # After `systemctl reload`: the variables are new, the credentials are not, or are hidden.
+        ({"credentials": NONE}, [1]),
+        ({"CREDENTIALS_DIRECTORY": None}, [1]),
         ({"python": Path("/usr/bin/python3.7 (deleted)")}, [1]),
     ],
 )
@@ -544,7 +565,8 @@ def test_a_process_of_an_earlier_version_is_restarted_once(host: Host, free_port
     assert run(port=free_ports)["up_to_date"] == []
     # It counts as started from the linked state until the role has written its own files.
     for path, text in FILES.items():
-        host.write(path, "".join(line for line in text.splitlines(keepends=True) if "STICKYRING" not in line))
+        lines = text.splitlines(keepends=True)
+        host.write(path, "".join(line for line in lines if "STICKYRING" not in line and "secrets" not in line))
     assert 1 not in run(port=free_ports)["behind"]
 
 
@@ -619,10 +641,106 @@ def test_a_file_that_differs_is_reported_and_its_instances_are_out_of_date(
     assert result["up_to_date"] == up_to_date
 
 
+def append(path: Path) -> None:
+    path.write_text(path.read_text() + "\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *[(name, change) for name in ("environment", "credentials/PASSWORD") for change in (Path.unlink, append)],
+        ("credentials/STICKYRING_SECRETS", append),
+        ("credentials/PLANTED", edit),
+        ("credentials/PLANTED", lambda path: path.symlink_to("/etc/hostname")),
+        ("environment", lambda path: path.chmod(0o640)),
+        ("credentials", lambda path: path.chmod(0o750)),
+        (".", lambda path: path.chmod(0o755)),
+    ],
+)
+def test_secrets_that_differ_are_reported_by_their_folder(
+    host: Host, free_ports: int, name: str, change: Callable[[Path], None]
+) -> None:
+    installed(host)
+    host.shows({f"{SERVICE}@{i}.service": host.unit(i) for i in (1, 2)})
+    assert run(port=free_ports)["up_to_date"] == [1, 2]
+    change(host.root / SETTINGS.lstrip("/") / "secrets" / name)
+    result = run(port=free_ports)
+    assert (result["differing"], result["up_to_date"]) == ([f"{SETTINGS}/secrets"], [])
+
+
+def test_changed_secrets_are_reported_without_them_or_their_digest(host: Host, free_ports: int) -> None:
+    installed(host)
+    host.shows({f"{SERVICE}@{i}.service": host.unit(i) for i in (1, 2)})
+    changed = files_of_secrets.secrets_digest(SECRETS | {"PASSWORD": "hunter3"})
+    result = run(port=free_ports, secrets=changed)
+    assert (result["differing"], result["up_to_date"]) == ([f"{SETTINGS}/secrets"], [])
+    assert result["behind"] == []
+    for digest in (changed, DIGEST):
+        assert digest not in str(result)
+    # The negative control: other digests are in the answer.
+    assert GOOD["files"][UNIT] in str(result)
+
+
+def test_an_interrupted_run_leaves_instances_that_do_not_have_the_present_secrets(host: Host, free_ports: int) -> None:
+    installed(host)
+    restarted, other = host.unit(1), host.unit(2, STICKYRING_SECRETS=NONE, credentials=NONE)
+    host.shows({f"{SERVICE}@1.service": restarted, f"{SERVICE}@2.service": other})
+    node_secrets.write(SECRETS, host.root / SETTINGS.lstrip("/") / "secrets")
+    result = run(port=free_ports)
+    assert (result["up_to_date"], result["behind"]) == ([1], [2])
+    # Also if all instances run with the new ones, so that the run removes the former ones.
+    assert result["differing"] == [f"{SETTINGS}/secrets.former"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "written", "started_with", "reloadable"),
+    [
+        ({}, {}, {}, True),
+        (SECRETS, SECRETS, SECRETS, False),
+        (SECRETS, {}, {}, False),
+        (SECRETS, SECRETS, {}, False),
+        ({}, SECRETS, SECRETS, False),
+        ({}, {}, SECRETS, False),
+        ({}, SECRETS, {}, False),
+    ],
+)
+def test_only_an_instance_without_secrets_can_be_reloaded(
+    host: Host,
+    free_ports: int,
+    wanted: dict[str, str],
+    written: dict[str, str],
+    started_with: dict[str, str],
+    reloadable: bool,
+) -> None:
+    installed(host)
+    node_secrets.write(written, host.root / SETTINGS.lstrip("/") / "secrets")
+    digest = files_of_secrets.secrets_digest(started_with)
+    host.shows({f"{SERVICE}@1.service": host.unit(1, STICKYRING_SECRETS=digest, credentials=digest)})
+    result = run(port=free_ports, secrets=files_of_secrets.secrets_digest(wanted))
+    assert result["reloadable"] == ([1] if reloadable else [])
+
+
+def test_a_unit_without_secrets_that_a_rollback_has_restored_runs_what_is_there(host: Host, free_ports: int) -> None:
+    installed(host)
+    unit = host.root / UNIT.lstrip("/")
+    unit.write_text("".join(line for line in FILES[UNIT].splitlines(keepends=True) if "secrets" not in line))
+    host.shows({f"{SERVICE}@1.service": host.unit(1, STICKYRING_SECRETS=None, credentials="")})
+    assert 1 not in run(port=free_ports)["behind"]
+
+
+def test_a_setting_of_several_lines_is_not_taken_for_a_digest(host: Host, free_ports: int) -> None:
+    installed(host)
+    text = 'N="1\nSTICKYRING_ENVIRONMENT=b0\n"\nSTICKYRING_ENVIRONMENT=b1\n'
+    host.write(f"{SETTINGS}/1.env", text).chmod(0o600)
+    host.shows({f"{SERVICE}@1.service": host.unit(1)})
+    files = GOOD["files"] | {f"{SETTINGS}/1.env": hashlib.sha256(text.encode()).hexdigest()}
+    assert run(port=free_ports, files=files)["up_to_date"] == [1]
+
+
 def test_a_file_of_another_owner_is_reported(host: Host, free_ports: int, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(host)
     monkeypatch.setattr(node_preflight, "OWNER", (os.getuid(), os.getgid() + 1))
-    assert run(port=free_ports)["differing"] == sorted(FILES)
+    assert run(port=free_ports)["differing"] == sorted([*FILES, f"{SETTINGS}/secrets"])
 
 
 def test_an_instance_of_another_release_is_out_of_date(host: Host, free_ports: int) -> None:
@@ -775,7 +893,11 @@ def test_check_mode_reads_the_host_too(host: Host, free_ports: int, monkeypatch:
 def test_the_documentation_has_every_option() -> None:
     documented = yaml.safe_load(node_preflight.DOCUMENTATION)["options"]
     types = {name: {key: option[key] for key in option if key != "description"} for name, option in documented.items()}
-    assert types == node_preflight.OPTIONS
+    # no_log is no part of the documentation.
+    assert types == {
+        name: {key: value for key, value in option.items() if key != "no_log"}
+        for name, option in node_preflight.OPTIONS.items()
+    }
     assert set(GOOD) == set(node_preflight.OPTIONS)
 
 
