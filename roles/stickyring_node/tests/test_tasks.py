@@ -34,7 +34,10 @@ APPLICATIONS = {
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
     """The result of the task for each application."""
     folder = tmp_path_factory.mktemp("load")
-    programs = {"stickyring": f'export PYTHONPATH={folder}\nexec {Path(sys.executable).parent}/stickyring "$@"'}
+    programs = {
+        "stickyring": f'export PYTHONPATH={folder}\nexec {Path(sys.executable).parent}/stickyring "$@"',
+        "python": f'exec {sys.executable} "$@"',
+    }
     if os.getuid() != 0:
         # Runs as root of a user namespace, which has no other user.
         programs |= {"unshare": 'exec /usr/bin/unshare --map-root-user "$@"', "runuser": 'shift 3\nexec "$@"'}
@@ -68,7 +71,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object
         "stickyring_node_release": "1",
         "stickyring_node_start_timeout": 6,
         "stickyring_node_environment": {"CHAT": "a 'quoted' \"text\" $HOME", "NUMBER": 1},
-        "stickyring_node_result_state": {"current": "", "application": ""},
+        "stickyring_node_result_state": {"current": "", "application": "", "differing": []},
         "__stickyring_node_release_path": str(folder),
     }
     hosts = {name: {"stickyring_node_application": f"{name}:app"} for name in APPLICATIONS}
