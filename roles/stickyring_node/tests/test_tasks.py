@@ -69,7 +69,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object
         "stickyring_node_service": "root",
         "stickyring_node_address": "192.0.2.1",
         "stickyring_node_release": "1",
-        "stickyring_node_start_timeout": 6,
+        "stickyring_node_start_timeout": 15,
         "stickyring_node_environment": {"CHAT": "a 'quoted' \"text\" $HOME", "NUMBER": 1},
         "stickyring_node_result_state": {"current": "", "application": "", "differing": []},
         "__stickyring_node_release_path": str(folder),
@@ -108,7 +108,7 @@ def test_an_application_is_loaded_whatever_it_starts(said: dict[str, dict[str, o
 
 def test_an_application_that_hangs_fails_with_a_clear_message(said: dict[str, dict[str, object]]) -> None:
     assert said["hanging"]["failed"]
-    assert "The application was not loaded within 6 s (stickyring_node_start_timeout)" in str(said["hanging"]["stderr"])
+    assert "The application was not loaded within 15 s (stickyring_node_start_timeout)" in str(said["hanging"]["stderr"])
 
 
 def test_the_error_of_an_application_is_shown(said: dict[str, dict[str, object]]) -> None:
