@@ -108,7 +108,8 @@ def test_an_application_is_loaded_whatever_it_starts(said: dict[str, dict[str, o
 
 def test_an_application_that_hangs_fails_with_a_clear_message(said: dict[str, dict[str, object]]) -> None:
     assert said["hanging"]["failed"]
-    assert "The application was not loaded within 15 s (stickyring_node_start_timeout)" in str(said["hanging"]["stderr"])
+    said_of_it = str(said["hanging"]["stderr"])
+    assert "The application was not loaded within 15 s (stickyring_node_start_timeout)" in said_of_it
 
 
 def test_the_error_of_an_application_is_shown(said: dict[str, dict[str, object]]) -> None:
