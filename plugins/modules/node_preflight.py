@@ -136,7 +136,6 @@ from ansible.module_utils.compat.version import LooseVersion
 from ansible_collections.stickyring.fleet.plugins.module_utils.instances import instance_port
 from ansible_collections.stickyring.fleet.plugins.module_utils.secrets import (
     DIGEST,
-    PREFIX,
     secrets_digest,
     secrets_in,
 )
@@ -356,19 +355,13 @@ def differing_secrets(folder: Path, *, same: bool) -> set[str]:
     return {f"/{path.relative_to(ROOT)}" for path in paths}
 
 
-def has_secrets(unit: str, variables: dict[str, str], digest: str) -> bool:
-    """Return whether a process has the secrets of this digest, as variables and as credentials.
+def has_secrets(variables: dict[str, str], digest: str) -> bool:
+    """Return whether a process has the secrets of this digest.
 
-    After `systemctl reload` it has the variables of now, but systemd keeps the credentials of its start, and from
-    version 255 on it hides these from the new process (https://github.com/systemd/systemd/issues/35227).
+    Its variables tell. It has the same secrets as credentials, because the role restarts an instance that has or gets
+    any: after a reload, a process has the credentials of the start before, or none.
     """
-    credential = ROOT / "run" / "credentials" / unit / f"{PREFIX}{DIGEST}"
-    try:
-        loaded = credential.read_text()
-    except OSError:
-        return False
-    shown = "CREDENTIALS_DIRECTORY" in variables or digest == NO_SECRETS
-    return shown and variables.get(DIGEST) == loaded == digest
+    return variables.get(DIGEST) == digest and ("CREDENTIALS_DIRECTORY" in variables or digest == NO_SECRETS)
 
 
 def namespace_problem() -> str | None:
@@ -503,7 +496,7 @@ def main() -> None:
         told = {name: variables[name] for name in DIGESTS if name in variables}
         same_settings = told == digests(template, settings / f"{instance}.env")
         # A rollback may restore a unit that has none.
-        same_secrets = not needs_secrets or has_secrets(f"{service}@{instance}.service", variables, digest)
+        same_secrets = not needs_secrets or has_secrets(variables, digest)
         return same_python and made == releases / release and same_settings and same_secrets
 
     def up_to_date(instance: int) -> bool:
@@ -531,8 +524,7 @@ def main() -> None:
         "reloadable": [
             i
             for i in sorted(running)
-            if {wanted["secrets"], digest} == {NO_SECRETS}
-            and has_secrets(f"{service}@{i}.service", processes[i][2], NO_SECRETS)
+            if {wanted["secrets"], digest} == {NO_SECRETS} and has_secrets(processes[i][2], NO_SECRETS)
         ],
         "moving": moving(wanted, {i: variables for i, (_, _, variables) in processes.items() if i in instances}),
         "surplus": sorted((configured | running | enabled).difference(instances)),

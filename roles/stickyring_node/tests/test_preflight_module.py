@@ -111,7 +111,6 @@ class Host:
         edited: bool = False,
         release: str = RELEASE,
         python: Path | None = None,
-        credentials: str = DIGEST,
         **variables: str | None,
     ) -> dict[str, str]:
         """What systemctl shows of a running instance; its process was started from the arguments, or from FILES."""
@@ -126,7 +125,6 @@ class Host:
             "STICKYRING_SECRETS": DIGEST,
         }
         told |= {"CREDENTIALS_DIRECTORY": "/run/credentials"} | variables
-        self.write(f"run/credentials/{SERVICE}@{instance}.service/secret_STICKYRING_SECRETS", credentials)
         (process / "environ").write_text(
             "\0".join(f"{name}={value}" for name, value in {"N": "1", **told}.items() if value is not None)
         )
@@ -513,8 +511,7 @@ def test_the_state_of_a_host_is_reported(host: Host, free_ports: int) -> None:
         ({"STICKYRING_UNIT": "a0"}, [1]),
         ({"STICKYRING_ENVIRONMENT": "b1"}, [1]),
         ({"STICKYRING_SECRETS": NONE}, [1]),
-        # After `systemctl reload`: the variables are new, the credentials are not, or are hidden.
-        ({"credentials": NONE}, [1]),
+        # After `systemctl reload`: the variables are new, the credentials are hidden.
         ({"CREDENTIALS_DIRECTORY": None}, [1]),
         ({"python": Path("/usr/bin/python3.7 (deleted)")}, [1]),
     ],
@@ -683,7 +680,7 @@ def test_changed_secrets_are_reported_without_them_or_their_digest(host: Host, f
 
 def test_an_interrupted_run_leaves_instances_that_do_not_have_the_present_secrets(host: Host, free_ports: int) -> None:
     installed(host)
-    restarted, other = host.unit(1), host.unit(2, STICKYRING_SECRETS=NONE, credentials=NONE)
+    restarted, other = host.unit(1), host.unit(2, STICKYRING_SECRETS=NONE)
     host.shows({f"{SERVICE}@1.service": restarted, f"{SERVICE}@2.service": other})
     node_secrets.write(SECRETS, host.root / SETTINGS.lstrip("/") / "secrets")
     result = run(port=free_ports)
@@ -715,7 +712,7 @@ def test_only_an_instance_without_secrets_can_be_reloaded(
     installed(host)
     node_secrets.write(written, host.root / SETTINGS.lstrip("/") / "secrets")
     digest = files_of_secrets.secrets_digest(started_with)
-    host.shows({f"{SERVICE}@1.service": host.unit(1, STICKYRING_SECRETS=digest, credentials=digest)})
+    host.shows({f"{SERVICE}@1.service": host.unit(1, STICKYRING_SECRETS=digest)})
     result = run(port=free_ports, secrets=files_of_secrets.secrets_digest(wanted))
     assert result["reloadable"] == ([1] if reloadable else [])
 
@@ -724,7 +721,7 @@ def test_a_unit_without_secrets_that_a_rollback_has_restored_runs_what_is_there(
     installed(host)
     unit = host.root / UNIT.lstrip("/")
     unit.write_text("".join(line for line in FILES[UNIT].splitlines(keepends=True) if "secrets" not in line))
-    host.shows({f"{SERVICE}@1.service": host.unit(1, STICKYRING_SECRETS=None, credentials="")})
+    host.shows({f"{SERVICE}@1.service": host.unit(1, STICKYRING_SECRETS=None)})
     assert 1 not in run(port=free_ports)["behind"]
 
 
