@@ -43,7 +43,7 @@ import re
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +107,7 @@ class Received:
 
     def __init__(self, server: socketio.Server, senders: int = SENDERS) -> None:
         self._not_acknowledged = server.not_handled
+        self._asynchronous = isinstance(server, socketio.AsyncServer)
         self._senders = senders
         self._last: OrderedDict[str, _Last] = OrderedDict()
         self._of_connection: dict[str, dict[str, None]] = {}
@@ -124,7 +125,7 @@ class Received:
         neither handled nor acknowledged: its sender gave it up, or already got its acknowledgement.
         """
 
-        if inspect.iscoroutinefunction(handler):
+        if self._asynchronous:
             return self._once_async(handler)
 
         @functools.wraps(handler)
@@ -143,8 +144,12 @@ class Received:
 
         return handle
 
-    def _once_async(self, handler: Callable[..., Coroutine[Any, Any, object]]) -> Callable[..., object]:
-        @functools.wraps(handler)
+    def _once_async(self, function: Callable[..., object]) -> Callable[..., object]:
+        async def handler(*arguments: object, **named: object) -> object:
+            answer = function(*arguments, **named)
+            return await answer if inspect.isawaitable(answer) else answer
+
+        @functools.wraps(function)
         async def handle(sid: str, *data: object) -> object:
             if (found := _id_of(data)) is None:
                 return await handler(sid, *data)

@@ -234,3 +234,55 @@ def test_a_handler_that_blocks_the_loop_stops_the_heartbeat(tmp_path: Path) -> N
             assert heard <= 1, "of the three seconds at most their beginning"
             manager.settimeout(6)
             assert manager.recv(64) == b"WATCHDOG=1", "then it goes on"
+
+
+def test_a_stream_at_the_root_passes_the_check(tmp_path: Path) -> None:
+    """Starlette waits for its client to leave, which the check must let it do."""
+    (tmp_path / "streaming.py").write_text(
+        "import asyncio\n"
+        "from fastapi import FastAPI\n"
+        "from fastapi.responses import StreamingResponse\n"
+        "app = FastAPI()\n"
+        "@app.get('/')\n"
+        "async def stream():\n"
+        "    async def endless():\n"
+        "        while True:\n"
+        "            yield 'more'\n"
+        "            await asyncio.sleep(0.1)\n"
+        "    return StreamingResponse(endless())\n"
+    )
+    run = check(tmp_path, "streaming:app", "--worker-class", "asgi")
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_session_has_one_websocket_at_a_time(fastapi: ServeProcess) -> None:
+    """However many its client opens before it upgrades: they would be connections above the cap."""
+
+    async def play() -> None:
+        async with aiohttp.ClientSession() as session:
+            handshake = f"{fastapi.url}/socket.io/?EIO=4&transport="
+            async with session.get(f"{handshake}polling") as answer:
+                sid = json.loads((await answer.text())[1:])["sid"]
+            opened = [await session.ws_connect(f"{handshake}websocket&sid={sid}") for _ in range(3)]
+            for second in opened[1:]:
+                message = await second.receive(timeout=5)
+                assert message.type in {aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED}
+            await opened[0].send_str("2probe")
+            assert await opened[0].receive_str(timeout=5) == "3probe"
+
+    asyncio.run(play())
+
+
+def test_a_websocket_of_the_application_does_not_hold_a_drain_and_is_closed_at_the_end(fastapi: ServeProcess) -> None:
+    async def play() -> tuple[int | None, float]:
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{fastapi.url}/plain") as websocket:
+            await websocket.send_str("here")
+            assert await websocket.receive_str(timeout=5) == "here"
+            began = time.monotonic()
+            fastapi.process.terminate()
+            message = await websocket.receive(timeout=10)
+            return message.data, time.monotonic() - began
+
+    status, seconds = asyncio.run(play())
+    assert status == 1001
+    assert seconds < GRACEFUL_SECONDS, "the drain timeout is 30 s"

@@ -284,7 +284,8 @@ class Node(BaseApplication):
         from stickyring.node.application import CannotBeServedError  # noqa: PLC0415
 
         try:
-            tried = self._runtime.try_once(self._settings.application)
+            state = worker.lifespan.state if getattr(worker, "asgi", False) else {}
+            tried = self._runtime.try_once(self._settings.application, state)
             if tried is not None:
                 worker.loop.run_until_complete(tried)
         except CannotBeServedError as error:

@@ -90,7 +90,7 @@ class Runtime:
         for gate in self._gates:
             gate.exhausted = exhausted
 
-    def try_once(self, path: str) -> None:
+    def try_once(self, path: str, _state: object = None) -> None:
         """Let the application answer a request for `/`, and a handshake on each path of Socket.IO.
 
         Raises:

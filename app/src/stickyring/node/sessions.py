@@ -243,8 +243,11 @@ class Session:
             return True
         # In a task of its own: a handler is sending, and the disconnect handlers may need a lock that it holds.
         self._note_failure("unread")
-        self.engine.start_background_task(self._close, FAILED)
+        self._close_in_a_task()
         return False
+
+    def _close_in_a_task(self) -> None:
+        self.engine.start_background_task(self._close, FAILED)
 
     def end(self) -> None:
         """End it so that its client reconnects by itself; on return, the application's disconnect handlers have run.

@@ -1,7 +1,9 @@
 """The gate of `stickyring.node.gate` for a `socketio.AsyncServer`, in front of an ASGI application's sessions."""
 
 import asyncio
+import contextlib
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -31,7 +33,7 @@ from stickyring.node.gate import (
     transport_label,
 )
 from stickyring.node.metrics import Engine, EngineMetrics, Packet
-from stickyring.node.packets import HandlerError
+from stickyring.node.packets import HandlerError, checked_body
 from stickyring.node.sessions import ISSUED_VARIABLE, SESSION_VARIABLE, Session, key_of
 from stickyring.node.takeover import ELSEWHERE_HEADER, Predecessor
 from stickyring.node.websocket import PROTOCOL_ERROR, refusal
@@ -109,7 +111,7 @@ class AsyncSocketIOGate:
         if not environ:
             # The client has left, or what it sent was no HTTP.
             session = self._sessions.get(parameter(scope["query_string"].decode("latin-1"), "sid") or "")
-            if isinstance(session, AsyncSession):
+            if isinstance(session, AsyncSession) and not session.has_websocket:
                 await session.end_for("packet", ConnectionResetError())
             return
         environ[LOST] = lost
@@ -150,7 +152,7 @@ class AsyncSocketIOGate:
             return await self._handshake(environ, transport_label(query), parameter(query, "EIO") or "")
         if not isinstance(session, AsyncSession):
             return await self._ask(environ)
-        if is_a_websocket(environ) and (session.socket.upgrading or session.socket.upgraded):
+        if is_a_websocket(environ) and session.has_websocket:
             # Only one WebSocket per session. Like Node.js, open the second one and close it.
             channel: Channel = environ[CHANNEL]
             channel.taken = True
@@ -180,6 +182,8 @@ class AsyncSocketIOGate:
         if parameter(query, "j") is not None:
             return "400 Bad Request", JSON, BAD_REQUEST
         refused = refusal(environ) if is_a_websocket(environ) else None
+        if refused is None and is_a_websocket(environ) and environ[CHANNEL] is None:
+            refused = "400 Bad Request", []  # several Connection headers, of which uvicorn takes the last
         if refused and sid is None:
             self._metrics.refused.labels(transport, "bad_request").inc()
         return (*refused, b"") if refused else None
@@ -189,10 +193,18 @@ class AsyncSocketIOGate:
         # A WebSocket is not passed on: its client keeps polling.
         if environ[CHANNEL] is not None:
             return None
-        body = await environ["wsgi.input"].read(int(self._engine.max_http_buffer_size) + 1)
+        longest = int(self._engine.max_http_buffer_size)
+        try:
+            async with asyncio.timeout(self._engine.ping_timeout):
+                body = await environ["wsgi.input"].read(longest + 1)
+            if environ[LOST]:
+                return None
+            checked_body(environ, body, longest)
+        except (ValueError, TimeoutError):
+            return None
         environ["wsgi.input"] = _Read(body)
         seconds = self._engine.ping_interval + self._engine.ping_timeout
-        return await asyncio.to_thread(predecessor.ask, environ, body, seconds)
+        return await _in_a_thread(predecessor.ask, _as_wsgi(environ), body, seconds)
 
     async def _ask(self, environ: "WSGIEnvironment") -> Answer | None:
         """Return the engine's answer; None for a WebSocket that is open."""
@@ -353,6 +365,42 @@ class _Read:
 
     async def read(self, length: int | None = None) -> bytes:
         return self._body if length is None else self._body[:length]
+
+
+def _as_wsgi(environ: "WSGIEnvironment") -> "WSGIEnvironment":
+    """Return a copy whose headers and target are as WSGI has them: the bytes on the wire, decoded as ISO-8859-1."""
+    scope = environ["asgi.scope"]
+    headers = {
+        f"HTTP_{name.decode('latin-1').upper().replace('-', '_')}": value.decode("latin-1")
+        for name, value in scope["headers"]
+    }
+    query = f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else ""
+    return {**environ, **headers, "RAW_URI": f"{scope['raw_path'].decode('latin-1')}{query}"}
+
+
+async def _in_a_thread(call: Callable[..., Answer | None], *arguments: object) -> Answer | None:
+    """Return what a blocking call returns; in a thread of its own, because a poll takes long, and pools are small."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Answer | None] = loop.create_future()
+
+    def settle(answer: Answer | None, error: Exception | None) -> None:
+        if not done.done():
+            if error is None:
+                done.set_result(answer)
+            else:
+                done.set_exception(error)
+
+    def run() -> None:
+        answer, failed = None, None
+        try:
+            answer = call(*arguments)
+        except Exception as error:
+            failed = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, answer, failed)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await done
 
 
 def _keep_response(status: str, headers: list[tuple[str, str]], body: bytes, _environ: dict[str, Any]) -> Answer:

@@ -1,7 +1,7 @@
 """What a node adds to an ASGI application, as `stickyring.node.runtime` does to a WSGI application."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -9,7 +9,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from stickyring.node.application import Application, CannotBeServedError, describe
 from stickyring.node.asgi.gate import AsyncSocketIOGate
 from stickyring.node.drain import Drain
-from stickyring.node.forwarded import CLIENT_VARIABLE, SCHEME_VARIABLE, Edges
+from stickyring.node.forwarded import CLIENT_VARIABLE, LOOPBACK, SCHEME_VARIABLE, Edges
 from stickyring.node.metrics import EngineMetrics, MoveMetrics, node_registry
 from stickyring.node.sessions import Session
 from stickyring.node.takeover import ELSEWHERE_HEADER, Predecessor
@@ -69,6 +69,9 @@ class AsyncRuntime:
             await self._application(scope, receive, send)
         elif self.drain.active:
             await self._refuse(scope, send)
+        elif scope["type"] == "websocket":
+            # Not counted: it may stay open as long as it likes.
+            await self._application(scope, receive, send)
         else:
             await self._pass_on(scope, receive, send)
 
@@ -86,15 +89,15 @@ class AsyncRuntime:
         """End what sessions are left, with the application's disconnect handlers."""
         await asyncio.gather(*(session.leave() for session in [*self.sessions.values()]))  # type: ignore[attr-defined]
 
-    async def try_once(self, path: str) -> None:
-        """Let the application answer a request for `/`, and a handshake on each path of Socket.IO.
+    async def try_once(self, path: str, state: Mapping[str, Any]) -> None:
+        """Let the application answer a request for `/`, and a handshake on each path; `state` is the lifespan's.
 
         Raises:
             CannotBeServedError: it raises an exception, or what it sends is no answer.
         """
-        await _ask(path, self._application, "/")
+        await _ask(path, self._application, state, "/")
         for known in self._paths.known:
-            status = await _ask(path, self, f"{known}/", b"EIO=4&transport=polling")
+            status = await _ask(path, self, state, f"{known}/", b"EIO=4&transport=polling")
             if status >= 500:
                 raise CannotBeServedError(f"it answers a handshake on {known}/ with {status}")
 
@@ -104,8 +107,11 @@ class AsyncRuntime:
         self._requests.add(request)
 
         async def watch(event: "ASGISendEvent") -> None:
-            if event["type"] == "http.response.start" and _is_a_stream(event["headers"]):
-                self._requests.discard(request)
+            if event["type"] == "http.response.start":
+                headers = list(event.get("headers", ()))
+                event = {**event, "headers": headers}
+                if any(name.lower() == b"content-type" and value.startswith(EVENT_STREAM) for name, value in headers):
+                    self._requests.discard(request)
             await send(event)
 
         try:
@@ -121,7 +127,8 @@ class AsyncRuntime:
             await _body(send, 503, b"", "text/plain", _ELSEWHERE)
 
     def _tell_scheme_and_client(self, scope: Any) -> None:  # noqa: ANN401 - asgiref has types for reading only
-        told: dict[str, Any] = {"REMOTE_ADDR": (scope.get("client") or ("",))[0]}
+        # A process that took over passes requests on over a Unix socket, which has no address.
+        told: dict[str, Any] = {"REMOTE_ADDR": (scope.get("client") or (LOOPBACK[0],))[0]}
         for name, value in scope["headers"]:
             if (variable := FORWARDED.get(name)) is not None:
                 told[variable] = value.decode("latin-1")
@@ -142,10 +149,6 @@ class AsyncRuntime:
 _ELSEWHERE = (ELSEWHERE_HEADER.encode(), b"1")
 
 
-def _is_a_stream(headers: Any) -> bool:  # noqa: ANN401 - any iterable of pairs
-    return any(name.lower() == b"content-type" and value.startswith(EVENT_STREAM) for name, value in headers)
-
-
 async def _text(send: "ASGISendCallable", status: int, text: str) -> None:
     await _body(send, status, f"{text}\n".encode(), "text/plain; charset=utf-8")
 
@@ -156,7 +159,13 @@ async def _body(send: "ASGISendCallable", status: int, body: bytes, kind: str, *
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-async def _ask(path: str, application: Any, target: str, query: bytes = b"") -> int:  # noqa: ANN401 - any callable
+async def _ask(
+    path: str,
+    application: Any,  # noqa: ANN401 - any callable
+    state: Mapping[str, Any],
+    target: str,
+    query: bytes = b"",
+) -> int:
     """Return the status of an application's answer to one GET."""
     statuses: list[int] = []
     scope = {
@@ -172,15 +181,24 @@ async def _ask(path: str, application: Any, target: str, query: bytes = b"") -> 
         "headers": [(b"host", b"127.0.0.1")],
         "client": ("127.0.0.1", 0),
         "server": ("127.0.0.1", 80),
-        "state": {},
+        "state": {**state},
     }
 
+    asked: list[bool] = []
+    ended = asyncio.Event()
+
     async def receive() -> dict[str, object]:
+        if asked:
+            await ended.wait()
+            return {"type": "http.disconnect"}
+        asked.append(True)
         return {"type": "http.request", "body": b"", "more_body": False}
 
     async def send(event: dict[str, Any]) -> None:
         if event["type"] == "http.response.start":
             statuses.append(event["status"])
+            # The first sign of an answer is enough: a stream may have no end.
+            ended.set()
 
     try:
         answer = await application(scope, receive, send)

@@ -62,7 +62,7 @@ class AsyncSession(Session):
     def __init__(self, engine: Engine, socket: EngineSession, on_failure: Callable[[str], None]) -> None:
         super().__init__(engine, socket, on_failure=on_failure)
         self._loop = asyncio.get_running_loop()
-        self._incoming: deque[str | bytes] = deque()
+        self._incoming: deque[tuple[WebSocket, str | bytes | None]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._poll_turn: asyncio.Lock | None = None
         self._applicant: WebSocket | None = None  # the WebSocket of an upgrade that is not complete
@@ -209,7 +209,8 @@ class AsyncSession(Session):
         else:
             self.socket.connected = True
             self._carry(websocket)
-        websocket.open(int(self.engine.max_http_buffer_size), self._on_message, lambda _: self._on_end(websocket))
+        longest = int(self.engine.max_http_buffer_size)
+        websocket.open(longest, lambda message: self._on_message(websocket, message), lambda _: self._on_end(websocket))
         if self._carrier is websocket:
             self._flush()
 
@@ -225,21 +226,33 @@ class AsyncSession(Session):
             if packet is not None and packet.packet_type != NOOP:
                 self.push(packet)
 
-    def _on_message(self, message: str | bytes) -> None:
-        self._incoming.append(message)
+    @property
+    def has_websocket(self) -> bool:
+        """Whether a WebSocket carries it, or wants to."""
+        return self._applicant is not None or self._carrier is not None
+
+    def _on_message(self, websocket: WebSocket, message: str | bytes | None) -> None:
+        """Queue a packet of a WebSocket, or None for its end, which comes after its packets."""
+        self._incoming.append((websocket, message))
         if len(self._incoming) == 1:
             self.start(self._handle_incoming())
-        elif len(self._incoming) == MOST_INCOMING and (websocket := self._carrier or self._applicant):
+        elif len(self._incoming) == MOST_INCOMING and message is not None:
             websocket.transport.pause_reading()
 
     async def _handle_incoming(self) -> None:
         incoming = self._incoming
         while incoming:
+            websocket, message = incoming[0]
             try:
-                await self._receive(incoming[0])
+                if websocket not in {self._applicant, self._carrier}:
+                    pass  # what a WebSocket sent that was given up
+                elif message is None:
+                    await self.close(wait=False, abort=True, reason=REASON)
+                else:
+                    await self._receive(message)
             except Exception as error:
                 await self.end_for("packet", error)
-            if len(incoming) == MOST_INCOMING and (websocket := self._carrier or self._applicant):
+            if len(incoming) == MOST_INCOMING:
                 with contextlib.suppress(RuntimeError):  # it is closing
                     websocket.transport.resume_reading()
             incoming.popleft()
@@ -285,7 +298,7 @@ class AsyncSession(Session):
         if mine and websocket.broken:
             self.fail("packet")
         elif self._carrier is websocket:
-            self.lose()
+            self._on_message(websocket, None)
 
     # The end.
 
@@ -326,6 +339,9 @@ class AsyncSession(Session):
         if not self.failed:
             self._note_failure("too_long" if isinstance(error, TooLongError) else reason, error)
         await self.close(wait=False, abort=True, reason=FAILED)
+
+    def _close_in_a_task(self) -> None:
+        self.start(self.close(wait=False, abort=True, reason=FAILED))
 
     def lose(self) -> None:
         """End it because its connection has closed."""

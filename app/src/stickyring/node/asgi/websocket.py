@@ -8,6 +8,7 @@ import asyncio
 import struct
 from collections import deque
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from stickyring.node.websocket import (
@@ -35,6 +36,8 @@ LARGEST_MESSAGE = 16 * 1024 * 1024
 """Of an application's own WebSocket; as with uvicorn."""
 WAITING_BYTES = 4 * 1024 * 1024
 """An application's own WebSocket reads no further while messages of this size wait for it."""
+UNREAD_BYTES = 65536
+"""Above this, pings of a client that does not read get no answer."""
 NOT_OPEN, OPEN, CLOSING = range(3)
 WENT_AWAY = 1006
 """What an application is told of a connection that was lost without a closing frame."""
@@ -62,6 +65,7 @@ class WebSocket(asyncio.Protocol):
         self.broken = False
         """Whether the client broke the protocol."""
         self.writable: asyncio.Event | None = None
+        self.on_lost: Callable[[], object] | None = None
 
     def open(
         self,
@@ -83,11 +87,19 @@ class WebSocket(asyncio.Protocol):
 
     def refuse(self, status: str, headers: list[tuple[str, str]], body: bytes = b"") -> None:
         """Answer the handshake with an HTTP error, and close the connection."""
+        headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
         lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in headers)]
+        if any("\r" in line or "\n" in line for line in lines):
+            raise ValueError("a header with a line break")
         lines += [f"Content-Length: {len(body)}", "Connection: close", "", ""]
         self.transport.write("\r\n".join(lines).encode("latin-1") + body)
         self._state = CLOSING
         self.transport.close()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it is neither open nor refused."""
+        return self._state == NOT_OPEN and not self._lost
 
     @property
     def is_open(self) -> bool:
@@ -141,7 +153,8 @@ class WebSocket(asyncio.Protocol):
                     if self._on_message is not None:
                         self._on_message(decoded(payload) if kind == TEXT else payload)
                 elif kind == PING:
-                    if self.is_open:
+                    # For a client that does not read, only some are answered (section 5.5.3).
+                    if self.is_open and self.transport.get_write_buffer_size() <= UNREAD_BYTES:
                         self.transport.write(encode(PONG, payload))
                 elif kind == CLOSE:
                     status_of(payload)
@@ -167,6 +180,8 @@ class WebSocket(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection has ended."""
         self._lost = True
+        if self.on_lost is not None:
+            self.on_lost()
         if self.writable is not None:
             self.writable.set()
         if self._deadline is not None:
@@ -197,8 +212,9 @@ class Channel:
     If the application accepts it, the WebSocket is the application's. Socket.IO's servers do not: their gate opens it.
     """
 
-    def __init__(self, websocket: WebSocket) -> None:
+    def __init__(self, websocket: WebSocket, *, valid: bool) -> None:
         self.websocket = websocket
+        self._valid = valid  # the handshake
         self.taken = False
         self._arrived: deque[dict[str, Any]] = deque([{"type": "websocket.connect"}])
         self._waiting_bytes = 0
@@ -222,11 +238,19 @@ class Channel:
         websocket = self.websocket
         match event["type"]:
             case "websocket.accept":
+                if not websocket.is_new:
+                    raise RuntimeError("the WebSocket has been accepted or refused already, or its client has left")
+                if not self._valid:
+                    websocket.refuse("400 Bad Request", [])
+                    self._end(WENT_AWAY)
+                    return
                 headers = [
                     f"{name.decode('latin-1')}: {value.decode('latin-1')}" for name, value in event.get("headers", ())
                 ]
                 if protocol := event.get("subprotocol"):
                     headers.append(f"Sec-WebSocket-Protocol: {protocol}")
+                if any("\r" in line or "\n" in line for line in headers):
+                    raise ValueError("a header with a line break")
                 websocket.writable = asyncio.Event()
                 websocket.writable.set()
                 websocket.open(LARGEST_MESSAGE, self._take, self._end, *headers)
@@ -238,17 +262,22 @@ class Channel:
             case "websocket.close":
                 self.end(event.get("code", NORMAL))
             case "websocket.http.response.start":
-                self._refusal = str(event["status"]), event.get("headers", ())
+                self._refusal = HTTPStatus(event["status"]), event.get("headers", ())
+                self._body = b""
             case "websocket.http.response.body":
+                self._body += event.get("body", b"")
+                if event.get("more_body", False):
+                    return
                 status, headers = self._refusal
                 lines = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
-                websocket.refuse(status, lines, event.get("body", b""))
+                if websocket.is_new:
+                    websocket.refuse(f"{status.value} {status.phrase}", lines, self._body)
 
     def end(self, status: int) -> None:
         """Close it; before it is open, refuse it."""
         if self.websocket.is_open:
             self.websocket.close(status)
-        elif not self.websocket.transport.is_closing():
+        elif self.websocket.is_new:
             self.websocket.refuse("403 Forbidden", [])
 
     def _take(self, message: str | bytes) -> None:

@@ -22,6 +22,7 @@ from uvicorn.server import ServerState
 from stickyring.node.asgi.gate import CHANNEL
 from stickyring.node.asgi.websocket import Channel, WebSocket
 from stickyring.node.descriptors import OUT_OF_RESOURCES, Reserve
+from stickyring.node.websocket import VERSION
 
 try:
     import uvloop
@@ -35,6 +36,9 @@ ACCEPT_PAUSE_SECONDS = 0.2
 MOST_AT_ONCE = 64
 """How many connections are accepted before others get their turn."""
 RELAY_BACKLOG = 2048
+GOING_AWAY = 1001
+LARGEST_HEAD, MOST_FIELDS = 131_072, 200
+"""More than the edge's own limits, 32 KiB a field and 100 fields."""
 LAST_REQUEST_SECONDS = 1.0
 """When the worker retires: how long it waits for the first or next request of a connection."""
 TICK_SECONDS = 0.02
@@ -49,6 +53,7 @@ class AsgiWorker(Worker):
         super().__init__(*args)
         self.retired = False
         self.connections: set[Connection] = set()
+        self.channels: set[Channel] = set()  # of connections that are WebSockets
         self.server_state = ServerState()
         self._listeners: list[socket.socket] = []
         self._reserve: Reserve | None = None
@@ -140,7 +145,9 @@ class AsgiWorker(Worker):
                     if self.wsgi.drain.final:
                         await asyncio.to_thread(self.app.draining.join, seconds)
                     await self.wsgi.end()
-                    while self.connections:
+                    for channel in [*self.channels]:
+                        channel.end(GOING_AWAY)
+                    while self.connections or self.channels:
                         await asyncio.sleep(TICK_SECONDS)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_SECONDS / 2):
@@ -237,6 +244,8 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *, worker: AsgiWorker, **_: object) -> None:
         super().__init__(config=worker.config, server_state=worker.server_state, app_state=worker.lifespan.state)
         self._worker = worker
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._head_bytes = self._fields = 0
 
     @property
     def busy(self) -> bool:
@@ -247,14 +256,49 @@ class Connection(HttpToolsProtocol):
         """Begin."""
         super().connection_made(transport)
         self._worker.connections.add(self)
+        self._expect_a_head()
+
+    def on_message_begin(self) -> None:
+        """Begin a request's head."""
+        super().on_message_begin()
+        self._head_bytes = self._fields = 0
+        self._expect_a_head()
+
+    def on_url(self, url: bytes) -> None:
+        """Take a part of the target."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a field of the head."""
+        self._fields += 1
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > LARGEST_HEAD or self._fields > MOST_FIELDS:
+            raise ValueError("the head is too large")
+
+    def _expect_a_head(self) -> None:
+        """Close the connection if the next head takes too long; afterwards, uvicorn's own timer waits for the next."""
+        self._forget_the_head()
+        self._head_timer = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+
+    def _forget_the_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
+        self._forget_the_head()
         self._worker.connections.discard(self)
         super().connection_lost(exc)
 
     def on_headers_complete(self) -> None:
         """Begin a request; the worker may want it to be the connection's last."""
+        self._forget_the_head()
         super().on_headers_complete()
         if self._worker.retired or not self._worker.alive:
             self.let_request_be_the_last()
@@ -265,9 +309,14 @@ class Connection(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def end(self) -> None:
-        """Close the idle connection; a request that has already arrived can still be read."""
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
+        """Close the idle connection, unless a request has arrived, which will be its last."""
+        connection = self.transport.get_extra_info("socket")
+        try:
+            waiting = _has_unread_bytes(connection.fileno())
+        except OSError:
+            waiting = False
+        if not waiting:
+            self.transport.close()
 
     def _should_upgrade_to_ws(self) -> bool:
         return True
@@ -275,11 +324,15 @@ class Connection(HttpToolsProtocol):
     def handle_websocket_upgrade(self) -> None:
         """Offer the WebSocket to the application, and leave the connection to it."""
         headers = dict(self.headers)
+        if self.busy or self.scope["method"] != "GET":
+            self.send_400_response("Not a WebSocket handshake.")
+            return
         url = self.url.partition(b"?")
         self.connections.discard(self)
         self._worker.connections.discard(self)
         websocket = WebSocket(self.transport, headers.get(b"sec-websocket-key", b"").decode("latin-1"))
-        channel = Channel(websocket)
+        valid = headers.get(b"sec-websocket-version") == VERSION.encode() and b"sec-websocket-key" in headers
+        channel = Channel(websocket, valid=valid)
         path = self.root_path + _unquoted(url[0])
         scope = {
             **self.scope,
@@ -295,6 +348,8 @@ class Connection(HttpToolsProtocol):
             CHANNEL: channel,
         }
         self.transport.set_protocol(websocket)
+        self._worker.channels.add(channel)
+        websocket.on_lost = lambda: self._worker.channels.discard(channel)
         self._worker._keep(asyncio.ensure_future(self._offer(channel, scope)))
 
     async def _offer(self, channel: Channel, scope: dict[str, Any]) -> None:
@@ -306,6 +361,16 @@ class Connection(HttpToolsProtocol):
         else:
             if not channel.taken:
                 channel.end(1000)
+
+
+def _has_unread_bytes(descriptor: int) -> bool:
+    """Return whether a connection has bytes that nobody has read."""
+    duplicate = socket.socket(fileno=os.dup(descriptor))
+    with duplicate:
+        try:
+            return bool(duplicate.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return False
 
 
 def _unquoted(path: bytes) -> str:
