@@ -135,7 +135,9 @@ def test_users_are_counted_and_move_when_their_node_drains(
                 "its users are elsewhere",
             )
             for user in users:
-                assert user.disconnects == (user in here), user.name
+                # The node's instances drain one after the other: the next one may get users of the one before.
+                most = len(instances) if user in here else 0
+                assert (user in here) <= user.disconnects <= most, user.name
                 assert await user.client.call(event, arguments, timeout=10) == arguments[-1]
 
     try:
