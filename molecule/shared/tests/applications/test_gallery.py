@@ -26,7 +26,6 @@ MOVED_SECONDS = 20
 APPLICATIONS = {
     "fastapi_chat:app": ("asgi", "say", ("hello",)),
     "flask_rooms:app": ("eventlet", "say", ("room", "hello")),
-    "django_site:application": ("eventlet", "say", ("hello",)),
 }
 
 

@@ -303,6 +303,7 @@ def test_in_surge_mode_a_changed_one_reaches_the_application_too(fleet: Fleet, d
     assert_has_both_ways(fleet)
 
 
+@pytest.mark.soak
 def test_an_instance_that_fails_with_changed_secrets_gets_the_former_ones_back(fleet: Fleet, deployed: str) -> None:
     good, before = fleet.values, fleet.processes()
     never = ["-e", "stickyring_node_health_path=/never", "-e", "stickyring_node_start_timeout=8"]
@@ -329,6 +330,7 @@ systemd-run --quiet --unit=planted --property=Environment=TOKEN="$(cat {NEEDLE})
 """
 
 
+@pytest.mark.soak
 def test_the_same_search_finds_what_is_planted(fleet: Fleet, deployed: str) -> None:
     """The negative control."""
     node = fleet.nodes[0]
@@ -350,6 +352,7 @@ def test_the_same_search_finds_what_is_planted(fleet: Fleet, deployed: str) -> N
     assert planted in shown.stdout
 
 
+@pytest.mark.soak
 def test_removed_ones_are_gone(fleet: Fleet, deployed: str) -> None:
     fleet.machine(fleet.nodes[0].name).check_output("rm -f /var/tmp/planted; systemctl stop planted")
     old = fleet.values
