@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_plus
 
 import socketio
@@ -38,7 +38,66 @@ JOIN_SECONDS = 45.0
 """How long a client may take to join a namespace (the Socket.IO packet CONNECT); `connectTimeout` of socket.io."""
 
 
-class SocketIOGate:
+class Gate:
+    """What the gates of both runtimes have in common: their state, and which requests the engine must not see."""
+
+    def __init__(
+        self,
+        server: Any,  # noqa: ANN401 - a socketio.Server or AsyncServer
+        metrics: EngineMetrics,
+        max_connections: int,
+        sessions: dict[str, Session],
+        drain: Drain,
+    ) -> None:
+        self._server = server
+        self._metrics = metrics
+        self._max_connections = max_connections
+        self._sessions = sessions
+        self._drain = drain
+        self._engine: Engine = server.eio
+        # (deadline for joining, session id), in order.
+        self._arrivals: deque[tuple[float, str]] = deque()
+        self.predecessor: Predecessor | None = None
+        self.exhausted: Callable[[], bool] = lambda: False
+
+    @property
+    def full(self) -> bool:
+        """Whether a new handshake would be refused."""
+        # Not the engine's own count, which includes ended polling sessions until its next cleanup.
+        return len(self._sessions) >= self._max_connections
+
+    def _refusal(
+        self, environ: "WSGIEnvironment", query: str, sid: str | None, session: Session | None
+    ) -> tuple[str, list[tuple[str, str]], bytes] | None:
+        """Return status, headers and body for a request that the engine must not see; else None."""
+        if session is None and sid is not None:
+            # The engine keeps an ended session until its next cleanup, and fails on a POST for it.
+            self._engine.sockets.pop(sid, None)
+            self._metrics.unknown_sessions.labels(transport_label(query)).inc()
+            if self._drain.active or (key_of(environ) is not None and ISSUED_VARIABLE not in environ):
+                return "400 Bad Request", [*JSON, (ELSEWHERE_HEADER, "1")], UNKNOWN_SESSION
+        elif session is None and (self._drain.active or self.exhausted()):
+            if environ["REQUEST_METHOD"] == "GET":
+                reason = "draining" if self._drain.active else "descriptors"
+                self._metrics.refused.labels(transport_label(query), reason).inc()
+            return "503 Service Unavailable", [(ELSEWHERE_HEADER, "1"), RETRY_LATER], b""
+        if parameter(query, "j") is not None:
+            return "400 Bad Request", JSON, BAD_REQUEST
+        refused = self._invalid_websocket(environ)
+        if refused and sid is None:
+            self._metrics.refused.labels(transport_label(query), "bad_request").inc()
+        return (*refused, b"") if refused else None
+
+    def _invalid_websocket(self, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]]] | None:
+        """Return status and headers for an invalid handshake of a WebSocket; else None."""
+        raise NotImplementedError
+
+    def _has_joined(self, sid: str) -> bool:
+        manager = self._server.manager
+        return any(manager.sid_from_eio_sid(sid, namespace) for namespace in [*manager.get_namespaces()])
+
+
+class SocketIOGate(Gate):
     """Stands before a Socket.IO server: rejects new handshakes when the node is full, counts, and tracks the sessions.
 
     It works for any application that has one, through public names of python-engineio's server: `handle_request()`
@@ -80,29 +139,14 @@ class SocketIOGate:
         sessions: dict[str, Session],
         drain: Drain,
     ) -> None:
-        self._server = server
-        self._metrics = metrics
-        self._max_connections = max_connections
-        self._sessions = sessions
-        self._drain = drain
-        self._engine: Engine = server.eio
+        super().__init__(server, metrics, max_connections, sessions, drain)
         self._handle_request: WSGIApplication = self._engine.handle_request
         self._engine.handle_request = self._guard
         check_packets(server)
         # The only way to make python-engineio use another WebSocket.
-        self._engine._async = {**self._engine._async, "websocket": _choose_websocket(self._engine._async["websocket"])}
-        # (deadline for joining, session id), in order.
-        self._arrivals: deque[tuple[float, str]] = deque()
+        server.eio._async = {**server.eio._async, "websocket": _choose_websocket(server.eio._async["websocket"])}
         self._watches_arrivals = False
-        self.predecessor: Predecessor | None = None
-        self.exhausted: Callable[[], bool] = lambda: False
         self._watch()
-
-    @property
-    def full(self) -> bool:
-        """Whether a new handshake would be refused."""
-        # Not the engine's own count, which includes ended polling sessions until its next cleanup.
-        return len(self._sessions) >= self._max_connections
 
     def _guard(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Serve one request, in place of the engine."""
@@ -132,29 +176,8 @@ class SocketIOGate:
             answer = "413 Content Too Large", *answer[1:]
         return _answer(start_response, *conforming(environ, answer))
 
-    def _refusal(
-        self, environ: "WSGIEnvironment", query: str, sid: str | None, session: Session | None
-    ) -> tuple[str, list[tuple[str, str]], bytes] | None:
-        """Return status, headers and body for a request that the engine must not see; else None."""
-        if session is None and sid is not None:
-            # The engine keeps an ended session until its next cleanup, and fails on a POST for it.
-            self._engine.sockets.pop(sid, None)
-            self._metrics.unknown_sessions.labels(transport_label(query)).inc()
-            if self._drain.active or (key_of(environ) is not None and ISSUED_VARIABLE not in environ):
-                return "400 Bad Request", [*JSON, (ELSEWHERE_HEADER, "1")], UNKNOWN_SESSION
-        elif session is None and (self._drain.active or self.exhausted()):
-            if environ["REQUEST_METHOD"] == "GET":
-                reason = "draining" if self._drain.active else "descriptors"
-                self._metrics.refused.labels(transport_label(query), reason).inc()
-            return "503 Service Unavailable", [(ELSEWHERE_HEADER, "1"), RETRY_LATER], b""
-        if parameter(query, "j") is not None:
-            return "400 Bad Request", JSON, BAD_REQUEST
-        if environ[SOCKET_VARIABLE] is None or not is_a_websocket(environ):
-            return None
-        refused = refusal(environ)
-        if refused and sid is None:
-            self._metrics.refused.labels(transport_label(query), "bad_request").inc()
-        return (*refused, b"") if refused else None
+    def _invalid_websocket(self, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]]] | None:
+        return refusal(environ) if environ[SOCKET_VARIABLE] is not None and is_a_websocket(environ) else None
 
     def _ask_predecessor(
         self, predecessor: Predecessor, environ: "WSGIEnvironment"
@@ -324,10 +347,6 @@ class SocketIOGate:
                     session.fail("unjoined")
             due = self._arrivals[0][0] if self._arrivals else time.monotonic() + JOIN_SECONDS
             self._engine.sleep(max(due - time.monotonic(), 0))
-
-    def _has_joined(self, sid: str) -> bool:
-        manager = self._server.manager
-        return any(manager.sid_from_eio_sid(sid, namespace) for namespace in [*manager.get_namespaces()])
 
 
 def _choose_websocket(other: Callable[..., "WSGIApplication"]) -> Callable[..., "WSGIApplication"]:

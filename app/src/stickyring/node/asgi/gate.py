@@ -5,7 +5,6 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +24,17 @@ from stickyring.node.gate import (
     NO_SNIFFING,
     NOOP,
     RETRY_LATER,
-    UNKNOWN_SESSION,
+    Gate,
     conforming,
     is_a_poll,
     is_a_websocket,
     parameter,
     transport_label,
 )
-from stickyring.node.metrics import Engine, EngineMetrics, Packet
+from stickyring.node.metrics import EngineMetrics, Packet
 from stickyring.node.packets import HandlerError, checked_body
-from stickyring.node.sessions import ISSUED_VARIABLE, SESSION_VARIABLE, Session, key_of
-from stickyring.node.takeover import ELSEWHERE_HEADER, Predecessor
+from stickyring.node.sessions import SESSION_VARIABLE, Session
+from stickyring.node.takeover import Predecessor
 from stickyring.node.websocket import PROTOCOL_ERROR, refusal
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ EDGES_HEADERS = b"x-stickyring-"
 Answer = tuple[str, list[tuple[str, str]], bytes]
 
 
-class AsyncSocketIOGate:
+class AsyncSocketIOGate(Gate):
     """Stands before a `socketio.AsyncServer`, with the rules of `stickyring.node.gate.SocketIOGate`.
 
     It replaces what python-engineio does with ASGI (`translate_request` stays, `make_response` and `websocket` are of
@@ -65,13 +64,8 @@ class AsyncSocketIOGate:
         sessions: dict[str, Session],
         drain: Drain,
     ) -> None:
-        self._server = server
-        self._metrics = metrics
-        self._max_connections = max_connections
-        self._sessions = sessions
-        self._drain = drain
+        super().__init__(server, metrics, max_connections, sessions, drain)
         engine = server.eio
-        self._engine: Engine = engine
         self._handle_request: Callable[[WSGIEnvironment], Awaitable[Answer | str]] = engine.handle_request
         self._translate = engine._async["translate_request"]
         engine._async = {
@@ -84,17 +78,8 @@ class AsyncSocketIOGate:
         # Sessions here time out by themselves; the engine's task would look at each of them again and again.
         engine.start_service_task = False
         check_packets(server)
-        # (deadline for joining, session id), in order.
-        self._arrivals: deque[tuple[float, str]] = deque()
         self._watcher: asyncio.Task[None] | None = None
-        self.predecessor: Predecessor | None = None
-        self.exhausted: Callable[[], bool] = lambda: False
         self._watch()
-
-    @property
-    def full(self) -> bool:
-        """Whether a new handshake would be refused."""
-        return len(self._sessions) >= self._max_connections
 
     async def _guard(self, scope: dict[str, Any], receive: "ASGIReceiveCallable", send: "ASGISendCallable") -> None:
         """Serve one request, in place of the engine."""
@@ -164,29 +149,12 @@ class AsyncSocketIOGate:
             answer = "413 Content Too Large", *answer[1:]
         return None if answer is None else conforming(environ, answer)
 
-    def _refusal(
-        self, environ: "WSGIEnvironment", query: str, sid: str | None, session: Session | None
-    ) -> Answer | None:
-        """Return the answer to a request that the engine must not see; else None."""
-        transport = transport_label(query)
-        if session is None and sid is not None:
-            # The engine keeps an ended session until its next cleanup, and fails on a POST for it.
-            self._engine.sockets.pop(sid, None)
-            self._metrics.unknown_sessions.labels(transport).inc()
-            if self._drain.active or (key_of(environ) is not None and ISSUED_VARIABLE not in environ):
-                return "400 Bad Request", [*JSON, (ELSEWHERE_HEADER, "1")], UNKNOWN_SESSION
-        elif session is None and (self._drain.active or self.exhausted()):
-            if environ["REQUEST_METHOD"] == "GET":
-                self._metrics.refused.labels(transport, "draining" if self._drain.active else "descriptors").inc()
-            return "503 Service Unavailable", [(ELSEWHERE_HEADER, "1"), RETRY_LATER], b""
-        if parameter(query, "j") is not None:
-            return "400 Bad Request", JSON, BAD_REQUEST
-        refused = refusal(environ) if is_a_websocket(environ) else None
-        if refused is None and is_a_websocket(environ) and environ[CHANNEL] is None:
-            refused = "400 Bad Request", []  # several Connection headers, of which uvicorn takes the last
-        if refused and sid is None:
-            self._metrics.refused.labels(transport, "bad_request").inc()
-        return (*refused, b"") if refused else None
+    def _invalid_websocket(self, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]]] | None:
+        if not is_a_websocket(environ):
+            return None
+        if environ[CHANNEL] is None:
+            return "400 Bad Request", []  # several Connection headers, of which uvicorn takes the last
+        return refusal(environ)
 
     async def _ask_predecessor(self, predecessor: Predecessor, environ: "WSGIEnvironment") -> Answer | None:
         """Return the predecessor's answer to a request of one of its sessions; None if it is not one."""
@@ -332,12 +300,10 @@ class AsyncSocketIOGate:
             self._watcher = asyncio.create_task(self._end_who_never_join())
 
     async def _end_who_never_join(self) -> None:
-        manager = self._server.manager
         while True:
             while self._arrivals and self._arrivals[0][0] <= time.monotonic():
                 _, sid = self._arrivals.popleft()
-                joined = any(manager.sid_from_eio_sid(sid, namespace) for namespace in [*manager.get_namespaces()])
-                if (session := self._sessions.get(sid)) is not None and not joined:
+                if (session := self._sessions.get(sid)) is not None and not self._has_joined(sid):
                     session.fail("unjoined")
             due = self._arrivals[0][0] if self._arrivals else time.monotonic() + JOIN_SECONDS
             await asyncio.sleep(max(due - time.monotonic(), 0))

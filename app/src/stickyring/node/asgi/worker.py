@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 from typing import Any
+from urllib.parse import unquote
 
 from gunicorn.workers.base import Worker
 from uvicorn.config import Config
@@ -333,7 +334,7 @@ class Connection(HttpToolsProtocol):
         websocket = WebSocket(self.transport, headers.get(b"sec-websocket-key", b"").decode("latin-1"))
         valid = headers.get(b"sec-websocket-version") == VERSION.encode() and b"sec-websocket-key" in headers
         channel = Channel(websocket, valid=valid)
-        path = self.root_path + _unquoted(url[0])
+        path = self.root_path + unquote(url[0].decode("latin-1"))
         scope = {
             **self.scope,
             "type": "websocket",
@@ -371,9 +372,3 @@ def _has_unread_bytes(descriptor: int) -> bool:
             return bool(duplicate.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:
             return False
-
-
-def _unquoted(path: bytes) -> str:
-    from urllib.parse import unquote  # noqa: PLC0415
-
-    return unquote(path.decode("latin-1"))
