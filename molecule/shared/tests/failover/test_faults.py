@@ -114,15 +114,27 @@ def test_a_hung_process(residents: Residents, machine: Any) -> None:
 
 
 @pytest.fixture
-def cut(machine: Any, edge: Any) -> Iterator[Any]:
-    """Cuts a node off from the edge: packets reach the node, but none comes back, not even TCP acknowledgements."""
+def cut(machine: Any, edge: Any, nodes: Any) -> Iterator[Any]:
+    """Cuts a node off from the edge: packets reach the node, but none comes back, not even TCP acknowledgements.
+
+    The fault is over when the last attempt to connect that began during the cut has ended: where one times out, Envoy
+    sends all requests that wait for the node to others.
+    """
     route = f"blackhole {edge.variables['stickyring_address']}/32"
-    node1 = machine("node1")
+    node1, host = machine("node1"), machine(edge.name)
+    address, _ = listens_at(next(node for node in nodes if node.name == "node1"))
+
+    def mend() -> None:
+        node1.check_output(f"ip route del {route}")
+        deadline = time.monotonic() + SETTLED_SECONDS
+        while attempts := host.check_output(f"ss --no-header --tcp --numeric state syn-sent dst {address}"):
+            assert time.monotonic() < deadline, attempts
+
     with ExitStack() as cuts:
 
         def cut() -> None:
             node1.check_output(f"ip route add {route}")
-            cuts.callback(node1.check_output, f"ip route del {route}")
+            cuts.callback(mend)
 
         yield cut
 
