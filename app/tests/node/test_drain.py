@@ -57,6 +57,7 @@ application = socketio.WSGIApp(server, page)
 """
 HANDSHAKE = "/socket.io/?EIO=4&transport=polling"
 SESSIONS = 30
+ACKNOWLEDGEMENTS = 200
 DEADLINE = 6
 
 
@@ -144,7 +145,9 @@ def test_a_drain_waits_for_acknowledgements_and_refuses_new_users(node: Any) -> 
 
 
 @pytest.mark.parametrize("serializer", ["default", "msgpack"])
-def test_acknowledgements_arrive_with_any_serializer(node: Any, serializer: str) -> None:
+@pytest.mark.parametrize("how", ["stop", "drain"])
+def test_no_acknowledgement_is_lost(node: Any, tmp_path: Path, how: str, serializer: str) -> None:
+    """Over each transport, ACKNOWLEDGEMENTS events are being handled when the node begins to move its users."""
     serve = node(20, SERIALIZER=serializer)
 
     async def connect(transport: str, namespace: str) -> socketio.AsyncClient:
@@ -160,16 +163,21 @@ def test_acknowledgements_arrive_with_any_serializer(node: Any, serializer: str)
             *(
                 client.call("slow", 2.5, namespace=namespace, timeout=10)
                 for client, (_, namespace) in zip(clients, kinds, strict=True)
+                for _ in range(ACKNOWLEDGEMENTS // 2)
             )
         )
         await asyncio.sleep(1)
         began = time.monotonic()
-        serve.process.send_signal(signal.SIGTERM)
-        assert await asking == ["done"] * len(kinds)
+        if how == "stop":
+            serve.process.send_signal(signal.SIGTERM)
+        else:
+            command(serve, tmp_path, "drain")
+        assert await asking == ["done"] * 2 * ACKNOWLEDGEMENTS
         await asyncio.gather(*(client.wait() for client in clients))
         assert time.monotonic() - began < 2 * PATIENCE_SECONDS, "it waits for nothing else"
 
     asyncio.run(play())
+    serve.process.send_signal(signal.SIGTERM)
     assert serve.process.wait(20) == 0
 
 
