@@ -56,7 +56,14 @@ async def plain(websocket: WebSocket) -> None:
 
 
 @server.event
-async def say(sid: str, text: str) -> str:
-    """Send a text to all clients of this node, and acknowledge it."""
-    await server.emit("said", text)
+async def join(sid: str, room: str) -> str:
+    """Put the client into a room."""
+    await server.enter_room(sid, room)
+    return room
+
+
+@server.event
+async def say(_: str, room: str, text: str) -> str:
+    """Send a text to all of a room on this node, and acknowledge it."""
+    await server.emit("said", text, to=room)
     return text

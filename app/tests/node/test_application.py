@@ -26,7 +26,7 @@ SHAPES = {
     "django_site:application": ("say", ("hello",), {}),
     "two_servers:application": ("say", ("hello",), {}),
     "two_servers:application /game": ("move", (b"e4",), {"serializer": "msgpack"}),
-    "fastapi_chat:app": ("say", ("hello",), {}),
+    "fastapi_chat:app": ("say", ("room", "hello"), {}),
 }
 ASGI = ("fastapi_chat:app", "stickyring.echo:create_asgi_application()")
 
