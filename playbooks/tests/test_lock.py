@@ -74,8 +74,8 @@ def test_which_run_gets_the_lock(lock: Path, held: str | None, age: float, refus
     assert lock.read_text().strip() == (held if refused else OWN)
     if refused and held is not None:
         _, process, minutes, machine, *who = held.split()
-        assert said.startswith(f"HELD on {machine}, process {process}, {' '.join(who)}; its last sign was at ")
-        assert said.endswith(f" and counts for {minutes} minutes HELD\n")
+        assert said.startswith(f"HELD process {process} on {machine}, {' '.join(who)}, last active at ")
+        assert said.endswith(f" (lock: {minutes} minutes) HELD\n")
 
 
 def test_a_run_renews_its_lock(lock: Path) -> None:

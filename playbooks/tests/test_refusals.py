@@ -58,6 +58,10 @@ def test_every_entry_point_checks_the_inventory_first(playbook: str) -> None:
     ("nodes", "words"),
     [
         (
+            "edge1: {stickyring_node_port: 9002}",
+            ["edge1: port 9002 is used by instance edge1-1 and by listener sticky."],
+        ),
+        (
             "node1: , node2: ",
             ["node1: stickyring_address is not set, or refers to a variable that is not", "node2: stickyring_address"],
         ),
@@ -70,7 +74,7 @@ def test_every_entry_point_checks_the_inventory_first(playbook: str) -> None:
             ],
         ),
     ],
-    ids=["bare", "names"],
+    ids=["beside an edge", "bare", "names"],
 )
 def test_a_node_that_cannot_serve_is_refused(tmp_path: Path, nodes: str, words: list[str]) -> None:
     status, said = run(tmp_path, "playbooks/preflight.yml", nodes=nodes)

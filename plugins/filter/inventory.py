@@ -196,7 +196,7 @@ def _shared_ports(
     """Ports that a node and an edge on the same host would both use; the edge role checks its own listeners."""
     found = []
     for host in hosts:
-        listeners = hostvars[host].get("stickyring_edge_listeners", defaults.get("stickyring_edge_listeners"))
+        listeners = hostvars[host].get("stickyring_edge_listeners", defaults["stickyring_edge_listeners"])
         taken = {int(one["port"]): f"listener {one.get('name')}" for one in listeners if "port" in one}
         found += [
             f"{host}: port {endpoint['port']} is used by instance {endpoint['name']} and by {taken[endpoint['port']]}."

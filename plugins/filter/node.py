@@ -73,6 +73,8 @@ def _mistakes(variables: dict[str, Any]) -> Iterator[str]:
     edges = variables.get("edges", [])
     if not isinstance(edges, list) or not all(map(is_address, edges)):
         yield f"edges is {edges!r}: give a list of IP addresses"
+    if variables.get("worker_class") == "asgi" and variables.get("python") == "pypy3":
+        yield "worker_class asgi needs stickyring_node_python python3: PyPy serves only WSGI applications"
     for name in BOOLEANS:
         if str(variables.get(name, "no")).lower() not in {"true", "false", "yes", "no", "on", "off", "1", "0"}:
             yield f"{name} is {variables[name]!r}: give true or false"

@@ -65,7 +65,7 @@ def found(
 
 def test_the_assigned_node_comes_from_the_ring(found: Any) -> None:
     result = found({"edge1": THREE, "edge2": THREE})()
-    assert (result.exit_code, result.output) == (0, f"alice belongs to {HOME}\n")
+    assert (result.exit_code, result.output) == (0, f"alice is assigned to {HOME}\n")
 
 
 def test_options_after_two_hyphens_are_passed_to_ansible(found: Any, commands: list[list[str]]) -> None:

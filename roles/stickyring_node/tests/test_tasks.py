@@ -48,7 +48,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object
     for name, text in APPLICATIONS.items():
         (folder / f"{name}.py").write_text(text)
     [task] = [
-        one for one in yaml.safe_load((ROLE / "tasks" / "install.yml").read_text()) if one["name"].startswith("Try")
+        one for one in yaml.safe_load((ROLE / "tasks" / "install.yml").read_text()) if one["name"].startswith("Load")
     ]
     tasks = [task | {"register": "done", "ignore_errors": True}]
     tasks.append(
@@ -141,7 +141,7 @@ def test_instances_are_watched_with_the_programs_of_a_minimal_debian(
     tmp_path: Path, instance: str, stays: bool
 ) -> None:
     """The master has a new child after a worker has died. `pgrep` is missing, as on a minimal Debian."""
-    text = (ROLE / "tasks" / "restart.yml").read_text().partition("- name: Check that their processes stay")[2]
+    text = (ROLE / "tasks" / "restart.yml").read_text().partition("- name: Check that the processes keep running")[2]
     text = textwrap.dedent(text.partition("cmd: |\n")[2].partition("      changed_when")[0])
     text = text.replace("{{ __stickyring_node_units | join(' ') }}", "x@1.service")
     text = text.replace("{{ stickyring_node_proving_time }}", "3")

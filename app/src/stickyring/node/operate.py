@@ -76,8 +76,9 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
     Other users are not affected, nor are sessions without a key or of another cluster than the ring's. If a rebalance
     is running, the command waits for it first.
 
-    Prints JSON with numbers of sessions: to move, staying and without a key at the beginning; asked, left and returned.
-    Exits with 1 if two or more users and a quarter of the asked ones return, which means that an edge has another ring.
+    Prints JSON with the numbers of sessions to move, staying and without a key at the start, and of those asked, gone
+    and returned. Exits with 1 if at least two users, and at least a quarter of those asked, come back: then an edge has
+    another ring.
     Interrupting the command does not stop the rebalance.
 
     \b

@@ -54,7 +54,7 @@ def whereis(*, user: str, options: tuple[str, ...], live: bool, inventory: str |
     owners = {edge: _owner(edge, ring, user) for edge, ring in answers["rings"].items()}
     told = sorted(set(owners.values()))
     if len(told) == 1:
-        click.echo(f"{user} belongs to {told[0]}")
+        click.echo(f"{user} is assigned to {told[0]}")
     else:
         click.echo(f"the edges disagree about {user}: {', '.join(f'{owners[edge]} says {edge}' for edge in owners)}")
     agreed = len(told) == 1

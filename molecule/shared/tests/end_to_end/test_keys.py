@@ -43,7 +43,7 @@ def test_ring_and_whereis_agree_about_a_key(edge_url: Any, ansible: Any, invento
     assert len(nodes) == 1
     [node] = nodes
     said = ansible("stickyring", "whereis", "m@x.y", "--live", "--inventory", inventory).stdout
-    assert said.splitlines()[0] == f"m@x.y belongs to {node}"
+    assert said.splitlines()[0] == f"m@x.y is assigned to {node}"
     assert said.count(f"  {node}: polling") == 3
 
 

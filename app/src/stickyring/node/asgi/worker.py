@@ -14,6 +14,7 @@ import socket
 from typing import Any
 from urllib.parse import unquote
 
+import uvloop
 from gunicorn.workers.base import Worker
 from uvicorn.config import Config
 from uvicorn.lifespan.on import LifespanOn
@@ -24,11 +25,6 @@ from stickyring.node.asgi.gate import CHANNEL
 from stickyring.node.asgi.websocket import Channel, WebSocket
 from stickyring.node.descriptors import OUT_OF_RESOURCES, Reserve
 from stickyring.node.websocket import VERSION
-
-try:
-    import uvloop
-except ImportError:  # PyPy has none
-    uvloop = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +60,7 @@ class AsgiWorker(Worker):
 
     def init_process(self) -> None:
         """Make the event loop, in which the application is imported."""
-        self.loop = uvloop.new_event_loop() if uvloop else asyncio.new_event_loop()
+        self.loop = uvloop.new_event_loop()
         asyncio.set_event_loop(self.loop)
         self._ended = asyncio.Event()
         super().init_process()

@@ -24,9 +24,9 @@ A file is the ring document of one cluster, as an edge serves it now or will ser
   {"cluster": "nodes", "policy": "RING_HASH", "minimum_size": 1, "maximum_size": 8388608,
    "members": [{"name": "nobody", "weight": 1},
                {"name": "node1-1", "weight": 4096, "health": "HEALTHY"}, ...]}
-or "policy": "MAGLEV" with "table_size": 65537 and without nobody. On a ring, nobody is
-not a node; with it, a weight is a node's number of points. Health is HEALTHY,
-UNHEALTHY or DRAINING. {} means that nothing is deployed.
+or "policy": "MAGLEV" with "table_size": 65537 and without nobody. On a ring, nobody
+is not a node: it fixes the number of points per weight, so that a member's weight is its
+number of points. Health is HEALTHY, UNHEALTHY or DRAINING. {} means that nothing is deployed.
 
 \b
 Exit status: 0 whether users move or not; 2 if a file is not valid.
