@@ -99,7 +99,7 @@ def test_good_variables_have_no_mistake(changed: dict[str, Any]) -> None:
         ({"log_level": "loud"}, "stickyring_node_log_level 'loud' is none of debug"),
         ({"python": "python2"}, "stickyring_node_python 'python2' is neither python3 nor pypy3"),
         ({"worker_class": "a b"}, "stickyring_node_worker_class 'a b' is no worker class"),
-        ({"worker_class": "asgi", "python": "pypy3"}, "stickyring_node_worker_class asgi needs stickyring_node_python python3"),
+        ({"worker_class": "asgi", "python": "pypy3"}, "stickyring_node_worker_class asgi needs stickyring_node_python"),
         ({"health_path": "/a b"}, "stickyring_node_health_path '/a b' does not begin with /, or contains"),
         ({"index_url": "http://a b"}, "stickyring_node_index_url 'http://a b' contains other than visible"),
         ({"environment": "A=1"}, "stickyring_node_environment is 'A=1': give a dictionary"),
