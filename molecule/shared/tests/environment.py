@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 ADMIN_SOCKET = "/run/stickyring-edge/admin.sock"
 PROJECT = Path(__file__).parents[3]
@@ -21,6 +22,8 @@ PROGRAMS = Path(sys.executable).parent
 SOAK = "STICKYRING_SOAK" in os.environ
 """Whether `make soak` runs, which runs every test."""
 LONGEST_SECONDS = 900
+RUN_VARIABLE = "STICKYRING_TEST_RUN"
+"""Tells to which run a process belongs, in its environment."""
 GONE_SECONDS = 30
 THERE_SECONDS = 30
 
@@ -56,7 +59,8 @@ def started(program: str, *arguments: str | Path) -> Iterator[subprocess.Popen[s
     """Starts a program; kills it and its processes here after the block, or after LONGEST_SECONDS."""
     # Molecule turns colours on, whose codes would be inside the lines.
     plain = {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}
-    environment = os.environ | plain | {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg")}
+    settings = {"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), RUN_VARIABLE: uuid4().hex}
+    environment = os.environ | plain | settings
     pipe = subprocess.PIPE
     command = [PROGRAMS / program, *arguments]
     with subprocess.Popen(
@@ -66,6 +70,10 @@ def started(program: str, *arguments: str | Path) -> Iterator[subprocess.Popen[s
         def end() -> None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            # Ansible gives each worker a session of its own, and one may outlive a run that was killed.
+            for worker in workers_of(environment[RUN_VARIABLE]):
+                with suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
 
         timer = threading.Timer(LONGEST_SECONDS, end)
         timer.start()
@@ -74,6 +82,17 @@ def started(program: str, *arguments: str | Path) -> Iterator[subprocess.Popen[s
         finally:
             timer.cancel()
             end()
+
+
+def workers_of(run: str) -> list[int]:
+    """The ids of a run's Ansible processes; its connections by SSH belong to later runs too."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            belongs = f"{RUN_VARIABLE}={run}".encode() in (folder / "environ").read_bytes().split(b"\0")
+            if belongs and (folder / "comm").read_text().startswith("ansible"):
+                found.append(int(folder.name))
+    return found
 
 
 def run(program: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:

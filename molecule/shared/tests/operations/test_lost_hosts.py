@@ -89,7 +89,7 @@ def test_site_yml_changes_nothing_if_a_host_cannot_be_reached(run: Any, machine:
 def test_a_second_run_is_refused_and_the_lock_of_a_killed_run_expires(started: Any, inventory: Path, run: Any) -> None:
     with started("ansible-playbook", "-i", inventory, "site.yml") as first:
         assert any("TASK [Refuse a second run]" in line for line in first.stdout)
-        assert f"Another run is changing these hosts: on {os.uname().nodename}, process {first.pid}, of" in run(
+        assert f"Another run is changing these hosts: process {first.pid} on {os.uname().nodename}, of" in run(
             "playbooks/rebalance.yml", fails=True
         )
         first.kill()
