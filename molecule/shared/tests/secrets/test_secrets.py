@@ -298,6 +298,7 @@ def test_a_changed_one_restarts_one_instance_after_another_and_loses_nothing(
     assert [fleet.files(node) for node in fleet.nodes] == [{}] * len(fleet.nodes)
 
 
+@pytest.mark.soak
 def test_in_surge_mode_a_changed_one_reaches_the_application_too(fleet: Fleet, deployed: str) -> None:
     fleet.deploy(fresh(), "-e", "stickyring_node_surge=true")
     assert_has_both_ways(fleet)
