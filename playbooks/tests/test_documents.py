@@ -19,7 +19,7 @@ CONTRIBUTING = (PROJECT / "CONTRIBUTING.md").read_text()
 OPERATIONS = (PROJECT / "docs" / "operations.md").read_text()
 DOCUMENTS = [PROJECT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "molecule/README.md")]
 DOCUMENTS += [*PROJECT.glob("docs/*.md"), *PROJECT.glob("roles/*/README.md")]
-LINKS = [(file, link) for file in DOCUMENTS for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text())]
+LINKS = [(file, link) for file in DOCUMENTS for link in re.findall(r"\]\(([^) :]+)\)", file.read_text())]
 
 
 def commands_of(text: str) -> list[str]:
@@ -54,7 +54,16 @@ def test_every_playbook_can_be_run(command: str) -> None:
 
 @pytest.mark.parametrize(("file", "link"), LINKS, ids=lambda part: getattr(part, "name", part))
 def test_every_link_leads_somewhere(file: Path, link: str) -> None:
-    assert (file.parent / link).exists()
+    path, _, anchor = link.partition("#")
+    there = file.parent / path if path else file
+    assert there.exists()
+    assert not anchor or anchor in anchors_of(there.read_text())
+
+
+def anchors_of(text: str) -> set[str]:
+    """The anchors that GitHub gives a document's headings; there must be no two of the same text."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_documents_have_only_commands_that_tests_run() -> None:
