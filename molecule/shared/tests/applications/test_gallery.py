@@ -1,4 +1,4 @@
-"""Other people's kinds of applications: sticky, listed, counted, drained, rebalanced and updated, under 300 users.
+"""Applications of other kinds, unchanged: each takes the place of the deployed one, is sticky, counted and drained.
 
 They are deployed one after the other; the next suite, or test_guestbook, deploys what it needs.
 """
@@ -7,31 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from itertools import pairwise
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import pytest
 import socketio
 
 PROJECT = Path(__file__).parents[4]
 TRANSPORTS = (["websocket"], ["polling"], ["polling", "websocket"])
-USERS = [f"user-{number}" for number in range(300)]
-PAUSE_SECONDS = 5.0
-ANSWER_SECONDS = 5.0
-"""How long a client waits for an acknowledgement; python-socketio's does so even if it is disconnected meanwhile."""
-SILENCE_SECONDS = 2 * ANSWER_SECONDS + PAUSE_SECONDS
+USERS = 12
 MOVED_SECONDS = 20
-APPLICATIONS = {"fastapi_chat:app": "asgi", "flask_rooms:app": "eventlet"}
+APPLICATIONS = {
+    "fastapi_chat:app": ("asgi", "say", ("room", "hello")),
+    "flask_rooms:app": ("eventlet", "say", ("room", "hello")),
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,99 +39,42 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=APPLICATIONS)
-def run(request: pytest.FixtureRequest, project: Path, ansible: Any, inventory: Path) -> Callable[..., str]:
-    """Plays playbooks for the application, which has taken the place of what was deployed before; returns the output.
-
-    site.yml itself proves that it is sticky.
-    """
+def application(request: pytest.FixtureRequest, project: Path, ansible: Any, inventory: Path) -> str:
+    """Deployed in place of what was deployed before; site.yml itself proves that it is sticky."""
+    worker_class, *_ = APPLICATIONS[request.param]
     settings = {
         "stickyring_artifacts_projects": [str(PROJECT / "app"), str(project)],
         "stickyring_artifacts_lock": str(project / "requirements.lock"),
         "stickyring_node_wheelhouse": "{{ stickyring_artifacts_directory }}/wheelhouse.tar",
         "stickyring_node_application": request.param,
-        "stickyring_node_worker_class": APPLICATIONS[request.param],
+        "stickyring_node_worker_class": worker_class,
         "stickyring_node_proving_time": 0,
         "stickyring_probe_options": ["--no-echo"],
     }
-
-    def play(*words: str, **changed: object) -> str:
-        options = ["-e", json.dumps(settings | changed)]
-        return str(ansible("ansible-playbook", "-i", inventory, *words, *options).stdout)
-
-    play("site.yml")
-    return play
+    ansible("ansible-playbook", "-i", inventory, "site.yml", "-e", json.dumps(settings))
+    return str(request.param)
 
 
 class User:
-    """A client that reconnects by itself, and says something every few seconds.
-
-    answered: when its words were acknowledged; wrong: acknowledgements that are not what was said.
-    """
+    """A client that reconnects by itself; `nodes` are those that have answered its events, in their order."""
 
     def __init__(self, name: str, transports: list[str]) -> None:
         self.name, self.transports = name, transports
         self.client = socketio.AsyncClient()
         self.disconnects = 0
-        self.answered: list[float] = []
-        self.wrong: list[object] = []
         self.client.on("disconnect", self._count)
 
     def _count(self, reason: str) -> None:
         self.disconnects += 1
 
-    async def live(self, url: str, ended: asyncio.Event) -> None:
-        await self.client.connect(f"{url}?client_id={self.name}", transports=self.transports, wait_timeout=20)
-        while not ended.is_set():
-            await self._talk(f"message {len(self.answered)}")
-            with suppress(TimeoutError):
-                await asyncio.wait_for(ended.wait(), PAUSE_SECONDS)
-        await self.client.shutdown()
-
-    async def _talk(self, text: str) -> None:
-        try:
-            answer = await self.client.call("say", (self.name, text), timeout=ANSWER_SECONDS)
-        except (socketio.exceptions.TimeoutError, socketio.exceptions.BadNamespaceError):
-            return  # it is being moved
-        self.answered.append(time.monotonic())
-        if answer != text:
-            self.wrong.append(answer)
-
-    def silence(self, since: float) -> float:
-        """The longest time since then without an acknowledgement, in seconds."""
-        times = [since, *(moment for moment in self.answered if moment > since), time.monotonic()]
-        return max(later - earlier for earlier, later in pairwise(times))
-
-
-class Users:
-    """All of them, in an event loop and thread of their own."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self.all = [User(name, TRANSPORTS[number % len(TRANSPORTS)]) for number, name in enumerate(USERS)]
-        self._ended = asyncio.Event()
-        self._thread = threading.Thread(target=asyncio.run, args=[self._live()])
-
-    async def _live(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        await asyncio.gather(*(user.live(self._url, self._ended) for user in self.all))
-
-    def __enter__(self) -> Users:
-        self._thread.start()
-        until(lambda: all(user.answered for user in self.all) or not self._thread.is_alive(), "all have an answer")
-        assert self._thread.is_alive(), "a client could not connect"
+    async def __aenter__(self) -> User:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._ended.set)
-        self._thread.join()
+    async def __aexit__(self, *_: object) -> None:
+        await self.client.shutdown()
 
-
-@pytest.fixture(scope="module")
-def users(run: Any, edge_url: Any) -> Iterator[list[User]]:
-    """Users over all transports; none of them is answered wrongly."""
-    with Users(edge_url("sticky")) as users:
-        yield users.all
-    assert not [user for user in users.all if user.wrong]
+    async def connect(self, url: str) -> None:
+        await self.client.connect(f"{url}?client_id={self.name}", transports=self.transports, wait_timeout=20)
 
 
 def sessions(machine: Any, nodes: Any) -> dict[str, list[str]]:
@@ -154,41 +92,17 @@ def sessions(machine: Any, nodes: Any) -> dict[str, list[str]]:
     return found
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
+async def until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + MOVED_SECONDS
-    while not condition():
+    while not await asyncio.to_thread(condition):
         assert time.monotonic() < deadline, f"not within {MOVED_SECONDS} s: {what}"
 
 
-@pytest.fixture
-def homes(machine: Any, nodes: Any) -> Callable[[], dict[str, str]]:
-    """The host of each user's session; a user without one, or with two, is left out."""
-    return lambda: {
-        user: places[0].rpartition("-")[0]
-        for user, places in sessions(machine, nodes).items()
-        if user in USERS and len(places) == 1
-    }
-
-
-def test_each_session_is_listed_and_counted(users: list[User], homes: Any, nodes: Any) -> None:
-    placed = homes()
-    assert placed.keys() == set(USERS)
-    for node in nodes:
-        here = [user for user in USERS if placed[user] == node.name]
-        assert 0 < len(here) < len(users), "every node has users"
-        counted = 0.0
-        for instance in range(int(node.variables["stickyring_node_instances"])):
-            port = int(node.variables["stickyring_node_port"]) + instance
-            with urlopen(f"http://{node.variables['stickyring_address']}:{port}/metrics", timeout=10) as answer:
-                lines = answer.read().decode().splitlines()
-            counted += sum(float(line.split()[-1]) for line in lines if line.startswith("stickyring_connections{"))
-        assert counted == len(here)
-
-
-def test_a_drained_node_has_no_users_until_a_rebalance_brings_them_back(
-    users: list[User], run: Any, homes: Any, machine: Any, nodes: Any
+def test_users_are_counted_and_move_when_their_node_drains(
+    application: str, edge_url: Any, machine: Any, nodes: Any
 ) -> None:
-    node, before, since = nodes[0], homes(), time.monotonic()
+    _, event, arguments = APPLICATIONS[application]
+    node = nodes[0]
     service, count = (node.variables[f"stickyring_node_{name}"] for name in ("service", "instances"))
     instances = range(1, int(count) + 1)
 
@@ -197,38 +111,41 @@ def test_a_drained_node_has_no_users_until_a_rebalance_brings_them_back(
             control = f"--control /run/{service}/{instance}/control.sock"
             machine(node.name).check_output(f"/opt/{service}/current/bin/stickyring {command} {control}")
 
+    async def play() -> None:
+        async with AsyncExitStack() as stack:
+            users = []
+            for number in range(USERS):
+                user = await stack.enter_async_context(User(f"user-{number}", TRANSPORTS[number % len(TRANSPORTS)]))
+                await user.connect(edge_url("sticky"))
+                users.append(user)
+                assert await user.client.call(event, arguments, timeout=10) == arguments[-1]
+            placed = await asyncio.to_thread(sessions, machine, nodes)
+            assert {user.name: len(placed.get(user.name, [])) for user in users} == {user.name: 1 for user in users}
+            here = [user for user in users if placed[user.name][0].startswith(f"{node.name}-")]
+            assert 0 < len(here) < len(users), "both nodes have users"
+
+            await asyncio.to_thread(operate, "drain")
+            await until(
+                lambda: all(
+                    [one.rpartition("-")[0] for one in sessions(machine, nodes).get(user.name, [])]
+                    not in ([], [node.name])
+                    for user in here
+                ),
+                "its users are elsewhere",
+            )
+            for user in users:
+                # The node's instances drain one after the other: the next one may get users of the one before.
+                most = len(instances) if user in here else 0
+                assert (user in here) <= user.disconnects <= most, user.name
+                assert await user.client.call(event, arguments, timeout=10) == arguments[-1]
+
     try:
-        operate("drain")
-        until(lambda: homes().keys() == set(USERS) and node.name not in homes().values(), "its users are elsewhere")
+        asyncio.run(play())
     finally:
         operate("undrain")
-    for user in users:
-        # The node's instances drain one after the other: the next one may get users of the one before.
-        most = len(instances) if before[user.name] == node.name else 0
-        assert bool(most) <= user.disconnects <= most, user.name
-    run("playbooks/rebalance.yml")
-    until(lambda: homes() == before, "every user is at home")
-    assert max(user.silence(since) for user in users) < SILENCE_SECONDS
 
 
-@pytest.mark.parametrize("surge", [pytest.param(False, marks=pytest.mark.soak), True], ids=["restart", "surge"])
-def test_an_update_moves_users_as_often_as_it_says(users: list[User], run: Any, homes: Any, surge: bool) -> None:
-    since, before = time.monotonic(), [user.disconnects for user in users]
-    told = run(
-        "playbooks/rolling_update.yml", stickyring_node_release=f"second-{surge}".lower(), stickyring_node_surge=surge
-    )
-    until(lambda: homes().keys() == set(USERS), "every user is on one node")
-    disconnects = [user.disconnects - earlier for user, earlier in zip(users, before, strict=True)]
-    account = r"(\d+) sessions were .* asked to reconnect (\d+) times \(expected: (\d+), (\d) each\)"
-    found, asked, _, each = map(int, re.search(account, told).groups())
-    assert found == len(users)
-    assert asked == pytest.approx(sum(disconnects), rel=0.05), "the reported count is not what users have seen"
-    assert min(disconnects) >= 1
-    assert max(disconnects) <= each
-    assert max(user.silence(since) for user in users) < SILENCE_SECONDS
-
-
-def test_the_probe_finds_it_sticky_and_broken_without_ids(run: Any, edge_url: Any) -> None:
+def test_the_probe_finds_it_sticky_and_broken_without_ids(application: str, edge_url: Any) -> None:
     probe = [Path(sys.executable).with_name("stickyring"), "probe", "--no-echo", "--ids", "40"]
     sticky = subprocess.run([*probe, edge_url("sticky")], capture_output=True, text=True, check=False)
     assert sticky.returncode == 0, sticky.stdout + sticky.stderr
