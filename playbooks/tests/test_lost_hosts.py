@@ -75,7 +75,7 @@ def test_nothing_is_touched_after_a_host_was_lost(
     assert {path.name for path in folder.iterdir()} == touched, done.stdout
     lost, ended = done.stdout.strip().splitlines()[-2:]
     assert lost.startswith("b could not be reached at `ansible.builtin.command`: ")
-    assert "failed at `Require every host of this run`: A host of this run could not be reached, see" in ended
+    assert "failed at `Require every host of this run`: A host could not be reached (named" in ended
     assert "State of the lost host: It was being restarted." in ended
 
 
