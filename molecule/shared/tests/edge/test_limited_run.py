@@ -14,8 +14,8 @@ FILES = "find /etc/stickyring-edge /etc/systemd/system/stickyring-edge.service -
 def test_a_limited_run_leaves_the_configuration_of_a_whole_run(host: Host, inventory: Any, ansible: Any) -> None:
     whole = host.check_output(FILES)
     assert whole.count("/xds/") >= 4, "no configuration to compare"
+    # Or this run may have something to build on the controller, which counts as a change of the edge that asks for it.
+    ansible("ansible-playbook", "-i", inventory, "playbooks/artifacts.yml")
     output = ansible("ansible-playbook", "-i", inventory, "site.yml", "--limit", "edge").stdout
-    assert re.findall(r"^edge\S* .* unreachable=0 +failed=0 ", output, re.MULTILINE)
-    # Without tasks on the controller, "[edge1 -> localhost]", which may have something to build.
-    assert not re.findall(r"^changed: \[edge[^ ]*\]", output, re.MULTILINE)
+    assert set(re.findall(r"^edge\S* .*changed=(\d+)", output, re.MULTILINE)) == {"0"}
     assert host.check_output(FILES) == whole
