@@ -7,6 +7,7 @@ In a soak (molecule/soak.py) the suites run every test, and the README is not ch
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -29,8 +30,12 @@ SLOWEST = 10
 MARKS = ("<!-- The table is written by `make molecule`. -->", "<!-- End of the table. -->")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 ACTION = re.compile(r"^INFO +(?P<scenario>\S+) ➜ (?P<action>\S+): (?P<state>Executing|Executed)")
-FAILURE = re.compile(r"(FAILED|ERROR) .*::|fatal: |\(Verifier tests failed\)")
-LINES_OF_A_FAILURE = 6
+FAILED_TEST = re.compile(r"(FAILED|ERROR) .*::.*")
+REASON = re.compile(r"(?<!\S)E  +\S.*")
+FAILED_TASK = re.compile(r"fatal: .*")
+TASKS_WORDS = re.compile(r"(msg|stderr|stdout): .*")
+LINES_OF_A_REASON = 12
+LINES_OF_A_TASK = 60
 WHAT_ACTIONS_DO = {
     "create": "Makes the hosts.",
     "prepare": "Builds what only this scenario deploys.",
@@ -113,13 +118,17 @@ def first_sentence(module: Path) -> str:
 
 
 def failures(lines: list[str]) -> Iterable[str]:
-    """Yield each line that reports a failure, with the lines after it."""
-    until = 0
-    for number, line in enumerate(lines):
-        if FAILURE.search(line):
-            until = number + LINES_OF_A_FAILURE
-        if number <= until and until:
-            yield line
+    """Yield the beginning of why the first test failed, then each failed test and what failed tasks said."""
+    plain = [COLOUR.sub("", line).rstrip() for line in lines]
+    yield from [found[0] for line in plain if (found := REASON.search(line))][:LINES_OF_A_REASON]
+    for number, line in enumerate(plain):
+        if found := FAILED_TEST.search(line):
+            yield found[0]
+        elif found := FAILED_TASK.search(line):
+            yield found[0]
+            following = plain[number + 1 : number + LINES_OF_A_TASK]
+            ours = itertools.takewhile(lambda line: not FAILED_TASK.search(line) and "TASK [" not in line, following)
+            yield from (said[0] for line in ours if (said := TASKS_WORDS.search(line)))
 
 
 def write(rows: list[Row]) -> None:

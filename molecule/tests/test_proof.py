@@ -20,7 +20,23 @@ printf 'INFO     \\033[32mdefault\\033[0m ➜ create: Executing\\n'
 printf 'INFO     default ➜ create: Executed: Successful\\n'
 steps='["test_a.py::test_x", 2.0], ["test_a.py::test_y", 0.5]'
 echo '{"scenario": "default", "suite": "nodes", "seconds": 2.5, "steps": ['"$steps"']}' >> .artifacts/suites.jsonl
-[ -z "$FAILS" ] || { echo '  | FAILED ../shared/tests/nodes/test_a.py::test_x - assert'; echo '  | because'; exit 2; }
+[ -z "$FAILS" ] || { cat failure; exit 2; }
+"""
+
+
+FAILURE = """\
+  | E       AssertionError: because
+  | E       assert 1 == 2
+  | test_a.py:12: AssertionError
+  | FAILED ../shared/tests/nodes/test_a.py::test_x - assert
+  | TASK [Remove the hosts] ****
+  | fatal: [localhost]: FAILED! =>
+  |     changed: true
+  |     cmd:
+  |     - podman
+  |     stderr: no such network
+  | TASK [Go on]
+  | ok: [localhost] => {msg: well}
 """
 
 
@@ -71,12 +87,18 @@ def test_a_failure_ends_it_and_is_shown_last(
     proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FAILS", "1")
+    (tmp_path / "failure").write_text(FAILURE)
     with pytest.raises(SystemExit) as ended:
         proof.main()
     assert ended.value.code == 2
-    told = capsys.readouterr().out
-    assert "test_a.py::test_x - assert" in told[told.index("What failed:") :]
-    assert "because" in told[told.index("What failed:") :]
+    told = capsys.readouterr().out.partition("What failed:\n")[2]
+    assert told.splitlines() == [
+        "E       AssertionError: because",
+        "E       assert 1 == 2",
+        "FAILED ../shared/tests/nodes/test_a.py::test_x - assert",
+        "fatal: [localhost]: FAILED! =>",
+        "stderr: no such network",
+    ]
     assert "old" in (tmp_path / "molecule" / "README.md").read_text()
 
 
