@@ -67,7 +67,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class EdgeCosts:
-    """What our edge costs, in units of `Costs`: without connections, per websocket, and per message."""
+    """What our edge costs, in units of `Costs`: without connections, per WebSocket, and per message."""
 
     process_memory: float
     memory: float
@@ -240,17 +240,17 @@ def _constants(nodes: Mapping[str, Any], edges: Mapping[str, Any], caps: Caps) -
         ("`e`", f"CPU of a message and its answer, {load}", both(lambda of: _micro(of.message)), measured),
         ("`w`", "CPU of a session, WebSocket first", both(lambda of: _micro(of.websocket_first)), measured),
         ("`p`", "CPU of a session, polling first, then WebSocket", both(lambda of: _micro(of.polling_first)), measured),
-        ("`n`", f"memory of an idle websocket on an edge, at {through}", f"{number(edge_costs.memory)} KiB", of_edges),
+        ("`n`", f"memory of an idle WebSocket on an edge, at {through}", f"{number(edge_costs.memory)} KiB", of_edges),
         ("`N`", "memory of an edge without connections", f"{number(edge_costs.process_memory / 1024)} MiB", of_edges),
-        ("`j`", f"CPU of an idle websocket in a second, at {through}", _micro(edge_costs.idle), of_edges),
+        ("`j`", f"CPU of an idle WebSocket in a second, at {through}", _micro(edge_costs.idle), of_edges),
         ("`f`", f"CPU of a message and its answer through an edge, {load}", _micro(edge_costs.message), of_edges),
         ("", "share of the memory that may be used", f"{100 * MEMORY_SHARE:g} %", "chosen"),
         ("", "share of each core that may be used", f"{100 * CPU_SHARE:g} %", "chosen"),
         ("", "`stickyring_node_max_connections`, of an instance", number(caps.node_connections), node),
-        ("", "`stickyring_node_limit_nofile`, of an instance, 1 a websocket", number(caps.node_descriptors), node),
+        ("", "`stickyring_node_limit_nofile`, of an instance, 1 a WebSocket", number(caps.node_descriptors), node),
         ("", "ports of an edge towards an instance", number(PORTS), "`net.ipv4.ip_local_port_range` of Linux"),
         ("", "`stickyring_edge_max_connections`", number(caps.edge_connections), edge),
-        ("", "`stickyring_edge_limit_nofile`, 2 a websocket", number(caps.edge_descriptors), edge),
+        ("", "`stickyring_edge_limit_nofile`, 2 a WebSocket", number(caps.edge_descriptors), edge),
         ("", "`stickyring_edge_max_heap_mib`", f"{number(caps.edge_heap_mib)} MiB", edge),
     ]
     return ["| | constant | value | from |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
@@ -300,7 +300,7 @@ def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
         ("edge_upstream_keepalive_time", silence("vanished host, of users who only listen"), "faults"),
         (
             "edge_max_connections",
-            f"{number(caps.edge_connections * edge_costs.memory / 1024)} MiB for idle websockets, of the "
+            f"{number(caps.edge_connections * edge_costs.memory / 1024)} MiB for idle WebSockets, of the "
             f"{number(caps.edge_heap_mib)} MiB of `stickyring_edge_max_heap_mib`",
             "edges",
         ),

@@ -134,7 +134,7 @@ def _composed(place: Path, number: int, *, access_log: bool) -> dict[str, Any]:
     ]
     target = place / f"composed-{number}.json"
     variables = {
-        "composed": str(target),
+        "bench_composed": str(target),
         "__stickyring_edge_directory": str(place),
         "stickyring_edge_envoy_sha256": "0" * 64,
         "stickyring_edge_access_log": access_log,
@@ -186,7 +186,7 @@ def _ours(envoy: Path, composed: Mapping[str, Any], place: Path, port: int, node
 
 
 def _defaults(envoy: Path, place: Path, port: int, nodes: Sequence[int]) -> list[str]:
-    """The smallest configuration of Envoy with a ring and websockets."""
+    """The smallest configuration of Envoy with a ring and WebSockets."""
     manager = {
         "@type": f"{EXTENSIONS}.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "edge",

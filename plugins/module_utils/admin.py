@@ -63,7 +63,7 @@ class Admin:
         return {item["name"]: item["value"] for item in stats if "name" in item}
 
     def websockets(self) -> dict[str, int]:
-        """Listener to the number of open websockets that came through it, those that are about to end included."""
+        """Listener to the number of open WebSockets that came through it, those that are about to end included."""
         pattern = r"^http\.(.+)\.downstream_cx_upgrades_active$"
         stats = self.get(f"/stats?format=json&filter={urllib.parse.quote(pattern)}")["stats"]
         found = {item["name"]: item["value"] for item in stats if "name" in item}

@@ -230,11 +230,11 @@ HOW_TO_GO_ON = "To end them all the same, run this again with `-e stickyring_edg
 
 
 class EndsWebsockets(Exception):
-    """The change would end open websockets without permission; the message says why and how many."""
+    """The change would end open WebSockets without permission; the message says why and how many."""
 
 
 class Change:
-    """The change from the files on the host to the wanted ones, and the websockets that it ends."""
+    """The change from the files on the host to the wanted ones, and the WebSockets that it ends."""
 
     def __init__(self, module: AnsibleModule, files: list[XdsFile]) -> None:
         self.module = module
@@ -263,7 +263,7 @@ class Change:
         return {file.path: file.text for file in self.changed} | dict.fromkeys(self.surplus, "")
 
     def ends(self) -> str:
-        """Why and how many open websockets end, in one line; empty when none do."""
+        """Why and how many open WebSockets end, in one line; empty when none do."""
         restart = self.restart_reasons()
         if self.envoy.without_socket():
             return (
@@ -460,7 +460,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         return result | {"proven": True}
 
     texts = change.texts()
-    # Before websockets are counted, because users may connect during this wait.
+    # Before WebSockets are counted, because users may connect during this wait.
     if texts and module.params["healthy_timeout"] and not module.check_mode:
         envoy.expect_healthy_newcomers()
     result |= {

@@ -304,7 +304,7 @@ async def test_held_sessions_are_open_together_and_answer_pings(monkeypatch: pyt
     async with deployed(by_parameter(), quick_pings=True) as deployment:
         report, said = await held(deployment, HELD, lambda: at_once.append(len(deployment.live)))
     assert said == ["all 32 sessions are open"]
-    # A polling session may be between two polls; every other one has its websocket.
+    # A polling session may be between two polls; every other one has its WebSocket.
     assert at_once[0] >= 24
     assert report.sticky, report.verdict
     assert min(len(record.round_trips) for record in report.records) >= 3

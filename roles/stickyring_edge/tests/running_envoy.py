@@ -206,7 +206,7 @@ def handshake(port: int, *protocols: str, **options: Any) -> ssl.SSLSocket:
 
 
 class Websocket:
-    """A websocket through one of the listeners."""
+    """A WebSocket through one of the listeners."""
 
     def __init__(self, edge: Edge, listener: str) -> None:
         port = edge.ports[listener]

@@ -306,7 +306,7 @@ def test_a_certificate_is_in_a_file_of_its_own_and_its_key_is_not_in_it() -> Non
     assert secret["tls_certificate"] == {"certificate_chain": {"inline_string": "CHAIN"}}
     assert edge_resources.edge_private_keys(listeners, PEMS) == {"certificates/unkeyed.json": "KEY"}
     assert edge_resources.edge_private_keys(LISTENERS, PEMS) == {}
-    # A new certificate does not change the listener, so websockets stay open.
+    # A new certificate does not change the listener, so WebSockets stay open.
     renewed = edge_resources.edge_files(listeners, CLUSTERS, COMMON, PEMS | {"/tls/chain.pem": "NEW"})
     assert [path for path in after if after[path] != renewed[path]] == ["certificates/unkeyed.json"]
     assert edge_resources.edge_pem_paths(listeners) == list(PEMS)

@@ -448,7 +448,7 @@ def test_the_application_sees_scheme_and_address_of_the_client(edge: Edge, liste
 
 
 async def connected(edge: Edge, listener: str, drops: list[str]) -> socketio.AsyncClient:
-    """A websocket of a user; `drops` gets the reason of each disconnect."""
+    """A WebSocket of a user; `drops` gets the reason of each disconnect."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context))
@@ -544,7 +544,7 @@ def test_a_silent_websocket_outlives_every_timeout_of_the_edge(edge: Edge, liste
 
 @pytest.mark.parametrize("listener", ["sticky", "safe"])
 def test_no_stream_timeout_has_envoys_default(edge: Edge, listener: str) -> None:
-    """Envoy's default ends a websocket that is silent for five minutes; no test waits that long."""
+    """Envoy's default ends a WebSocket that is silent for five minutes; no test waits that long."""
     (resource,) = [one for one in edge.files["listeners.json"] if one["name"] == listener]
     for chain in resource["filter_chains"]:
         assert chain["filters"][0]["typed_config"]["stream_idle_timeout"] == "0s"

@@ -1,6 +1,6 @@
-"""A real Envoy with the role's files: TLS, and which changes end websockets.
+"""A real Envoy with the role's files: TLS, and which changes end WebSockets.
 
-Everything is on the loopback address; the node behind it only opens websockets and returns the headers that it got.
+Everything is on the loopback address; the node behind it only opens WebSockets and returns the headers that it got.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def edge(process: Edge) -> Iterator[Edge]:
 
 @pytest.fixture
 def websocket(edge: Edge) -> Iterator[Callable[[str], Websocket]]:
-    """Opens websockets; at the end closes them and waits until Envoy has noticed."""
+    """Opens WebSockets; at the end closes them and waits until Envoy has noticed."""
     with ExitStack() as stack:
         yield lambda listener: stack.enter_context(Websocket(edge, listener))
     deadline = time.monotonic() + START_SECONDS
@@ -224,7 +224,7 @@ def test_a_listener_with_websockets_is_not_changed_without_permission(edge: Edge
     del gone["listeners.json"][0], gone["routes/plain.json"]
     assert "listener plain is removed: 2 open websockets end." in edge.give(gone)["msg"]
     assert edge.give(edge.files)["written"] == []
-    # In check mode it is reported without a failure. A listener without websockets may change.
+    # In check mode it is reported without a failure. A listener without WebSockets may change.
     said = edge.give(changed_listener(edge, "plain"), _ansible_check_mode=True)
     assert said["ends"] == "listener plain changes: 2 open websockets end"
     assert said["ends"] in json.dumps(said["warnings"])
@@ -234,7 +234,7 @@ def test_a_listener_with_websockets_is_not_changed_without_permission(edge: Edge
 
 
 def test_with_permission_only_the_changed_listeners_websockets_end(edge: Edge, websocket: Any) -> None:
-    """The control of the other tests: this ends websockets."""
+    """The control of the other tests: this ends WebSockets."""
     ending, staying = websocket("plain"), websocket("safe")
     result = edge.give(changed_listener(edge, "plain"), may_end_websockets=True)
     assert result["ends"] == "listener plain changes: 1 open websocket ends"

@@ -646,7 +646,7 @@ def test_a_restart_that_an_earlier_run_left_undone_ends_websockets_too(
     systemd.start()
     run(directory, files, envoy.socket, **started)
     record.write_text("pending")
-    # No websocket is open, so the change is allowed.
+    # No WebSocket is open, so the change is allowed.
     assert not run(directory, files, envoy.socket, **started)["up_to_date"]
     envoy.stats |= {f"http.{name}.downstream_cx_upgrades_active": count for name, count in (("sticky", 3), ("x", 4))}
     message = run(directory, files, envoy.socket, **started)["msg"]

@@ -94,7 +94,7 @@ def test_named_user_keeps_id_and_node_in_all_tabs(edge_url: EdgeUrl, new_user: N
 
 
 def test_named_user_wanders_without_a_key(edge_url: EdgeUrl, new_user: NewUser) -> None:
-    """The negative control: a single websocket works on any node, and one id reaches several nodes."""
+    """The negative control: a single WebSocket works on any node, and one id reaches several nodes."""
     page = open_page(new_user(), f"{edge_url('unkeyed')}/index2.html")
     client_id, nodes = shown(page, "client-id"), {shown(page, "node")}
     for _ in range(20):

@@ -46,7 +46,7 @@ def test_a_run_that_was_killed_before_the_restart_is_completed(host: Host, deplo
 
 
 def test_an_envoy_that_an_earlier_version_has_started(host: Host, deploy: Any, inventory: Any, ansible: Any) -> None:
-    """Its admin interface is on a port, so the run cannot know which websockets a restart would end."""
+    """Its admin interface is on a port, so the run cannot know which WebSockets a restart would end."""
     on_a_port = ("s|^    pipe:$|    socket_address:|", "s|^      path: /run/.*|      address: 127.0.0.1|")
     edits = " ".join(f"-e '{edit}'" for edit in (*on_a_port, "s|^      mode: 384$|      port_value: 9901|"))
     host.check_output(f"sed -i {edits} /etc/stickyring-edge/bootstrap.yaml && systemctl restart {UNIT}")

@@ -143,7 +143,7 @@ def test_a_deleted_line_takes_a_node_off_the_ring_and_reports_what_still_runs(
     judge = watch()
     output = " ".join(run("site.yml").split())
     assert "Off the ring: node4-1 at 198.51.100.14:8001" in output
-    # Polling users are on their new node already; a websocket stays until its node ends it.
+    # Polling users are on their new node already; a WebSocket stays until its node ends it.
     left = {one.user for one in residents if one.transports == ["websocket"] and one.node == "node4-1"}
     assert left == set(expected.moves)
     reach("dropped").check_output("systemctl disable --now stickyring-node@1")

@@ -47,7 +47,7 @@ def test_no_user_is_asked_to_move_before_every_edge_has_the_ring(
     since = time.monotonic()
 
     def disconnects() -> set[tuple[str, int]]:
-        """How often the websockets of each user were closed."""
+        """How often the WebSockets of each user were closed."""
         websockets = [one for connected in residents for one in connected if one.transports == ["websocket"]]
         return {(one.user, one.count("disconnect", since)) for one in websockets}
 

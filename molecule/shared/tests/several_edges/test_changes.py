@@ -1,4 +1,4 @@
-"""Changes that end open websockets are reported beforehand, need permission, and are made on one edge at a time."""
+"""Changes that end open WebSockets are reported beforehand, need permission, and are made on one edge at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def in_one_line(text: str) -> str:
 
 
 def websockets(connected: Residents) -> int:
-    """How many websockets the users of an edge have open once they have settled."""
+    """How many WebSockets the users of an edge have open once they have settled."""
     return sum(1 for one in connected if "websocket" in one.transports)
 
 
@@ -36,7 +36,7 @@ def disconnects(connected: Residents, since: float) -> list[float]:
 
 
 def ended(connected: Residents, since: float) -> list[float]:
-    """When each websocket of an edge's users was closed; all must have been closed."""
+    """When each WebSocket of an edge's users was closed; all must have been closed."""
     return sorted(one.first("disconnect", since) for one in connected if "websocket" in one.transports)
 
 
