@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 PLAYBOOKS = Path(__file__).parents[1]
-[TAKE, _] = yaml.safe_load((PLAYBOOKS / "tasks" / "lock.yml").read_text())
-[[GIVE_BACK]] = [play["tasks"] for play in yaml.safe_load((PLAYBOOKS / "unlock.yml").read_text())]
+[TAKE, _] = yaml.safe_load((PLAYBOOKS / "parts" / "tasks" / "lock.yml").read_text())
+[[GIVE_BACK]] = [play["tasks"] for play in yaml.safe_load((PLAYBOOKS / "parts" / "unlock.yml").read_text())]
 OWN = "here 100 17 laptop of me"
 
 

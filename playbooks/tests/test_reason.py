@@ -7,7 +7,7 @@ from pathlib import Path
 
 PLAYBOOKS = Path(__file__).parents[1]
 RUN = """\
-- ansible.builtin.import_playbook: {playbooks}/require_every_host.yml
+- ansible.builtin.import_playbook: {playbooks}/parts/require_every_host.yml
   vars: {{__stickyring_lost_state: None.}}
 - hosts: a
   gather_facts: false

@@ -103,7 +103,7 @@ def test_every_boolean_passes_through_the_filter_bool() -> None:
         + ["stickyring_live"]
     )
     taken = re.compile(rf"(?<![\w.'-])({names})\b(?!(\s*\|\s*default\(\w+\))?\s*\|\s*bool\b)(?!=|:)")
-    for file in [*files, *PROJECT.glob("playbooks/*.yml"), *PROJECT.glob("playbooks/tasks/*.yml")]:
+    for file in [*files, *PROJECT.glob("playbooks/*.yml"), *PROJECT.glob("playbooks/parts/**/*.yml")]:
         for line in file.read_text().splitlines():
             whole = re.fullmatch(rf'\s+\w+: "\{{\{{ ({names}) \}}\}}"', line)
             assert whole or line.lstrip().startswith("#") or not taken.search(line), f"{file.name}: {line.strip()}"
