@@ -83,7 +83,7 @@ unit: .venv/.tools ## Unit tests, without root and without the lab
 
 molecule: root .venv/.tools ## All scenarios on real hosts, with a browser
 	@$(call need,chromium:chromium)
-	molecule/proof.py
+	molecule/scenarios.py
 
 chaos: root .venv/.tools ## Run operations and faults on the lab in random order, under traffic (SEED=1 OPERATIONS=60)
 	ansible-playbook molecule/shared/create.yml

@@ -70,7 +70,7 @@ def steps(operations: int, hours: float) -> list[Step]:
     hold = f"stickyring probe {url} --ids {SESSIONS} --connections 1 --transport websocket --hold {hours * 3600:.0f}"
     chaos = f"molecule/chaos.py --operations {operations} --seed"
     return [
-        Step("every test of all suites", "molecule/proof.py"),
+        Step("every test of all suites", "molecule/scenarios.py"),
         Step("hosts", "ansible-playbook molecule/shared/create.yml"),
         Step("deployed to them", "ansible-playbook site.yml"),
         *(Step("chaos", f"{chaos} {seed}") for seed in SEEDS),

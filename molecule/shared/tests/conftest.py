@@ -55,7 +55,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def keep_seconds(reporter: Any) -> None:
-    """Writes how long each test of the suite took, with its fixtures, for molecule/proof.py."""
+    """Writes how long each test of the suite took, with its fixtures, for molecule/scenarios.py."""
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for report in (one for reports in reporter.stats.values() for one in reports if hasattr(one, "duration")):
         file, _, test = report.nodeid.partition("::")

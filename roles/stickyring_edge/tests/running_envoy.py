@@ -31,7 +31,7 @@ PLAY = """
   connection: local
   gather_facts: false
   tasks:
-    - ansible.builtin.import_role: {name: stickyring.fleet.stickyring_edge, tasks_from: preflight}
+    - ansible.builtin.import_role: {name: stickyring.fleet.stickyring_edge, tasks_from: check}
     - ansible.builtin.copy:
         content: "{{ {'files': __stickyring_edge_xds_files, 'keys': __stickyring_edge_private_keys,
           'start_files': __stickyring_edge_start_files, 'listeners': stickyring_edge_listeners,

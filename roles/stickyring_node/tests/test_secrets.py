@@ -264,7 +264,7 @@ WRITE = task_of("configure", "Write the secrets")
 TRY = task_of("install", "Load the application")
 REMOVE = task_of("service", "Remove the former secrets")
 CHECK = {
-    "ansible.builtin.import_role": {"name": "stickyring.fleet.stickyring_node", "tasks_from": "preflight"},
+    "ansible.builtin.import_role": {"name": "stickyring.fleet.stickyring_node", "tasks_from": "state"},
     "ignore_errors": True,
 }
 PLANT = {"ansible.builtin.debug": {"msg": "{{ stickyring_node_secrets }}"}}
@@ -372,7 +372,7 @@ def test_values_of_a_wrong_type_are_refused_without_being_shown(tmp_path: Path) 
             "ignore_errors": True,
         }
         for one in wrong
-        for tasks_from in ("preflight", "check")
+        for tasks_from in ("state", "check")
     ]
     run = play(tmp_path, tasks, {})
     # Two that cannot be converted to a dictionary are refused by the validation too, before the role's own check.

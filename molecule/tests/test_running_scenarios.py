@@ -41,10 +41,10 @@ FAILURE = """\
 
 
 @pytest.fixture
-def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The program in a project of its own."""
     monkeypatch.syspath_prepend(str(MOLECULE))
-    spec = importlib.util.spec_from_file_location("proof", MOLECULE / "proof.py")
+    spec = importlib.util.spec_from_file_location("scenarios", MOLECULE / "scenarios.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -68,10 +68,10 @@ def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_it_writes_what_each_suite_proves(
-    proof: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    program: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
-        proof.main()
+        program.main()
     text = (tmp_path / "molecule" / "README.md").read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
@@ -84,12 +84,12 @@ def test_it_writes_what_each_suite_proves(
 
 
 def test_a_failure_ends_it_and_is_shown_last(
-    proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FAILS", "1")
     (tmp_path / "failure").write_text(FAILURE)
     with pytest.raises(SystemExit) as ended:
-        proof.main()
+        program.main()
     assert ended.value.code == 2
     told = capsys.readouterr().out.partition("What failed:\n")[2]
     assert told.splitlines() == [
@@ -104,7 +104,7 @@ def test_a_failure_ends_it_and_is_shown_last(
 
 @pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN], ids=["heeded", "ignored"])
 def test_what_it_has_started_ends_with_it(
-    proof: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupts: Any
+    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupts: Any
 ) -> None:
     """Also in the background, where a shell ignores interrupts."""
     lines = (
@@ -123,22 +123,22 @@ def test_what_it_has_started_ends_with_it(
     monkeypatch.setattr("builtins.print", ask_to_end)
     try:
         with pytest.raises(KeyboardInterrupt):
-            proof.main()
+            program.main()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert (tmp_path / "ended").exists()
-    assert "50000" in proof.LOG.read_text(), "more than a pipe holds"
+    assert "50000" in program.LOG.read_text(), "more than a pipe holds"
 
 
-def test_every_scenario_is_run_once(proof: ModuleType) -> None:
-    assert sorted([*proof.SAME_HOSTS, *proof.OTHERS]) == sorted(
+def test_every_scenario_is_run_once(program: ModuleType) -> None:
+    assert sorted([*program.SAME_HOSTS, *program.OTHERS]) == sorted(
         file.parent.name for file in MOLECULE.glob("*/molecule.yml")
     )
 
 
-def test_those_that_share_hosts_deploy_the_same_inventory(proof: ModuleType) -> None:
-    for name in proof.SAME_HOSTS:
+def test_those_that_share_hosts_deploy_the_same_inventory(program: ModuleType) -> None:
+    for name in program.SAME_HOSTS:
         config = yaml.safe_load((MOLECULE / name / "molecule.yml").read_text())
         assert config["ansible"]["executor"]["args"]["ansible_playbook"] == [
             "--inventory=${MOLECULE_PROJECT_DIRECTORY}/inventory/lab"
@@ -146,4 +146,4 @@ def test_those_that_share_hosts_deploy_the_same_inventory(proof: ModuleType) -> 
 
 
 def test_it_can_be_run_as_a_program() -> None:
-    assert os.access(MOLECULE / "proof.py", os.X_OK)
+    assert os.access(MOLECULE / "scenarios.py", os.X_OK)

@@ -4,7 +4,7 @@
 from __future__ import annotations  # a Python that is too old must get a clear message, not a syntax error
 
 DOCUMENTATION = r"""
-module: node_preflight
+module: node_state
 short_description: Read the state of a host before a node service is installed or changed
 description:
   - Reads what is installed and what runs. Changes nothing.
@@ -38,7 +38,7 @@ author:
 
 EXAMPLES = r"""
 - name: Read the state of the host
-  stickyring.fleet.node_preflight:
+  stickyring.fleet.node_state:
     service: chat
     address: 198.51.100.11
     port: 8001

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from ansible.module_utils.testing import patch_module_args
 from ansible_collections.stickyring.fleet.plugins.module_utils import secrets as files_of_secrets
-from ansible_collections.stickyring.fleet.plugins.modules import node_preflight, node_secrets
+from ansible_collections.stickyring.fleet.plugins.modules import node_secrets, node_state
 
 SERVICE = "stickyring-test"
 REQUIREMENTS = hashlib.sha256(b"click==8.0").hexdigest()
@@ -147,11 +147,11 @@ class Host:
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     made = Host(tmp_path)
-    monkeypatch.setattr(node_preflight, "ROOT", made.root)
-    monkeypatch.setattr(node_preflight, "OWNER", (os.getuid(), os.getgid()))
+    monkeypatch.setattr(node_state, "ROOT", made.root)
+    monkeypatch.setattr(node_state, "OWNER", (os.getuid(), os.getgid()))
     monkeypatch.setattr(node_secrets, "OWNER", (os.getuid(), os.getgid()))
-    monkeypatch.setattr(node_preflight, "PROGRAMS", made.programs)
-    monkeypatch.setattr(node_preflight, "PROC", made.processes)
+    monkeypatch.setattr(node_state, "PROGRAMS", made.programs)
+    monkeypatch.setattr(node_state, "PROC", made.processes)
     monkeypatch.setattr(pwd, "getpwnam", made.getpwnam)
     monkeypatch.setenv("PATH", str(made.programs), prepend=":")
     return made
@@ -183,7 +183,7 @@ def run(**changed: object) -> dict[str, Any]:
     """The module's result, as Ansible would read it."""
     output = io.StringIO()
     with patch_module_args(GOOD | changed), redirect_stdout(output), pytest.raises(SystemExit):
-        node_preflight.main()
+        node_state.main()
     result: dict[str, Any] = json.loads(output.getvalue())
     return result
 
@@ -242,13 +242,13 @@ def test_a_host_without_user_namespaces_is_refused(host: Host, free_ports: int) 
 
 
 def test_a_real_account_is_found() -> None:
-    assert "the account root exists" in str(node_preflight.account_problem("root"))
-    assert node_preflight.account_problem("stickyring-nobody-has-this") is None
+    assert "the account root exists" in str(node_state.account_problem("root"))
+    assert node_state.account_problem("stickyring-nobody-has-this") is None
 
 
 def test_the_account_is_the_one_that_the_role_makes() -> None:
     install = (Path(__file__).parents[1] / "tasks" / "install.yml").read_text()
-    home, shell = node_preflight.ACCOUNT
+    home, shell = node_state.ACCOUNT
     assert f"home: {home}\n" in install
     assert f"shell: {shell}\n" in install
 
@@ -316,13 +316,13 @@ AS_WANTED: dict[str, Any] = {
     ],
 )
 def test_the_condition_is_the_worst_that_was_found(found: dict[str, Any], condition: str) -> None:
-    assert node_preflight.condition(AS_WANTED | found, GOOD) == condition
+    assert node_state.condition(AS_WANTED | found, GOOD) == condition
 
 
 def test_kept_surplus_instances_are_no_reason_to_restart() -> None:
     keeping = GOOD | {"keep_surplus": True}
-    assert node_preflight.condition(AS_WANTED | {"surplus": [3]}, keeping) == "current"
-    assert node_preflight.condition(AS_WANTED | {"surplus": [3], "enabled": [1]}, keeping) == "outdated"
+    assert node_state.condition(AS_WANTED | {"surplus": [3]}, keeping) == "current"
+    assert node_state.condition(AS_WANTED | {"surplus": [3], "enabled": [1]}, keeping) == "outdated"
 
 
 def test_a_release_of_the_same_name_with_other_content_is_refused(host: Host, free_ports: int) -> None:
@@ -335,14 +335,14 @@ def test_a_release_of_the_same_name_with_other_content_is_refused(host: Host, fr
 
 def test_the_process_behind_a_listening_socket_is_found(listening: int) -> None:
     comm = Path("/proc/self/comm").read_text().strip()
-    [(pid, command, _)] = node_preflight.listeners(listening)
+    [(pid, command, _)] = node_state.listeners(listening)
     assert (pid, command) == (os.getpid(), comm)
 
 
 def test_a_port_without_a_listener_has_no_holder(free_ports: int, listening: int) -> None:
-    assert node_preflight.listeners(free_ports) == set()
+    assert node_state.listeners(free_ports) == set()
     with socket.create_connection(("127.0.0.1", listening)) as client:
-        assert node_preflight.listeners(client.getsockname()[1]) == set()
+        assert node_state.listeners(client.getsockname()[1]) == set()
 
 
 class FakeProc:
@@ -376,7 +376,7 @@ class FakeProc:
 @pytest.fixture
 def proc(tmp_path: Path, listening: int, monkeypatch: pytest.MonkeyPatch) -> FakeProc:
     made = FakeProc(tmp_path / "proc", listening)
-    monkeypatch.setattr(node_preflight, "PROC", made.folder)
+    monkeypatch.setattr(node_state, "PROC", made.folder)
     return made
 
 
@@ -388,8 +388,8 @@ def test_a_port_of_the_service_itself_is_no_problem(proc: FakeProc, listening: i
     for pid in (100, 101):
         proc.add(pid, OWN_CGROUP)
     proc.add(200, "/system.slice/other.service", socket_of=1)
-    assert node_preflight.listeners(listening) == {(100, "gunicorn", OWN), (101, "gunicorn", OWN)}
-    assert node_preflight.port_problem("127.0.0.1", listening, OWN) is None
+    assert node_state.listeners(listening) == {(100, "gunicorn", OWN), (101, "gunicorn", OWN)}
+    assert node_state.port_problem("127.0.0.1", listening, OWN) is None
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_a_port_of_the_service_itself_is_no_problem(proc: FakeProc, listening: i
 def test_a_port_of_another_service_is_refused(proc: FakeProc, listening: int, cgroup: str, unit: str) -> None:
     proc.add(100, OWN_CGROUP)
     proc.add(300, cgroup)
-    problem = node_preflight.port_problem("127.0.0.1", listening, OWN) or ""
+    problem = node_state.port_problem("127.0.0.1", listening, OWN) or ""
     assert problem.startswith(
         f"port {listening} on 127.0.0.1, meant for {OWN}, is in use by gunicorn (process 100, {OWN})"
     )
@@ -414,26 +414,26 @@ def test_a_port_of_another_service_is_refused(proc: FakeProc, listening: int, cg
 
 def test_a_port_whose_holder_cannot_be_seen_is_refused(proc: FakeProc, listening: int) -> None:
     assert proc.folder.exists()
-    assert "is in use by an unknown process" in (node_preflight.port_problem("127.0.0.1", listening, OWN) or "")
+    assert "is in use by an unknown process" in (node_state.port_problem("127.0.0.1", listening, OWN) or "")
 
 
 def test_a_socket_of_ipv6_is_found_too(proc: FakeProc, listening: int) -> None:
     proc.add(100, OWN_CGROUP)
     proc.listens("tcp6", "00000000000000000000000001000000")
-    assert node_preflight.listeners(listening) == {(100, "gunicorn", OWN)}
+    assert node_state.listeners(listening) == {(100, "gunicorn", OWN)}
 
 
 def test_a_process_that_has_just_ended_is_ignored(proc: FakeProc, listening: int) -> None:
     proc.add(100, OWN_CGROUP)
     (proc.folder / "101").mkdir()
-    assert node_preflight.listeners(listening) == {(100, "gunicorn", OWN)}
+    assert node_state.listeners(listening) == {(100, "gunicorn", OWN)}
 
 
 def test_an_address_of_another_host_is_refused(free_ports: int) -> None:
-    assert node_preflight.port_problem("192.0.2.1", free_ports, OWN) == (
+    assert node_state.port_problem("192.0.2.1", free_ports, OWN) == (
         "192.0.2.1 is not an address of this host: correct stickyring_node_address"
     )
-    assert node_preflight.port_problem("127.0.0.1", free_ports, OWN) is None
+    assert node_state.port_problem("127.0.0.1", free_ports, OWN) is None
 
 
 def test_a_port_that_lingers_from_an_earlier_run_is_no_problem() -> None:
@@ -443,7 +443,7 @@ def test_a_port_that_lingers_from_an_earlier_run_is_no_problem() -> None:
         accepted, _ = server.accept()
         accepted.close()  # the side that closes first stays in TIME_WAIT
         client.close()
-    assert node_preflight.port_problem("127.0.0.1", port, OWN) is None
+    assert node_state.port_problem("127.0.0.1", port, OWN) is None
 
 
 def test_all_problems_of_the_host_are_reported_at_once(host: Host, listening: int) -> None:
@@ -605,9 +605,9 @@ def test_an_instance_is_healthy_when_it_says_so(host: Host, path: str, healthy: 
     with HTTPServer(("127.0.0.1", 0), Health) as server:
         port = server.server_address[1]
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert node_preflight.healthy("127.0.0.1", port, path) == healthy
+        assert node_state.healthy("127.0.0.1", port, path) == healthy
         server.shutdown()
-    assert not node_preflight.healthy("127.0.0.1", port, path)
+    assert not node_state.healthy("127.0.0.1", port, path)
 
 
 @pytest.mark.parametrize("lost", [f"etc/systemd/system/{SERVICE}@.service", f"opt/{SERVICE}/current"])
@@ -736,7 +736,7 @@ def test_a_setting_of_several_lines_is_not_taken_for_a_digest(host: Host, free_p
 
 def test_a_file_of_another_owner_is_reported(host: Host, free_ports: int, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(host)
-    monkeypatch.setattr(node_preflight, "OWNER", (os.getuid(), os.getgid() + 1))
+    monkeypatch.setattr(node_state, "OWNER", (os.getuid(), os.getgid() + 1))
     assert run(port=free_ports)["differing"] == sorted([*FILES, f"{SETTINGS}/secrets"])
 
 
@@ -755,7 +755,7 @@ def test_account_and_folder_are_prepared_only_as_the_role_makes_them(
     installed(host)
     (host.root / SETTINGS.lstrip("/")).chmod(mode)
     assert not run(port=free_ports)["prepared"]
-    host.accounts[SERVICE] = account(SERVICE, *node_preflight.ACCOUNT)
+    host.accounts[SERVICE] = account(SERVICE, *node_state.ACCOUNT)
     assert run(port=free_ports)["prepared"] == prepared
 
 
@@ -888,17 +888,17 @@ def test_check_mode_reads_the_host_too(host: Host, free_ports: int, monkeypatch:
 
 
 def test_the_documentation_has_every_option() -> None:
-    documented = yaml.safe_load(node_preflight.DOCUMENTATION)["options"]
+    documented = yaml.safe_load(node_state.DOCUMENTATION)["options"]
     types = {name: {key: option[key] for key in option if key != "description"} for name, option in documented.items()}
     # no_log is no part of the documentation.
     assert types == {
         name: {key: value for key, value in option.items() if key != "no_log"}
-        for name, option in node_preflight.OPTIONS.items()
+        for name, option in node_state.OPTIONS.items()
     }
-    assert set(GOOD) == set(node_preflight.OPTIONS)
+    assert set(GOOD) == set(node_state.OPTIONS)
 
 
 def test_the_documentation_has_every_return_value(host: Host, free_ports: int) -> None:
     # Warnings may come from other modules that this process has run.
     answered = set(run(port=free_ports)) - {"changed", "invocation", "warnings"}
-    assert answered == set(yaml.safe_load(node_preflight.RETURN))
+    assert answered == set(yaml.safe_load(node_state.RETURN))
