@@ -54,6 +54,15 @@ def test_every_literal_default_is_the_documented_one(role: Path) -> None:
     assert {name: specified.get(name) for name in literal} == literal
 
 
+def test_plays_on_nodes_ask_envoy_where_the_edge_role_has_it_listen() -> None:
+    """Each role must work without the other, so both name the socket."""
+    edge = yaml.safe_load((PROJECT / "roles" / "stickyring_edge" / "vars" / "main.yml").read_text())
+    listening = edge["__stickyring_edge_admin_socket"].replace(
+        "{{ __stickyring_edge_service }}", edge["__stickyring_edge_service"]
+    )
+    assert defaults(COMPOSING)["__stickyring_edge_admin_socket"] == listening
+
+
 @pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
 def test_every_variable_begins_with_the_name_of_its_role(role: Path) -> None:
     assert all(name.startswith(f"{role.name}_") for name in options(role))
