@@ -100,8 +100,8 @@ moving:
   elements: str
   returned: success
 behind: {description: "Wanted instances that do not run the linked state", type: list, elements: int, returned: success}
-superfluous:
-  description: What to remove below releases, namely surplus releases, releases that never served, and older settings
+obsolete:
+  description: What to remove below releases, namely releases beyond the kept ones, releases that never served, and older settings
   type: list
   elements: str
   returned: success
@@ -311,7 +311,7 @@ def history(wanted: dict[str, Any], releases: Path, release: str, unit: Path, en
         "last_served": below_releases(last_served),
         "previous": below_releases(next(iter(order[serves is not None :]), None)),
         "next_use": int(max([time.time(), *(folder.stat().st_mtime + 1 for folder in order)])),
-        "superfluous": sorted(present - staying) + [below_releases(folder) for folder in older],
+        "obsolete": sorted(present - staying) + [below_releases(folder) for folder in older],
     }
 
 
@@ -421,7 +421,7 @@ def condition(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     instances = set(range(1, wanted["instances"] + 1))
     if not found["running"]:
         return "idle"
-    installed = found["complete"] and found["prepared"] and found["kept"] and not found["superfluous"]
+    installed = found["complete"] and found["prepared"] and found["kept"] and not found["obsolete"]
     started = instances.issubset(found["up_to_date"]) and instances.issubset(found["enabled"])
     if not installed or not started or (found["surplus"] and not wanted["keep_surplus"]):
         return "outdated"

@@ -296,7 +296,7 @@ def test_python_is_not_checked_if_the_release_is_complete(host: Host, free_ports
 AS_WANTED: dict[str, Any] = {
     **dict.fromkeys(("complete", "prepared", "kept"), True),
     **{name: [1, 2] for name in ("running", "up_to_date", "enabled", "healthy")},
-    **{name: [] for name in ("superfluous", "surplus", "differing")},
+    **{name: [] for name in ("obsolete", "surplus", "differing")},
 }
 
 
@@ -308,7 +308,7 @@ AS_WANTED: dict[str, Any] = {
         ({"running": [1], "up_to_date": [1], "healthy": [1]}, "outdated"),
         *[({name: False}, "outdated") for name in ("complete", "prepared", "kept")],
         *[({name: [1]}, "outdated") for name in ("up_to_date", "enabled")],
-        ({"superfluous": ["1.0"]}, "outdated"),
+        ({"obsolete": ["1.0"]}, "outdated"),
         ({"surplus": [3]}, "outdated"),
         ({"differing": ["/etc/stickyring-node/edges"]}, "unhealthy"),
         ({"healthy": [2]}, "unhealthy"),
@@ -787,7 +787,7 @@ def test_states_that_served_are_ordered_by_their_age(host: Host, free_ports: int
         serves_with(host, linked, "a")
         result = run(port=free_ports, **changed)
         names = [result[name].partition("/")[0] for name in ("last_served", "previous")]
-        return *names, result["superfluous"]
+        return *names, result["obsolete"]
 
     too_many = ["incomplete", "never", "old", "oldest"]
     assert told("young") == ("young", "current", too_many)
@@ -808,7 +808,7 @@ def test_the_previous_state_may_be_the_same_release_with_other_settings(host: Ho
     third = serves_with(host, "2.0", "b", 10)
     result = run(port=free_ports, release="2.0")
     assert (result["serves"], result["last_served"], result["previous"]) == (third, third, second)
-    assert not result["superfluous"]
+    assert not result["obsolete"]
     # After a rollback, `previous` stays the same: another rollback goes no further.
     serves_with(host, "2.0", "a")
     result = run(port=free_ports, release="2.0")
@@ -824,7 +824,7 @@ def test_surplus_settings_are_reported(host: Host, free_ports: int) -> None:
     host.release(RELEASE)
     *older, old, serves = (serves_with(host, RELEASE, name, 100 - age) for age, name in enumerate("abcd"))
     result = run(port=free_ports, releases_kept=3)
-    assert (result["serves"], result["previous"], result["superfluous"]) == (serves, old, older[::-1])
+    assert (result["serves"], result["previous"], result["obsolete"]) == (serves, old, older[::-1])
 
 
 def test_the_next_time_of_use_is_the_latest_whatever_the_clock(host: Host, free_ports: int) -> None:
