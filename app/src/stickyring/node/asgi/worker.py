@@ -7,6 +7,7 @@ idle connections to the edge when it ends, and hands its listening socket over.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -107,6 +108,9 @@ class AsgiWorker(Worker):
         self.loop.run_until_complete(load())
         if self.lifespan.should_exit:
             self.app.refuse("its lifespan startup has failed")
+        # Otherwise each full collection walks all that was imported, while every user waits.
+        gc.collect()
+        gc.freeze()
 
     @property
     def exhausted(self) -> bool:

@@ -1,0 +1,243 @@
+"""Other people's kinds of applications: sticky, listed, counted, drained, rebalanced and updated, under 300 users.
+
+They are deployed one after the other, and stay: the next scenario deploys what it needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+import socketio
+
+PROJECT = Path(__file__).parents[4]
+TRANSPORTS = (["websocket"], ["polling"], ["polling", "websocket"])
+USERS = [f"user-{number}" for number in range(300)]
+PAUSE_SECONDS = 5.0
+ANSWER_SECONDS = 5.0
+"""How long a client waits for an acknowledgement; python-socketio's does so even if it is disconnected meanwhile."""
+SILENCE_SECONDS = 2 * ANSWER_SECONDS + PAUSE_SECONDS
+MOVED_SECONDS = 20
+START_SECONDS = 60
+CONNECTING = asyncio.Semaphore(20)
+"""How many connect at the same time; a storm is another suite's subject."""
+APPLICATIONS = {"fastapi_chat:app": "asgi", "flask_rooms:app": "eventlet"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The gallery as a team's project, locked as the README says."""
+    folder = tmp_path_factory.mktemp("applications") / "gallery"
+    shutil.copytree(PROJECT / "app" / "gallery", folder)
+    subprocess.run(["make", "lock", f"PROJECT={folder}"], cwd=PROJECT, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module", params=APPLICATIONS)
+def run(request: pytest.FixtureRequest, project: Path, ansible: Any, inventory: Path) -> Callable[..., str]:
+    """Plays playbooks for the application, which has taken the place of what was deployed before; returns the output.
+
+    site.yml itself proves that it is sticky.
+    """
+    settings = {
+        "stickyring_artifacts_projects": [str(PROJECT / "app"), str(project)],
+        "stickyring_artifacts_lock": str(project / "requirements.lock"),
+        "stickyring_node_wheelhouse": "{{ stickyring_artifacts_directory }}/wheelhouse.tar",
+        "stickyring_node_application": request.param,
+        "stickyring_node_worker_class": APPLICATIONS[request.param],
+        "stickyring_node_proving_time": 0,
+        "stickyring_probe_options": ["--no-echo"],
+    }
+
+    def play(*words: str, **changed: object) -> str:
+        options = ["-e", json.dumps(settings | changed)]
+        return str(ansible("ansible-playbook", "-i", inventory, *words, *options).stdout)
+
+    play("site.yml")
+    return play
+
+
+class User:
+    """A client that reconnects by itself, and says something every few seconds.
+
+    answered: when its words were acknowledged; wrong: acknowledgements that are not what was said.
+    """
+
+    def __init__(self, name: str, transports: list[str]) -> None:
+        self.name, self.transports = name, transports
+        self.client = socketio.AsyncClient()
+        self.disconnects = 0
+        self.answered: list[float] = []
+        self.wrong: list[object] = []
+        self.client.on("disconnect", self._count)
+
+    def _count(self, reason: str) -> None:
+        self.disconnects += 1
+
+    async def live(self, url: str, ended: asyncio.Event) -> None:
+        async with CONNECTING:
+            await self.client.connect(f"{url}?client_id={self.name}", transports=self.transports, wait_timeout=20)
+        while not ended.is_set():
+            await self._talk(f"message {len(self.answered)}")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), PAUSE_SECONDS)
+        await self.client.shutdown()
+
+    async def _talk(self, text: str) -> None:
+        try:
+            answer = await self.client.call("say", (self.name, text), timeout=ANSWER_SECONDS)
+        except (socketio.exceptions.TimeoutError, socketio.exceptions.BadNamespaceError):
+            return  # it is being moved
+        self.answered.append(time.monotonic())
+        if answer != text:
+            self.wrong.append(answer)
+
+    def silence(self, since: float) -> float:
+        """The longest time since then without an acknowledgement, in seconds."""
+        times = [since, *(moment for moment in self.answered if moment > since), time.monotonic()]
+        return max(later - earlier for earlier, later in pairwise(times))
+
+
+class Users:
+    """All of them, in an event loop and thread of their own."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self.all = [User(name, TRANSPORTS[number % len(TRANSPORTS)]) for number, name in enumerate(USERS)]
+        self._ended = asyncio.Event()
+        self._thread = threading.Thread(target=asyncio.run, args=[self._live()])
+
+    async def _live(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await asyncio.gather(*(user.live(self._url, self._ended) for user in self.all))
+
+    def __enter__(self) -> Users:
+        self._thread.start()
+        until(
+            lambda: all(user.answered for user in self.all) or not self._thread.is_alive(), "all started", START_SECONDS
+        )
+        assert self._thread.is_alive(), "a client could not connect"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._ended.set)
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def users(run: Any, edge_url: Any) -> Iterator[list[User]]:
+    """Users over all transports; none of them is answered wrongly."""
+    with Users(edge_url("sticky")) as users:
+        yield users.all
+    assert not [user for user in users.all if user.wrong]
+
+
+def sessions(machine: Any, nodes: Any) -> dict[str, list[str]]:
+    """The instances that hold each user's sessions, as the nodes list them."""
+    found: dict[str, list[str]] = {}
+    for node in nodes:
+        service, count = (node.variables[f"stickyring_node_{name}"] for name in ("service", "instances"))
+        for instance in range(1, int(count) + 1):
+            control = f"/run/{service}/{instance}/control.sock"
+            program = f"/opt/{service}/current/bin/stickyring"
+            answer = json.loads(machine(node.name).check_output(f"{program} sessions --control {control}"))
+            for session in answer["sessions"]:
+                if session["key"] is not None:
+                    found.setdefault(session["key"], []).append(answer["node"])
+    return found
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = MOVED_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+
+
+@pytest.fixture
+def homes(machine: Any, nodes: Any) -> Callable[[], dict[str, str]]:
+    """The host of each user's session; a user without one, or with two, is left out."""
+    return lambda: {
+        user: places[0].rpartition("-")[0]
+        for user, places in sessions(machine, nodes).items()
+        if user in USERS and len(places) == 1
+    }
+
+
+def test_each_session_is_listed_and_counted(users: list[User], homes: Any, nodes: Any) -> None:
+    placed = homes()
+    assert placed.keys() == set(USERS)
+    for node in nodes:
+        here = [user for user in USERS if placed[user] == node.name]
+        assert 0 < len(here) < len(users), "every node has users"
+        counted = 0.0
+        for instance in range(int(node.variables["stickyring_node_instances"])):
+            port = int(node.variables["stickyring_node_port"]) + instance
+            with urlopen(f"http://{node.variables['stickyring_address']}:{port}/metrics", timeout=10) as answer:
+                lines = answer.read().decode().splitlines()
+            counted += sum(float(line.split()[-1]) for line in lines if line.startswith("stickyring_connections{"))
+        assert counted == len(here)
+
+
+def test_a_drained_node_has_no_users_until_a_rebalance_brings_them_back(
+    users: list[User], run: Any, homes: Any, machine: Any, nodes: Any
+) -> None:
+    node, before, since = nodes[0], homes(), time.monotonic()
+    service, count = (node.variables[f"stickyring_node_{name}"] for name in ("service", "instances"))
+    instances = range(1, int(count) + 1)
+
+    def operate(command: str) -> None:
+        for instance in instances:
+            control = f"--control /run/{service}/{instance}/control.sock"
+            machine(node.name).check_output(f"/opt/{service}/current/bin/stickyring {command} {control}")
+
+    try:
+        operate("drain")
+        until(lambda: homes().keys() == set(USERS) and node.name not in homes().values(), "its users are elsewhere")
+    finally:
+        operate("undrain")
+    for user in users:
+        # The node's instances drain one after the other: the next one may get users of the one before.
+        most = len(instances) if before[user.name] == node.name else 0
+        assert bool(most) <= user.disconnects <= most, user.name
+    run("playbooks/rebalance.yml")
+    until(lambda: homes() == before, "every user is at home")
+    assert max(user.silence(since) for user in users) < SILENCE_SECONDS
+
+
+@pytest.mark.parametrize("surge", [pytest.param(False, marks=pytest.mark.soak), True], ids=["restart", "surge"])
+def test_an_update_moves_users_as_often_as_it_says(users: list[User], run: Any, homes: Any, surge: bool) -> None:
+    since, before = time.monotonic(), [user.disconnects for user in users]
+    told = run(
+        "playbooks/rolling_update.yml", stickyring_node_release=f"second-{surge}".lower(), stickyring_node_surge=surge
+    )
+    until(lambda: homes().keys() == set(USERS), "every user is on one node")
+    disconnects = [user.disconnects - earlier for user, earlier in zip(users, before, strict=True)]
+    account = r"(\d+) sessions were .* asked to reconnect (\d+) times \(expected: (\d+), (\d) each\)"
+    found, asked, _, each = map(int, re.search(account, told).groups())
+    assert found == len(users)
+    assert asked == pytest.approx(sum(disconnects), rel=0.05), "the reported count is not what users have seen"
+    assert min(disconnects) >= 1
+    assert max(disconnects) <= each
+    assert max(user.silence(since) for user in users) < SILENCE_SECONDS
+
+
+def test_the_probe_finds_it_sticky_and_broken_without_ids(run: Any, edge_url: Any) -> None:
+    probe = [Path(sys.executable).with_name("stickyring"), "probe", "--no-echo", "--ids", "40"]
+    sticky = subprocess.run([*probe, edge_url("sticky")], capture_output=True, text=True, check=False)
+    assert sticky.returncode == 0, sticky.stdout + sticky.stderr
+    control = subprocess.run([*probe, "--no-key", edge_url("unkeyed")], capture_output=True, text=True, check=False)
+    assert control.returncode == 1, control.stdout
+    assert "Invalid session" in control.stdout
