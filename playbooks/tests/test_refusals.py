@@ -82,6 +82,29 @@ def test_a_node_that_cannot_serve_is_refused(tmp_path: Path, nodes: str, words: 
     assert all(one in said for one in words), said
 
 
+def test_a_description_has_no_secrets_and_no_logins(tmp_path: Path) -> None:
+    secrets = {
+        "stickyring_node_secrets": {"KEY": "hush-1"},
+        "stickyring_probe_auth": {"token": "hush-2"},
+        "stickyring_probe_headers": ["authorization: hush-3"],
+    }
+    # The checksum is given because no binary is fetched here.
+    given = secrets | {"stickyring_directory": str(tmp_path), "stickyring_edge_envoy_sha256": "0" * 64}
+    status, said = run(tmp_path, "playbooks/describe.yml", "--diff", "-e", json.dumps(given))
+    assert status == 0, said
+    described = (tmp_path / "node2.json").read_text()
+    assert "stickyring_node_application" in described
+    assert "hush" not in described + said
+
+
+def test_where_no_ring_moves_the_users_of_a_node_its_removal_is_told(tmp_path: Path) -> None:
+    clusters = [{"name": "nodes", "lb_policy": "ROUND_ROBIN", "endpoints": []}]
+    given = {"stickyring_node": "node2", "stickyring_node_instances": 2, "stickyring_edge_clusters": clusters}
+    status, said = run(tmp_path, "playbooks/remove_node.yml", "-e", json.dumps(given))
+    assert status == 2, said
+    assert "systemctl disable --now stickyring-node@1 stickyring-node@2" in said
+
+
 @pytest.mark.parametrize("settings", ["", "[defaults]\ninterpreter_python = /usr/bin/python3\n"], ids=["ours", "own"])
 def test_an_inventory_overrides_what_is_composed_whatever_the_settings(tmp_path: Path, settings: str) -> None:
     """Even in `all: vars:`, which has the lowest precedence in an inventory. Host names keep their case."""

@@ -33,7 +33,7 @@ with_control = click.option(
     required=True,
     envvar="STICKYRING_CONTROL",
     show_envvar=True,
-    help="The node's control socket, as given to `stickyring serve`.",
+    help="The instance's control socket, as given to `stickyring serve`.",
 )
 
 
@@ -76,7 +76,7 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
     Other users are not affected, nor are sessions without a key or of another cluster than the ring's. If a rebalance
     is running, the command waits for it first.
 
-    Prints JSON with the numbers of sessions to move, staying and without a key at the start, and of those asked, gone
+    Prints JSON with the numbers of sessions to move, staying and without a key at the start, and of those asked, left
     and returned. Exits with 1 if at least two users, and at least a quarter of those asked, come back: then an edge has
     another ring.
     Interrupting the command does not stop the rebalance.
@@ -109,9 +109,9 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
 @click.command()
 @with_control
 def drain(*, path: Path) -> None:
-    """Empty a node for maintenance, and wait until users have left.
+    """Empty an instance for maintenance, and wait until users have left.
 
-    The node accepts no new Socket.IO users, answers 503 at /readyz, and asks all users to reconnect: the edge sends
+    A host with several instances has a control socket for each. The instance accepts no new Socket.IO users, answers 503 at /readyz, and asks all users to reconnect: the edge sends
     them to the next node of the ring. The node keeps running and stays drained until `undrain` or a restart. Prints
     JSON with numbers of sessions: to move, asked and left. Interrupting the command does not stop the drain.
 

@@ -63,8 +63,8 @@ For a private certificate authority, set the environment variable SSL_CERT_FILE.
 @click.option(
     "--http",
     metavar="PATH",
-    help="For an application without Socket.IO: GET this path, and take the node from the node header. A status from "
-    "400 is a failure; a redirect is not followed.",
+    help="For an application without Socket.IO: GET this path, and take the node from the node header. A status of "
+    "400 or more is a failure; a redirect is not followed.",
 )
 @click.option("count", "--ids", type=click.IntRange(min=1), help=f"Number of ids. [default: {DEFAULT_IDS}]")
 @click.option("--id-prefix", default="user-", show_default=True, help="Ids are PREFIX00001, PREFIX00002, ...")
@@ -137,7 +137,7 @@ For a private certificate authority, set the environment variable SSL_CERT_FILE.
     "--node-header",
     default="x-served-by",
     show_default=True,
-    help="Response header that names the node. Without it, texts like `node#NAME: welcome` name it.",
+    help="Response header that names the node. Without this header, texts like `node#NAME: welcome` name the node.",
 )
 @click.option("--event", default="message", show_default=True, help="Event that the application echoes.")
 @click.option(
