@@ -153,9 +153,9 @@ def updated(document: str, parts: Mapping[str, Any], defaults: Mapping[str, Any]
     costs, users = Costs.of(nodes), caps.node_connections
     websocket, polling = (seconds_back(users, 1, each) for each in (costs.websocket_first, costs.polling_first))
     lines = [
-        *_hosts("a host of nodes", partial(limits, costs, caps)),
+        *_hosts("a node", partial(limits, costs, caps)),
         "",
-        *_hosts("a host of nodes on PyPy", partial(limits, Costs.of(nodes, PYPY), caps)),
+        *_hosts("a node with PyPy", partial(limits, Costs.of(nodes, PYPY), caps)),
         "",
         f"After an outage, all {number(users)} users of an instance at its cap are back in {number(websocket)} s if "
         f"they begin with WebSocket, and in {number(polling)} s if they begin with polling, with the whole core. "

@@ -149,7 +149,7 @@ def serve(
     watchdog: float | None,
     log_level: str,
 ) -> None:
-    """Serve APPLICATION as one node of a sticky Socket.IO deployment.
+    """Serve APPLICATION as one instance of a sticky Socket.IO deployment.
 
     APPLICATION is a WSGI application, or with --worker-class asgi an ASGI application, as `module:attribute` or
     `module:factory()`; the default is the echo service. Its Socket.IO servers may be anywhere in it: a
