@@ -29,6 +29,17 @@ def test_another_clone_is_refused(playbook: str, inventory: Any, ansible: Any, t
     ansible("ansible", "-i", inventory, "all", "-m", "ansible.builtin.ping")
 
 
+def test_a_host_with_a_failed_unit_is_kept(inventory: Any, ansible: Any, machine: Any) -> None:
+    node = machine("node1")
+    node.run("systemd-run --quiet --unit=fails --wait false")
+    try:
+        assert node.run("systemctl is-system-running").stdout.strip() == "degraded"
+        told = ansible("ansible-playbook", "-i", inventory, "molecule/shared/create.yml").stdout
+        assert set(re.findall(r"changed=(\d+)", told)) == {"0"}
+    finally:
+        node.run("systemctl reset-failed fails")
+
+
 @pytest.mark.soak
 def test_a_lab_that_lost_a_host_and_a_route_is_repaired(inventory: Any, ansible: Any, machine: Any, hosts: Any) -> None:
     kept = machine("node1").check_output("cat /proc/sys/kernel/random/boot_id; stat --format=%Y /proc/1")

@@ -121,7 +121,7 @@ class Fleet:
 
     def passes_credentials(self, node: Any) -> bool:
         """Whether the node's systemd passes credentials to any unit at all: in a container of podman, it does not."""
-        trial = "systemd-run --quiet --wait --pipe --property=LoadCredential=trial:/etc/hostname"
+        trial = "systemd-run --quiet --collect --wait --pipe --property=LoadCredential=trial:/etc/hostname"
         return bool(self.machine(node.name).run(f"{trial} sh -c 'test -s \"$CREDENTIALS_DIRECTORY/trial\"'").rc == 0)
 
     def mark(self, values: list[str]) -> None:
