@@ -29,10 +29,11 @@ USERS = [f"user-{number}" for number in range(300)]
 PAUSE_SECONDS = 5.0
 ANSWER_SECONDS = 5.0
 """How long a client waits for an acknowledgement; python-socketio's does so even if it is disconnected meanwhile."""
+RETRY_SECONDS = 0.5
 SILENCE_SECONDS = 2 * ANSWER_SECONDS + PAUSE_SECONDS
 MOVED_SECONDS = 20
 START_SECONDS = 60
-CONNECTING = asyncio.Semaphore(20)
+MOST_AT_ONCE = 20
 """How many connect at the same time; a storm is another suite's subject."""
 APPLICATIONS = {"fastapi_chat:app": "asgi", "flask_rooms:app": "eventlet"}
 
@@ -64,7 +65,7 @@ def run(request: pytest.FixtureRequest, project: Path, ansible: Any, inventory: 
 
     def play(*words: str, **changed: object) -> str:
         options = ["-e", json.dumps(settings | changed)]
-        return str(ansible("ansible-playbook", "-i", inventory, *words, *options).stdout)
+        return " ".join(ansible("ansible-playbook", "-i", inventory, *words, *options).stdout.split())
 
     play("site.yml")
     return play
@@ -73,7 +74,8 @@ def run(request: pytest.FixtureRequest, project: Path, ansible: Any, inventory: 
 class User:
     """A client that reconnects by itself, and says something every few seconds.
 
-    answered: when its words were acknowledged; wrong: acknowledgements that are not what was said.
+    answered: when its words were acknowledged; wrong: acknowledgements that are not what was said; refused: why it
+    could not connect at first.
     """
 
     def __init__(self, name: str, transports: list[str]) -> None:
@@ -82,28 +84,34 @@ class User:
         self.disconnects = 0
         self.answered: list[float] = []
         self.wrong: list[object] = []
+        self.refused: socketio.exceptions.ConnectionError | None = None
         self.client.on("disconnect", self._count)
 
     def _count(self, reason: str) -> None:
         self.disconnects += 1
 
-    async def live(self, url: str, ended: asyncio.Event) -> None:
-        async with CONNECTING:
-            await self.client.connect(f"{url}?client_id={self.name}", transports=self.transports, wait_timeout=20)
+    async def live(self, url: str, connecting: asyncio.Semaphore, ended: asyncio.Event) -> None:
+        try:
+            async with connecting:
+                await self.client.connect(f"{url}?client_id={self.name}", transports=self.transports, wait_timeout=20)
+        except socketio.exceptions.ConnectionError as error:
+            self.refused = error
+            return
         while not ended.is_set():
-            await self._talk(f"message {len(self.answered)}")
+            heard = await self._talk(f"message {len(self.answered)}")
             with suppress(TimeoutError):
-                await asyncio.wait_for(ended.wait(), PAUSE_SECONDS)
+                await asyncio.wait_for(ended.wait(), PAUSE_SECONDS if heard else RETRY_SECONDS)
         await self.client.shutdown()
 
-    async def _talk(self, text: str) -> None:
+    async def _talk(self, text: str) -> bool:
         try:
             answer = await self.client.call("say", (self.name, text), timeout=ANSWER_SECONDS)
         except (socketio.exceptions.TimeoutError, socketio.exceptions.BadNamespaceError):
-            return  # it is being moved
+            return False  # it is being moved
         self.answered.append(time.monotonic())
         if answer != text:
             self.wrong.append(answer)
+        return True
 
     def silence(self, since: float) -> float:
         """The longest time since then without an acknowledgement, in seconds."""
@@ -122,14 +130,13 @@ class Users:
 
     async def _live(self) -> None:
         self._loop = asyncio.get_running_loop()
-        await asyncio.gather(*(user.live(self._url, self._ended) for user in self.all))
+        connecting = asyncio.Semaphore(MOST_AT_ONCE)
+        await asyncio.gather(*(user.live(self._url, connecting, self._ended) for user in self.all))
 
     def __enter__(self) -> Users:
         self._thread.start()
-        until(
-            lambda: all(user.answered for user in self.all) or not self._thread.is_alive(), "all started", START_SECONDS
-        )
-        assert self._thread.is_alive(), "a client could not connect"
+        until(lambda: all(user.answered or user.refused for user in self.all), "all are answered", START_SECONDS)
+        assert not [(user.name, user.transports, user.refused) for user in self.all if user.refused]
         return self
 
     def __exit__(self, *_: object) -> None:
