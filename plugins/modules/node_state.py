@@ -101,7 +101,7 @@ moving:
   returned: success
 behind: {description: "Wanted instances that do not run the linked state", type: list, elements: int, returned: success}
 obsolete:
-  description: What to remove below releases, namely releases beyond the kept ones, releases that never served, and older settings
+  description: What to remove below releases, namely those beyond the kept ones or that never served, and older settings
   type: list
   elements: str
   returned: success

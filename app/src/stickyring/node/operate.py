@@ -111,9 +111,10 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
 def drain(*, path: Path) -> None:
     """Empty an instance for maintenance, and wait until users have left.
 
-    A host with several instances has a control socket for each. The instance accepts no new Socket.IO users, answers 503 at /readyz, and asks all users to reconnect: the edge sends
-    them to the next node of the ring. The node keeps running and stays drained until `undrain` or a restart. Prints
-    JSON with numbers of sessions: to move, asked and left. Interrupting the command does not stop the drain.
+    A host with several instances has a control socket for each. The instance accepts no new Socket.IO users, answers
+    503 at /readyz, and asks all users to reconnect: the edge sends them to the next instance of the ring. It keeps
+    running and stays drained until `undrain` or a restart. Prints JSON with numbers of sessions: to move, asked and
+    left. Interrupting the command does not stop the drain.
 
     \b
     Examples:

@@ -40,7 +40,10 @@ class Unknown(click.ClickException):
 @click.argument("options", metavar="[-- OPTIONS]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--live", is_flag=True, help="Also ask all nodes for sessions of this user.")
 @click.option(
-    "-i", "--inventory", type=click.Path(exists=True), help="As for ansible-playbook. [default: ANSIBLE_INVENTORY, else that of ansible.cfg]"
+    "-i",
+    "--inventory",
+    type=click.Path(exists=True),
+    help="As for ansible-playbook. [default: ANSIBLE_INVENTORY, else that of ansible.cfg]",
 )
 def whereis(*, user: str, options: tuple[str, ...], live: bool, inventory: str | None) -> None:
     """Show the assigned node of user ID, from the rings of all edges.
