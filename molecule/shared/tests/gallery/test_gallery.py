@@ -126,7 +126,7 @@ class Users:
         self._url = url
         self.all = [User(name, TRANSPORTS[number % len(TRANSPORTS)]) for number, name in enumerate(USERS)]
         self._ended = asyncio.Event()
-        self._thread = threading.Thread(target=asyncio.run, args=[self._live()])
+        self._thread = threading.Thread(target=asyncio.run, args=[self._live()], daemon=True)
 
     async def _live(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -171,6 +171,8 @@ def until(condition: Callable[[], bool], what: str, seconds: float = MOVED_SECON
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        # Without a pause, this thread would hold up that of the clients.
+        time.sleep(0.1)
 
 
 @pytest.fixture
