@@ -580,6 +580,13 @@ def test_extra_bytes_after_a_waiting_poll_do_not_end_the_session(node: ServeProc
     session.close()
 
 
+def test_a_method_of_no_transport_is_a_bad_request(node: ServeProcess) -> None:
+    session = Polling(node)
+    for path in ("/socket.io/?EIO=4&transport=polling", session.path):
+        assert node.get(path, method="PUT").status == 400
+    session.close()
+
+
 def test_an_incomplete_upgrade_request_opens_no_session(node: ServeProcess) -> None:
     session = Polling(node)
     for path in ("/socket.io/?EIO=4&transport=websocket", session.path):

@@ -110,7 +110,7 @@ class AsyncSocketIOGate(Gate):
         answer = await self._answer(environ)
         if answer is None:
             return
-        status, headers, body = answer
+        status, headers, body = conforming(environ, answer)
         if channel is not None:
             channel.taken = True
             channel.websocket.refuse(status, [*headers, NO_SNIFFING], body)
@@ -147,7 +147,7 @@ class AsyncSocketIOGate(Gate):
         answer = await (self._poll(session, environ) if is_a_poll(environ) else self._ask(environ))
         if answer is not None and session.failed == "too_long" and answer[0].startswith("400"):
             answer = "413 Content Too Large", *answer[1:]
-        return None if answer is None else conforming(environ, answer)
+        return answer
 
     def _invalid_websocket(self, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]]] | None:
         if not is_a_websocket(environ):
