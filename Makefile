@@ -77,6 +77,7 @@ unit: .venv/.tools ## Unit tests, without root and without the lab
 	cd app && pytest $(SIDE_BY_SIDE)
 	@# What has to hold for applications of both kinds, on the other worker class.
 	cd app && STICKYRING_TEST_RUNTIME=asgi pytest $(SIDE_BY_SIDE) $(ON_BOTH)
+	cd app && STICKYRING_TEST_RUNTIME=gevent pytest $(SIDE_BY_SIDE) tests/node/test_drain.py tests/node/test_rebalance.py
 	@# Separate, because importing Ansible's controller redirects the warnings of modules.
 	pytest $(SIDE_BY_SIDE) playbooks
 	pytest $(SIDE_BY_SIDE) roles molecule/tests bench

@@ -104,6 +104,8 @@ def rewrite(directory: Path) -> None:
         source = path.read_text()
         if RUNTIME == "asgi" and ("WSGIApp(" in source or "def application(environ" in source):
             path.write_text(as_asgi(source))
+        if RUNTIME == "gevent":
+            path.write_text(source.replace("eventlet", "gevent"))
 
 
 WSGI_TO_ASGI = """
@@ -122,7 +124,7 @@ class WsgiToAsgi:
         await send({"type": "http.response.body", "body": body})
 """
 RUNTIME = os.environ.get("STICKYRING_TEST_RUNTIME", "eventlet")
-"""Which worker class serves the tests' applications: eventlet, or asgi, for which they are rewritten."""
+"""Which worker class serves the tests' applications: eventlet, or asgi or gevent, for which they are rewritten."""
 WORKER = {"STICKYRING_WORKER_CLASS": RUNTIME}
 
 

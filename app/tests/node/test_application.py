@@ -128,7 +128,7 @@ number = 7
         ("import socketio; lone = socketio.Server()", "flask", "a socketio.Server that no socketio.WSGIApp serves"),
         ("import engineio; e = engineio.WSGIApp(engineio.Server())", "flask", "an engineio.Server without Socket.IO"),
         (
-            "import socketio as s; e = s.WSGIApp(s.Server(async_mode='gevent'))",
+            "import socketio as s; e = s.WSGIApp(s.Server(async_mode='gevent_uwsgi'))",
             "flask",
             "whose package is not installed (",
         ),
@@ -153,7 +153,9 @@ def test_a_check_listens_nowhere_and_ends_well(tmp_path: Path, application: str)
 def test_an_async_mode_that_does_not_fit_the_worker_is_refused(tmp_path: Path) -> None:
     run = check(tmp_path, "flask_rooms:app", "--worker-class", "gthread")
     assert run.returncode == 1
-    assert "its async_mode is 'eventlet', but ThreadWorker needs 'threading'" in run.stderr
+    assert run.stderr.splitlines()[-1].endswith(
+        "its async_mode is 'eventlet', but ThreadWorker needs 'threading': set it"
+    )
 
 
 @pytest.fixture

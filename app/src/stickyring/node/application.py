@@ -189,5 +189,6 @@ def _check_server(server: object, worker: type[Worker]) -> None:
     if allowed is not None and server.async_mode not in allowed:
         raise CannotBeServedError(
             f"its async_mode is {server.async_mode!r}, but {worker.__name__} needs {' or '.join(map(repr, allowed))}: "
-            "set it, or leave it out"
+            # python-socketio prefers eventlet, which is always installed here.
+            + ("set it, or leave it out" if {"eventlet", "asgi"} & {*allowed} else "set it")
         )
