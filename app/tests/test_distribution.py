@@ -165,4 +165,4 @@ def test_without_the_node_the_other_commands_are_listed() -> None:
     done = without_node("from stickyring.cli import main; main(['--help'])")
     assert (done.returncode, done.stderr) == (0, "")
     assert "probe" in done.stdout
-    assert "Serve APPLICATION as one node" in done.stdout
+    assert "Serve APPLICATION as one instance" in done.stdout
