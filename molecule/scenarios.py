@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Runs all scenarios, and writes what each suite proves and how long it takes into molecule/README.md.
+"""Runs the scenarios, and writes what each suite proves and how long it takes into molecule/README.md.
 
-In a soak (molecule/soak.py) the suites run every test, and the README is not changed.
+Of those that were not run, the table keeps the rows. In a soak (molecule/soak.py) the suites run every test, and the
+README is not changed.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import itertools
 import json
@@ -13,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -36,6 +38,11 @@ FAILED_TASK = re.compile(r"fatal: .*")
 TASKS_WORDS = re.compile(r"(msg|stderr|stdout): .*")
 LINES_OF_A_REASON = 12
 LINES_OF_A_TASK = 60
+EXAMPLES = """
+examples:
+  make molecule                          all of them
+  molecule/scenarios.py operations       one, on hosts that it creates and removes
+"""
 WHAT_ACTIONS_DO = {
     "create": "Makes the hosts.",
     "prepare": "Builds what only this scenario deploys.",
@@ -58,17 +65,22 @@ class Row(NamedTuple):
 
 def main() -> None:
     """Run the scenarios; exit with the status of the first command that fails."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = (*SAME_HOSTS, *OTHERS)
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"{', '.join(known)}; without any, all")
+    chosen = parser.parse_args().scenarios
+    if unknown := set(chosen).difference(known):
+        parser.error(f"no scenario: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     longrun.heed_interrupts()
     ARTIFACTS.mkdir(exist_ok=True)
     SUITES.unlink(missing_ok=True)
     rows: list[Row] = []
     with LOG.open("w") as log:
+        every = [["test", "--shared-state", *named(SAME_HOSTS)], ["test", *named(OTHERS)]]
         # A demo may be running on these hosts.
-        for command in (
-            ["destroy", "--scenario-name", "default"],
-            ["test", "--shared-state", *named(SAME_HOSTS)],
-            ["test", *named(OTHERS)],
-        ):
+        for command in [["destroy", *named(["default"])], *([["test", *named([one])] for one in chosen] or every)]:
             status, found = play(["molecule", *command], log)
             rows += found if command[0] == "test" else []
             if status:
@@ -76,7 +88,7 @@ def main() -> None:
                 sys.exit(status)
     tests = [json.loads(line) for line in SUITES.read_text().splitlines()]
     if "STICKYRING_SOAK" not in os.environ:
-        write(rows + [suite_row(one) for one in tests])
+        write(rows + [suite_row(one) for one in tests], chosen or known)
     slowest = sorted((step for one in tests for step in one["steps"]), key=lambda step: -step[1])[:SLOWEST]
     print(f"\n==> The slowest {SLOWEST} tests, with their shared fixtures:")
     print(*(f"{seconds:6.1f} s  {name}" for name, seconds in slowest), sep="\n")
@@ -131,15 +143,19 @@ def failures(lines: list[str]) -> Iterable[str]:
             yield from (said[0] for line in ours if (said := TASKS_WORDS.search(line)))
 
 
-def write(rows: list[Row]) -> None:
-    """Write the table between its marks in the README."""
+def write(rows: list[Row], ran: Sequence[str]) -> None:
+    """Write the table between its marks in the README; scenarios that were not run keep their rows."""
+    before, _, rest = README.read_text().partition(MARKS[0])
+    written, _, after = rest.partition(MARKS[1])
     order = [*SAME_HOSTS, *OTHERS]
+    for line in written.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] in order and cells[0] not in ran:
+            rows.append(Row(cells[0], cells[1], cells[2], int(cells[3] or 0), float(cells[4])))
     table = ["| scenario | step or suite | what it proves | tests | seconds |", "|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: order.index(row.scenario)):
         table.append(f"| {row.scenario} | {row.step} | {row.proves} | {row.tests or ''} | {row.seconds:.0f} |")
     table.append(f"| all | | | {sum(row.tests for row in rows)} | {sum(row.seconds for row in rows):.0f} |")
-    before, _, rest = README.read_text().partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
     README.write_text("\n".join([before + MARKS[0], "", *table, "", MARKS[1]]) + after)
 
 

@@ -38,6 +38,9 @@ SETTLED_SECONDS = 180
 PATIENT = ["--timeout", "60", "--concurrency", "10"]
 """Options of `stickyring probe`: an emulated machine takes its time."""
 RELEASE = "vm-update"
+SECRET = {"TOKEN": "not-a-secret-outside-these-machines"}
+SERVICE = "stickyring-node"
+CREDENTIAL = f"/run/credentials/{SERVICE}@1.service/secret_TOKEN"
 ABOUT = f"""\
 An edge and two nodes on Debian 12, each with its own kernel and {machines.MEMORY_MIB} MiB, emulated by QEMU without
 KVM: everything takes many times the seconds that it takes on real machines.
@@ -87,7 +90,7 @@ class Journey:
 
     def __init__(self) -> None:
         self.nodes = [REBOOTED, CUT]
-        self.release: dict[str, str] = {}
+        self.release: dict[str, object] = {}
         self.homes: dict[str, set[str]] = {}
 
     def describe(self) -> None:
@@ -213,14 +216,23 @@ def bring_home(journey: Journey) -> None:
 
 
 def update(journey: Journey) -> None:
-    """Bring the nodes to another release, one after another."""
-    journey.release = {"stickyring_node_release": RELEASE}
+    """Bring the nodes to another release and to a secret, one after another.
+
+    Only the application may read the secret as a credential. In the lab's containers, systemd passes none.
+    """
+    journey.release = {"stickyring_node_release": RELEASE, "stickyring_node_secrets": SECRET}
     journey.describe()
     journey.run("ansible-playbook playbooks/rolling_update.yml")
     for node in journey.nodes:
-        current = journey.fleet[node].run("readlink /opt/stickyring-node/current").stdout.strip()
+        machine = journey.fleet[node]
+        current = machine.run("readlink /opt/stickyring-node/current").stdout.strip()
         if Path(current).name != RELEASE:
             raise Failed(f"{node} serves {current or 'no release'} after the update")
+        as_service = f"sudo setpriv --reuid {SERVICE} --regid {SERVICE} --clear-groups"
+        if machine.run(f"{as_service} cat {CREDENTIAL}").stdout != SECRET["TOKEN"]:
+            raise Failed(f"{node} does not pass the secret to its instance as a credential")
+        if machine.run(f"cat {CREDENTIAL}").returncode == 0:
+            raise Failed(f"on {node}, {machines.USER} can read the secret")
 
 
 def remove_node(journey: Journey) -> None:
@@ -250,7 +262,7 @@ SERVING = (
     Step("negative control: without an id, clients meet `Invalid session`", 2, control),
     Step(f"reboot of {REBOOTED}", 6, reboot, (REBOOTED,)),
     Step(f"power cut of {CUT}", 7, cut_power, (CUT,)),
-    Step("update to another release: `rolling_update.yml`", 10, update, (REBOOTED, CUT)),
+    Step("update to another release with a secret: `rolling_update.yml`", 15, update, (REBOOTED, CUT)),
     Step(f"removal of {CUT}: `remove_node.yml`", 4, remove_node, (CUT,)),
     Step("verify: `site.yml` changes nothing, `verify.yml`", 4, verify),
 )

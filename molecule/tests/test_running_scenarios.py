@@ -64,6 +64,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     stub.chmod(0o755)
     monkeypatch.setenv("PATH", f"{stub.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("FAILS", "")
+    monkeypatch.setattr("sys.argv", ["scenarios.py"])
     return module
 
 
@@ -81,6 +82,36 @@ def test_it_writes_what_each_suite_proves(
     assert any(row.startswith("| default | create | Makes the hosts.") for row in rows)
     told = capsys.readouterr().out
     assert told.index("2.0 s  test_a.py::test_x") < told.index("0.5 s  test_a.py::test_y")
+
+
+def test_one_scenario_leaves_the_rows_of_the_others(
+    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = tmp_path / "molecule" / "README.md"
+    others = "| scale | scaling | Grows. | 8 | 464 |\n| default | nodes | Gone. | 21 | 16 |\n| all | | | 29 | 480 |"
+    readme.write_text(f"\n{others}\n".join(program.MARKS))
+    monkeypatch.setattr("sys.argv", ["scenarios.py", "default"])
+    program.main()
+    assert (tmp_path / "commands").read_text().splitlines() == [
+        "destroy --scenario-name default",
+        "test --scenario-name default",
+    ]
+    rows = readme.read_text().splitlines()
+    assert "| default | nodes | Nodes serve. | 2 | 2 |" in rows
+    assert "Gone." not in readme.read_text()
+    assert rows[-4:-2] == ["| scale | scaling | Grows. | 8 | 464 |", "| all | | | 10 | 467 |"]
+
+
+def test_an_unknown_scenario_is_refused(
+    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["scenarios.py", "nodes"])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.endswith("no scenario: nodes; there are default, failover, operations, scale, debian12")
+    assert not (tmp_path / "commands").exists()
 
 
 def test_a_failure_ends_it_and_is_shown_last(
