@@ -11,7 +11,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-from conftest import ServeProcess, serving, wait_until
+from conftest import RUNTIME, ServeProcess, serving, wait_until
 
 from stickyring.node.websocket import WebSocket, frame
 
@@ -439,6 +439,54 @@ def test_broken_connections_do_not_affect_the_node(node: ServeProcess, connect: 
     client.connection.close()
     assert node.get("/healthz").status == 200
     assert not [line for line in node.log()[before:] if line["level"] in {"WARNING", "ERROR"}]
+
+
+COUNTED = """
+import asyncio
+import gc
+
+import greenlet
+import socketio
+
+server = socketio.Server(async_mode="eventlet")
+
+
+@server.event
+def threads(sid):
+    gc.collect()
+    found = [one for one in gc.get_objects() if isinstance(one, greenlet.greenlet | asyncio.Task)]
+    return len([one for one in found if not (one.done() if isinstance(one, asyncio.Task) else one.dead)])
+
+
+application = socketio.WSGIApp(server)
+"""
+
+
+def test_an_idle_session_keeps_nothing_but_its_reader(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:
+    """python-engineio alone keeps a writer and a ping too; on asyncio, a session needs no task at all."""
+    Path(tmp_path, "counted.py").write_text(COUNTED)
+    node = serve("counted:application")
+    clients: list[Client] = []
+
+    def join() -> None:
+        clients.append(Client(node))
+        assert clients[-1].frame()[1].startswith(b"0{")
+        clients[-1].send(TEXT, b"40")
+        assert clients[-1].frame()[1].startswith(b"40")
+
+    def threads() -> int:
+        clients[0].send(TEXT, b'420["threads"]')
+        answer = clients[0].frame()[1].decode()
+        assert answer.startswith("430[")
+        return int(json.loads(answer[3:])[0])
+
+    join()
+    before = threads()
+    for _ in range(20):
+        join()
+    assert threads() - before == (0 if RUNTIME == "asgi" else 20)
+    for client in clients:
+        client.connection.close()
 
 
 IMPATIENT = """

@@ -31,11 +31,25 @@ class Connection(GreenSocket):
         self._deadline = 0.0
         self._holding = False
         self._held = b""
+        self._serve: Callable[[], object] | None = None
         del self.close  # eventlet's own, which ignores a waiting reader
 
     def watch(self) -> None:
         """Stay registered with epoll from the next wait until the end; after that only `recv` and sending work."""
         self._watching = True
+
+    def hand_over(self, serve: Callable[[], object]) -> None:
+        """Have `serve_on` call this after the request, whose memory is then free; until then, `close` does nothing."""
+        self._serve = serve
+
+    def serve_on(self) -> None:
+        """Call what the connection was handed over to, and close it."""
+        if self._serve is not None:
+            serve, self._serve = self._serve, None
+            try:
+                serve()
+            finally:
+                self.close()
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
         """Return at most `bufsize` bytes, waiting for the first of them; none when the client has closed.
@@ -143,6 +157,8 @@ class Connection(GreenSocket):
 
     def close(self) -> None:
         """Close the connection; if a green thread is reading, it sees the end and closes it."""
+        if self._serve is not None:
+            return
         self._holding, self._held = False, b""
         if self._reader is not None:
             with contextlib.suppress(OSError):

@@ -1,5 +1,7 @@
 """The gate in front of a Socket.IO application: it caps and counts connections, and knows the user of each session."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import threading
@@ -55,8 +57,6 @@ class Gate:
         self._sessions = sessions
         self._drain = drain
         self._engine: Engine = server.eio
-        # (deadline for joining, session id), in order.
-        self._arrivals: deque[tuple[float, str]] = deque()
         self.predecessor: Predecessor | None = None
         self.exhausted: Callable[[], bool] = lambda: False
 
@@ -67,7 +67,7 @@ class Gate:
         return len(self._sessions) >= self._max_connections
 
     def _refusal(
-        self, environ: "WSGIEnvironment", query: str, sid: str | None, session: Session | None
+        self, environ: WSGIEnvironment, query: str, sid: str | None, session: Session | None
     ) -> tuple[str, list[tuple[str, str]], bytes] | None:
         """Return status, headers and body for a request that the engine must not see; else None."""
         if session is None and sid is not None:
@@ -88,9 +88,13 @@ class Gate:
             self._metrics.refused.labels(transport_label(query), "bad_request").inc()
         return (*refused, b"") if refused else None
 
-    def _invalid_websocket(self, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]]] | None:
+    def _invalid_websocket(self, environ: WSGIEnvironment) -> tuple[str, list[tuple[str, str]]] | None:
         """Return status and headers for an invalid handshake of a WebSocket; else None."""
         raise NotImplementedError
+
+    def _end_who_has_not_joined(self, sid: str) -> None:
+        if (session := self._sessions.get(sid)) is not None and not self._has_joined(sid):
+            session.fail("unjoined")
 
     def _has_joined(self, sid: str) -> bool:
         manager = self._server.manager
@@ -145,16 +149,17 @@ class SocketIOGate(Gate):
         check_packets(server)
         # The only way to make python-engineio use another WebSocket.
         server.eio._async = {**server.eio._async, "websocket": _choose_websocket(server.eio._async["websocket"])}
-        self._watches_arrivals = False
+        self._arrivals = Timetable(self._engine, JOIN_SECONDS, self._end_who_has_not_joined)
+        self._pings = Timetable(self._engine, self._engine.ping_interval, self._ping)
         self._watch()
 
-    def _guard(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+    def _guard(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request, in place of the engine."""
         if self.predecessor is not None and (passed_on := self._ask_predecessor(self.predecessor, environ)):
             return _answer(start_response, *passed_on)
         return self._serve(environ, start_response)
 
-    def _serve(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+    def _serve(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         query = environ.get("QUERY_STRING", "")
         sid = parameter(query, "sid")
         session = self._sessions.get(sid or "")
@@ -176,11 +181,11 @@ class SocketIOGate(Gate):
             answer = "413 Content Too Large", *answer[1:]
         return _answer(start_response, *conforming(environ, answer))
 
-    def _invalid_websocket(self, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]]] | None:
+    def _invalid_websocket(self, environ: WSGIEnvironment) -> tuple[str, list[tuple[str, str]]] | None:
         return refusal(environ) if environ[SOCKET_VARIABLE] is not None and is_a_websocket(environ) else None
 
     def _ask_predecessor(
-        self, predecessor: Predecessor, environ: "WSGIEnvironment"
+        self, predecessor: Predecessor, environ: WSGIEnvironment
     ) -> tuple[str, list[tuple[str, str]], bytes] | None:
         """Return the predecessor's answer to a request of one of its sessions; None if it is not one."""
         sid = parameter(environ.get("QUERY_STRING", ""), "sid")
@@ -193,12 +198,12 @@ class SocketIOGate(Gate):
             return None
         return predecessor.ask(environ, body.encode(), self._engine.ping_interval + self._engine.ping_timeout)
 
-    def _ask(self, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]], bytes]:
+    def _ask(self, environ: WSGIEnvironment) -> tuple[str, list[tuple[str, str]], bytes]:
         """Return status, headers and body of the engine's answer; StopIteration at the end of a WebSocket."""
         begun: list[tuple[str, list[tuple[str, str]]]] = []
 
         def begin(
-            status: str, headers: list[tuple[str, str]], _exc_info: "OptExcInfo | None" = None, /
+            status: str, headers: list[tuple[str, str]], _exc_info: OptExcInfo | None = None, /
         ) -> Callable[[bytes], object]:
             begun.append((status, [*headers]))
             return lambda _: None
@@ -217,7 +222,7 @@ class SocketIOGate(Gate):
         ((status, headers),) = begun
         return status, headers, body
 
-    def _poll(self, session: Session, environ: "WSGIEnvironment") -> tuple[str, list[tuple[str, str]], bytes]:
+    def _poll(self, session: Session, environ: WSGIEnvironment) -> tuple[str, list[tuple[str, str]], bytes]:
         session.begin_poll()
         heeding = getattr(environ[SOCKET_VARIABLE], "heeding_its_end", lambda _: contextlib.nullcontext())
         try:
@@ -235,7 +240,7 @@ class SocketIOGate(Gate):
         return status, headers, body
 
     def _handshake(
-        self, environ: "WSGIEnvironment", start_response: "StartResponse", transport: str, protocol: str
+        self, environ: WSGIEnvironment, start_response: StartResponse, transport: str, protocol: str
     ) -> Iterable[bytes]:
         supported = protocol == ENGINE_IO_PROTOCOL
         if supported and self.full:
@@ -251,24 +256,30 @@ class SocketIOGate(Gate):
             self._metrics.refused.labels(transport, reason if supported else "protocol").inc()
         return _answer(start_response, status, headers, body)
 
+    def _ping(self, sid: str) -> None:
+        if (session := self._sessions.get(sid)) is not None:
+            session.ping()
+
     def _watch(self) -> None:
         """Wrap the Socket.IO server's handlers of the engine's events."""
         engine, metrics, sessions = self._engine, self._metrics, self._sessions
         connect, message, disconnect = (engine.handlers[event] for event in ("connect", "message", "disconnect"))
         send_packet = engine.send_packet
 
-        def on_connect(sid: str, environ: "WSGIEnvironment") -> object:
+        def on_connect(sid: str, environ: WSGIEnvironment) -> object:
             answer = connect(sid, environ)
             if answer is None or answer is True:
                 transport = transport_label(environ.get("QUERY_STRING", ""))
                 metrics.accepted[transport].inc()
                 polling = None if transport == "websocket" else threading.Lock()
                 socket = engine.sockets[sid]
-                session = Session(engine, socket, polling=polling, on_failure=metrics.count_failure)
+                session = Session(
+                    engine, socket, polling=polling, on_failure=metrics.count_failure, await_ping=self._pings.add
+                )
                 session.note(environ)
                 session.stand_in()
                 sessions[sid] = environ[SESSION_VARIABLE] = session
-                self._expect_to_join(sid)
+                self._arrivals.add(sid)
                 log.debug("connected", extra={"sid": sid, "transport": transport})
             return answer
 
@@ -295,7 +306,8 @@ class SocketIOGate(Gate):
         def counting_send_packet(sid: str, packet: Packet) -> None:
             if (session := sessions.get(sid)) is not None:
                 metrics.sent[session.transport].inc()
-            if session is None or (not session.send_at_once(packet) and session.has_room_for(packet)):
+                session.send(packet)
+            else:
                 send_packet(sid, packet)
 
         engine.on("connect", on_connect)
@@ -333,29 +345,40 @@ class SocketIOGate(Gate):
         server._handle_event = count_and_handle
         server._handle_event_internal = handle_and_count
 
-    def _expect_to_join(self, sid: str) -> None:
-        self._arrivals.append((time.monotonic() + JOIN_SECONDS, sid))
-        if not self._watches_arrivals:
-            self._watches_arrivals = True
-            self._engine.start_background_task(self._end_who_never_join)
 
-    def _end_who_never_join(self) -> None:
-        while True:
-            while self._arrivals and self._arrivals[0][0] <= time.monotonic():
-                _, sid = self._arrivals.popleft()
-                if (session := self._sessions.get(sid)) is not None and not self._has_joined(sid):
-                    session.fail("unjoined")
-            due = self._arrivals[0][0] if self._arrivals else time.monotonic() + JOIN_SECONDS
-            self._engine.sleep(max(due - time.monotonic(), 0))
+class Timetable:
+    """Calls `then` with the id of a session so many seconds after it was added, from one background task for all."""
+
+    def __init__(self, engine: Engine, seconds: float, then: Callable[[str], object]) -> None:
+        self._engine, self._seconds, self._then = engine, seconds, then
+        self._due: deque[tuple[float, str]] = deque()
+        self._runs = False
+
+    def add(self, sid: str) -> None:
+        """Add a session."""
+        self._due.append((time.monotonic() + self._seconds, sid))
+        if not self._runs:
+            self._runs = True
+            self._engine.start_background_task(self._run)
+
+    def _run(self) -> None:
+        while self._due:
+            due, sid = self._due[0]
+            if (left := due - time.monotonic()) > 0:
+                self._engine.sleep(left)
+            else:
+                self._due.popleft()
+                self._then(sid)
+        self._runs = False
 
 
-def _choose_websocket(other: Callable[..., "WSGIApplication"]) -> Callable[..., "WSGIApplication"]:
+def _choose_websocket(other: Callable[..., WSGIApplication]) -> Callable[..., WSGIApplication]:
     """Return a factory of our WebSocket if gunicorn provides the connection, and of the other one if not."""
 
-    def choose(handler: Callable[[WebSocket], object], server: Server) -> "WSGIApplication":
-        def open_websocket(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+    def choose(handler: Callable[[WebSocket], object], server: Server) -> WSGIApplication:
+        def open_websocket(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
             ours = environ[SOCKET_VARIABLE] is not None
-            return (SessionWebSocket(handler, server) if ours else other(handler, server))(environ, start_response)
+            return (SessionWebSocket(server) if ours else other(handler, server))(environ, start_response)
 
         return open_websocket
 
@@ -379,12 +402,12 @@ def transport_label(query: str) -> str:
     return transport if transport in TRANSPORTS else "other"
 
 
-def is_a_websocket(environ: "WSGIEnvironment") -> bool:
+def is_a_websocket(environ: WSGIEnvironment) -> bool:
     """Return whether a request asks for a WebSocket."""
     return bool(environ.get("HTTP_UPGRADE", "").lower() == "websocket")
 
 
-def is_a_poll(environ: "WSGIEnvironment") -> bool:
+def is_a_poll(environ: WSGIEnvironment) -> bool:
     """Return whether a request waits for a polling session's packets."""
     if environ["REQUEST_METHOD"] != "GET" or "HTTP_UPGRADE" in environ:
         return False
@@ -392,7 +415,7 @@ def is_a_poll(environ: "WSGIEnvironment") -> bool:
 
 
 def conforming(
-    environ: "WSGIEnvironment", answer: tuple[str, list[tuple[str, str]], bytes]
+    environ: WSGIEnvironment, answer: tuple[str, list[tuple[str, str]], bytes]
 ) -> tuple[str, list[tuple[str, str]], bytes]:
     """Return the engine's answer with the protocol's own status and body."""
     status, headers, body = answer
@@ -401,16 +424,14 @@ def conforming(
     return "400 Bad Request" if status.startswith("405") else status, headers, body
 
 
-def _answer(
-    start_response: "StartResponse", status: str, headers: list[tuple[str, str]], body: bytes
-) -> Iterable[bytes]:
+def _answer(start_response: StartResponse, status: str, headers: list[tuple[str, str]], body: bytes) -> Iterable[bytes]:
     # Without Content-Length, gunicorn sends a body in three pieces. Some bodies repeat a client's input, which no
     # browser may interpret as a page.
     start_response(status, [*headers, NO_SNIFFING, ("Content-Length", str(len(body)))])
     return [body]
 
 
-def refuse(start_response: "StartResponse", headers: list[tuple[str, str]]) -> Iterable[bytes]:
+def refuse(start_response: StartResponse, headers: list[tuple[str, str]]) -> Iterable[bytes]:
     """Answer 503 with these headers and no body."""
     # If a body arrives a moment after the head, python-socketio's client never reconnects.
     start_response("503 Service Unavailable", [("Content-Length", "0"), *headers])

@@ -33,6 +33,9 @@ class Queue(Protocol):
     def task_done(self) -> None:
         """Mark a taken packet as done."""
 
+    def join(self) -> None:
+        """Wait until all packets are taken and marked as done."""
+
 
 class EngineSession(Protocol):
     """The used part of python-engineio's session, `engineio.Socket`."""
@@ -43,6 +46,7 @@ class EngineSession(Protocol):
     upgrading: bool
     closing: bool
     closed: bool
+    last_ping: float | None
 
     @property
     def queue(self) -> Queue:

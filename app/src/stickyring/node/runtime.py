@@ -1,5 +1,7 @@
 """What a node adds to the application that it serves: health, readiness, metrics, a cap, and its users' sessions."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -54,7 +56,7 @@ class Runtime:
             SocketIOGate(server, metrics, max_connections, self.sessions, self.drain) for server in servers if metrics
         ]
 
-    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request."""
         self._edges.tell(environ)
         path = environ["PATH_INFO"]
@@ -102,7 +104,7 @@ class Runtime:
             if status.startswith("5"):
                 raise CannotBeServedError(f"it answers a handshake on {known}/ with {status}")
 
-    def _readiness(self, start_response: "StartResponse") -> Iterable[bytes]:
+    def _readiness(self, start_response: StartResponse) -> Iterable[bytes]:
         if self.drain.active:
             return _text(start_response, "503 Service Unavailable", "draining")
         if any(gate.full for gate in self._gates):
@@ -115,16 +117,16 @@ class _Answer:
 
     def __init__(
         self,
-        application: "WSGIApplication",
-        environ: "WSGIEnvironment",
-        start_response: "StartResponse",
+        application: WSGIApplication,
+        environ: WSGIEnvironment,
+        start_response: StartResponse,
         under_way: set[object],
     ) -> None:
         self._under_way = under_way
         under_way.add(self)
 
         def begin(
-            status: str, headers: list[tuple[str, str]], exc_info: "OptExcInfo | None" = None, /
+            status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None, /
         ) -> Callable[[bytes], object]:
             # A stream of events does not end by itself.
             if any(name.lower() == "content-type" and value.startswith(EVENT_STREAM) for name, value in headers):
@@ -147,7 +149,7 @@ class _Answer:
             close()
 
 
-def _text(start_response: "StartResponse", status: str, text: str) -> Iterable[bytes]:
+def _text(start_response: StartResponse, status: str, text: str) -> Iterable[bytes]:
     body = f"{text}\n".encode()
     start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))])
     return [body]

@@ -1,6 +1,9 @@
 """The sessions of a node: their users, their ages, and how to end them so that their clients reconnect.
 
 A session is an Engine.IO session (protocol revision 4): one connection of a user, such as a tab or a device.
+
+python-engineio keeps three green threads for each WebSocket: one reads, one writes, one waits for the next ping. Here
+one reads; another writes only while a client does not read fast enough, and one pings all clients.
 """
 
 import contextlib
@@ -13,8 +16,8 @@ from dataclasses import dataclass, field
 from socket import SHUT_RDWR
 from typing import TYPE_CHECKING, Any
 
-from engineio.exceptions import EngineIOError, QueueEmpty
-from engineio.packet import NOOP
+from engineio.exceptions import EngineIOError, QueueEmpty, SocketIsClosedError
+from engineio.packet import NOOP, PING
 from engineio.packet import Packet as EnginePacket
 
 from stickyring.node.metrics import Engine, EngineSession, Packet
@@ -36,6 +39,8 @@ CLUSTER_VARIABLE = "HTTP_X_STICKYRING_CLUSTER"
 SESSION_VARIABLE = "stickyring.session"
 """The open session of a request, in the WSGI environ."""
 NO_OPERATION = str(NOOP)
+PROBE, PROBED, UPGRADE = "2probe", "3probe", "5"
+"""The packets of an upgrade to WebSocket."""
 SETTLING_SECONDS = 1.0
 """A new client is still joining namespaces; if its session ends meanwhile, python-socketio's client gives up."""
 TICK_SECONDS = 0.05
@@ -72,6 +77,7 @@ class Session:
     - `moved`: the node ended the session to move its user.
     - `failed`: the error for which the node ended it, one of `metrics.FAILURES`; `on_failure` is called with it.
     - `polling`: locked while a poll is answered; None if the session began as a WebSocket.
+    - `await_ping`: called with the session's id to have `ping` called after the ping interval.
     """
 
     engine: Engine
@@ -87,6 +93,9 @@ class Session:
     failed: str = ""
     on_failure: Callable[[str], None] = lambda reason: None
     polling: "threading.Lock | None" = None
+    await_ping: Callable[[str], object] = lambda sid: None
+    _theirs: Callable[..., Any] = field(default=lambda **_: None, init=False)  # the engine's close()
+    _writing: bool = field(default=False, init=False)  # a green thread writes to the WebSocket what is queued
     _waiting: int = field(default=0, init=False)  # bytes queued or under way
     _under_way: int = field(default=0, init=False)  # bytes under way
 
@@ -126,12 +135,16 @@ class Session:
         self.cluster = _on_the_wire(environ, CLUSTER_VARIABLE) or None
 
     def stand_in(self) -> None:
-        """Replace the engine's methods for POSTs and polls by this object's."""
-        self.socket.handle_post_request, self.socket.poll = self.take_in, self.poll
+        """Replace the engine's methods for sending, POSTs, polls, pings and the end by this object's."""
+        theirs: Any = self.socket
+        self._theirs = theirs.close
+        theirs.send, theirs.handle_post_request, theirs.poll = self.send, self.take_in, self.poll
+        theirs.schedule_ping, theirs.close = self.schedule_ping, self.close
 
     def stand_back(self) -> None:
         """Restore the engine's methods: the engine may keep its part of a session for a while after the end."""
-        del self.socket.handle_post_request, self.socket.poll
+        for name in ("send", "handle_post_request", "poll", "schedule_ping", "close"):
+            vars(self.socket).pop(name, None)
 
     def begin_poll(self) -> None:
         """End the previous poll, whose connection must be lost, and wait until it has ended.
@@ -147,14 +160,89 @@ class Session:
         if self.polling is not None:
             self.polling.release()
 
-    def send_at_once(self, packet: Packet) -> bool:
-        """Send a packet over the WebSocket if no other is queued; return whether it was sent.
+    def send(self, packet: Packet) -> None:
+        """Send a packet over the WebSocket if none is queued before it; else queue it. Replaces `Socket.send`.
 
-        This avoids the engine's queue and the switch to the green thread that empties it.
+        Raises:
+            SocketIsClosedError: the session has ended.
         """
-        if self.websocket is None or self.ended or not self.socket.queue.empty():
-            return False
-        return not self.socket.check_ping_timeout() or self.websocket.send_at_once(packet.encode())
+        if not self.socket.check_ping_timeout():
+            return
+        websocket = None if self.ended or self._writing or not self.socket.queue.empty() else self.websocket
+        if websocket is not None and websocket.send_at_once(packet.encode()):
+            return
+        if self.has_room_for(packet):
+            self.socket.queue.put(packet)
+            if not self.ended:
+                self._flush()
+
+    def carry(self, websocket: "SessionWebSocket") -> None:
+        """Use this WebSocket from now on, also for what is queued."""
+        self.socket.connected = self.socket.upgraded = True
+        self.socket.upgrading = False
+        self.websocket = websocket
+        self._waiting, self._under_way = max(0, self._waiting - self._under_way), 0
+        self._flush()
+
+    def _flush(self) -> None:
+        """Send what is queued over the WebSocket, and close it after the session's end; polls take it themselves."""
+        queue = self.socket.queue
+        while self.websocket is not None and not self._writing and not queue.empty():
+            packet = queue.get(block=False)
+            if packet is not None and self.websocket.send_at_once(packet.encode()):
+                self._forget(packet)
+            else:
+                self._writing = True
+                self.engine.start_background_task(self._write, self.websocket, packet)
+
+    def _write(self, websocket: "SessionWebSocket", packet: Packet | None) -> None:
+        """Send this packet and all that are queued, as the client reads them; None ends the WebSocket."""
+        try:
+            while True:
+                try:
+                    if packet is not None:
+                        websocket.send(packet.encode())
+                except OSError:
+                    websocket.close()
+                if packet is None:
+                    websocket.close()
+                self._forget(packet)
+                packet = self.socket.queue.get(block=False)
+        except self.engine.get_queue_empty_exception():
+            pass
+        finally:
+            self._writing = False
+
+    def _forget(self, packet: Packet | None) -> None:
+        """Count a packet of the queue as sent."""
+        self.socket.queue.task_done()
+        if packet is not None:
+            self._waiting = max(0, self._waiting - size_of(packet))
+
+    def schedule_ping(self) -> None:
+        """Ping the client after the ping interval; the answer to a ping schedules the next one."""
+        if self.socket.last_ping:
+            self.socket.last_ping = None
+            self.await_ping(self.socket.sid)
+
+    def ping(self) -> None:
+        """Ping the client."""
+        if not self.ended:
+            self.socket.last_ping = time.time()
+            self.send(EnginePacket(PING))
+
+    def close(self, wait: bool = True, abort: bool = False, reason: str | None = None) -> None:
+        """End it: the disconnect event, the queued packets, then a CLOSE unless `abort`. Replaces `Socket.close`.
+
+        `wait`: until the client has taken what is queued.
+        """
+        if self.ended:
+            return
+        self._theirs(wait=wait and self.websocket is None, abort=abort, reason=reason)
+        if self.websocket is not None:
+            self._flush()
+            if wait:
+                self.socket.queue.join()
 
     def takes(self, *, owing: bool) -> bool:
         """Count an event, `owing` if its client asks for an acknowledgement; return whether the application gets it."""
@@ -320,31 +408,25 @@ class SessionWebSocket(WebSocket):
     upgrade. If an upgrade is not completed, the session goes on polling.
     """
 
-    def __init__(self, handler: Callable[[WebSocket], object], server: Server) -> None:
+    def __init__(self, server: Server) -> None:
         super().__init__(self._handle, server)
-        self._engine_handler = handler
-        self._probed = False
         self._status: int | None = None
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        """Open the WebSocket, run the handler, and close it."""
+        """Open the WebSocket, receive packets until it ends, and close it."""
         self._session: Session = environ[SESSION_VARIABLE]
         try:
             return super().__call__(environ, start_response)
-        finally:
+        except BaseException:
             self._leave()
+            raise
 
     def wait(self) -> str | bytes | None:
         """Return the client's next packet; None when the connection has ended or the client broke the protocol."""
-        session = self._session
-        if session.websocket is None:
-            if not session.socket.upgraded:
-                return self._wait_for_upgrade()
-            self._carry()
         packet = super().wait()
         if packet is None:
-            # The engine would first wait for data being sent, which the client may not read.
-            session.lose()
+            # The session's end would first wait for data being sent, which the client may not read.
+            self._session.lose()
         elif isinstance(packet, str) and packet[:1] not in FROM_CLIENT:
             self.fail(PROTOCOL_ERROR)
             return None
@@ -354,6 +436,10 @@ class SessionWebSocket(WebSocket):
         """Send a packet, except the NOOP that the engine queues to end a poll."""
         if message != NO_OPERATION:
             super().send(message)
+
+    def send_at_once(self, message: str | bytes) -> bool:
+        """Send a packet without waiting, except that NOOP; return whether it is sent or under way."""
+        return message == NO_OPERATION or super().send_at_once(message)
 
     def fail(self, status: int) -> None:
         """Close it and end the session, because the client broke the protocol."""
@@ -371,32 +457,44 @@ class SessionWebSocket(WebSocket):
             self.socket.shutdown(SHUT_RDWR)
 
     def _handle(self, _: WebSocket) -> None:
+        socket = self._session.socket
         try:
-            self._engine_handler(self)
-        except OSError:
-            pass  # the client left during the upgrade
+            if not socket.connected or self._upgrades():
+                self._carry()
+                while (packet := self.wait()) is not None:
+                    socket.receive(EnginePacket(encoded_packet=packet))
+        except (OSError, SocketIsClosedError):
+            pass  # the client left during the upgrade, or the session has ended
         except Exception as error:
             self._session.fail("packet", error)
         finally:
             # Closing the connection takes a while, so end the session first.
             self._leave()
 
-    def _wait_for_upgrade(self) -> str | bytes | None:
+    def _upgrades(self) -> bool:
+        """Whether the client of a polling session completes the upgrade."""
+        self._session.socket.upgrading = True
+        if not self._hears(PROBE):
+            return False
+        self.send(PROBED)
+        self._session.socket.queue.put(EnginePacket(NOOP))  # ends a waiting poll
+        return self._hears(UPGRADE)
+
+    def _hears(self, wanted: str) -> bool:
+        """Whether the next packet is the one that is wanted; without one, the session goes on polling."""
         self._end = time.monotonic() + UPGRADE_SECONDS
         self.socket.settimeout(UPGRADE_SECONDS)
-        packet, wanted = super().wait(), "5" if self._probed else "2probe"
-        self._probed = True
+        packet = super().wait()
         if packet is not None and packet != wanted:
             self.fail(PROTOCOL_ERROR)
-            return None
-        return packet
+        return packet == wanted
 
     def _carry(self) -> None:
-        self._session.websocket = self
-        if self._probed and not self._closing:
-            self._end = math.inf
+        if not self._closing:
             engine = self._session.engine
+            self._end = math.inf
             self.socket.settimeout(engine.ping_interval + engine.ping_timeout)
+        self._session.carry(self)
 
     def _leave(self) -> None:
         session = self._session

@@ -228,17 +228,22 @@ class WebSocket:
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Open the WebSocket, run the handler, and close it; the returned body is empty.
 
-        Afterwards, nothing may be read from the connection or written to it.
+        The request may end before (`Connection.hand_over`). Nothing else may read from the connection or write to it.
         """
         self.socket = environ[SOCKET_VARIABLE]
         self.socket.sendall(acceptance(environ["HTTP_SEC_WEBSOCKET_KEY"]))
-        if hasattr(self.socket, "watch"):
+        if hasattr(self.socket, "hand_over"):
             self.socket.watch()
+            self.socket.hand_over(self._serve)
+        else:
+            self._serve()
+        return ()
+
+    def _serve(self) -> None:
         try:
             self._handler(self)
         finally:
             self.close()
-        return ()
 
     def wait(self) -> str | bytes | None:
         """Return the client's next message, str for text and bytes for binary; None when the connection has ended."""

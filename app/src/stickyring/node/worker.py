@@ -169,6 +169,7 @@ class EventletWorker(AsyncWorker):
         finally:
             self._unheard.discard(client)
             self._idle.discard(client)
+        client.serve_on()
 
     def handle_request(self, listener_name: object, request: Request, client: Connection, address: object) -> bool:
         """Serve one request, and keep track of the connection's state."""

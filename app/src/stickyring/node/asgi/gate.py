@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +77,6 @@ class AsyncSocketIOGate(Gate):
         # Sessions here time out by themselves; the engine's task would look at each of them again and again.
         engine.start_service_task = False
         check_packets(server)
-        self._watcher: asyncio.Task[None] | None = None
         self._watch()
 
     async def _guard(self, scope: dict[str, Any], receive: "ASGIReceiveCallable", send: "ASGISendCallable") -> None:
@@ -236,7 +234,7 @@ class AsyncSocketIOGate(Gate):
                 session.note(environ)
                 session.stand_in()
                 sessions[sid] = environ[SESSION_VARIABLE] = session
-                self._expect_to_join(sid)
+                asyncio.get_running_loop().call_later(JOIN_SECONDS, self._end_who_has_not_joined, sid)
                 log.debug("connected", extra={"sid": sid, "transport": transport})
             return answer
 
@@ -293,20 +291,6 @@ class AsyncSocketIOGate(Gate):
 
         server._handle_event = count_and_handle
         server._handle_event_internal = handle_and_count
-
-    def _expect_to_join(self, sid: str) -> None:
-        self._arrivals.append((time.monotonic() + JOIN_SECONDS, sid))
-        if self._watcher is None:
-            self._watcher = asyncio.create_task(self._end_who_never_join())
-
-    async def _end_who_never_join(self) -> None:
-        while True:
-            while self._arrivals and self._arrivals[0][0] <= time.monotonic():
-                _, sid = self._arrivals.popleft()
-                if (session := self._sessions.get(sid)) is not None and not self._has_joined(sid):
-                    session.fail("unjoined")
-            due = self._arrivals[0][0] if self._arrivals else time.monotonic() + JOIN_SECONDS
-            await asyncio.sleep(max(due - time.monotonic(), 0))
 
 
 class _OpenedWebSocket:

@@ -21,9 +21,12 @@ from stickyring.node.sessions import (
     FAILED,
     PACKETS_AT_ONCE,
     PATIENCE_SECONDS,
+    PROBE,
+    PROBED,
     REASON,
     TICK_SECONDS,
     TURN_PACKETS,
+    UPGRADE,
     UPGRADE_SECONDS,
     WAITING_MESSAGES,
     Session,
@@ -33,7 +36,6 @@ from stickyring.node.websocket import PROTOCOL_ERROR
 
 LOST = "stickyring.lost"
 """Filled when the client has closed the connection of a request, in its environ."""
-PROBE, PROBED, UPGRADE = "2probe", "3probe", "5"
 MOST_INCOMING = 64
 """A WebSocket reads no further while so many packets wait for the application."""
 TIMED_OUT = "ping timeout"
@@ -56,7 +58,6 @@ class AsyncSession(Session):
         "_poll_turn",
         "_probed",
         "_tasks",
-        "_theirs",
     )
 
     def __init__(self, engine: Engine, socket: EngineSession, on_failure: Callable[[str], None]) -> None:
@@ -78,14 +79,9 @@ class AsyncSession(Session):
         theirs.send, theirs.handle_post_request, theirs.poll = self.send, self.take_in, self.poll
         theirs.schedule_ping, theirs.close = self.schedule_ping, self.close
 
-    def stand_back(self) -> None:
-        """Restore the engine's methods: the engine may keep its part of a session for a while after the end."""
-        for name in ("send", "handle_post_request", "poll", "schedule_ping", "close"):
-            vars(self.socket).pop(name, None)
-
     # What goes to the client.
 
-    async def send(self, packet: Packet) -> None:
+    async def send(self, packet: Packet) -> None:  # type: ignore[override]
         """Send a packet, or queue it for the next poll.
 
         Raises:
@@ -348,7 +344,9 @@ class AsyncSession(Session):
         if not self.ended:
             self.start(self.close(wait=False, abort=True, reason=REASON))
 
-    async def close(self, wait: bool = True, abort: bool = False, reason: str | None = None) -> None:
+    async def close(  # type: ignore[override]
+        self, wait: bool = True, abort: bool = False, reason: str | None = None
+    ) -> None:
         """End it as python-engineio does: the disconnect event, then a CLOSE unless `abort`.
 
         `wait`: until a polling client has its CLOSE, at most for the ping interval and the ping timeout.
