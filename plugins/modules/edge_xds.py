@@ -111,6 +111,10 @@ options:
   account:
     description: Account that must exist for RV(in_order).
     type: str
+  open_files:
+    description: C(LimitNOFILE) of O(unit). With V(present), a host on which systemd cannot set it is refused.
+    type: int
+    default: 0
   may_end_websockets:
     description:
       - Whether to make a change that ends open websockets. These are changed or removed listeners, and a restart for
@@ -211,6 +215,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.stickyring.fleet.plugins.module_utils.envoy import Envoy, NotApplied
+from ansible_collections.stickyring.fleet.plugins.module_utils.host import files_problem, namespace_problem
 from ansible_collections.stickyring.fleet.plugins.module_utils.xds import (
     CLUSTER,
     LISTENER,
@@ -225,7 +230,6 @@ from ansible_collections.stickyring.fleet.plugins.module_utils.xds import (
 )
 from ansible_collections.stickyring.fleet.plugins.module_utils.xds_directory import NotProven, XdsDirectory
 
-PROC = Path("/proc")
 HOW_TO_GO_ON = "To end them all the same, run this again with `-e stickyring_edge_may_end_websockets=true`."
 
 
@@ -417,21 +421,19 @@ class Change:
         return not owned and not self.directory.wrongly_owned()
 
 
-def expect_user_namespaces() -> None:
-    """Raises NotApplied where systemd could not start the unit."""
-    allowed = PROC / "sys/user/max_user_namespaces"
-    if allowed.is_file() and allowed.read_text().strip() == "0":
-        raise NotApplied(
-            "user.max_user_namespaces is 0 on this host, so systemd cannot start a unit with PrivateUsers. Raise it,"
-            " for example with sysctl -w user.max_user_namespaces=10000, and permanently in /etc/sysctl.d."
-            " No running service was changed."
-        )
+def expect_a_host_for(unit_files: int) -> None:
+    """Raises NotApplied where systemd could not start the unit, or not with so many open files."""
+    too_many = files_problem("stickyring_edge_limit_nofile", unit_files)
+    if too_many:
+        too_many += ", and stickyring_edge_max_connections to at most half of it"
+    if problem := namespace_problem() or too_many:
+        raise NotApplied(f"Nothing was changed. {problem}.")
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Does what the parameters ask; returns the module's result."""
     if module.params["unit"] and module.params["state"] == "present":
-        expect_user_namespaces()
+        expect_a_host_for(module.params["open_files"])
     keys = module.params["private_keys"]
     files = [XdsFile(path, with_key(resources, keys.get(path))) for path, resources in module.params["files"].items()]
     change = Change(module, files)
@@ -514,6 +516,7 @@ def main() -> None:
             "start_record": {"type": "path"},
             "needed": {"type": "list", "elements": "path", "default": []},
             "account": {"type": "str"},
+            "open_files": {"type": "int", "default": 0},
             "may_end_websockets": {"type": "bool", "default": False},
         },
         supports_check_mode=True,

@@ -25,6 +25,7 @@ options:
     type: list
     elements: str
     required: true
+  open_files: {description: "LimitNOFILE of the unit", type: int, required: true}
   files: {description: "SHA-256 of each file that the instances read, by path", type: dict, required: true}
   secrets:
     description: Digest of the service's secrets. It is not shown, because short secrets can be guessed from it.
@@ -133,6 +134,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.compat.version import LooseVersion
+from ansible_collections.stickyring.fleet.plugins.module_utils.host import files_problem, namespace_problem
 from ansible_collections.stickyring.fleet.plugins.module_utils.instances import instance_port
 from ansible_collections.stickyring.fleet.plugins.module_utils.secrets import (
     DIGEST,
@@ -159,6 +161,7 @@ OPTIONS = {
     "python": {"type": "str", "required": True, "choices": ["python3", "pypy3"]},
     "releases_kept": {"type": "int", "required": True},
     "keep_surplus": {"type": "bool", "required": True},
+    "open_files": {"type": "int", "required": True},
     "mistakes": {"type": "list", "elements": "str", "required": True},
     "files": {"type": "dict", "required": True},
     "secrets": {"type": "str", "required": True, "no_log": True},
@@ -364,17 +367,6 @@ def has_secrets(variables: dict[str, str], digest: str) -> bool:
     return variables.get(DIGEST) == digest and ("CREDENTIALS_DIRECTORY" in variables or digest == NO_SECRETS)
 
 
-def namespace_problem() -> str | None:
-    """Return why no unit of the role can start, or None."""
-    allowed = PROC / "sys/user/max_user_namespaces"
-    if not allowed.is_file() or allowed.read_text().strip() != "0":
-        return None
-    return (
-        "user.max_user_namespaces is 0 on this host, so systemd cannot start a unit with PrivateUsers: raise it,"
-        " for example with sysctl -w user.max_user_namespaces=10000, and permanently in /etc/sysctl.d"
-    )
-
-
 def account_problem(service: str) -> str | None:
     """Return which existing account the role would overwrite, or None."""
     try:
@@ -458,7 +450,8 @@ def main() -> None:
         port_problem(wanted["address"], instance_port(wanted["port"], i), f"{service}@{i}.service") for i in instances
     }
     problems = sorted(filter(None, obstacles))
-    problems += filter(None, [account_problem(service), namespace_problem()])
+    too_many = files_problem("stickyring_node_limit_nofile", wanted["open_files"])
+    problems += filter(None, [account_problem(service), namespace_problem(), too_many])
     lacks_venv = False
     complete = runs(stamp.parent)
     if not complete:

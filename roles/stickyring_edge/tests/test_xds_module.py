@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.stickyring.fleet.plugins.module_utils import admin, xds
+from ansible_collections.stickyring.fleet.plugins.module_utils import admin, host, xds
 from ansible_collections.stickyring.fleet.plugins.module_utils.envoy import Envoy
-from ansible_collections.stickyring.fleet.plugins.modules import edge_xds
 from fake_envoy import FakeEnvoy, run_module
 
 TYPE = "type.googleapis.com/"
@@ -726,7 +725,36 @@ def test_a_host_without_user_namespaces_is_refused_before_a_file_is_written(
     allowed = tmp_path / "proc" / "sys" / "user" / "max_user_namespaces"
     allowed.parent.mkdir(parents=True)
     allowed.write_text("0\n")
-    monkeypatch.setattr(edge_xds, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(host, "PROC", tmp_path / "proc")
     refused = run(directory, files, no_envoy, unit="stickyring-edge.service")
     assert "user.max_user_namespaces is 0 on this host" in refused["msg"]
     assert not directory.exists()
+
+
+@pytest.mark.parametrize(("capabilities", "refuses"), [("0000003fffffffff", False), ("0000003ffeffffff", True)])
+def test_a_host_that_allows_too_few_open_files_is_refused_before_a_file_is_written(
+    directory: Path,
+    files: Files,
+    no_envoy: str,
+    systemd: Systemd,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capabilities: str,
+    refuses: bool,
+) -> None:
+    """A systemd that may raise its own limit gives what the unit wants."""
+    system = tmp_path / "proc" / "1"
+    system.mkdir(parents=True)
+    (system / "status").write_text(f"Name:\tsystemd\nCapEff:\t{capabilities}\nSeccomp:\t0\n")
+    (system / "limits").write_text("Limit  Soft Limit  Hard Limit  Units\nMax open files  1024  20000  files\n")
+    monkeypatch.setattr(host, "PROC", tmp_path / "proc")
+    result = run(directory, files, no_envoy, unit="edge.service", open_files=20001)
+    assert bool(result.get("failed")) == refuses
+    if refuses:
+        assert result["msg"] == (
+            "Nothing was changed. systemd on this host can give a service at most 20000 open files, but"
+            " stickyring_edge_limit_nofile is 20001: lower it, and stickyring_edge_max_connections to at most half of"
+            " it."
+        )
+    assert directory.exists() != refuses
+    assert not run(directory, files, no_envoy, unit="edge.service", open_files=20000).get("failed")

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible.module_utils.testing import patch_module_args
+from ansible_collections.stickyring.fleet.plugins.module_utils import host as allowances
 from ansible_collections.stickyring.fleet.plugins.module_utils import secrets as files_of_secrets
 from ansible_collections.stickyring.fleet.plugins.modules import node_secrets, node_state
 
@@ -48,6 +49,7 @@ GOOD: dict[str, Any] = {
     "python": "python3",
     "releases_kept": 3,
     "keep_surplus": False,
+    "open_files": 20000,
     "mistakes": [],
     "files": {path: hashlib.sha256(text.encode()).hexdigest() for path, text in FILES.items()},
     "secrets": DIGEST,
@@ -152,6 +154,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(node_secrets, "OWNER", (os.getuid(), os.getgid()))
     monkeypatch.setattr(node_state, "PROGRAMS", made.programs)
     monkeypatch.setattr(node_state, "PROC", made.processes)
+    monkeypatch.setattr(allowances, "PROC", made.processes)
     monkeypatch.setattr(pwd, "getpwnam", made.getpwnam)
     monkeypatch.setenv("PATH", str(made.programs), prepend=":")
     return made
@@ -239,6 +242,21 @@ def test_a_host_without_user_namespaces_is_refused(host: Host, free_ports: int) 
     assert result["msg"].startswith("Nothing was changed. user.max_user_namespaces is 0 on this host")
     allowed.write_text("31000\n")
     assert not run(port=free_ports).get("failed")
+
+
+def test_a_host_that_allows_too_few_open_files_is_refused(host: Host, free_ports: int) -> None:
+    system = host.processes / "1"
+    system.mkdir(parents=True)
+    (system / "status").write_text("CapEff:\t0000003ffeffffff\n")
+    (system / "limits").write_text("Max open files            1024                 20000                files\n")
+    result = run(port=free_ports, open_files=20001)
+    assert result["msg"] == (
+        "Nothing was changed. systemd on this host can give a service at most 20000 open files, but"
+        " stickyring_node_limit_nofile is 20001: lower it."
+    )
+    assert not run(port=free_ports, open_files=20000).get("failed")
+    (system / "limits").write_text("Max open files            unlimited            unlimited            files\n")
+    assert not run(port=free_ports, open_files=2**20).get("failed")
 
 
 def test_a_real_account_is_found() -> None:

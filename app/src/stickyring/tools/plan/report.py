@@ -58,7 +58,8 @@ def _shares(standing: Standing | None) -> tuple[str, str]:
 
 def _remarks(change: Change) -> list[Text]:
     before = "" if change.before is None else f"; before, {_busiest(change.before)}"
-    lines = [f"busiest: {_busiest(change.after)}{before}", *change.notes]
+    units = "weight in points on the ring; due: share of the users by weight; owns: share that the ring gives it"
+    lines = [units, f"busiest: {_busiest(change.after)}{before}", *change.notes]
     return [Text(line, style="dim") for line in lines]
 
 

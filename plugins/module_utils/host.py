@@ -1,0 +1,33 @@
+"""What a host does not allow a unit of these roles."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+PROC = Path("/proc")
+CAP_SYS_RESOURCE = 1 << 24
+"""With it, systemd can raise the limit above its own."""
+
+
+def namespace_problem() -> str | None:
+    """Return why systemd could not start a unit with PrivateUsers, and the remedy; or None."""
+    allowed = PROC / "sys/user/max_user_namespaces"
+    if not allowed.is_file() or allowed.read_text().strip() != "0":
+        return None
+    return (
+        "user.max_user_namespaces is 0 on this host, so systemd cannot start a unit with PrivateUsers: raise it,"
+        " for example with sysctl -w user.max_user_namespaces=10000, and permanently in /etc/sysctl.d"
+    )
+
+
+def files_problem(variable: str, files: int) -> str | None:
+    """Return why a unit with LimitNOFILE=`files` would get fewer, which systemd does not report; or None."""
+    status, limits = PROC / "1/status", PROC / "1/limits"
+    if not (status.is_file() and limits.is_file()):
+        return None
+    capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)$", status.read_text(), re.MULTILINE)
+    hard = re.search(r"^Max open files\s+\S+\s+([0-9]+)\s", limits.read_text(), re.MULTILINE)
+    if hard is None or files <= int(hard[1]) or (capabilities and int(capabilities[1], 16) & CAP_SYS_RESOURCE):
+        return None
+    return f"systemd on this host can give a service at most {hard[1]} open files, but {variable} is {files}: lower it"
