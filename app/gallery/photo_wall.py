@@ -5,7 +5,6 @@ Deploy `photo_wall:application` with the secret WALL_PASSWORD, which clients giv
 
 import os
 import sqlite3
-import time
 from collections.abc import Iterator
 
 import socketio
@@ -16,6 +15,7 @@ REPORT_SECONDS = 3
 
 database = sqlite3.connect(":memory:", check_same_thread=False)
 database.execute("CREATE TABLE photos (owner TEXT, content BLOB)")
+reports: list[object] = []
 pages = Flask(__name__, static_folder=None)
 server = socketio.Server(serializer="msgpack")
 application = socketio.WSGIApp(server, pages, static_files={"/style.py": {"filename": __file__}})
@@ -23,8 +23,8 @@ application = socketio.WSGIApp(server, pages, static_files={"/style.py": {"filen
 
 @pages.get("/")
 def index() -> str:
-    """Show the number of photos."""
-    return f"{count()} photos"
+    """Show the numbers of photos, and of reports that are being made."""
+    return f"{count()} photos, {len(reports)} reports"
 
 
 @pages.post("/upload/<owner>")
@@ -50,8 +50,10 @@ def events() -> Response:
 @pages.get("/reports/slow")
 def report() -> str:
     """Answer after some seconds."""
+    reports.append(request)
     server.sleep(REPORT_SECONDS)
-    return time.strftime("%F")
+    reports.pop()
+    return "done"
 
 
 @server.event

@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from urllib.request import urlopen
 import pytest
 import socketio
 
-PROJECT = Path(__file__).parents[4]
 TRANSPORTS = (["websocket"], ["polling"], ["polling", "websocket"])
 USERS = [f"user-{number}" for number in range(300)]
 PAUSE_SECONDS = 5.0
@@ -38,37 +37,12 @@ MOST_AT_ONCE = 20
 APPLICATIONS = {"fastapi_chat:app": "asgi", "flask_rooms:app": "eventlet"}
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The gallery as a team's project, locked as the README says."""
-    folder = tmp_path_factory.mktemp("applications") / "gallery"
-    shutil.copytree(PROJECT / "app" / "gallery", folder)
-    subprocess.run(["make", "lock", f"PROJECT={folder}"], cwd=PROJECT, check=True)
-    return folder
-
-
 @pytest.fixture(scope="module", params=APPLICATIONS)
-def run(request: pytest.FixtureRequest, project: Path, ansible: Any, inventory: Path) -> Callable[..., str]:
-    """Plays playbooks for the application, which has taken the place of what was deployed before; returns the output.
-
-    site.yml itself proves that it is sticky.
-    """
-    settings = {
-        "stickyring_artifacts_projects": [str(PROJECT / "app"), str(project)],
-        "stickyring_artifacts_lock": str(project / "requirements.lock"),
-        "stickyring_node_wheelhouse": "{{ stickyring_artifacts_directory }}/wheelhouse.tar",
-        "stickyring_node_application": request.param,
-        "stickyring_node_worker_class": APPLICATIONS[request.param],
-        "stickyring_node_proving_time": 0,
-        "stickyring_probe_options": ["--no-echo"],
-    }
-
-    def play(*words: str, **changed: object) -> str:
-        options = ["-e", json.dumps(settings | changed)]
-        return " ".join(ansible("ansible-playbook", "-i", inventory, *words, *options).stdout.split())
-
-    play("site.yml")
-    return play
+def run(request: pytest.FixtureRequest, play: Callable[..., str]) -> Callable[..., str]:
+    """Runs playbooks for the application, which has taken the place of what was deployed before."""
+    run = partial(play, application=request.param, stickyring_node_worker_class=APPLICATIONS[request.param])
+    run("site.yml")
+    return run
 
 
 class User:
@@ -152,18 +126,13 @@ def users(run: Any, edge_url: Any) -> Iterator[list[User]]:
     assert not [user for user in users.all if user.wrong]
 
 
-def sessions(machine: Any, nodes: Any) -> dict[str, list[str]]:
+def sessions(operate: Any, nodes: Any) -> dict[str, list[str]]:
     """The instances that hold each user's sessions, as the nodes list them."""
     found: dict[str, list[str]] = {}
-    for node in nodes:
-        service, count = (node.variables[f"stickyring_node_{name}"] for name in ("service", "instances"))
-        for instance in range(1, int(count) + 1):
-            control = f"/run/{service}/{instance}/control.sock"
-            program = f"/opt/{service}/current/bin/stickyring"
-            answer = json.loads(machine(node.name).check_output(f"{program} sessions --control {control}"))
-            for session in answer["sessions"]:
-                if session["key"] is not None:
-                    found.setdefault(session["key"], []).append(answer["node"])
+    for answer in (json.loads(text) for node in nodes for text in operate(node, "sessions")):
+        for session in answer["sessions"]:
+            if session["key"] is not None:
+                found.setdefault(session["key"], []).append(answer["node"])
     return found
 
 
@@ -176,11 +145,11 @@ def until(condition: Callable[[], bool], what: str, seconds: float = MOVED_SECON
 
 
 @pytest.fixture
-def homes(machine: Any, nodes: Any) -> Callable[[], dict[str, str]]:
+def homes(operate: Any, nodes: Any) -> Callable[[], dict[str, str]]:
     """The host of each user's session; a user without one, or with two, is left out."""
     return lambda: {
         user: places[0].rpartition("-")[0]
-        for user, places in sessions(machine, nodes).items()
+        for user, places in sessions(operate, nodes).items()
         if user in USERS and len(places) == 1
     }
 
@@ -201,22 +170,14 @@ def test_each_session_is_listed_and_counted(users: list[User], homes: Any, nodes
 
 
 def test_a_drained_node_has_no_users_until_a_rebalance_brings_them_back(
-    users: list[User], run: Any, homes: Any, machine: Any, nodes: Any
+    users: list[User], run: Any, homes: Any, operate: Any, nodes: Any
 ) -> None:
     node, before, since = nodes[0], homes(), time.monotonic()
-    service, count = (node.variables[f"stickyring_node_{name}"] for name in ("service", "instances"))
-    instances = range(1, int(count) + 1)
-
-    def operate(command: str) -> None:
-        for instance in instances:
-            control = f"--control /run/{service}/{instance}/control.sock"
-            machine(node.name).check_output(f"/opt/{service}/current/bin/stickyring {command} {control}")
-
     try:
-        operate("drain")
+        instances = operate(node, "drain")
         until(lambda: homes().keys() == set(USERS) and node.name not in homes().values(), "its users are elsewhere")
     finally:
-        operate("undrain")
+        operate(node, "undrain")
     for user in users:
         # The node's instances drain one after the other: the next one may get users of the one before.
         most = len(instances) if before[user.name] == node.name else 0
