@@ -29,7 +29,7 @@ SHAPES = {
     "fastapi_chat:app": ("say", ("room", "hello"), {}),
     "photo_wall:application": ("say", ("hello",), {"serializer": "msgpack"}),
 }
-PASSWORD = {"WALL_PASSWORD": "for tests"}
+PASSWORD = "for tests"
 ASGI = ("fastapi_chat:app", "stickyring.echo:create_asgi_application()")
 
 
@@ -41,7 +41,7 @@ def check(folder: Path, application: str, *options: str) -> "subprocess.Complete
     return subprocess.run(
         [STICKYRING, "serve", "--check", application, *worker_class(application), *options],
         cwd=folder,
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(GALLERY), **PASSWORD},
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(GALLERY), "WALL_PASSWORD": PASSWORD},
         capture_output=True,
         text=True,
         timeout=DEADLINE_SECONDS,
@@ -53,7 +53,7 @@ def check(folder: Path, application: str, *options: str) -> "subprocess.Complete
 def node(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[ServeProcess, str, Any]]:
     application, _, prefix = request.param.partition(" ")
     options = ("--control", "control", *worker_class(application))
-    with serving(tmp_path, application, *options, PYTHONPATH=str(GALLERY), **PASSWORD) as process:
+    with serving(tmp_path, application, *options, PYTHONPATH=str(GALLERY), WALL_PASSWORD=PASSWORD) as process:
         yield process, f"{prefix}/socket.io", SHAPES[request.param]
 
 
@@ -64,7 +64,7 @@ def test_the_gate_stands_before_every_server(
     process, path, (event, arguments, options) = node
     lost: list[str] = []
     with socketio.SimpleClient(reconnection=False, **options) as client:
-        headers, auth = {"X-Stickyring-Key": "alice"}, {"password": PASSWORD["WALL_PASSWORD"]}
+        headers, auth = {"X-Stickyring-Key": "alice"}, {"password": PASSWORD}
         client.connect(process.url, headers, auth, [transport], socketio_path=path)
         client.client.on("disconnect", lost.append)
         assert client.call(event, arguments) == arguments[-1]

@@ -4,6 +4,7 @@ The edge terminates TLS and the client's connection, so the node's own connectio
 `X-Forwarded-Proto`, http or https, and `x-stickyring-client`, an IP address.
 """
 
+import functools
 import ipaddress
 import logging
 import time
@@ -55,6 +56,7 @@ class Edges:
         return self._addresses
 
 
+@functools.lru_cache(maxsize=4096)
 def _canonical(address: str) -> str:
     """Return an IP address in canonical form, an IPv4-mapped one as IPv4; empty if it is not an address."""
     try:
