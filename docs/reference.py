@@ -23,7 +23,7 @@ EXAMPLES = {"stickyring_edge": "edge.yml", "stickyring_node": "nodes.yml", "stic
 TABLE_MARKS = ("<!-- Written by docs/reference.py from meta/argument_specs.yml. -->", "<!-- End of the variables. -->")
 EXAMPLE_MARKS = (
     "# All settings of the role with their defaults, written by docs/reference.py from its defaults/main.yml.",
-    "# End of the role's settings.",
+    "# End of the role's settings. What follows is yours.",
 )
 SET_BY_PLAYBOOKS = {"stickyring_node_prove", "stickyring_node_keep_surplus"}
 """Variables for single plays, which an inventory does not set."""

@@ -76,7 +76,7 @@ def test_nothing_is_touched_after_a_host_was_lost(
     lost, ended = done.stdout.strip().splitlines()[-2:]
     assert lost.startswith("b could not be reached at `ansible.builtin.command`: ")
     assert "failed at `Require every host of this run`: A host could not be reached (named" in ended
-    assert "State of the lost host: It was being restarted." in ended
+    assert "State of that host: It was being restarted." in ended
 
 
 def test_every_serial_play_stops_if_a_host_was_lost() -> None:

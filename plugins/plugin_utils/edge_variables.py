@@ -156,7 +156,8 @@ def _number_problems(settings: Data) -> list[str]:
     if files < 2 * connections:
         problems.append(
             f"stickyring_edge_limit_nofile {files} is too low: a websocket takes two descriptors, so"
-            f" stickyring_edge_max_connections {connections} needs {2 * connections} or more."
+            f" stickyring_edge_max_connections {connections} needs {2 * connections} or more. Raise it, or lower"
+            f" stickyring_edge_max_connections to {files // 2}."
         )
     if float(settings["stickyring_edge_route_timeout"]) <= PING_INTERVAL:
         problems.append(

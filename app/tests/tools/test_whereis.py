@@ -143,6 +143,9 @@ def test_an_unknown_answer_is_an_error(found: Any, monkeypatch: pytest.MonkeyPat
     result = run()
     assert result.exit_code == 2
     assert "playbooks/whereis.yml failed:\nfatal: unreachable" in result.output
+    said = "PLAY ***\nok: many\nREASON ******\nedge1 could not be reached\n"
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 4, said, ""))
+    assert run().output == "Error: playbooks/whereis.yml failed:\nedge1 could not be reached\n"
 
 
 def test_the_playbook_of_the_collection_is_used_outside_a_clone(

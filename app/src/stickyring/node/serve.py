@@ -206,6 +206,7 @@ def serve(
     found_class = load_worker_class(worker_class)
     if check:
         Node(settings, found_class, listen(("127.0.0.1", 0)), None).run()
+        click.echo(f"{application} can be served.")
     elif replace:
         if control_path is None:
             raise click.UsageError("--replace needs --control: the control socket of the process to replace")

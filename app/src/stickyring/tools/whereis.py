@@ -1,6 +1,7 @@
 """`stickyring whereis`: a user's assigned node, and the nodes that hold their sessions now."""
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,8 @@ import click
 
 from stickyring.ring import Ring, RingError
 
+BANNER = re.compile(r"^REASON \*+$", re.MULTILINE)
+"""The line before the reasons at the end of a failed run, by plugins/callback/reason.py."""
 PLAYBOOK = Path("playbooks/whereis.yml")
 """In a clone."""
 INSTALLED_PLAYBOOK = "stickyring.fleet.whereis"
@@ -98,7 +101,8 @@ def _ask(user: str, live: bool, inventory: str | None, options: Sequence[str], f
             " clone's folder, or install the collection"
         )
     if done.returncode:
-        raise Unknown(f"{playbook} failed:\n{(done.stdout + done.stderr).strip()}")
+        said = (done.stdout + done.stderr).strip()
+        raise Unknown(f"{playbook} failed:\n{BANNER.split(said)[-1].strip() or said}")
     rings = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("rings/*.json"))}
     if not rings:
         raise Unknown("the inventory has no edge")

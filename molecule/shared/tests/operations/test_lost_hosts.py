@@ -67,7 +67,7 @@ def test_a_node_that_is_lost_in_its_restart_ends_the_run_and_the_next_run_comple
             assert time.monotonic() - since < ENDED_SECONDS, said
     reason, ended = said[-2:]
     assert f"{first} could not be reached at `stickyring.fleet.stickyring_node : " in reason
-    assert "State of the lost host: It was being restarted" in ended
+    assert "State of that host: It was being restarted" in ended
     after = serving()
     assert {name: after[name] for name in others} == {name: before[name] for name in others}
     # It is back with the new settings half applied.
@@ -82,7 +82,7 @@ def test_site_yml_changes_nothing_if_a_host_cannot_be_reached(run: Any, machine:
     said = run("site.yml", "-e", "stickyring_node_release=untouched", "-i", str(tmp_path), fails=True)
     reason = said.split("REASON")[-1]
     assert "edge9 could not be reached at `Reach the host`" in reason
-    assert "State of the lost host: Nothing was changed on any host." in reason
+    assert "State of that host: Nothing was changed on any host." in reason
     assert not machine("node1").file("/opt/stickyring-node/releases/untouched").exists
 
 
