@@ -92,6 +92,39 @@ def test_what_is_no_socket_io_reaches_the_application(node: tuple[ServeProcess, 
     assert process.get("/healthz").read() == b"ok\n"
 
 
+ANSWERING = """
+import socketio
+
+server = socketio.Server()
+inner = socketio.WSGIApp(server)
+server.on("say", lambda sid, text: text)
+
+
+def generator(environ, start_response):
+    yield from inner(environ, start_response)
+
+
+def catching(environ, start_response):
+    try:
+        return inner(environ, start_response)
+    except StopIteration:
+        start_response("500 Internal Server Error", [("Content-Length", "4")])
+        return [b"oops"]
+"""
+
+
+@pytest.mark.parametrize("middleware", ["generator", "catching"])
+def test_a_middleware_that_answers_for_a_websocket_does_not_break_it(tmp_path: Path, middleware: str) -> None:
+    """The end of a request without an answer, which gunicorn marks with StopIteration, is unknown to many of them."""
+    (tmp_path / "answering.py").write_text(ANSWERING)
+    with serving(tmp_path, f"answering:{middleware}") as node, socketio.SimpleClient(reconnection=False) as client:
+        client.connect(node.url, transports=["websocket"])
+        assert [client.call("say", text) for text in ("one", "two")] == ["one", "two"]
+        assert node.metric('stickyring_connections{transport="websocket"}') == 1
+        client.disconnect()
+        wait_until(lambda: node.metric('stickyring_connections{transport="websocket"}') == 0, "it is forgotten")
+
+
 WRONG = """
 import socketio
 from flask import Flask

@@ -39,8 +39,17 @@ class Connection(GreenSocket):
         self._watching = True
 
     def hand_over(self, serve: Callable[[], object]) -> None:
-        """Have `serve_on` call this after the request, whose memory is then free; until then, `close` does nothing."""
+        """Have `serve_on` call this after the request, whose memory is then free.
+
+        Until then, nothing can be sent, and the connection cannot be closed: whatever the request still does, such as
+        an answer of a middleware that does not expect a WebSocket, is not for the client.
+        """
         self._serve = serve
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether it waits for `serve_on`."""
+        return self._serve is not None
 
     def serve_on(self) -> None:
         """Call what the connection was handed over to, and close it."""
@@ -181,6 +190,8 @@ class Connection(GreenSocket):
 
     def sendall(self, data: bytes, flags: int = 0) -> None:
         """Send all of `data`, or hold it back (see `hold`)."""
+        if self._serve is not None:
+            return
         if self._holding:
             self._holding = False
             if not data.startswith(INTERIM):
@@ -189,6 +200,11 @@ class Connection(GreenSocket):
         if self._held:
             data, self._held = self._held + data, b""
         super().sendall(data, flags)
+
+    def shutdown(self, how: int) -> None:
+        """Shut the connection down, unless it is handed over."""
+        if self._serve is None:
+            self.fd.shutdown(how)
 
     def send_now(self, data: bytes) -> int:
         """Send as much of `data` as possible without waiting; return the number of bytes sent."""

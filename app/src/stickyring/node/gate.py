@@ -362,14 +362,18 @@ class Timetable:
             self._engine.start_background_task(self._run)
 
     def _run(self) -> None:
-        while self._due:
-            due, sid = self._due[0]
-            if (left := due - time.monotonic()) > 0:
-                self._engine.sleep(left)
-            else:
-                self._due.popleft()
+        while True:
+            now = time.monotonic()
+            # Whoever is added meanwhile is due later.
+            due = self._due[0][0] if self._due else now + self._seconds
+            if due > now:
+                self._engine.sleep(due - now)
+                continue
+            _, sid = self._due.popleft()
+            try:
                 self._then(sid)
-        self._runs = False
+            except Exception:
+                log.exception("cannot attend to a session", extra={"sid": sid})
 
 
 def _choose_websocket(other: Callable[..., WSGIApplication]) -> Callable[..., WSGIApplication]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 log = logging.getLogger(__name__)
+SENDING = threading.Lock()
+"""Held while a packet is sent at once or queued. Green threads do not switch meanwhile; threads of gthread do."""
 
 # Request headers that the edge sets, as the WSGI environ names them.
 KEY_VARIABLE = "HTTP_X_STICKYRING_KEY"
@@ -168,13 +170,15 @@ class Session:
         """
         if not self.socket.check_ping_timeout():
             return
-        websocket = None if self.ended or self._writing or not self.socket.queue.empty() else self.websocket
-        if websocket is not None and websocket.send_at_once(packet.encode()):
-            return
-        if self.has_room_for(packet):
+        with SENDING:
+            websocket = None if self.ended or self._writing or not self.socket.queue.empty() else self.websocket
+            if websocket is not None and websocket.send_at_once(packet.encode()):
+                return
+            if not self.has_room_for(packet):
+                return
             self.socket.queue.put(packet)
-            if not self.ended:
-                self._flush()
+        if not self.ended:
+            self._flush()
 
     def carry(self, websocket: "SessionWebSocket") -> None:
         """Use this WebSocket from now on, also for what is queued."""
@@ -183,35 +187,44 @@ class Session:
         self.websocket = websocket
         self._waiting, self._under_way = max(0, self._waiting - self._under_way), 0
         self._flush()
+        if self.ended and not self._writing:
+            # The last poll took the mark of the session's end.
+            websocket.close()
 
     def _flush(self) -> None:
         """Send what is queued over the WebSocket, and close it after the session's end; polls take it themselves."""
         queue = self.socket.queue
-        while self.websocket is not None and not self._writing and not queue.empty():
-            packet = queue.get(block=False)
-            if packet is not None and self.websocket.send_at_once(packet.encode()):
-                self._forget(packet)
-            else:
-                self._writing = True
-                self.engine.start_background_task(self._write, self.websocket, packet)
+        with SENDING:
+            while self.websocket is not None and not self._writing and not queue.empty():
+                packet = queue.get(block=False)
+                if packet is not None and self.websocket.send_at_once(packet.encode()):
+                    self._forget(packet)
+                else:
+                    self._writing = True
+                    self.engine.start_background_task(self._write, self.websocket, packet)
 
     def _write(self, websocket: "SessionWebSocket", packet: Packet | None) -> None:
         """Send this packet and all that are queued, as the client reads them; None ends the WebSocket."""
-        try:
-            while True:
-                try:
-                    if packet is not None:
-                        websocket.send(packet.encode())
-                except OSError:
+        while self._writing:
+            try:
+                if packet is not None:
+                    websocket.send(packet.encode())
+                else:
                     websocket.close()
-                if packet is None:
-                    websocket.close()
-                self._forget(packet)
-                packet = self.socket.queue.get(block=False)
-        except self.engine.get_queue_empty_exception():
-            pass
-        finally:
-            self._writing = False
+            except Exception as error:
+                log.debug("not sent", extra={"sid": self.socket.sid, "error": repr(error)})
+                websocket.close()
+            self._forget(packet)
+            with SENDING:
+                if self.socket.queue.empty():
+                    self._writing = False
+                else:
+                    packet = self.socket.queue.get(block=False)
+
+    def wait_until_written(self) -> None:
+        """Wait until the client has got what is queued, or the connection has failed."""
+        if self._writing:
+            self.socket.queue.join()
 
     def _forget(self, packet: Packet | None) -> None:
         """Count a packet of the queue as sent."""
@@ -238,11 +251,13 @@ class Session:
         """
         if self.ended:
             return
-        self._theirs(wait=wait and self.websocket is None, abort=abort, reason=reason)
+        self._theirs(wait=False, abort=abort, reason=reason)
         if self.websocket is not None:
+            # The engine would keep its part until its next cleanup.
+            self.engine.sockets.pop(self.socket.sid, None)
             self._flush()
-            if wait:
-                self.socket.queue.join()
+        if wait:
+            self.socket.queue.join()
 
     def takes(self, *, owing: bool) -> bool:
         """Count an event, `owing` if its client asks for an acknowledgement; return whether the application gets it."""
@@ -463,6 +478,8 @@ class SessionWebSocket(WebSocket):
                 self._carry()
                 while (packet := self.wait()) is not None:
                     socket.receive(EnginePacket(encoded_packet=packet))
+                    # A client that only sends has to answer pings too.
+                    socket.check_ping_timeout()
         except (OSError, SocketIsClosedError):
             pass  # the client left during the upgrade, or the session has ended
         except Exception as error:
@@ -470,6 +487,7 @@ class SessionWebSocket(WebSocket):
         finally:
             # Closing the connection takes a while, so end the session first.
             self._leave()
+            self._session.wait_until_written()
 
     def _upgrades(self) -> bool:
         """Whether the client of a polling session completes the upgrade."""
@@ -477,7 +495,10 @@ class SessionWebSocket(WebSocket):
         if not self._hears(PROBE):
             return False
         self.send(PROBED)
-        self._session.socket.queue.put(EnginePacket(NOOP))  # ends a waiting poll
+        # A poll that still waits would take packets that are for the WebSocket.
+        self._session.socket.queue.put(EnginePacket(NOOP))
+        self._session.begin_poll()
+        self._session.end_poll()
         return self._hears(UPGRADE)
 
     def _hears(self, wanted: str) -> bool:

@@ -186,6 +186,9 @@ class EventletWorker(AsyncWorker):
         finally:
             self._requests.discard(request)
             client.release()
+        if client.handed_over:
+            # A middleware has answered for the WebSocket. Nothing more may be read here.
+            raise StopIteration
         self._idle.add(client)
         return bool(answered)
 
