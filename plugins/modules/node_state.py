@@ -109,6 +109,7 @@ obsolete:
 enabled: {description: "Instances that start at boot", type: list, elements: int, returned: success}
 running: {description: "Instances that run", type: list, elements: int, returned: success}
 healthy: {description: "Those that answer the health path with 200", type: list, elements: int, returned: success}
+drained: {description: "Those that C(stickyring drain) has emptied", type: list, elements: int, returned: success}
 up_to_date:
   description: Instances whose processes were started from the wanted unit, environment, secrets, release and Python
   type: list
@@ -383,12 +384,23 @@ def account_problem(service: str) -> str | None:
 
 def healthy(address: str, port: int, path: str) -> bool:
     """Return whether an instance can take users."""
+    return answer(address, port, path)[0] == http.HTTPStatus.OK
+
+
+def drained(address: str, port: int) -> bool:
+    """Return whether an instance takes no users because it was drained."""
+    return answer(address, port, "/readyz") == (http.HTTPStatus.SERVICE_UNAVAILABLE, b"draining")
+
+
+def answer(address: str, port: int, path: str) -> tuple[int, bytes]:
+    """Return status and beginning of an instance's answer; 0 and nothing without one."""
     connection = http.client.HTTPConnection(address, port, timeout=HEALTH_SECONDS)
     try:
         connection.request("GET", path)
-        return connection.getresponse().status == http.HTTPStatus.OK
+        response = connection.getresponse()
+        return response.status, response.read(100).strip()
     except (OSError, http.client.HTTPException):
-        return False
+        return 0, b""
     finally:
         connection.close()
 
@@ -513,6 +525,7 @@ def main() -> None:
             for i in sorted(running)
             if healthy(wanted["address"], instance_port(wanted["port"], i), wanted["health_path"])
         ],
+        "drained": [i for i in sorted(running) if drained(wanted["address"], instance_port(wanted["port"], i))],
         "up_to_date": sorted(filter(up_to_date, running)),
         "reloadable": [
             i

@@ -177,7 +177,7 @@ def test_one_rebalance_at_a_time(node: ServeProcess, folder: Path) -> None:
     done = invoke("rebalance", "--control", folder / "control", "--ring", folder / "ring.json", "--rate", "30")
     assert done.exit_code == 0, done.stderr
     assert {"rate": 30, "to_move": 0, "returned": 0}.items() <= json.loads(done.stdout).items()
-    assert done.stderr.splitlines() == ["asked by the rebalance that is running", "asked to reconnect"]
+    assert done.stderr == "", "progress is for terminals"
     assert node.metric("stickyring_rebalances_total") == before + 1
     assert node.logged("rebalanced: 1 sessions left"), "the first one finished"
 

@@ -624,8 +624,23 @@ def test_an_instance_is_healthy_when_it_says_so(host: Host, path: str, healthy: 
         port = server.server_address[1]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         assert node_state.healthy("127.0.0.1", port, path) == healthy
+        assert not node_state.drained("127.0.0.1", port)
         server.shutdown()
     assert not node_state.healthy("127.0.0.1", port, path)
+
+
+@pytest.mark.parametrize(("reason", "drained"), [(b"draining\n", True), (b"full\n", False)])
+def test_an_instance_is_drained_when_it_says_so(reason: bytes, drained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Health) -> None:
+        self.send_response(503)
+        self.end_headers()
+        self.wfile.write(reason)
+
+    monkeypatch.setattr(Health, "do_GET", refuse)
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert node_state.drained("127.0.0.1", server.server_address[1]) == drained
+        server.shutdown()
 
 
 @pytest.mark.parametrize("lost", [f"etc/systemd/system/{SERVICE}@.service", f"opt/{SERVICE}/current"])

@@ -160,7 +160,8 @@ def _watch(
 ) -> dict[str, Any]:
     """Show how many sessions have been asked while `goes_on`; return the last progress."""
     to_move: int = progress["to_move"]
-    with click.progressbar(length=to_move, label=label, file=sys.stderr) as bar:
+    # Elsewhere, its first line would be glued to the JSON.
+    with click.progressbar(length=to_move, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         while goes_on(progress):
             time.sleep(POLL_SECONDS)
             progress = ask()

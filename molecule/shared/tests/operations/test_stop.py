@@ -43,6 +43,23 @@ def test_a_stop_moves_every_user_and_loses_no_message(residents: Any, machine: A
     residents.settle(BACK_SECONDS)
 
 
+def test_a_drained_node_is_named(run: Any, ansible: Any, inventory: Any, machine: Any) -> None:
+    command = "/opt/stickyring-node/current/bin/stickyring {} --control /run/stickyring-node/1/control.sock"
+    machine("node3").check_output(command.format("drain"))
+    try:
+        for playbook, words in (
+            ("playbooks/verify.yml", "node3-1: drained, so it takes no new users until `stickyring undrain`"),
+            ("site.yml", "node3 is drained: it takes no new users until `stickyring undrain`"),
+        ):
+            refused = ansible("ansible-playbook", "-i", inventory, playbook, check=False)
+            assert refused.returncode == 2, refused.stdout
+            assert words in " ".join(refused.stdout.split())
+    finally:
+        machine("node3").check_output(command.format("undrain"))
+    run("playbooks/verify.yml")
+    run("playbooks/rebalance.yml")
+
+
 @pytest.fixture
 def switch_off(machine: Any, hosts: Any, podman: Any, run: Any) -> Iterator[Callable[[str], None]]:
     """Shuts a host down; at the end starts it, and waits until it has its users again."""
