@@ -520,12 +520,16 @@ def main() -> None:
         "behind": sorted(i for i in instances if i not in running or not runs_what_is_there(i)),
         "enabled": sorted(enabled),
         "running": sorted(running),
-        "healthy": [
-            i
-            for i in sorted(running)
-            if healthy(wanted["address"], instance_port(wanted["port"], i), wanted["health_path"])
+        "healthy": (
+            well := [
+                i
+                for i in sorted(running)
+                if healthy(wanted["address"], instance_port(wanted["port"], i), wanted["health_path"])
+            ]
+        ),
+        "drained": [
+            i for i in sorted(running.difference(well)) if drained(wanted["address"], instance_port(wanted["port"], i))
         ],
-        "drained": [i for i in sorted(running) if drained(wanted["address"], instance_port(wanted["port"], i))],
         "up_to_date": sorted(filter(up_to_date, running)),
         "reloadable": [
             i

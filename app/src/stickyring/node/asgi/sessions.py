@@ -72,13 +72,6 @@ class AsyncSession(Session):
         self._ping: asyncio.TimerHandle | None = None
         self._pinged = False
 
-    def stand_in(self) -> None:
-        """Replace the engine's methods by this object's."""
-        theirs: Any = self.socket
-        self._theirs = theirs.close
-        theirs.send, theirs.handle_post_request, theirs.poll = self.send, self.take_in, self.poll
-        theirs.schedule_ping, theirs.close = self.schedule_ping, self.close
-
     # What goes to the client.
 
     async def send(self, packet: Packet) -> None:  # type: ignore[override]
