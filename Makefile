@@ -5,6 +5,8 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Set in many images of Python. Every command would compile Ansible again, which takes longer than most of them.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON_OUTSIDE_APP := plugins playbooks roles molecule docs bench
 PROGRAMS := $(wildcard roles/*/files/*.py molecule/*.py docs/*.py)
 

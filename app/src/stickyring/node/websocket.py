@@ -98,11 +98,12 @@ class Reader:
     A message has at most `longest` bytes. A text is rejected as soon as it cannot be valid UTF-8 any more.
     """
 
-    __slots__ = ("_buffer", "_checker", "_frame", "_kind", "_longest", "_parts", "_size")
+    __slots__ = ("_at", "_buffer", "_checker", "_frame", "_kind", "_longest", "_parts", "_size")
 
     def __init__(self, longest: int) -> None:
         self._longest = longest
         self._buffer = b""
+        self._at = 0  # where the bytes begin that are not taken yet: removing them for each frame copies the others
         self._kind = CONTINUATION  # opcode of the message being received, if any
         self._parts: list[bytes] = []
         self._size = 0
@@ -119,11 +120,17 @@ class Reader:
         Raises:
             FailureError: the client broke the protocol.
         """
+        found = self._next()
+        if found is None and self._at:
+            self._buffer, self._at = self._buffer[self._at :], 0
+        return found
+
+    def _next(self) -> tuple[int, bytes] | None:
         while self._frame is not None or self._begin():
             first, missing, key = self._frame  # type: ignore[misc]  # _begin has set it
             opcode = first & OPCODE
             if opcode & CONTROL:
-                if len(self._buffer) < missing:
+                if len(self._buffer) - self._at < missing:
                     return None
                 return opcode, self._take(missing, key)
             part = self._take(missing, key)
@@ -144,11 +151,11 @@ class Reader:
 
     def _begin(self) -> bool:
         """Read a frame's head into `_frame` (section 5.2); return whether it is complete."""
-        buffer = self._buffer
-        if len(buffer) < 2:
+        buffer, at = self._buffer, self._at
+        if len(buffer) < at + 2:
             return False
-        first, size = buffer[0], buffer[1] & LENGTH
-        if first & RESERVED or not buffer[1] & MASKED:
+        first, size = buffer[at], buffer[at + 1] & LENGTH
+        if first & RESERVED or not buffer[at + 1] & MASKED:
             raise FailureError(PROTOCOL_ERROR)
         opcode = first & OPCODE
         if opcode & CONTROL:
@@ -156,15 +163,15 @@ class Reader:
                 raise FailureError(PROTOCOL_ERROR)
         elif (opcode == CONTINUATION) != bool(self._kind) or opcode > BINARY:
             raise FailureError(PROTOCOL_ERROR)
-        begin = 2
+        mask = at + 2
         if size > 125:
-            begin = 4 if size == 126 else 10
-            if len(buffer) < begin:
+            mask += 2 if size == 126 else 8
+            if len(buffer) < mask:
                 return False
-            size = int.from_bytes(buffer[2:begin], "big")
+            size = int.from_bytes(buffer[at + 2 : mask], "big")
             if size > self._longest:
                 raise FailureError(TOO_BIG)
-        if len(buffer) < begin + 4:
+        if len(buffer) < mask + 4:
             return False
         if not opcode & CONTROL:
             self._kind = self._kind or opcode
@@ -172,13 +179,14 @@ class Reader:
             # Empty fragments take memory too.
             if self._size + len(self._parts) > self._longest:
                 raise FailureError(TOO_BIG)
-        self._frame = first, size, buffer[begin : begin + 4]
-        self._buffer = buffer[begin + 4 :]
+        self._frame = first, size, buffer[mask : mask + 4]
+        self._at = mask + 4
         return True
 
     def _take(self, most: int, key: bytes) -> bytes:
         """Return at most that much of the frame's payload without its mask, and end the frame."""
-        payload, self._buffer = self._buffer[:most], self._buffer[most:]
+        payload = self._buffer[self._at : self._at + most]
+        self._at += len(payload)
         self._frame = None
         return _unmasked(payload, key)
 
