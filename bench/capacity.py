@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from bench import proxies
-from bench.contenders import ASGI, GEVENT, OURS, PYPY
+from bench.contenders import ASGI, GEVENT, OURS, OURS_ASGI, PYPY
 from bench.nodes import PART_LOAD
 from bench.report import Spread, number
 
@@ -268,7 +268,7 @@ def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
         return f"{fault}: {users}; the limit is {median('faults', fault, 'bound'):g} s"
 
     costs, edge_costs, caps = Costs.of(parts["nodes"]), EdgeCosts.of(parts["edges"]), Caps.of(defaults)
-    workers = {"this one": OURS, "gevent": GEVENT, "uvicorn alone": ASGI}
+    workers = {"this one": OURS, "asgi": OURS_ASGI, "gevent": GEVENT, "uvicorn alone": ASGI}
     echoes = [f"{name} {number(median('nodes', 'echoes-per-cpu@100', key))}" for name, key in workers.items()]
     websocket, polling = (
         number(seconds_back(caps.node_connections, 1, each)) for each in (costs.websocket_first, costs.polling_first)

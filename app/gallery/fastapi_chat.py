@@ -16,6 +16,7 @@ started: list[str] = []
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     """Open what the application needs before it serves, and close it at the end."""
     started.append("database")
+    server.start_background_task(tick)
     yield
     print("closed", *started, flush=True)
 
@@ -53,6 +54,13 @@ async def plain(websocket: WebSocket) -> None:
     await websocket.accept()
     async for text in websocket.iter_text():
         await websocket.send_text(text)
+
+
+async def tick() -> None:
+    """Send every client a number every few seconds."""
+    for number in range(1, 1_000_000):
+        await server.sleep(3)
+        await server.emit("tick", number)
 
 
 @server.event

@@ -37,7 +37,7 @@ def start_ticking() -> None:
 
 
 def tick() -> None:
-    """Send every client the number of seconds since the first one came."""
-    for second in range(1, 1_000_000):
-        socketio.sleep(1)
-        socketio.emit("tick", second)
+    """Send every client a number every few seconds."""
+    for number in range(1, 1_000_000):
+        socketio.sleep(3)
+        socketio.emit("tick", number)

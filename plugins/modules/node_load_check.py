@@ -108,8 +108,8 @@ def main() -> None:
     if code in {KILLED, -9}:
         code = KILLED
         errors += (
-            f"The application was not loaded within {wanted['timeout']} s (stickyring_node_start_timeout), or was"
-            " killed.\n"
+            f"{wanted['command'][-1]} was not loaded within {wanted['timeout']} s (stickyring_node_start_timeout), or"
+            " was killed.\n"
         )
     result = {"rc": code, "stdout": output, "stderr": errors, "changed": False}
     if code:

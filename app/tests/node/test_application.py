@@ -79,6 +79,14 @@ def test_the_gate_stands_before_every_server(
     assert (refused.status, refused.headers[ELSEWHERE_HEADER]) == (503, "1")
 
 
+@pytest.mark.parametrize("application", dict.fromkeys(shape.partition(" ")[0] for shape in SHAPES))
+def test_the_cap_refuses_newcomers(tmp_path: Path, application: str) -> None:
+    options = ("--max-connections", "1", *worker_class(application))
+    with serving(tmp_path, application, *options, PYTHONPATH=str(GALLERY), WALL_PASSWORD=PASSWORD) as node:
+        handshake = "/socket.io/?EIO=4&transport=polling"
+        assert [node.get(handshake).status for _ in range(2)] == [200, 503]
+
+
 def test_the_cap_is_for_all_servers_together(tmp_path: Path) -> None:
     with serving(tmp_path, "two_servers:application", "--max-connections", "2", PYTHONPATH=str(GALLERY)) as node:
         handshake = "socket.io/?EIO=4&transport=polling"
@@ -187,11 +195,44 @@ def test_a_check_listens_nowhere_and_ends_well(tmp_path: Path, application: str)
 
 
 def test_an_async_mode_that_does_not_fit_the_worker_is_refused(tmp_path: Path) -> None:
-    run = check(tmp_path, "flask_rooms:app", "--worker-class", "gthread")
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1].endswith(
-        "its async_mode is 'eventlet', but ThreadWorker needs 'threading': set it"
+    for source, worker, advice in (
+        ("application = s.WSGIApp(s.Server(async_mode='gevent'))", "eventlet", "'eventlet' or 'threading': set it, or"),
+        # An AsyncServer without async_mode takes aiohttp where it is installed.
+        ("application = s.ASGIApp(s.AsyncServer())", "asgi", "but AsgiWorker needs 'asgi': set it"),
+    ):
+        (tmp_path / "other.py").write_text(f"import socketio as s\n{source}\n")
+        run = check(tmp_path, "other:application", "--worker-class", worker)
+        assert run.returncode == 1
+        assert advice in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("worker", ["gthread", "sync"])
+def test_a_worker_class_that_has_a_thread_for_each_user_is_refused(tmp_path: Path, worker: str) -> None:
+    (tmp_path / "threaded.py").write_text(
+        "import socketio as s\napplication = s.WSGIApp(s.Server(async_mode='threading'))\n"
     )
+    run = check(tmp_path, "threaded:application", "--worker-class", worker)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].endswith("(--worker-class) to eventlet, gevent or asgi")
+
+
+def test_the_mode_threading_has_green_threads(tmp_path: Path) -> None:
+    """Many applications of Flask-SocketIO ask for it."""
+    (tmp_path / "threaded.py").write_text(
+        "import threading, time\nimport socketio as s\nserver = s.Server(async_mode='threading')\n"
+        "application = s.WSGIApp(server)\n"
+        "@server.event\ndef say(sid, seconds):\n"
+        "    time.sleep(seconds)\n    return seconds\n"
+    )
+    with serving(tmp_path, "threaded:application") as node:
+        with socketio.SimpleClient() as slow, socketio.SimpleClient() as quick:
+            for client, transport in ((slow, "polling"), (quick, "websocket")):
+                client.connect(node.url, transports=[transport])
+            slow.client.emit("say", 5, callback=lambda _: None)
+            began = time.monotonic()
+            assert quick.call("say", 0) == 0
+            assert time.monotonic() - began < 4, "one handler has held up another"
+        assert node.stop() == 0
 
 
 @pytest.fixture

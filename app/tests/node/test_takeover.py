@@ -422,9 +422,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServePro
 
 @pytest.mark.eventlet
 def test_a_worker_class_without_retire_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "chat.py").write_text(APPLICATION.replace('"eventlet"', '"threading"'))
-    with serving(tmp_path, "chat:application", "--control", "control", "--worker-class", "gthread") as serve:
-        line = refusal(tmp_path, "chat:application")
+    (tmp_path / "plain.py").write_text(
+        "def application(environ, start_response):\n    start_response('200 OK', [])\n    return [b'']\n"
+    )
+    with serving(tmp_path, "plain:application", "--control", "control", "--worker-class", "gthread") as serve:
+        line = refusal(tmp_path, "plain:application")
         cause = "its worker class ThreadWorker does not support --replace: restart the node"
         assert line == f"Error: the node refuses: {cause}"
         assert where(serve) == serve.process.pid

@@ -47,9 +47,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object
         (folder / "bin" / name).chmod(0o755)
     for name, text in APPLICATIONS.items():
         (folder / f"{name}.py").write_text(text)
-    [task] = [
-        one for one in yaml.safe_load((ROLE / "tasks" / "install.yml").read_text()) if one["name"].startswith("Load")
-    ]
+    [task] = yaml.safe_load((ROLE / "tasks" / "load.yml").read_text())
     tasks = [task | {"register": "done", "ignore_errors": True}]
     tasks.append(
         {
@@ -109,7 +107,7 @@ def test_an_application_is_loaded_whatever_it_starts(said: dict[str, dict[str, o
 def test_an_application_that_hangs_fails_with_a_clear_message(said: dict[str, dict[str, object]]) -> None:
     assert said["hanging"]["failed"]
     said_of_it = str(said["hanging"]["stderr"])
-    assert "The application was not loaded within 15 s (stickyring_node_start_timeout)" in said_of_it
+    assert "hanging:app was not loaded within 15 s (stickyring_node_start_timeout)" in said_of_it
 
 
 def test_the_error_of_an_application_is_shown(said: dict[str, dict[str, object]]) -> None:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 ASYNC_MODES = {
     "stickyring.node.worker": ("eventlet", "threading"),
     "stickyring.node.asgi.worker": ("asgi",),
-    "gunicorn.workers.gthread": ("threading",),
     "gunicorn.workers.ggevent": ("gevent", "threading"),
 }
 """The values of python-socketio's `async_mode` that work on a worker class, by its module. On eventlet, the threads of
@@ -185,10 +184,14 @@ def _is_asgi(found: object) -> bool:
 def _check_server(server: object, worker: type[Worker]) -> None:
     if not isinstance(server, socketio.Server | socketio.AsyncServer):
         raise CannotBeServedError("it has an engineio.Server without Socket.IO, which nodes do not serve")
-    allowed = ASYNC_MODES.get(worker.__module__)
-    if allowed is not None and server.async_mode not in allowed:
+    if (allowed := ASYNC_MODES.get(worker.__module__)) is None:
+        raise CannotBeServedError(
+            f"it has a Socket.IO server, each of whose users would hold a thread or process of {worker.__name__}: "
+            "set stickyring_node_worker_class (--worker-class) to eventlet, gevent or asgi"
+        )
+    if server.async_mode not in allowed:
         raise CannotBeServedError(
             f"its async_mode is {server.async_mode!r}, but {worker.__name__} needs {' or '.join(map(repr, allowed))}: "
-            # python-socketio prefers eventlet, which is always installed here.
-            + ("set it, or leave it out" if {"eventlet", "asgi"} & {*allowed} else "set it")
+            # python-socketio prefers eventlet, which is always installed here. An AsyncServer prefers aiohttp to asgi.
+            + ("set it, or leave it out" if "eventlet" in allowed else "set it")
         )

@@ -153,8 +153,8 @@ def serve(
 
     APPLICATION is a WSGI application, or with --worker-class asgi an ASGI application, as `module:attribute` or
     `module:factory()`; the default is the echo service. Its Socket.IO servers may be anywhere in it: a
-    `socketio.WSGIApp` or `ASGIApp`, Flask-SocketIO, one mounted in FastAPI or behind a middleware. Leave out their
-    async_mode, or set it to 'eventlet' or 'asgi'. The node answers /healthz, /readyz and /metrics itself.
+    `socketio.WSGIApp` or `ASGIApp`, Flask-SocketIO, one mounted in FastAPI or behind a middleware. In WSGI,
+    leave out their async_mode; in ASGI, it is 'asgi'. The node answers /healthz, /readyz and /metrics itself.
 
     SIGTERM drains the node: it refuses new users, asks all users to reconnect, and ends when they have left. A second
     signal, SIGINT or SIGQUIT ends it at once.

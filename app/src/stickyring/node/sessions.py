@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SENDING = threading.Lock()
-"""Held while a packet is sent at once or queued. Green threads do not switch meanwhile; threads of gthread do."""
+"""Held while a packet is sent at once or queued: green threads do not switch meanwhile, but real ones may."""
 
 # Request headers that the edge sets, as the WSGI environ names them.
 KEY_VARIABLE = "HTTP_X_STICKYRING_KEY"

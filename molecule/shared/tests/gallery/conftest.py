@@ -27,7 +27,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def play(project: Path, ansible: Any, inventory: Path) -> Callable[..., str]:
     """Runs a playbook for an application of the gallery, with these variables; returns the output.
 
-    site.yml itself proves that the application is sticky.
+    site.yml itself proves that the application is sticky. All nodes restart at once, if the variables do not say else.
     """
 
     def play(playbook: str, application: str, **variables: object) -> str:
@@ -38,6 +38,7 @@ def play(project: Path, ansible: Any, inventory: Path) -> Callable[..., str]:
             "stickyring_node_application": application,
             "stickyring_node_proving_time": 0,
             "stickyring_probe_options": ["--no-echo"],
+            "stickyring_share": "100%",
         }
         options = ["-e", json.dumps(settings | variables)]
         return " ".join(ansible("ansible-playbook", "-i", inventory, playbook, *options).stdout.split())

@@ -1,4 +1,4 @@
-"""Other people's kinds of applications: sticky, listed, counted, drained, rebalanced and updated, under 300 users.
+"""Other people's kinds of applications: sticky, listed, counted, drained, stopped and updated, under 300 users.
 
 They are deployed one after the other, and stay: the next scenario deploys what it needs.
 """
@@ -32,6 +32,8 @@ RETRY_SECONDS = 0.5
 SILENCE_SECONDS = 2 * ANSWER_SECONDS + PAUSE_SECONDS
 MOVED_SECONDS = 20
 START_SECONDS = 60
+TICK_SECONDS = 10
+"""Each application sends a tick every three seconds."""
 MOST_AT_ONCE = 20
 """How many connect at the same time; a storm is another suite's subject."""
 APPLICATIONS = {"fastapi_chat:app": "asgi", "flask_rooms:app": "eventlet"}
@@ -48,8 +50,8 @@ def run(request: pytest.FixtureRequest, play: Callable[..., str]) -> Callable[..
 class User:
     """A client that reconnects by itself, and says something every few seconds.
 
-    answered: when its words were acknowledged; wrong: acknowledgements that are not what was said; refused: why it
-    could not connect at first.
+    answered: when its words were acknowledged; wrong: acknowledgements that are not what was said, or did not come
+    although it stayed connected; refused: why it could not connect at first; failed: how often it could not reconnect.
     """
 
     def __init__(self, name: str, transports: list[str]) -> None:
@@ -59,10 +61,15 @@ class User:
         self.answered: list[float] = []
         self.wrong: list[object] = []
         self.refused: socketio.exceptions.ConnectionError | None = None
+        self.failed = 0
         self.client.on("disconnect", self._count)
+        self.client.on("connect_error", self._fail)
 
     def _count(self, reason: str) -> None:
         self.disconnects += 1
+
+    def _fail(self, data: object) -> None:
+        self.failed += 1
 
     async def live(self, url: str, connecting: asyncio.Semaphore, ended: asyncio.Event) -> None:
         try:
@@ -78,10 +85,15 @@ class User:
         await self.client.shutdown()
 
     async def _talk(self, text: str) -> bool:
+        disconnects = self.disconnects
         try:
             answer = await self.client.call("say", (self.name, text), timeout=ANSWER_SECONDS)
-        except (socketio.exceptions.TimeoutError, socketio.exceptions.BadNamespaceError):
+        except socketio.exceptions.BadNamespaceError:
             return False  # it is being moved
+        except socketio.exceptions.TimeoutError:
+            if self.disconnects == disconnects:
+                self.wrong.append(f"{text}: no acknowledgement")
+            return False
         self.answered.append(time.monotonic())
         if answer != text:
             self.wrong.append(answer)
@@ -169,29 +181,62 @@ def test_each_session_is_listed_and_counted(users: list[User], homes: Any, nodes
         assert counted == len(here)
 
 
-def test_a_drained_node_has_no_users_until_a_rebalance_brings_them_back(
-    users: list[User], run: Any, homes: Any, operate: Any, nodes: Any
+def test_a_room_and_the_background_task_reach_every_tab(run: Any, edge_url: Any) -> None:
+    """The tabs of one user, who are on one node."""
+    with socketio.SimpleClient() as one, socketio.SimpleClient() as other:
+        for tab, transport in ((one, "polling"), (other, "websocket")):
+            tab.connect(f"{edge_url('sticky')}?client_id=ada", transports=[transport])
+        assert one.call("join", "room") == "room"
+        assert other.call("say", ("room", "hello")) == "hello"
+        for tab, wanted in ((one, {"said", "tick"}), (other, {"tick"})):
+            heard = set()
+            while not wanted <= heard:
+                event, *data = tab.receive(timeout=TICK_SECONDS)
+                assert event != "said" or (tab, data) == (one, ["hello"])
+                heard.add(event)
+
+
+@pytest.mark.parametrize("way", ["drain", "stop"])
+def test_a_node_that_is_drained_or_stopped_has_no_users_until_a_rebalance_brings_them_back(
+    users: list[User], run: Any, homes: Any, operate: Any, machine: Any, nodes: Any, way: str
 ) -> None:
     node, before, since = nodes[0], homes(), time.monotonic()
+    counted = [(user.disconnects, user.failed) for user in users]
+    instances = int(node.variables["stickyring_node_instances"])
+    units = " ".join(f"{node.variables['stickyring_node_service']}@{number}" for number in range(1, instances + 1))
     try:
-        instances = operate(node, "drain")
+        operate(node, "drain") if way == "drain" else machine(node.name).check_output(f"systemctl stop {units}")
         until(lambda: homes().keys() == set(USERS) and node.name not in homes().values(), "its users are elsewhere")
     finally:
-        operate(node, "undrain")
-    for user in users:
+        operate(node, "undrain") if way == "drain" else machine(node.name).check_output(f"systemctl start {units}")
+    for user, (disconnects, failed) in zip(users, counted, strict=True):
         # The node's instances drain one after the other: the next one may get users of the one before.
-        most = len(instances) if before[user.name] == node.name else 0
-        assert bool(most) <= user.disconnects <= most, user.name
+        most = instances if before[user.name] == node.name else 0
+        assert bool(most) <= user.disconnects - disconnects <= most, user.name
+        assert user.failed - failed <= 1, user.name
+    # Users cannot move to a node before the edge finds it healthy.
+    run("playbooks/verify.yml")
     run("playbooks/rebalance.yml")
     until(lambda: homes() == before, "every user is at home")
     assert max(user.silence(since) for user in users) < SILENCE_SECONDS
 
 
-@pytest.mark.parametrize("surge", [pytest.param(False, marks=pytest.mark.soak), True], ids=["restart", "surge"])
+@pytest.mark.parametrize(
+    ("run", "surge"),
+    [
+        ("fastapi_chat:app", True),
+        ("flask_rooms:app", False),
+        pytest.param("fastapi_chat:app", False, marks=pytest.mark.soak),
+        pytest.param("flask_rooms:app", True, marks=pytest.mark.soak),
+    ],
+    indirect=["run"],
+    ids=["fastapi-surge", "flask-restart", "fastapi-restart", "flask-surge"],
+)
 def test_an_update_moves_users_as_often_as_it_says(users: list[User], run: Any, homes: Any, surge: bool) -> None:
     since, before = time.monotonic(), [user.disconnects for user in users]
+    release = f"second-{surge}".lower()
     told = run(
-        "playbooks/rolling_update.yml", stickyring_node_release=f"second-{surge}".lower(), stickyring_node_surge=surge
+        "playbooks/rolling_update.yml", stickyring_node_release=release, stickyring_node_surge=surge, stickyring_share=1
     )
     until(lambda: homes().keys() == set(USERS), "every user is on one node")
     disconnects = [user.disconnects - earlier for user, earlier in zip(users, before, strict=True)]

@@ -11,7 +11,7 @@ import pytest
 from stickyring.node.rebalance import HANDSHAKES_A_SECOND
 
 UNIT = "stickyring-node@1.service"
-USERS = 100
+USERS = 60
 TOLD_SECONDS = 10
 HEALTH_CHECK_SECONDS = 2
 BACK_SECONDS = 20

@@ -23,7 +23,7 @@ FAULTY = {
     "stickyring_node_wheelhouse": str(ARTIFACTS / "wheelhouse.tar"),
     "stickyring_node_start_timeout": "8",
 }
-USERS = 40
+USERS = 20
 BACK_SECONDS = 20
 
 
@@ -123,20 +123,38 @@ def test_a_bad_release_stops_at_the_first_share(
     assert not [one for one in elsewhere if one.count("disconnect", since)]
 
 
-def test_an_application_that_cannot_be_served_stops_before_any_restart(residents: Any, run: Any, serving: Any) -> None:
-    wrong = {
-        "node1": ("faulty:crashes_when_loaded()", "RuntimeError: this release cannot be loaded"),
-        "node2": ("faulty:crashes_when_loaded", "if it makes the application, write faulty:crashes_when_loaded()"),
-        "node3": ("faulty:absent", "Failed to find attribute 'absent' in 'faulty'"),
-    }
+@pytest.mark.parametrize(
+    ("application", "reason"),
+    [
+        ("stickyring.echo:create_asgi_application()", "it is an ASGI application, which EventletWorker does not serve"),
+        ("faulty:crashes_when_loaded()", "RuntimeError: this release cannot be loaded"),
+        ("faulty:crashes_when_loaded", "if it makes the application, write faulty:crashes_when_loaded()"),
+        ("faulty:absent", "Failed to find attribute 'absent' in 'faulty'"),
+        ("absent:application", "ModuleNotFoundError: No module named 'absent'"),
+        ("faulty:lacks_a_package()", "ModuleNotFoundError: No module named 'database'"),
+        ("faulty:has_another_async_mode()", "it asks for an async_mode whose package is not installed"),
+        ("faulty:never_loads()", "was not loaded within 8 s (stickyring_node_start_timeout)"),
+    ],
+)
+def test_an_application_that_cannot_be_served_stops_at_the_first_node_before_any_restart(
+    residents: Any, run: Any, serving: Any, application: str, reason: str
+) -> None:
     before, since = serving(), time.monotonic()
-    of_each_node = {name: application for name, (application, _) in wrong.items()}
-    application = f"{{{{ {of_each_node}[inventory_hostname] }}}}"
     told = run(UPDATE, *release("faulty", **FAULTY, stickyring_node_application=application), fails=True)
     assert time.monotonic() - since < 60
-    for application, reason in wrong.values():
-        assert f"Error: cannot load {application}: " in told
-        assert reason in told
+    assert application in told
+    assert reason in told
+    assert re.findall(r"fatal: \[(\w+)\]", told) == ["node1"]
+    assert serving() == before
+    assert not [one for one in residents if one.count("disconnect", since) or one.lost]
+
+
+def test_so_does_a_worker_class_that_does_not_fit_the_application(residents: Any, run: Any, serving: Any) -> None:
+    """Without a new release."""
+    before, since = serving(), time.monotonic()
+    told = run(UPDATE, *release("third", stickyring_node_worker_class="asgi"), fails=True)
+    assert "it is a WSGI application, which AsgiWorker does not serve: set stickyring_node_worker_class" in told
+    assert re.findall(r"fatal: \[(\w+)\]", told) == ["node1"]
     assert serving() == before
     assert not [one for one in residents if one.count("disconnect", since) or one.lost]
 

@@ -15,7 +15,7 @@ import yaml
 from residents import Residents
 from stickyring.ring import Ring
 
-USERS = [f"user-{number}" for number in range(60)]
+USERS = [f"user-{number}" for number in range(30)]
 SETTLED_SECONDS = 60
 
 

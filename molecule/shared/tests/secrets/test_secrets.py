@@ -192,7 +192,7 @@ def fleet(
 def deployed(fleet: Fleet) -> str:
     """The output of the run that has brought the first secrets to nodes without any."""
     values = fresh()
-    output = fleet.deploy(values)
+    output = fleet.deploy(values, "-e", "stickyring_share=100%")
     fleet.mark(parts(values))
     return output
 
