@@ -41,15 +41,7 @@ proof:
 down: root .venv/.installed ## Remove the lab: hosts, network, keys and images
 	ansible-playbook molecule/shared/destroy.yml -e stickyring_lab_purge=true
 
-test: root lint ## Lint, unit tests, and all scenarios with a browser (an hour; takes a running demo down)
-	@# The scenarios wait most of the time. The unit tests take what they leave of the processors: in a session of their own
-	@# with the least priority, because Linux compares priorities inside a session only (sched(7), autogroup).
-	@echo "==> The unit tests run beside the scenarios, into .artifacts/unit.log"
-	@mkdir -p .artifacts
-	@setsid sh -c 'echo 19 2>/dev/null > /proc/self/autogroup || :; exec nice -n 19 $(MAKE) unit' > .artifacts/unit.log 2>&1 & unit=$$!; \
-	  trap 'kill -- -$$unit 2>/dev/null || :' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; \
-	  $(MAKE) molecule; \
-	  wait $$unit || { cat .artifacts/unit.log; exit 1; }; tail -n 1 .artifacts/unit.log
+test: root lint unit molecule ## Lint, unit tests, and all scenarios with a browser (an hour; takes a running demo down)
 
 lint: .venv/.tools ## Check style, types, playbooks and roles without running them
 	@$(MAKE) --jobs=2 --output-sync=target lint-python lint-ansible

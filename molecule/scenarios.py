@@ -25,11 +25,8 @@ MOLECULE = Path(__file__).parent
 README = MOLECULE / "README.md"
 ARTIFACTS = MOLECULE.parent / ".artifacts"
 LOG, SUITES = ARTIFACTS / "molecule.log", ARTIFACTS / "suites.jsonl"
-SAME_HOSTS = ("default", "operations", "scale", "failover")
-"""Scenarios that deploy inventory/lab, on the same hosts; each first brings them to the inventory's state.
-
-The one that measures seconds is last: the unit tests, which `make test` runs beside the first ones, have ended then.
-"""
+SAME_HOSTS = ("default", "failover", "operations", "scale")
+"""Scenarios that deploy inventory/lab, on the same hosts; each first brings them to the inventory's state."""
 OTHERS = ("debian12",)
 SLOWEST = 10
 MARKS = ("<!-- The table is written by `make molecule`. -->", "<!-- End of the table. -->")

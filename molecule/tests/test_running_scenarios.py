@@ -110,7 +110,7 @@ def test_an_unknown_scenario_is_refused(
         program.main()
     assert ended.value.code == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.endswith("no scenario: nodes; there are default, operations, scale, failover, debian12")
+    assert told.endswith("no scenario: nodes; there are default, failover, operations, scale, debian12")
     assert not (tmp_path / "commands").exists()
 
 
