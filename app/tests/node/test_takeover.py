@@ -423,7 +423,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServePro
 @pytest.mark.eventlet
 def test_a_worker_class_without_retire_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "plain.py").write_text(
-        "def application(environ, start_response):\n    start_response('200 OK', [])\n    return [b'']\n"
+        "import os\ndef application(environ, start_response):\n"
+        "    start_response('200 OK', [])\n    return [str(os.getppid()).encode()]\n"
     )
     with serving(tmp_path, "plain:application", "--control", "control", "--worker-class", "gthread") as serve:
         line = refusal(tmp_path, "plain:application")

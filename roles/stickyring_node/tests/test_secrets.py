@@ -261,7 +261,7 @@ vault = VaultLib([("default", VaultSecret(open(sys.argv[1], "rb").read()))])
 print(json.dumps({name: vault.encrypt(value).decode() for name, value in json.load(sys.stdin).items()}))
 """
 WRITE = task_of("configure", "Write the secrets")
-TRY = task_of("install", "Load the application")
+TRY = task_of("load", "Load the application")
 REMOVE = task_of("service", "Remove the former secrets")
 CHECK = {
     "ansible.builtin.import_role": {"name": "stickyring.fleet.stickyring_node", "tasks_from": "state"},
