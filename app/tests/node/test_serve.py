@@ -1,5 +1,7 @@
 """`stickyring serve` as a command: settings, start, refusals, log and end."""
 
+import json
+import os
 import signal
 import socket
 import subprocess
@@ -145,6 +147,28 @@ def test_the_log_is_json_and_names_no_user(serve: Callable[..., ServeProcess], t
     assert "alice" not in str(node.log())
     assert node.stop() == 0
     assert [line["message"] for line in node.log()][-1] == "stopped"
+
+
+def test_what_the_application_prints_does_not_cut_the_lines_of_the_log(tmp_path: Path) -> None:
+    """As under systemd, where both are one stream: a buffer of 8 KiB would be written in the middle of a line."""
+    (tmp_path / "printing.py").write_text(
+        "import logging\n"
+        "for number in range(2000):\n    print('client', number, 'has left')\n    logging.warning('logged')\n"
+        "def application(environ, start_response):\n    start_response('200 OK', [])\n    return [b'']\n"
+    )
+    run = subprocess.run(
+        [STICKYRING, "serve", "--check", "printing:application"],
+        cwd=tmp_path,
+        # Without PYTHONUNBUFFERED, as in the unit.
+        env={"PATH": os.environ["PATH"]},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=True,
+        timeout=DEADLINE_SECONDS,
+    )
+    lines = run.stdout.decode().splitlines()
+    assert [line for line in lines if "client" in line] == [f"client {number} has left" for number in range(2000)]
+    assert [json.loads(line)["message"] for line in lines if "logged" in line] == ["logged"] * 2000
 
 
 def test_another_worker_class(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:

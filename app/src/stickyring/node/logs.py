@@ -5,6 +5,7 @@ a node that comes back gets all its users within seconds, and 100 000 of them wo
 numbers are in /metrics, and the edge's access log has a line for each.
 """
 
+import io
 import logging
 import sys
 import traceback
@@ -22,8 +23,11 @@ SERVERS = ("uvicorn.error",)
 def configure(level: str, node_name: str) -> None:
     """Send every log record of this process and its children to standard error.
 
-    A line has `time` (ISO 8601 in UTC), `level`, `logger`, `message`, `pid`, `node` and the record's extra fields.
+    A line has `time` (ISO 8601 in UTC), `level`, `logger`, `message`, `pid`, `node` and the record's extra fields. What
+    an application prints is in the same stream under systemd, and comes in whole lines too.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     formatter = JsonFormatter(
         ["levelname", "name", "message", "process"],
         rename_fields={"levelname": "level", "name": "logger", "process": "pid"},

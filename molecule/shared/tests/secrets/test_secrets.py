@@ -203,6 +203,9 @@ def assert_has_both_ways(fleet: Fleet) -> None:
             variables, credentials = fleet.has(node, unit)
             assert {name: variables.get(name) for name in fleet.values} == fleet.values
             if not fleet.passes_credentials(node):
+                service = node.variables["stickyring_node_service"]
+                asked = f"LoadCredential=secret:/etc/{service}/secrets/credentials"
+                assert asked in fleet.machine(node.name).check_output(f"systemctl cat {unit}").splitlines()
                 continue
             del credentials["secret_STICKYRING_SECRETS"]
             assert credentials == {f"secret_{name}": value for name, value in fleet.values.items()}
