@@ -338,7 +338,6 @@ systemd-run --quiet --unit=planted --property=Environment=TOKEN="$(cat {NEEDLE})
 """
 
 
-@pytest.mark.soak
 def test_the_same_search_finds_what_is_planted(fleet: Fleet, deployed: str) -> None:
     """The negative control."""
     node = fleet.nodes[0]
