@@ -243,8 +243,7 @@ def rest(lab: Lab) -> None:
         raise Broken(f"users are not on their assigned nodes: {error}") from None
     # A connection can look alive: if a polling client sent its last message to a node that had just gone, the Python
     # client notices only when its poll ends.
-    moment = time.monotonic()
-    lab.residents.wait(lambda: all(one.answers[-1][0] > moment for one in lab.residents), SETTLED_SECONDS)
+    lab.residents.wait_for_answers(time.monotonic(), SETTLED_SECONDS)
     if lost := [one for one in lab.residents if one.lost]:
         raise Broken(f"messages were lost: {lost[0]}")
 

@@ -128,8 +128,7 @@ class Journey:
             self.residents.wait(lambda: self.residents.homes() == self.homes, SETTLED_SECONDS)
         except TimeoutError as error:
             raise Failed(f"users are not on the node that the ring has for them: {error}") from None
-        moment = time.monotonic()
-        self.residents.wait(lambda: all(one.answers[-1][0] > moment for one in self.residents), SETTLED_SECONDS)
+        self.residents.wait_for_answers(time.monotonic(), SETTLED_SECONDS)
         if lost := [one for one in self.residents if one.lost]:
             print(*lost, sep="\n", flush=True)
             users = ", ".join(f"{one.user} ({'+'.join(one.transports)})" for one in lost)

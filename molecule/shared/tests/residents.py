@@ -158,6 +158,10 @@ class Residents:
         """Waits until every user has all connections, on one node."""
         self.wait(lambda: all(len(home) == 1 and "" not in home for home in self.homes().values()), seconds)
 
+    def wait_for_answers(self, since: float, seconds: float) -> None:
+        """Waits until every connection has sent a message after that time and got the acknowledgement."""
+        self.wait(lambda: all(one.answers and one.answers[-1][0] > since for one in self.connections), seconds)
+
     def wait(self, condition: Callable[[], bool], seconds: float) -> float:
         """Waits until the condition holds; returns how long that took, or raises TimeoutError."""
         began = time.monotonic()

@@ -79,7 +79,7 @@ def silences(residents: Residents, node: str, bound: float) -> Iterator[list[flo
     since = time.monotonic() - 2 * PAUSE_SECONDS
     costs: list[float] = []
     yield costs
-    residents.wait(lambda: all(one.answers[-1][0] > since + bound for one in residents), 3 * bound + SETTLED_SECONDS)
+    residents.wait_for_answers(since + bound, 3 * bound + SETTLED_SECONDS)
     have_not_noticed(others, since)
     costs.extend(one.silence(since) for one in affected)
 
@@ -172,7 +172,7 @@ def nobody_notices(residents: Residents, seconds: float) -> Iterator[None]:
     since = time.monotonic() - 2 * PAUSE_SECONDS
     yield
     ended = time.monotonic() + seconds
-    residents.wait(lambda: all(one.answers[-1][0] > ended for one in residents), SETTLED_SECONDS)
+    residents.wait_for_answers(ended, SETTLED_SECONDS)
     have_not_noticed(residents, since)
     assert max(one.silence(since) for one in residents) < seconds
 
@@ -278,7 +278,7 @@ def test_a_cut_between_clients_and_edge(
         residents.wait(lambda: all(one.count("disconnect", since) for one in residents), 2 * PING_SECONDS)
         # Some clients are back before the command that ends the cut returns.
         ended = time.monotonic()
-    residents.wait(lambda: all(one.answers[-1][0] > ended for one in residents), SETTLED_SECONDS)
+    residents.wait_for_answers(ended, SETTLED_SECONDS)
     residents.settle(SETTLED_SECONDS)
     noticed = [one.first("disconnect", since) - since for one in residents]
     back = [one.first("connect", ended) - ended for one in residents]
@@ -297,5 +297,5 @@ def test_an_edge_that_comes_back(residents: Residents, machine: Any, edge: Any, 
     since = time.monotonic() - 2 * PAUSE_SECONDS
     machine(edge.name).check_output(f"{command} {EDGE}")
     bound = 5
-    residents.wait(lambda: all(one.answers[-1][0] > since + bound for one in residents), SETTLED_SECONDS)
+    residents.wait_for_answers(since + bound, SETTLED_SECONDS)
     judge(fault, [[one.silence(since) for one in residents]], bound)

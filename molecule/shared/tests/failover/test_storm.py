@@ -44,8 +44,7 @@ def come_back(residents: Residents, fault: str, affected: list[Connection], sinc
     residents.wait(lambda: all(one.count("connect", since) for one in affected), 3 * BACK_SECONDS)
     back = [max(moment for moment, what in one.events if what == "connect") - since for one in affected]
     tries = [one.count("connect", since) + one.count("failed", since) for one in affected]
-    moment = time.monotonic()
-    residents.wait(lambda: all(one.answers and one.answers[-1][0] > moment for one in residents), BACK_SECONDS)
+    residents.wait_for_answers(time.monotonic(), BACK_SECONDS)
     assert keep(f"{fault}, to connect again", back, BACK_SECONDS)["last"] <= BACK_SECONDS
     assert keep(f"{fault}, tries to connect again", tries, TRIES, "tries")["last"] <= TRIES
     assert not [one for one in residents if one.lost]

@@ -208,7 +208,7 @@ def test_a_node_that_is_drained_or_stopped_has_no_users_until_a_rebalance_brings
     try:
         operate(node, "drain") if way == "drain" else machine(node.name).check_output(f"systemctl stop {units}")
         until(
-            lambda: homes(answering).keys() == set(USERS) and node.name not in homes(answering).values(),
+            lambda: (placed := homes(answering)).keys() == set(USERS) and node.name not in placed.values(),
             "its users are elsewhere",
         )
     finally:

@@ -292,8 +292,7 @@ def test_a_changed_one_restarts_one_instance_after_another_and_loses_nothing(
         with watched(fleet) as down:
             output = fleet.deploy(old | {"TOKEN": fresh()["TOKEN"]})
         # Not settle(): only a rebalance brings those home who reconnected while their node was restarting.
-        deployed_at = time.monotonic()
-        residents.wait(lambda: all(one.answers[-1][0] > deployed_at for one in residents), BACK_SECONDS)
+        residents.wait_for_answers(time.monotonic(), BACK_SECONDS)
         assert not [one for one in residents if one.lost]
     after = fleet.processes()
     assert [place for place in before if after[place] == before[place]] == []
