@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import socketio
 
+from stickyring.node.asgi.emit import emit_without_tasks
 from stickyring.node.asgi.packets import check_packets
 from stickyring.node.asgi.sessions import LOST, AsyncSession
 from stickyring.node.asgi.websocket import Channel
@@ -77,6 +78,7 @@ class AsyncSocketIOGate(Gate):
         # Sessions here time out by themselves; the engine's task would look at each of them again and again.
         engine.start_service_task = False
         check_packets(server)
+        emit_without_tasks(server)
         self._watch()
 
     async def _guard(self, scope: dict[str, Any], receive: "ASGIReceiveCallable", send: "ASGISendCallable") -> None:

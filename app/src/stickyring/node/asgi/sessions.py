@@ -230,10 +230,13 @@ class AsyncSession(Session):
 
     async def _handle_incoming(self) -> None:
         incoming = self._incoming
+        number = 0
         while incoming:
+            if (number := number + 1) % TURN_PACKETS == 0:
+                await asyncio.sleep(0)
             websocket, message = incoming[0]
             try:
-                if websocket not in {self._applicant, self._carrier}:
+                if websocket is not self._carrier and websocket is not self._applicant:
                     pass  # what a WebSocket sent that was given up
                 elif message is None:
                     await self.close(wait=False, abort=True, reason=REASON)
