@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import pytest
 
+import stickyring.echo
+
 APP = Path(__file__).parents[1]
 STICKYRING = Path(sys.executable).with_name("stickyring")
 DEADLINE_SECONDS = 15.0
@@ -146,6 +148,12 @@ def serving(
         if not arguments or arguments[0].startswith("--"):
             arguments = ("stickyring.echo:create_application()", *arguments)
         arguments = tuple(one.replace("echo:create_application", "echo:create_asgi_application") for one in arguments)
+    if RUNTIME == "gevent":
+        source = Path(stickyring.echo.__file__).read_text().replace("__file__", repr(stickyring.echo.__file__))
+        Path(directory, "gevent_echo.py").write_text(source.replace("eventlet", "gevent"))
+        if not arguments or arguments[0].startswith("--"):
+            arguments = ("stickyring.echo:create_application()", *arguments)
+        arguments = tuple(one.replace("stickyring.echo:", "gevent_echo:") for one in arguments)
     limit = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
     command = [*limit, str(STICKYRING), "serve", "--listen", "127.0.0.1:0", "--node-name", "node1-1", *arguments]
     stderr = directory / "stderr"

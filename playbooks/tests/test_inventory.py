@@ -12,7 +12,7 @@ DEFAULTS = {
     "stickyring_node_port": 8001,
     "stickyring_node_instances": 1,
     "stickyring_node_drain_timeout": 30,
-    "stickyring_node_start_timeout": 60,
+    "stickyring_node_start_timeout": 40,
     "stickyring_node_proving_time": 15,
     "stickyring_edge_listeners": [{"name": "sticky", "port": 9002, "cluster": "nodes"}],
 }

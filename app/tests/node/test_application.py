@@ -164,6 +164,11 @@ number = 7
         ("", "make", "it does not take a request (environ, start_response); if it makes the application, write"),
         ("", "make_with_options", "it returns an object of Flask, which is no WSGI answer; if it makes the"),
         ("", "asgi", "it is an ASGI application"),
+        (
+            "from aiohttp import web; own = web.Application()",
+            "own",
+            "it is Application of aiohttp, neither a WSGI nor an ASGI application",
+        ),
         ("", "fails", "it fails on a request for /: LookupError: no such thing ("),
         ("", "answers_text", "is no WSGI answer: it begins with 't'"),
         ("", "nothing", "Failed to find attribute 'nothing'"),
@@ -192,6 +197,26 @@ def test_a_check_listens_nowhere_and_ends_well(tmp_path: Path, application: str)
     run = check(tmp_path, application.partition(" ")[0])
     assert (run.returncode, run.stdout) == (0, f"{application.partition(' ')[0]} can be served.\n")
     assert "serving" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "worker"),
+    [
+        ("inner = flask.Flask('x')\nouter = s.WSGIApp(s.Server(), inner)", "eventlet"),
+        ("inner = fastapi.FastAPI()\nouter = s.ASGIApp(s.AsyncServer(async_mode='asgi'), inner)", "asgi"),
+    ],
+)
+def test_the_application_inside_a_middleware_is_refused(tmp_path: Path, source: str, worker: str) -> None:
+    (tmp_path / "nested.py").write_text(f"import fastapi, flask\nimport socketio as s\n{source}\n")
+    refused, served = (check(tmp_path, f"nested:{name}", "--worker-class", worker) for name in ("inner", "outer"))
+    assert refused.stderr.splitlines()[-1].endswith("which is in the middleware around it: name nested:outer")
+    assert (refused.returncode, served.returncode) == (1, 0)
+
+
+def test_a_factory_of_an_asgi_application_is_not_taken_for_wsgi(tmp_path: Path) -> None:
+    (tmp_path / "factory.py").write_text("def make(): pass\n")
+    run = check(tmp_path, "factory:make", "--worker-class", "asgi")
+    assert "it does not take a request (scope, receive, send); if it makes the application" in run.stderr
 
 
 def test_an_async_mode_that_does_not_fit_the_worker_is_refused(tmp_path: Path) -> None:

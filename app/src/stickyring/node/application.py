@@ -6,6 +6,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from wsgiref.util import setup_testing_defaults
 
@@ -50,11 +51,26 @@ class Paths:
 
 @dataclass(frozen=True)
 class Application:
-    """An imported application, WSGI or ASGI, the Socket.IO servers in it, and their paths."""
+    """An imported application, WSGI or ASGI, the Socket.IO servers in it, and their paths.
+
+    `outer` is the name of a middleware of python-socketio, if that passes requests on to the application.
+    """
 
     call: Any
     servers: Sequence[Any] = ()
     paths: Paths = field(default_factory=lambda: Paths(()))
+    outer: str = ""
+
+    def check_handshake(self, path: str, status: int) -> None:
+        """Check the status of its answer to a handshake.
+
+        Raises:
+            CannotBeServedError: its users could not connect.
+        """
+        if status == HTTPStatus.NOT_FOUND and self.outer:
+            raise CannotBeServedError(f"it has no Socket.IO, which is in the middleware around it: name {self.outer}")
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise CannotBeServedError(f"it answers a handshake on {path} with {status}")
 
 
 def load(path: str, worker: type[Worker]) -> Application:
@@ -85,8 +101,18 @@ def load(path: str, worker: type[Worker]) -> Application:
                 f"it has a socketio.{name} that no {middleware} serves: write application = {middleware}(server), "
                 f"or {middleware}(server, other_application)"
             )
-    paths = Paths(path for one in ours if (path := (one.engineio_path or "").rstrip("/")))
-    return Application(found, [*servers.values()], paths)
+    paths = Paths(known for one in ours if (known := (one.engineio_path or "").rstrip("/")))
+    return Application(found, [*servers.values()], paths, _outer(path, found, ours))
+
+
+def _outer(path: str, found: object, middlewares: Sequence[Any]) -> str:
+    """Return what to name in place of `found`, if one of python-socketio's middlewares is around it."""
+    module = path.partition(":")[0]
+    for one in middlewares:
+        if (one.other_asgi_app if isinstance(one, engineio.ASGIApp) else one.wsgi_app) is found:
+            names = [name for name, value in vars(importlib.import_module(module)).items() if value is one]
+            return f"{module}:{names[0]}" if names else f"the socketio.{type(one).__name__}"
+    return ""
 
 
 def try_once(path: str, application: "WSGIApplication", target: str = "/", query: str = "") -> str:
@@ -161,20 +187,26 @@ def _cause(path: str, error: BaseException) -> str:
 def _check_interface(path: str, found: Callable[..., Any], worker: type[Worker], *, asgi: bool) -> None:
     if inspect.isclass(found):
         raise CannotBeServedError(f"it is a class: write {path}() to make the application")
-    if _is_asgi(found) != asgi:
+    is_asgi = _is_asgi(found)
+    request = "(scope, receive, send)" if asgi else "(environ, start_response)"
+    try:
+        inspect.signature(found).bind(*([None] * (3 if is_asgi else 2)))
+    except TypeError:
+        if inspect.isroutine(found):
+            raise CannotBeServedError(
+                f"it does not take a request {request}; if it makes the application, write {path}()"
+            ) from None
+        kind = f"{type(found).__name__} of {type(found).__module__.partition('.')[0]}"
+        raise CannotBeServedError(
+            f"it is {kind}, neither a WSGI nor an ASGI application: what has a server of its own is not served"
+        ) from None
+    except ValueError:  # a callable that does not tell its parameters
+        pass
+    if is_asgi != asgi:
         raise CannotBeServedError(
             f"it is {'a WSGI' if asgi else 'an ASGI'} application, which {worker.__name__} does not serve: "
             f"set stickyring_node_worker_class (--worker-class) to {'eventlet' if asgi else 'asgi'}"
         )
-    try:
-        inspect.signature(found).bind(*([None] * (3 if asgi else 2)))
-    except TypeError:
-        request = "(scope, receive, send)" if asgi else "(environ, start_response)"
-        raise CannotBeServedError(
-            f"it does not take a request {request}; if it makes the application, write {path}()"
-        ) from None
-    except ValueError:  # a callable that does not tell its parameters
-        pass
 
 
 def _is_asgi(found: object) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import make_wsgi_app
 
-from stickyring.node.application import Application, CannotBeServedError, try_once
+from stickyring.node.application import Application, try_once
 from stickyring.node.drain import Drain
 from stickyring.node.forwarded import Edges
 from stickyring.node.gate import SocketIOGate, refuse
@@ -48,6 +48,7 @@ class Runtime:
         self._requests: set[object] = set()
         self.drain = Drain(self.sessions, self._requests, self.move_metrics)
         self._metrics: WSGIApplication = make_wsgi_app(registry)
+        self._deployed = application
         self._application: WSGIApplication = application.call
         self._paths = application.paths
         servers = application.servers
@@ -101,8 +102,7 @@ class Runtime:
         try_once(path, self._application, "/")
         for known in self._paths.known:
             status = try_once(path, self, f"{known}/", "EIO=4&transport=polling")
-            if status.startswith("5"):
-                raise CannotBeServedError(f"it answers a handshake on {known}/ with {status}")
+            self._deployed.check_handshake(f"{known}/", int(status[:3]))
 
     def _readiness(self, start_response: StartResponse) -> Iterable[bytes]:
         if self.drain.active:

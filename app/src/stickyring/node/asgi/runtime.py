@@ -36,6 +36,7 @@ class AsyncRuntime:
         self.move_metrics = MoveMetrics(self._registry)
         self._requests: set[object] = set()
         self.drain = Drain(self.sessions, self._requests, self.move_metrics)
+        self._deployed = application
         self._application: Any = application.call
         self._paths = application.paths
         servers = application.servers
@@ -98,8 +99,7 @@ class AsyncRuntime:
         await _ask(path, self._application, state, "/")
         for known in self._paths.known:
             status = await _ask(path, self, state, f"{known}/", b"EIO=4&transport=polling")
-            if status >= 500:
-                raise CannotBeServedError(f"it answers a handshake on {known}/ with {status}")
+            self._deployed.check_handshake(f"{known}/", status)
 
     async def _pass_on(self, scope: "Scope", receive: "ASGIReceiveCallable", send: "ASGISendCallable") -> None:
         """Call the application; a drain waits for its answer, but not for a stream of events, which does not end."""
