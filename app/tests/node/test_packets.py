@@ -12,11 +12,14 @@ from http.client import HTTPConnection, HTTPResponse, RemoteDisconnected
 from pathlib import Path
 from typing import Any
 
+import engineio.json
 import pytest
 import socketio
 from conftest import RUNTIME, ServeProcess, serving, wait_until
 from test_websocket import BINARY, CLOSE, TEXT
 from test_websocket import Client as RawWebSocket
+
+from stickyring.node.packets import Json, checked
 
 CLIENT = Path(__file__).with_name("burst_client.mjs")
 LONGEST = 100_000
@@ -109,6 +112,23 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
     Path(folder, "application.py").write_text(APPLICATION)
     with serving(folder, "application:application") as node:
         yield node
+
+
+@pytest.mark.parametrize(
+    "data", [["said", 10**99, -1, 0.5, None, True], ["said", {"ü": "\u2028", "a": []}], [], "text"]
+)
+def test_json_is_that_of_python_engineio(data: object) -> None:
+    text = Json.dumps(data, separators=(",", ":"))
+    assert text == engineio.json.dumps(data, separators=(",", ":"))
+    assert Json.loads(text) == engineio.json.loads(text) == data
+
+
+def test_the_json_module_of_an_application_stays_its_own() -> None:
+    class Packet(socketio.packet.Packet):  # type: ignore[misc]
+        json = json
+
+    assert checked(Packet, LONGEST).json is json
+    assert checked(socketio.packet.Packet, LONGEST).json is Json
 
 
 class Polling:
@@ -377,6 +397,7 @@ NO_PACKETS = {
     "an event whose name is null": "42[null]",
     "an event whose name is an object": "42[{}]",
     "an event that is cut off": '42["note",',
+    "an event with an integer of over a hundred digits": f'42["note",{10**100}]',
     "an event that is too deep": f"42{'[' * 50_000}",
     "the server's own connect": '42["connect",{}]',
     "the server's own disconnect": '42["disconnect","x"]',

@@ -7,8 +7,10 @@ Rules: Engine.IO protocol revision 4, Socket.IO protocol revision 5.
 
 import logging
 from collections.abc import Callable, Iterator
+from json import JSONDecoder, JSONEncoder
 from typing import TYPE_CHECKING, Any
 
+import engineio.json
 import socketio
 from engineio.packet import Packet as EnginePacket
 from socketio.packet import ACK, BINARY_ACK, BINARY_EVENT, CONNECT, DISCONNECT, EVENT
@@ -26,6 +28,7 @@ LIFECYCLE_EVENTS = ("connect", "disconnect")
 UNKNOWN_NAMESPACE = {"message": "Invalid namespace"}
 ATTACHMENTS = 10
 """The attachments of one event may take as much as this many messages of the largest size; socket.io allows 10."""
+LONGEST_INT = 100
 ATTACHMENT_BYTES = 100
 """Memory of an attachment beside its content: empty ones need some too."""
 
@@ -145,11 +148,31 @@ def _logging(message: str, call: Callable[..., object]) -> Callable[..., None]:
     return call_and_log
 
 
+def _bounded_int(digits: str) -> int:
+    # As python-engineio: to convert longer ones would take too long.
+    if len(digits) > LONGEST_INT:
+        raise ValueError("too large an integer")
+    return int(digits)
+
+
+class Json:
+    """What packets use of `engineio.json`, with a decoder and an encoder that are not made again for each packet."""
+
+    loads = JSONDecoder(parse_int=_bounded_int).decode
+    _encode = JSONEncoder(separators=(",", ":")).encode
+
+    @classmethod
+    def dumps(cls, data: object, separators: tuple[str, str]) -> str:
+        """Return the JSON text; packets never ask for other separators."""
+        return cls._encode(data)
+
+
 def checked(packet_class: Any, longest: int) -> Any:  # noqa: ANN401 - python-socketio has no types
     """Return a packet class that decodes only what a client may send; `longest` bounds its attachments, in bytes."""
 
     class CheckedPacket(packet_class):
         packet_type: int
+        json = Json if packet_class.json is engineio.json else packet_class.json
 
         def decode(self, encoded_packet: str | bytes) -> int:
             self.attached = 0
