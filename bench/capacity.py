@@ -281,7 +281,11 @@ def _reasons(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]
     sessions = parts["edges"]["figures"]["session-cpu@websocket"]["found"]
     logged, silent = (Spread.of(sessions[key]["rounds"]) for key in (proxies.OURS, proxies.SILENT))
     rows = [
-        ("node_worker_class", f"echoes per CPU second on 100 connections: {', '.join(echoes)}", "nodes"),
+        (
+            "node_worker_class",
+            f"it serves WSGI, as most applications are; echoes per CPU second on 100 connections: {', '.join(echoes)}",
+            "nodes",
+        ),
         ("node_python", f"echoes per CPU second on 100 connections: {'; '.join(pythons)}", "nodes"),
         (
             "node_instances",

@@ -167,7 +167,7 @@ number = 7
         (
             "from aiohttp import web; own = web.Application()",
             "own",
-            "it is Application of aiohttp, neither a WSGI nor an ASGI application",
+            "it is an application of aiohttp, which only the server of aiohttp can serve",
         ),
         ("", "fails", "it fails on a request for /: LookupError: no such thing ("),
         ("", "answers_text", "is no WSGI answer: it begins with 't'"),
@@ -199,24 +199,59 @@ def test_a_check_listens_nowhere_and_ends_well(tmp_path: Path, application: str)
     assert "serving" not in run.stderr
 
 
+NESTED = """
+import fastapi, flask
+import socketio as s
+from starlette.middleware.gzip import GZipMiddleware
+
+site, api = flask.Flask("site"), fastapi.FastAPI()
+
+@site.route("/")
+@site.route("/<path:anything>")
+def page(anything=""):
+    return "a page"
+"""
+
+
 @pytest.mark.parametrize(
-    ("source", "worker"),
+    ("inner", "outer"),
     [
-        ("inner = flask.Flask('x')\nouter = s.WSGIApp(s.Server(), inner)", "eventlet"),
-        ("inner = fastapi.FastAPI()\nouter = s.ASGIApp(s.AsyncServer(async_mode='asgi'), inner)", "asgi"),
+        ("site", "s.WSGIApp(s.Server(), site)"),
+        ("site", "s.WSGIApp(s.Server(), site.wsgi_app)"),
+        ("api", "s.ASGIApp(s.AsyncServer(async_mode='asgi'), api)"),
+        ("api", "s.ASGIApp(s.AsyncServer(async_mode='asgi'), GZipMiddleware(api))"),
     ],
 )
-def test_the_application_inside_a_middleware_is_refused(tmp_path: Path, source: str, worker: str) -> None:
-    (tmp_path / "nested.py").write_text(f"import fastapi, flask\nimport socketio as s\n{source}\n")
-    refused, served = (check(tmp_path, f"nested:{name}", "--worker-class", worker) for name in ("inner", "outer"))
+def test_the_application_inside_a_middleware_is_refused(tmp_path: Path, inner: str, outer: str) -> None:
+    (tmp_path / "nested.py").write_text(f"{NESTED}\nouter = {outer}\n")
+    worker = "asgi" if inner == "api" else "eventlet"
+    refused, served = (check(tmp_path, f"nested:{name}", "--worker-class", worker) for name in (inner, "outer"))
     assert refused.stderr.splitlines()[-1].endswith("which is in the middleware around it: name nested:outer")
     assert (refused.returncode, served.returncode) == (1, 0)
 
 
-def test_a_factory_of_an_asgi_application_is_not_taken_for_wsgi(tmp_path: Path) -> None:
-    (tmp_path / "factory.py").write_text("def make(): pass\n")
-    run = check(tmp_path, "factory:make", "--worker-class", "asgi")
-    assert "it does not take a request (scope, receive, send); if it makes the application" in run.stderr
+def test_a_middleware_that_took_the_place_of_the_application_is_no_other_one(tmp_path: Path) -> None:
+    """As Flask's documentation writes it."""
+    (tmp_path / "nested.py").write_text(f"{NESTED}\nsite.wsgi_app = s.WSGIApp(s.Server(), site.wsgi_app)\n")
+    run = check(tmp_path, "nested:site")
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("def wrong(): pass", "it is no coroutine function (scope, receive, send); if it makes the application, write"),
+        ("def wrong(debug=0, name=1): pass", "it is no coroutine function (scope, receive, send); if it makes"),
+        ("def wrong(scope, receive, send): pass", "it takes (scope, receive, send), but is no coroutine function"),
+        ("def wrong(environ, start_response): pass", "it is a WSGI application"),
+        ("async def wrong(scope): pass", "it does not take a request (scope, receive, send); if it makes"),
+    ],
+)
+def test_what_asgi_cannot_call_is_refused_as_what_it_is(tmp_path: Path, source: str, cause: str) -> None:
+    (tmp_path / "wrong.py").write_text(source)
+    run = check(tmp_path, "wrong:wrong", "--worker-class", "asgi")
+    assert run.returncode == 1
+    assert cause in run.stderr.splitlines()[-1]
 
 
 def test_an_async_mode_that_does_not_fit_the_worker_is_refused(tmp_path: Path) -> None:

@@ -123,11 +123,16 @@ def test_json_is_that_of_python_engineio(data: object) -> None:
     assert Json.loads(text) == engineio.json.loads(text) == data
 
 
-def test_the_json_module_of_an_application_stays_its_own() -> None:
-    class Packet(socketio.packet.Packet):  # type: ignore[misc]
+def test_the_json_of_an_application_stays_its_own() -> None:
+    class WithItsOwnModule(socketio.packet.Packet):  # type: ignore[misc]
         json = json
 
-    assert checked(Packet, LONGEST).json is json
+    class WithItsOwnCode(socketio.packet.Packet):  # type: ignore[misc]
+        def encode(self) -> str:
+            return str(self.json.dumps(self.data, default=str))
+
+    assert checked(WithItsOwnModule, LONGEST).json is json
+    assert checked(WithItsOwnCode, LONGEST).json is engineio.json
     assert checked(socketio.packet.Packet, LONGEST).json is Json
 
 

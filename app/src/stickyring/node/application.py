@@ -1,5 +1,6 @@
 """The deployed application: how it is imported, which Socket.IO servers are in it, and why one cannot be served."""
 
+import functools
 import gc
 import importlib
 import inspect
@@ -21,6 +22,8 @@ from stickyring.node.logs import one_line
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
 
+OWN_SERVERS = ("aiohttp", "tornado")
+"""Frameworks whose applications can be called, but are neither WSGI nor ASGI."""
 ASYNC_MODES = {
     "stickyring.node.worker": ("eventlet", "threading"),
     "stickyring.node.asgi.worker": ("asgi",),
@@ -61,16 +64,17 @@ class Application:
     paths: Paths = field(default_factory=lambda: Paths(()))
     outer: str = ""
 
-    def check_handshake(self, path: str, status: int) -> None:
-        """Check the status of its answer to a handshake.
+    def check_handshake(self, path: str, status: int, *, begun: bool) -> None:
+        """Check its answer to a handshake; `begun`: a session has begun.
 
         Raises:
             CannotBeServedError: its users could not connect.
         """
-        if status == HTTPStatus.NOT_FOUND and self.outer:
-            raise CannotBeServedError(f"it has no Socket.IO, which is in the middleware around it: name {self.outer}")
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             raise CannotBeServedError(f"it answers a handshake on {path} with {status}")
+        # Other statuses may be of a login, or of a redirection to https.
+        if self.outer and not begun and (status == HTTPStatus.NOT_FOUND or status < HTTPStatus.MULTIPLE_CHOICES):
+            raise CannotBeServedError(f"it has no Socket.IO, which is in the middleware around it: name {self.outer}")
 
 
 def load(path: str, worker: type[Worker]) -> Application:
@@ -109,7 +113,11 @@ def _outer(path: str, found: object, middlewares: Sequence[Any]) -> str:
     """Return what to name in place of `found`, if one of python-socketio's middlewares is around it."""
     module = path.partition(":")[0]
     for one in middlewares:
-        if (one.other_asgi_app if isinstance(one, engineio.ASGIApp) else one.wsgi_app) is found:
+        inner = one.other_asgi_app if isinstance(one, engineio.ASGIApp) else one.wsgi_app
+        # Through other middlewares, which mostly keep what they are around under this name, and bound methods.
+        while inner is not None and inner is not found and getattr(inner, "__self__", None) is not found:
+            inner = getattr(inner, "app", None)
+        if inner is not None:
             names = [name for name, value in vars(importlib.import_module(module)).items() if value is one]
             return f"{module}:{names[0]}" if names else f"the socketio.{type(one).__name__}"
     return ""
@@ -187,26 +195,33 @@ def _cause(path: str, error: BaseException) -> str:
 def _check_interface(path: str, found: Callable[..., Any], worker: type[Worker], *, asgi: bool) -> None:
     if inspect.isclass(found):
         raise CannotBeServedError(f"it is a class: write {path}() to make the application")
-    is_asgi = _is_asgi(found)
-    request = "(scope, receive, send)" if asgi else "(environ, start_response)"
-    try:
-        inspect.signature(found).bind(*([None] * (3 if is_asgi else 2)))
-    except TypeError:
-        if inspect.isroutine(found):
-            raise CannotBeServedError(
-                f"it does not take a request {request}; if it makes the application, write {path}()"
-            ) from None
-        kind = f"{type(found).__name__} of {type(found).__module__.partition('.')[0]}"
+    if (framework := type(found).__module__.partition(".")[0]) in OWN_SERVERS:
         raise CannotBeServedError(
-            f"it is {kind}, neither a WSGI nor an ASGI application: what has a server of its own is not served"
-        ) from None
-    except ValueError:  # a callable that does not tell its parameters
-        pass
-    if is_asgi != asgi:
+            f"it is an application of {framework}, which only the server of {framework} can serve"
+        )
+    factory = f"if it makes the application, write {path}()"
+    if _is_asgi(found) != asgi:
+        if asgi and _accepts(found, 3) and not _accepts(found, 2):
+            raise CannotBeServedError("it takes (scope, receive, send), but is no coroutine function: write async def")
+        if asgi and (inspect.isroutine(found) or isinstance(found, functools.partial)) and _accepts(found, 0):
+            raise CannotBeServedError(f"it is no coroutine function (scope, receive, send); {factory}")
         raise CannotBeServedError(
             f"it is {'a WSGI' if asgi else 'an ASGI'} application, which {worker.__name__} does not serve: "
             f"set stickyring_node_worker_class (--worker-class) to {'eventlet' if asgi else 'asgi'}"
         )
+    if not _accepts(found, 3 if asgi else 2):
+        request = "(scope, receive, send)" if asgi else "(environ, start_response)"
+        raise CannotBeServedError(f"it does not take a request {request}; {factory}")
+
+
+def _accepts(found: Callable[..., Any], arguments: int) -> bool:
+    try:
+        inspect.signature(found).bind(*([None] * arguments))
+    except TypeError:
+        return False
+    except ValueError:  # a callable that does not tell its parameters
+        pass
+    return True
 
 
 def _is_asgi(found: object) -> bool:

@@ -167,12 +167,20 @@ class Json:
         return cls._encode(data)
 
 
+def _is_plain(packet_class: Any) -> bool:  # noqa: ANN401 - python-socketio has no types
+    """Return whether packets are encoded and decoded by python-socketio's own code, with its default JSON module."""
+    plain = socketio.packet.Packet
+    return packet_class.json is engineio.json and all(
+        getattr(packet_class, name) is getattr(plain, name) for name in ("encode", "decode")
+    )
+
+
 def checked(packet_class: Any, longest: int) -> Any:  # noqa: ANN401 - python-socketio has no types
     """Return a packet class that decodes only what a client may send; `longest` bounds its attachments, in bytes."""
 
     class CheckedPacket(packet_class):
         packet_type: int
-        json = Json if packet_class.json is engineio.json else packet_class.json
+        json = Json if _is_plain(packet_class) else packet_class.json
 
         def decode(self, encoded_packet: str | bytes) -> int:
             self.attached = 0

@@ -101,8 +101,9 @@ class Runtime:
         """
         try_once(path, self._application, "/")
         for known in self._paths.known:
+            before = len(self.sessions)
             status = try_once(path, self, f"{known}/", "EIO=4&transport=polling")
-            self._deployed.check_handshake(f"{known}/", int(status[:3]))
+            self._deployed.check_handshake(f"{known}/", int(status[:3]), begun=len(self.sessions) > before)
 
     def _readiness(self, start_response: StartResponse) -> Iterable[bytes]:
         if self.drain.active:

@@ -6,6 +6,7 @@ echo costs. A session here sends without waiting (`stickyring.node.asgi.sessions
 
 import asyncio
 import logging
+import time
 
 import socketio
 from engineio.exceptions import EngineIOError
@@ -18,36 +19,43 @@ from stickyring.node.sessions import TURN_PACKETS
 log = logging.getLogger(__name__)
 
 TURN_BYTES = 65536
+TURN_SECONDS = 0.005
 
 
 def emit_without_tasks(server: socketio.AsyncServer) -> None:
     """Replace `emit` of the server's manager, unless the application has another one than python-socketio's own.
 
-    An application that emits again and again without a pause would leave no time to others and to the connections
-    themselves. So after TURN_PACKETS packets, or TURN_BYTES, an emit waits until they have had their turn.
+    Queue managers, such as Redis', and python-socketio's admin instrumentation have another one.
+
+    python-socketio's lets others have a turn each time, and the connections send meanwhile. This one does so if the
+    last turn was TURN_SECONDS, TURN_PACKETS or TURN_BYTES ago: for applications that emit while they work, or without
+    a pause.
     """
-    manager, eio = server.manager, server.eio
+    manager = server.manager
     theirs = manager.emit
     if getattr(theirs, "__func__", None) is not socketio.AsyncManager.emit:
         return
-    packets = size = 0  # since the last pause
+    # Since the last turn of others.
+    packets = size = 0
+    turned = time.monotonic()
 
-    async def emit(
+    async def emit(  # noqa: PLR0917 - as python-socketio's
         event: str,
         data: object,
         namespace: str,
         room: object = None,
-        *,
         skip_sid: object = None,
         callback: object = None,
         to: object = None,
         **more: object,
     ) -> None:
-        nonlocal packets, size
+        nonlocal packets, size, turned
         room = to or room
         if callback:
             # Each client's packet has an id of its own.
             await theirs(event, data, namespace, room=room, skip_sid=skip_sid, callback=callback, **more)
+            return
+        if namespace not in manager.rooms:
             return
         arguments = list(data) if isinstance(data, tuple) else [] if data is None else [data]
         encoded = server.packet_class(EVENT, namespace=namespace, data=[event, *arguments]).encode()
@@ -58,7 +66,7 @@ def emit_without_tasks(server: socketio.AsyncServer) -> None:
                 continue
             for part in parts:
                 try:
-                    await eio.send_packet(engine_sid, part)
+                    await server._send_eio_packet(engine_sid, part)
                 except EngineIOError:
                     break  # its session has just ended
                 except Exception:
@@ -66,8 +74,9 @@ def emit_without_tasks(server: socketio.AsyncServer) -> None:
                     break
                 packets += 1
                 size += len(part.data)
-        if packets >= TURN_PACKETS or size >= TURN_BYTES:
-            packets = size = 0
+        if packets >= TURN_PACKETS or size >= TURN_BYTES or time.monotonic() - turned >= TURN_SECONDS:
             await asyncio.sleep(0)
+            packets = size = 0
+            turned = time.monotonic()
 
     manager.emit = emit

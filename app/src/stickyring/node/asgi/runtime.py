@@ -98,8 +98,9 @@ class AsyncRuntime:
         """
         await _ask(path, self._application, state, "/")
         for known in self._paths.known:
+            before = len(self.sessions)
             status = await _ask(path, self, state, f"{known}/", b"EIO=4&transport=polling")
-            self._deployed.check_handshake(f"{known}/", status)
+            self._deployed.check_handshake(f"{known}/", status, begun=len(self.sessions) > before)
 
     async def _pass_on(self, scope: "Scope", receive: "ASGIReceiveCallable", send: "ASGISendCallable") -> None:
         """Call the application; a drain waits for its answer, but not for a stream of events, which does not end."""
