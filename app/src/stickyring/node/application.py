@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 OWN_SERVERS = ("aiohttp", "tornado")
 """Frameworks whose applications can be called, but are neither WSGI nor ASGI."""
+MOST_MIDDLEWARES = 20
 ASYNC_MODES = {
     "stickyring.node.worker": ("eventlet", "threading"),
     "stickyring.node.asgi.worker": ("asgi",),
@@ -113,14 +114,19 @@ def _outer(path: str, found: object, middlewares: Sequence[Any]) -> str:
     """Return what to name in place of `found`, if one of python-socketio's middlewares is around it."""
     module = path.partition(":")[0]
     for one in middlewares:
-        inner = one.other_asgi_app if isinstance(one, engineio.ASGIApp) else one.wsgi_app
-        # Through other middlewares, which mostly keep what they are around under this name, and bound methods.
-        while inner is not None and inner is not found and getattr(inner, "__self__", None) is not found:
-            inner = getattr(inner, "app", None)
-        if inner is not None:
+        if _leads_to(one.other_asgi_app if isinstance(one, engineio.ASGIApp) else one.wsgi_app, found):
             names = [name for name, value in vars(importlib.import_module(module)).items() if value is one]
             return f"{module}:{names[0]}" if names else f"the socketio.{type(one).__name__}"
     return ""
+
+
+def _leads_to(outer: object, found: object) -> bool:
+    """Return whether it is `found`, its bound method, or a middleware around it, most of which have an `app`."""
+    for _ in range(MOST_MIDDLEWARES):
+        if outer is found or getattr(outer, "__self__", None) is found:
+            return True
+        outer = getattr(outer, "app", None)
+    return False
 
 
 def try_once(path: str, application: "WSGIApplication", target: str = "/", query: str = "") -> str:
