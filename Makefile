@@ -19,8 +19,12 @@ controller: .venv/.installed ## Install Ansible and the command line into .venv;
 
 demo: root .venv/.installed ## Create the lab, deploy to it, prove that it is sticky (first time 3 minutes, then 1)
 	@$(call need,jq:jq)
-	@$(call say,Creating the hosts of inventory/lab)
-	ansible-playbook molecule/shared/create.yml
+	@$(call say,Creating the hosts of inventory/lab$(comma) and building what they install)
+	@mkdir -p .artifacts
+	@ansible-playbook playbooks/artifacts.yml > .artifacts/artifacts.log 2>&1 & building=$$!; \
+	  trap 'kill $$building 2>/dev/null || :' EXIT; \
+	  ansible-playbook molecule/shared/create.yml; \
+	  wait $$building || { cat .artifacts/artifacts.log >&2; exit 1; }
 	@$(call say,Deploying to them)
 	ansible-playbook site.yml
 	@$(MAKE) proof

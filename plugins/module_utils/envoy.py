@@ -14,6 +14,7 @@ from ansible_collections.stickyring.fleet.plugins.module_utils.unit import Unit
 from ansible_collections.stickyring.fleet.plugins.module_utils.xds import (
     CLUSTER,
     ENDPOINTS,
+    Resource,
     Stats,
     XdsFile,
     endpoints_of,
@@ -109,6 +110,11 @@ class Envoy:
             raise NotApplied(f"Envoy rejected {', '.join(rejected)}: {self.reason()}")
         dump = self.admin.dump()
         return [line for file in files for line in file.version_problems(stats) + file.activity_problems(dump)]
+
+    def served(self) -> list[Resource]:
+        """The sections of Envoy's running configuration that have its clusters and their endpoints."""
+        dump = self.admin.dump()
+        return [dump[kind] for kind in ("ClustersConfigDump", "EndpointsConfigDump") if kind in dump]
 
     def serving_problems(self) -> list[str]:
         """What Envoy has not loaded yet of all files, and listeners whose port is closed."""

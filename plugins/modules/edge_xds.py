@@ -200,6 +200,10 @@ in_order:
       endpoints.
   returned: success with V(compared)
   type: bool
+config_dump:
+  description: The clusters and endpoints of Envoy's config_dump.
+  returned: success with V(compared), if RV(in_order)
+  type: dict
 ends:
   description:
     - "Why and how many open websockets end, as C(the binary changes: 214 open websockets end); empty when none do."
@@ -453,7 +457,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     }
     if module.params["state"] == "compared":
         in_order = change.in_order()
-        return result | {"in_order": in_order, "proven": in_order}
+        served = {"config_dump": {"configs": envoy.served()}} if in_order else {}
+        return result | {"in_order": in_order, "proven": in_order} | served
     if module.params["state"] == "proven":
         change.directory.prove()
         envoy.expect_answer()

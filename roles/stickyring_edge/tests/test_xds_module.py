@@ -584,6 +584,13 @@ def test_an_account_that_is_gone_is_not_in_order(compare: Callable[..., dict[str
     assert not compare(account="nobody-has-this-name")["in_order"]
 
 
+def test_clusters_and_endpoints_are_told_if_all_is_in_order(compare: Callable[..., dict[str, Any]]) -> None:
+    told = {section["@type"]: section for section in compare()["config_dump"]["configs"]}
+    assert set(told) == {"a.ClustersConfigDump", "a.EndpointsConfigDump"}
+    assert told["a.ClustersConfigDump"]["dynamic_active_clusters"]
+    assert "config_dump" not in compare(account="nobody-has-this-name")
+
+
 @pytest.mark.parametrize(
     "fault",
     [
