@@ -150,8 +150,8 @@ def test_endpoints_are_named_by_host_and_instance() -> None:
     ("variables", "minutes"),
     [
         ({}, 2),
-        ({"stickyring_node_drain_timeout": "86400"}, 1442),
-        ({"stickyring_node_drain_timeout": 3600, "stickyring_node_instances": 4}, 245),
+        ({"stickyring_node_drain_timeout": "86400"}, 1441),
+        ({"stickyring_node_drain_timeout": 3600, "stickyring_node_instances": 4}, 244),
     ],
 )
 def test_the_longest_restart_is_that_of_the_slowest_node(variables: dict[str, Any], minutes: int) -> None:

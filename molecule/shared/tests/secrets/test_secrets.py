@@ -218,7 +218,7 @@ def test_the_application_has_it(fleet: Fleet, deployed: str) -> None:
 
 def test_no_output_has_it(fleet: Fleet, deployed: str) -> None:
     assert [part for part in parts(fleet.values) if part in deployed] == []
-    assert "VALUE_SPECIFIED_IN_NO_LOG_PARAMETER" in deployed, "the output shows no invocation that was given the secrets"
+    assert "VALUE_SPECIFIED_IN_NO_LOG_PARAMETER" in deployed, "the output shows no module that was given the secrets"
 
 
 def test_no_log_property_or_command_line_has_it(fleet: Fleet, deployed: str) -> None:
