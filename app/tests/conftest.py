@@ -144,15 +144,13 @@ def serving(
 ) -> Iterator[ServeProcess]:
     """Run `stickyring serve` in `directory`, which may contain applications; the block runs while it serves."""
     rewrite(directory)
+    if RUNTIME != "eventlet" and (not arguments or arguments[0].startswith("--")):
+        arguments = ("stickyring.echo:create_application()", *arguments)
     if RUNTIME == "asgi":
-        if not arguments or arguments[0].startswith("--"):
-            arguments = ("stickyring.echo:create_application()", *arguments)
         arguments = tuple(one.replace("echo:create_application", "echo:create_asgi_application") for one in arguments)
     if RUNTIME == "gevent":
         source = Path(stickyring.echo.__file__).read_text().replace("__file__", repr(stickyring.echo.__file__))
         Path(directory, "gevent_echo.py").write_text(source.replace("eventlet", "gevent"))
-        if not arguments or arguments[0].startswith("--"):
-            arguments = ("stickyring.echo:create_application()", *arguments)
         arguments = tuple(one.replace("stickyring.echo:", "gevent_echo:") for one in arguments)
     limit = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
     command = [*limit, str(STICKYRING), "serve", "--listen", "127.0.0.1:0", "--node-name", "node1-1", *arguments]
