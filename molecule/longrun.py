@@ -75,6 +75,11 @@ def committed() -> str:
     return git("rev-parse", "--short", "HEAD")
 
 
+def judged() -> str:
+    """Return what identifies the committed state of what a report judges."""
+    return " ".join(git("rev-parse", *(f"HEAD:{folder}" for folder in JUDGED)).split())
+
+
 def origin(command: str, commit: str, seconds: float) -> str:
     """Return the sentence of a report that says where it is from."""
     moment, machine = datetime.now(UTC).isoformat(timespec="minutes"), f"{os.cpu_count()} cores, {platform.release()}"

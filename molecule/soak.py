@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Runs for hours what `make test` leaves out: all tests, chaos on CPython and on PyPy, connections that stay open.
 
-If every step succeeds, it writes docs/soak.md. With --check it only checks the age of that report.
+If every step succeeds, it writes docs/soak.md. A run that failed or was interrupted is continued by the next one, if what
+it judges is still the same. With --check it only checks the age of that report.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import NamedTuple
 
 import longrun
 from longrun import JUDGED, git
+from scenarios import OTHERS, SAME_HOSTS
 
 PROJECT = Path(__file__).parents[1]
 REPORT = PROJECT / "docs" / "soak.md"
 PYPY = PROJECT / ".artifacts" / "pypy"
+DONE = PROJECT / ".artifacts" / "soak.json"
 SEEDS = (1, 2, 3, 4)
 PYPY_SEED = 5
 SESSIONS = 500
@@ -29,16 +32,25 @@ EXAMPLES = """
 examples:
   make soak                                  15 operations per seed, connections for one hour
   make soak OPERATIONS=60 HOURS=8
+  molecule/soak.py --restart                 do not continue the last run
   molecule/soak.py --check                   only check whether docs/soak.md is too old
 """
 
 
 class Step(NamedTuple):
-    """A command, its purpose, and the inventories of its playbooks."""
+    """A command, its purpose, the inventories of its playbooks, and whether later steps need it in the same run."""
 
     purpose: str
     command: str
     inventory: str = "inventory/lab"
+    prepares: bool = False
+
+
+class Row(NamedTuple):
+    """What a step took and said."""
+
+    seconds: float
+    last_line: str
 
 
 def main() -> None:
@@ -48,6 +60,7 @@ def main() -> None:
     )
     parser.add_argument("--operations", type=int, default=15, help="operations of chaos for each seed (default 15)")
     parser.add_argument("--hours", type=float, default=1.0, help="hours for which connections stay open (default 1)")
+    parser.add_argument("--restart", action="store_true", help="run steps again that the last run has completed")
     parser.add_argument("--check", action="store_true", help="only check the age of docs/soak.md")
     given = parser.parse_args()
     if given.operations < 1 or given.hours <= 0:
@@ -55,12 +68,30 @@ def main() -> None:
     if given.check:
         sys.exit(too_old())
     longrun.heed_interrupts()
-    commit, began = longrun.committed(), time.monotonic()
+    commit, judged = longrun.committed(), longrun.judged()
     PYPY.mkdir(parents=True, exist_ok=True)
     on_pypy = {"stickyring_node_python": "pypy3", "stickyring_artifacts_python_versions": ["3.13", "pypy3.11"]}
     (PYPY / "hosts.json").write_text(json.dumps({"all": {"vars": on_pypy}}))
-    rows = [row(step) for step in steps(given.operations, given.hours)]
-    write(rows, commit, time.monotonic() - began)
+    if given.restart:
+        DONE.unlink(missing_ok=True)
+    done = completed(judged)
+    rows: list[tuple[Step, Row]] = []
+    for step in steps(given.operations, given.hours):
+        key = f"{step.inventory} {step.command}"
+        if key in done and not step.prepares:
+            print(f"==> {step.purpose}: completed by the last run", flush=True)
+        else:
+            done[key] = run(step)
+            DONE.write_text(json.dumps({"judged": judged, "rows": done}))
+        rows.append((step, done[key]))
+    write(rows, commit)
+    DONE.unlink()
+
+
+def completed(judged: str) -> dict[str, Row]:
+    """Return the rows that an unfinished run has left, if it judged the same."""
+    left = json.loads(DONE.read_text()) if DONE.exists() else {"judged": None}
+    return {key: Row(*row) for key, row in left["rows"].items()} if left["judged"] == judged else {}
 
 
 def steps(operations: int, hours: float) -> list[Step]:
@@ -70,43 +101,47 @@ def steps(operations: int, hours: float) -> list[Step]:
     hold = f"stickyring probe {url} --ids {SESSIONS} --connections 1 --transport websocket --hold {hours * 3600:.0f}"
     chaos = f"molecule/chaos.py --operations {operations} --seed"
     return [
-        Step("every test of all suites", "molecule/scenarios.py"),
-        Step("hosts", "ansible-playbook molecule/shared/create.yml"),
-        Step("deployed to them", "ansible-playbook site.yml"),
+        *(Step("every test of a scenario", f"molecule/scenarios.py {one}") for one in (*SAME_HOSTS, *OTHERS)),
+        Step("hosts", "ansible-playbook molecule/shared/create.yml", prepares=True),
+        Step("deployed to them", "ansible-playbook site.yml", prepares=True),
         *(Step("chaos", f"{chaos} {seed}") for seed in SEEDS),
         Step("connections that stay", hold),
-        Step("nodes change to PyPy", "ansible-playbook site.yml", both),
+        Step("nodes change to PyPy", "ansible-playbook site.yml", both, prepares=True),
         Step("chaos on PyPy", f"{chaos} {PYPY_SEED}", both),
         Step("users on PyPy", f"stickyring probe {url} --ids {SESSIONS}"),
         Step("nodes change back", "ansible-playbook site.yml"),
     ]
 
 
-def row(step: Step) -> str:
-    """Run a step and show its output; return its row of the table. Exit with 1 if it fails."""
+def run(step: Step) -> Row:
+    """Run a step and show its output. Exit with 1 if it fails."""
     print(f"==> {step.purpose}: {step.command}", flush=True)
     began, lines = time.monotonic(), [""]
     environment = {"STICKYRING_SOAK": "1", "ANSIBLE_INVENTORY": step.inventory}
     if longrun.play(shlex.split(step.command), environment, lines.append):
-        sys.exit(f"Failed: {step.command}\ndocs/soak.md was not written.")
+        sys.exit(f"Failed: {step.command}\ndocs/soak.md was not written. Run it again to go on with this step.")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    said = last if step.command.startswith(("molecule/chaos.py", "stickyring probe")) else ""
-    return f"| {step.purpose} | `{step.command}` | {time.monotonic() - began:.0f} | {said.replace('|', '/')} |"
+    says = step.command.startswith(("molecule/chaos.py", "stickyring probe"))
+    return Row(time.monotonic() - began, last if says else "")
 
 
-def write(rows: list[str], commit: str, seconds: float) -> None:
+def write(rows: list[tuple[Step, Row]], commit: str) -> None:
     """Write the report."""
+    table = [
+        f"| {step.purpose} | `{step.command}` | {row.seconds:.0f} | {row.last_line.replace('|', '/')} |"
+        for step, row in rows
+    ]
     REPORT.write_text(
         "\n".join(
             [
                 "# Soak",
                 "",
-                longrun.origin("make soak", commit, seconds),
+                longrun.origin("make soak", commit, sum(row.seconds for _, row in rows)),
                 "Every step has succeeded; a run with a failed step writes no report.",
                 "",
                 "| what | command | seconds | its last line |",
                 "|---|---|---|---|",
-                *rows,
+                *table,
                 "",
             ]
         )

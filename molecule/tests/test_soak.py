@@ -34,9 +34,9 @@ def soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     git(tmp_path, "init")
-    for file in ("roles/a", "playbooks/a", "app/src/a", "docs/a"):
+    for file in ("plugins/a", "roles/a", "playbooks/a", "app/src/a", "docs/a"):
         commit(tmp_path, file, "first")
-    for name, path in (("PROJECT", "."), ("REPORT", "docs/soak.md"), ("PYPY", ".artifacts/pypy")):
+    for name, path in (("PROJECT", "."), ("REPORT", "docs/soak.md"), ("PYPY", ".artifacts/pypy"), ("DONE", ".artifacts/soak.json")):
         monkeypatch.setattr(module, name, tmp_path / path)
     monkeypatch.setattr(module.longrun, "PROJECT", tmp_path)
     monkeypatch.setattr(module, "MOST_COMMITS", 2)
@@ -44,8 +44,9 @@ def soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def play(soak: ModuleType, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    monkeypatch.setattr(soak, "steps", lambda operations, hours: [soak.Step("an errand", command)])
+def play(soak: ModuleType, monkeypatch: pytest.MonkeyPatch, *commands: str, prepares: str = "") -> None:
+    made = [soak.Step("an errand", command, prepares=command == prepares) for command in commands]
+    monkeypatch.setattr(soak, "steps", lambda operations, hours: made)
     soak.main()
 
 
@@ -58,6 +59,30 @@ def test_a_good_run_is_reported_and_a_failed_one_leaves_the_report_as_it_was(
     with pytest.raises(SystemExit, match="Failed: false"):
         play(soak, monkeypatch, "false")
     assert (tmp_path / "docs" / "soak.md").read_text() == report
+
+
+def test_an_interrupted_run_is_continued_unless_what_it_judges_has_changed(
+    soak: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, once = "sh -c 'echo >> prepared'", "sh -c 'echo >> once'"
+
+    def lines(name: str) -> int:
+        return len((tmp_path / name).read_text())
+
+    for failed in (1, 2):
+        with pytest.raises(SystemExit, match="Run it again to go on with this step"):
+            play(soak, monkeypatch, once, prepare, "test -e mended", prepares=prepare)
+        assert (lines("prepared"), lines("once")) == (failed, 1)
+    commit(tmp_path, "roles/a", "changed")
+    with pytest.raises(SystemExit):
+        play(soak, monkeypatch, once, prepare, "test -e mended", prepares=prepare)
+    assert lines("once") == 2
+    (tmp_path / "mended").touch()
+    play(soak, monkeypatch, once, prepare, "test -e mended", prepares=prepare)
+    assert lines("once") == 2
+    assert (tmp_path / "docs" / "soak.md").read_text().count("| an errand |") == 3
+    play(soak, monkeypatch, once, prepare, "true", prepares=prepare)
+    assert lines("once") == 3, "a completed run is not continued"
 
 
 def test_a_report_is_too_old_after_so_many_commits_to_what_it_is_about(
