@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Runs for hours what `make test` leaves out: all tests, chaos on CPython and on PyPy, connections that stay open.
 
-If every step succeeds, it writes docs/soak.md. A run that failed or was interrupted is continued by the next one, if what
-it judges is still the same. With --check it only checks the age of that report.
+If every step succeeds, it writes docs/soak.md. A run that failed or was interrupted is continued by the next one, if
+what it judges is still the same. With --check it only checks the age of that report.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import longrun
 from longrun import JUDGED, git
@@ -90,8 +90,8 @@ def main() -> None:
 
 def completed(judged: str) -> dict[str, Row]:
     """Return the rows that an unfinished run has left, if it judged the same."""
-    left = json.loads(DONE.read_text()) if DONE.exists() else {"judged": None}
-    return {key: Row(*row) for key, row in left["rows"].items()} if left["judged"] == judged else {}
+    left: dict[str, Any] = json.loads(DONE.read_text()) if DONE.exists() else {}
+    return {key: Row(*row) for key, row in left["rows"].items()} if left.get("judged") == judged else {}
 
 
 def steps(operations: int, hours: float) -> list[Step]:

@@ -36,7 +36,12 @@ def soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     git(tmp_path, "init")
     for file in ("plugins/a", "roles/a", "playbooks/a", "app/src/a", "docs/a"):
         commit(tmp_path, file, "first")
-    for name, path in (("PROJECT", "."), ("REPORT", "docs/soak.md"), ("PYPY", ".artifacts/pypy"), ("DONE", ".artifacts/soak.json")):
+    for name, path in (
+        ("PROJECT", "."),
+        ("REPORT", "docs/soak.md"),
+        ("PYPY", ".artifacts/pypy"),
+        ("DONE", ".artifacts/soak.json"),
+    ):
         monkeypatch.setattr(module, name, tmp_path / path)
     monkeypatch.setattr(module.longrun, "PROJECT", tmp_path)
     monkeypatch.setattr(module, "MOST_COMMITS", 2)
