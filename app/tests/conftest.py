@@ -18,6 +18,7 @@ import pytest
 
 import stickyring.echo
 
+pytest_plugins = ("bus_fleet",)
 APP = Path(__file__).parents[1]
 STICKYRING = Path(sys.executable).with_name("stickyring")
 DEADLINE_SECONDS = 15.0
@@ -78,6 +79,9 @@ class ServeProcess:
         return self.process.wait(DEADLINE_SECONDS)
 
 
+COROUTINES = "emit|send|sleep|disconnect|call|enter_room|leave_room|close_room|get_session|save_session"
+
+
 def as_asgi(source: str) -> str:
     """Return a WSGI application of these tests as an ASGI application: an AsyncServer, and its pages in threads."""
     blocks = re.split(r"(?m)^(?=(?: *@.*\n)* *(?:def |application = ))", source)
@@ -85,12 +89,13 @@ def as_asgi(source: str) -> str:
         if not re.search(r"^ *def \w+\(sid|\bserver\.(?:emit|sleep)\(", block, re.M):
             continue
         block = re.sub(r"^( *)def ", r"\1async def ", block, flags=re.M)  # noqa: PLW2901
-        block = re.sub(r"\bserver\.(emit|send|sleep|disconnect|call)\(", r"await server.\1(", block)  # noqa: PLW2901
+        block = re.sub(rf"\bserver\.({COROUTINES})\(", r"await server.\1(", block)  # noqa: PLW2901
         blocks[number] = re.sub(r"\b(?:time|eventlet)\.sleep\(", "await asyncio.sleep(", block)
     source = "".join(blocks).replace("eventlet.sleep(", "time.sleep(").replace("import eventlet\n", "")
     source = source.replace('async_mode="eventlet"', 'async_mode="asgi"').replace(
         "socketio.Server(", "socketio.AsyncServer("
     )
+    source = source.replace("bus.manager(", "bus.async_manager(")
     source = source.replace("stickyring.node.gate", "stickyring.node.asgi.gate")
     source = source.replace("stickyring.node.sessions", "stickyring.node.asgi.sessions")
     source = re.sub(r"socketio\.WSGIApp\(server, (\w+)\)", r"socketio.ASGIApp(server, WsgiToAsgi(\1))", source)

@@ -1,0 +1,154 @@
+"""The bus: where it is, and what a process says to it.
+
+The commands are the same for redis-py's synchronous and asyncio clients.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+import redis.asyncio
+import redis.asyncio.sentinel
+import redis.sentinel
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from socketio.redis_manager import parse_redis_sentinel_url
+
+from stickyring.bus.entry import Entry
+from stickyring.bus.offset import BEGIN, Position
+
+URL_VARIABLE = "STICKYRING_BUS_URL"
+NAME_VARIABLE = "STICKYRING_BUS_NAME"
+DEFAULT_NAME = "stickyring"
+TIMEOUT_SECONDS = 2.0
+"""A bus that does not answer for so long is away."""
+BLOCK_MILLISECONDS = 1000
+AT_ONCE = 500
+"""Entries that are read or written in one go."""
+REMEMBERED_SECONDS = 3600
+"""How long the bus knows the last number of a process that writes nothing."""
+APPEND = """#!lua
+-- Append entries of one origin to the stream, except those that it has: a writer repeats what got no answer.
+-- KEYS: the stream, the origin's last number. ARGV: origin, first number, seconds, then for each entry the number of its
+-- fields and values, and these.
+local last = tonumber(redis.call('GET', KEYS[2]) or '0')
+local number, at = tonumber(ARGV[2]), 4
+while at <= #ARGV do
+  local size = tonumber(ARGV[at])
+  if number > last then
+    redis.call('XADD', KEYS[1], '*', 'o', ARGV[1], 'q', number, unpack(ARGV, at + 1, at + size))
+    last = number
+  end
+  at, number = at + size + 1, number + 1
+end
+redis.call('SET', KEYS[2], last, 'EX', ARGV[3])
+return last
+"""
+SAVE = """#!lua
+-- Save a session, unless another process goes on with it. KEYS: the session. ARGV: the process, the session as text or
+-- nothing to forget it, milliseconds for which it is kept, and 1 to take it from another process.
+local owner = redis.call('HGET', KEYS[1], 'o')
+if owner and owner ~= ARGV[1] and ARGV[4] ~= '1' then
+  return 0
+end
+if ARGV[2] == '' then
+  redis.call('DEL', KEYS[1])
+else
+  redis.call('HSET', KEYS[1], 'o', ARGV[1], 's', ARGV[2])
+  redis.call('PEXPIRE', KEYS[1], ARGV[3])
+end
+return 1
+"""
+SWAP = """#!lua
+-- Replace a value if it is still the expected one; return what it is then.
+if redis.call('GET', KEYS[1]) == ARGV[1] then
+  redis.call('SET', KEYS[1], ARGV[2])
+end
+return redis.call('GET', KEYS[1])
+"""
+
+
+@dataclass(frozen=True)
+class Address:
+    """A bus, or a part of it that one application uses alone: `name` begins all its keys."""
+
+    url: str
+    name: str = DEFAULT_NAME
+
+    @classmethod
+    def of_deployment(cls) -> Address | None:
+        """Return what the deployment has set, None without a bus."""
+        url = os.environ.get(URL_VARIABLE)
+        return cls(url, os.environ.get(NAME_VARIABLE) or DEFAULT_NAME) if url else None
+
+    @property
+    def stream(self) -> str:
+        """The key of the stream."""
+        return f"{self.name}:events"
+
+    @property
+    def epoch(self) -> str:
+        """The key of what names the stream's history."""
+        return f"{self.name}:epoch"
+
+    @property
+    def floor(self) -> str:
+        """The key of the position before which entries may have been removed."""
+        return f"{self.name}:floor"
+
+    def session(self, pid: str) -> str:
+        """Return the key of a session that can be recovered."""
+        return f"{self.name}:session:{pid}"
+
+    def client(self, *, asyncio: bool) -> Any:  # noqa: ANN401 - one of two classes
+        """Return a client of redis-py; it connects when it is used.
+
+        The URL is one that python-socketio's RedisManager takes: `redis://`, `rediss://`, `unix://`, or
+        `redis+sentinel://user:password@host:port,host:port/db/service`.
+
+        Raises:
+            ValueError: the URL is none of these.
+        """
+        options: dict[str, Any] = {
+            "socket_timeout": TIMEOUT_SECONDS,
+            "socket_connect_timeout": TIMEOUT_SECONDS,
+            # A repeated command would be written twice, and nobody would know.
+            "retry": (redis.asyncio.retry.Retry if asyncio else Retry)(NoBackoff(), 0),
+        }
+        if "+sentinel://" in self.url:
+            sentinels, service, login = parse_redis_sentinel_url(self.url)
+            if not service:
+                raise ValueError("the URL of the bus names no service: redis+sentinel://HOST:PORT,HOST:PORT/0/SERVICE")
+            of_kind = redis.asyncio.sentinel if asyncio else redis.sentinel
+            sentinel = of_kind.Sentinel(sentinels, sentinel_kwargs={"socket_timeout": TIMEOUT_SECONDS}, **options)
+            return sentinel.master_for(service, **login)
+        return (redis.asyncio.Redis if asyncio else redis.Redis).from_url(self.url, **options)
+
+    def append_keys(self, origin: str) -> list[str]:
+        """Return the keys of APPEND."""
+        return [self.stream, f"{self.name}:written:{origin}"]
+
+
+def append_arguments(entries: Sequence[tuple[Entry, Sequence[str | bytes]]]) -> list[str | bytes | int]:
+    """Return the arguments of APPEND for entries of one origin with consecutive numbers, and the fields of each."""
+    first = entries[0][0]
+    arguments: list[str | bytes | int] = [first.origin, first.number, REMEMBERED_SECONDS]
+    for _, fields in entries:
+        arguments += [len(fields), *fields]
+    return arguments
+
+
+def parsed(reply: Any) -> list[tuple[Position, Entry]]:  # noqa: ANN401 - redis-py's
+    """Return the entries of an answer to XRANGE, or to XREAD of one stream."""
+    if reply and isinstance(reply[0][1], list):
+        reply = reply[0][1]
+    return [(Position.parse(name), Entry.of(fields)) for name, fields in reply or []]
+
+
+def end_of(reply: Any) -> Position:  # noqa: ANN401 - redis-py's
+    """Return the position of the one entry of an answer; the beginning without one."""
+    return Position.parse(reply[0][0]) if reply else BEGIN

@@ -1,0 +1,141 @@
+"""What the bus keeps of a session, so that another node can go on with it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from stickyring.bus.entry import CLOSE, ENTER, EVENT, LEAVE, Entry
+from stickyring.bus.offset import Offset, Position
+
+
+class Stay:
+    """When a session was in a room: after the entry at `since`, up to that at `until`, None while it is in it."""
+
+    __slots__ = ("room", "since", "until")
+
+    def __init__(self, room: Hashable, since: Position, until: Position | None = None) -> None:
+        self.room = room
+        self.since = since
+        self.until = until
+
+    def covers(self, position: Position) -> bool:
+        """Return whether an event at this position was for a session that was in the room."""
+        return self.since < position and (self.until is None or position <= self.until)
+
+
+@dataclass(slots=True)
+class Kept:
+    """A session of one namespace, with what is needed to go on with it elsewhere.
+
+    pid: the secret that its client sends to go on; sid: its Socket.IO session id; stays: in which rooms it was when;
+    sent: the offset of the last event sent to it, as text, empty before the first one; began: the position at which it
+    first joined; has: what the client has got otherwise, which is not sent to it again; data: the application's session.
+
+    missed: the packets of events that are sent to it before its client is told that it is connected. held: those of
+    events that come meanwhile, sent after that; None once it is connected.
+    """
+
+    sid: str
+    namespace: str
+    began: Position
+    pid: str = field(default_factory=lambda: secrets.token_urlsafe(18))
+    stays: list[Stay] = field(default_factory=list)
+    sent: str = ""
+    has: Offset | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    recovered: bool = False
+    missed: list[list[Any]] = field(default_factory=list)
+    held: list[list[Any]] | None = field(default_factory=list)
+    leaves_for_good: bool = True
+    saved_at: float = 0.0
+
+    def enter(self, room: Hashable, position: Position) -> None:
+        """Note that it is in a room from now on."""
+        if room != self.sid and not any(stay.room == room and stay.until is None for stay in self.stays):
+            self.stays.append(Stay(room, position))
+
+    def leave(self, room: Hashable, position: Position) -> None:
+        """Note that it has left a room."""
+        for stay in self.stays:
+            if stay.room == room and stay.until is None:
+                stay.until = position
+
+    def forget_before(self, position: Position) -> None:
+        """Forget rooms that it had left before what the stream still has."""
+        self.stays = [stay for stay in self.stays if stay.until is None or stay.until > position]
+
+    @property
+    def rooms(self) -> list[Hashable]:
+        """The rooms that it is in, without its own."""
+        return [stay.room for stay in self.stays if stay.until is None]
+
+    def replay(self, entry: Entry, position: Position) -> bool:
+        """Take an entry that came while it was away; return whether it is an event that its client has missed."""
+        header = entry.header
+        if header.get("n") != self.namespace:
+            return False
+        if entry.kind in {ENTER, LEAVE} and header["s"] == self.sid:
+            (self.enter if entry.kind == ENTER else self.leave)(header["r"], position)
+        elif entry.kind == CLOSE:
+            self.leave(header["r"], position)
+        if entry.kind != EVENT or self.sid in header.get("x", ()):
+            return False
+        if self.has is not None and self.has.covers(position, entry.origin, entry.number):
+            return False
+        room = header.get("r")
+        wanted = room if isinstance(room, list) else [room]
+        return (
+            room is None
+            or self.sid in wanted
+            or any(stay.room in wanted and stay.covers(position) for stay in self.stays)
+        )
+
+    def to_json(self, seen: Position, epoch: str) -> str:
+        """Return it as text; nothing but `sent` was sent to its client up to the position `seen`.
+
+        Raises:
+            TypeError, ValueError: the application's data or a room cannot be written as JSON.
+        """
+        return json.dumps(
+            {
+                "sid": self.sid,
+                "namespace": self.namespace,
+                "began": str(self.began),
+                "sent": self.sent,
+                "seen": str(seen),
+                "epoch": epoch,
+                "stays": [[stay.room, str(stay.since), stay.until and str(stay.until)] for stay in self.stays],
+                "data": self.data,
+            },
+            separators=(",", ":"),
+        )
+
+
+def recover(text: bytes, pid: str, offset: Offset | None, epoch: str) -> tuple[Kept, Position] | None:
+    """Return a session of another connection or node, and the position after which its client may have missed events.
+
+    `offset` is what the client says that it has got, None if it has got no event. Return None if the session is of
+    another epoch: the stream has lost entries since.
+    """
+    found = json.loads(text)
+    if found["epoch"] != epoch:
+        return None
+    kept = Kept(found["sid"], found["namespace"], Position.parse(found["began"]), pid, recovered=True)
+    kept.data, kept.sent, kept.has = found["data"], found["sent"], offset
+    kept.stays = [
+        Stay(_hashable(room), Position.parse(since), until and Position.parse(until))
+        for room, since, until in found["stays"]
+    ]
+    seen = Position.parse(found["seen"])
+    if str(offset or "") == found["sent"]:
+        # It has got all that was sent to it up to then.
+        return kept, max(seen, offset.position) if offset else seen
+    return kept, offset.position if offset else kept.began
+
+
+def _hashable(room: Any) -> Hashable:  # noqa: ANN401 - from JSON
+    return tuple(room) if isinstance(room, list) else room

@@ -1,0 +1,141 @@
+"""Which sessions of this process get an entry of the stream, and what is sent to them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from stickyring.bus.entry import Entry, Event
+from stickyring.bus.kept import Kept
+from stickyring.bus.offset import BEGIN, Offset, Position
+from stickyring.bus.outbox import Outbox
+
+log = logging.getLogger(__name__)
+
+AHEAD_SECONDS = 1.0
+"""A node delivers its own events itself when the bus has had no turn for so long."""
+AHEAD = Position(2**53, 0)
+"""Stands for the position of an entry that the stream does not have yet."""
+
+
+@dataclass
+class Counts:
+    """What has happened in this process: published, delivered (to sessions) and late events, outages, holes (times at
+    which the stream had lost entries), recovered sessions, and those that could not be recovered, by reason."""
+
+    published: int = 0
+    refused: int = 0
+    read: int = 0
+    sent: int = 0
+    ahead: int = 0
+    outages: int = 0
+    holes: int = 0
+    recovered: int = 0
+
+    def __post_init__(self) -> None:
+        self.not_recovered: dict[str, int] = {}
+
+
+class Router:
+    """The state of one process between its outbox, the stream, and its sessions; it waits for nothing.
+
+    `position`: the last entry read; None before the first contact with the bus. `epoch` names the stream's history.
+    `kept`: by namespace and sid, the sessions that can be recovered, if `recovers`. `arriving`: by Engine.IO id and
+    namespace, recovered sessions that are about to begin. `delivered`: the number of the last own entry that is delivered.
+    """
+
+    def __init__(self, manager: Any, outbox: Outbox, *, recovers: bool) -> None:  # noqa: ANN401 - untyped
+        self._manager = manager
+        self.outbox = outbox
+        self.recovers = recovers
+        self.position: Position | None = None
+        self.epoch = ""
+        self.kept: dict[tuple[str, str], Kept] = {}
+        self.arriving: dict[tuple[str, str], Kept] = {}
+        self.counts = Counts()
+        self.delivered = 0
+        self._numbers: dict[str, int] = {}
+
+    @property
+    def now(self) -> Position:
+        """The last entry read, or the beginning."""
+        return self.position or BEGIN
+
+    @property
+    def alone(self) -> bool:
+        """Whether own events are to be delivered without waiting for the bus any longer."""
+        return self.outbox.age > AHEAD_SECONDS or self.delivered > self.outbox.read
+
+    def entries_ahead(self) -> Iterator[Entry]:
+        """Yield the own entries to deliver now because the bus is away; each once."""
+        for entry in self.outbox.after(self.delivered):
+            self.delivered = entry.number
+            self.counts.ahead += 1
+            yield entry
+
+    def arrives(self, position: Position, entry: Entry) -> bool:
+        """Note an entry of the stream; return whether it is to be delivered here."""
+        self.position = position
+        self.counts.read += 1
+        self.saw(entry)
+        if entry.origin != self.outbox.origin:
+            return True
+        self.outbox.read_back(entry.number)
+        if entry.number <= self.delivered:
+            return False
+        self.delivered = entry.number
+        return True
+
+    def saw(self, entry: Entry) -> None:
+        """Note that the stream has an entry."""
+        self._numbers[entry.origin] = max(entry.number, self._numbers.get(entry.origin, 0))
+
+    def go_on(self, kept: Kept, missed: list[tuple[Position, Entry]], reached: Position) -> None:
+        """Prepare a recovered session: what it has missed up to a position, which this process may not have reached."""
+        has = kept.has or Offset(BEGIN)
+        packet_class = self._manager.server.packet_class
+        for position, entry in missed:
+            kept.sent = str(Offset(position, has.ahead))
+            kept.missed.append(Event(entry, packet_class).packets(kept.sent))
+        kept.has = Offset(max(reached, has.position), has.ahead)
+        for entry in self.outbox.after(self.outbox.read):
+            if entry.number <= self.delivered and kept.replay(entry, AHEAD):
+                kept.sent = str(self.offset(kept))
+                kept.missed.append(Event(entry, packet_class).packets(kept.sent))
+
+    def sendings(self, entry: Entry, position: Position | None) -> Iterator[tuple[str, list[Any]]]:
+        """Yield the Engine.IO id of each session that an event is for, and the packets to send to it."""
+        header, manager = entry.header, self._manager
+        event = Event(entry, manager.server.packet_class)
+        namespace, skipped = header["n"], header.get("x", ())
+        # The generator of python-socketio yields from a copy.
+        for sid, engine_sid in manager.get_participants(namespace, header.get("r")):
+            if sid in skipped:
+                continue
+            self.counts.sent += 1
+            kept = self.kept.get((namespace, sid)) if self.recovers else None
+            if kept is None:
+                yield engine_sid, event.packets()
+                continue
+            if kept.has is not None and kept.has.covers(position, entry.origin, entry.number):
+                continue
+            kept.sent = str(self.offset(kept))
+            packets = event.packets(kept.sent)
+            if kept.held is None:
+                yield engine_sid, packets
+            else:
+                kept.held.append(packets)
+
+    def offset(self, kept: Kept) -> Offset:
+        """Return what a session has got when it has got all up to now."""
+        now, ahead = self.now, {}
+        if kept.has is not None:
+            ahead = {origin: number for origin, number in kept.has.ahead.items() if self._numbers.get(origin, 0) < number}
+            now = max(now, kept.has.position)
+            if not ahead and now == self.now:
+                kept.has = None
+        if self.delivered > self.outbox.read:
+            ahead[self.outbox.origin] = self.delivered
+        return Offset(now, ahead)

@@ -1,0 +1,90 @@
+"""Rooms and broadcasts over nodes, and what becomes of them when the bus is away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from conftest import ServeProcess, wait_until
+from bus_fleet import Bus, Client
+
+Node, Connect = Callable[..., ServeProcess], Callable[..., Client]
+
+
+def test_an_event_reaches_rooms_and_all_on_every_node_in_order(node: Node, client: Connect) -> None:
+    first, second = node("first"), node("second")
+    ann, bob, eve = client(first), client(second, "polling"), client(second)
+    for one in (ann, bob, eve):
+        one.until("connect")
+    assert bob.ask("join", "club")
+    assert ann.ask("join", "club")
+    for number in range(20):
+        ann.do("emit", "say", "club", number)
+    ann.do("emit", "say", None, "all")
+    assert ann.said(21) == bob.said(21) == [*range(20), "all"]
+    assert eve.said(1) == ["all"]
+
+
+def test_what_an_application_does_to_sessions_of_another_node(node: Node, client: Connect) -> None:
+    first, second = node("first"), node("second")
+    ann, bob = client(first), client(second, "polling")
+    sids = {one: one.until("connect")[1] for one in (ann, bob)}
+    ann.ask("enter", sids[bob], "club")
+    ann.ask("others", "not to me")
+    ann.ask("say", "club", "to the club")
+    assert bob.said(2) == ["not to me", "to the club"]
+    assert ann.ask("ask", sids[bob]) == f"who, answered by {sids[bob]}"
+    bob.ask("close", "club")
+    ann.ask("say", "club", "to nobody")
+    ann.ask("bye", sids[bob])
+    assert bob.said(1) == ["bye"], "what was emitted before the disconnect arrives"
+    assert bob.until("disconnect")[1] == "io server disconnect"
+    ann.do("emit", "say", None, "last")
+    assert ann.said(1) == ["last"], "nothing else was for this client"
+
+
+def test_binary_events_and_other_serializers(node: Node, client: Connect) -> None:
+    ann, bob = client(node("first")), client(node("second"), "polling")
+    for one in (ann, bob):
+        one.until("connect")
+    ann.ask("file", [1, 2, 255])
+    assert bob.until("file")[1] == ann.until("file")[1] == {"bytes": [1, 2, 255]}
+
+
+def test_while_the_bus_is_away_local_users_get_events_and_others_get_them_later(
+    bus: Bus, node: Node, client: Connect
+) -> None:
+    ann, bob = client(node("first")), client(node("second"))
+    for one in (ann, bob):
+        one.until("connect")
+    ann.do("emit", "say", None, "before")
+    assert ann.said(1) == bob.said(1) == ["before"]
+    bus.stop()
+    for number in range(5):
+        ann.do("emit", "say", None, f"ann {number}")
+        bob.do("emit", "say", None, f"bob {number}")
+    assert ann.said(5) == [f"ann {number}" for number in range(5)]
+    assert bob.said(5) == [f"bob {number}" for number in range(5)]
+    bus.start()
+    assert ann.said(5) == [f"bob {number}" for number in range(5)]
+    assert bob.said(5) == [f"ann {number}" for number in range(5)]
+    ann.do("emit", "say", None, "after")
+    assert ann.said(1) == bob.said(1) == ["after"], "each event once"
+
+
+def test_a_frozen_bus_is_as_one_that_is_away_and_repeats_nothing(bus: Bus, node: Node, client: Connect) -> None:
+    ann, bob = client(node("first")), client(node("second"))
+    for one in (ann, bob):
+        one.until("connect")
+    bus.freeze()
+    for number in range(5):
+        ann.do("emit", "say", None, number)
+    assert ann.said(5) == [*range(5)]
+    # Longer than a client of redis-py waits for an answer: the events are written again.
+    wait_until(lambda: "the bus is away" in str(bob.node.log()), "the other node has noticed")
+    wait_until(lambda: "the bus is away" in str(ann.node.log()), "the node has noticed")
+    bus.freeze(frozen=False)
+    ann.do("emit", "say", None, "after")
+    assert bob.said(6) == [*range(5), "after"]
+    assert ann.said(1) == ["after"]
+    entries = [(fields[b"o"], fields[b"q"]) for _, fields in bus.client.xrange("stickyring:events")]
+    assert len(entries) == len(set(entries)), "written once"
