@@ -16,10 +16,13 @@ from typing import Any
 
 import pytest
 import redis
+from bus_history import History
 from conftest import ServeProcess, serving, wait_until
 
-CLIENT = Path(__file__).with_name("listening_client.mjs")
+CLIENT, CROWD = (Path(__file__).with_name(f"listening_{name}.mjs") for name in ("client", "crowd"))
 APPLICATION = """
+import uuid
+from urllib.parse import parse_qs
 import socketio
 import stickyring.bus
 
@@ -29,6 +32,8 @@ server = socketio.Server(
 
 @server.event
 def connect(sid, environ, auth=None):
+    for room in parse_qs(environ["QUERY_STRING"]).get("room", ()):
+        server.enter_room(sid, room)
     server.emit("hello", [environ.get("stickyring.recovered"), auth], to=sid)
 
 @server.event
@@ -55,6 +60,18 @@ def note(sid, value):
 @server.event
 def noted(sid):
     return server.get_session(sid)
+
+def count():
+    # One room for everybody, and one for each third.
+    run, number = uuid.uuid4().hex, 0
+    while True:
+        number += 1
+        server.emit("numbered", (run, number))
+        server.sleep(0.05)
+
+@server.event
+def begin_to_count(sid):
+    server.start_background_task(count)
 
 @server.event
 def file(sid, numbers):
@@ -108,16 +125,46 @@ class Bus:
         except redis.ConnectionError:
             return False
 
-    def stop(self) -> None:
+    def stop(self, *, kill: bool = False) -> None:
         if self._process is not None:
             self.freeze(frozen=False)
-            self._process.terminate()
+            self._process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
             self._process.wait(10)
             self._process = None
+
+    def remove_data(self) -> None:
+        shutil.rmtree(self.folder / "appendonlydir")
 
     def freeze(self, *, frozen: bool = True) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP if frozen else signal.SIGCONT)
+
+
+class Crowd:
+    """Many JavaScript clients, which go from node to node."""
+
+    def __init__(self, package: Path, count: int, nodes: list[ServeProcess]) -> None:
+        command = ["node", str(CROWD), str(package), str(count), *(node.url for node in nodes)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        assert json.loads(self._process.stdout.readline()) == {"connected": count}
+
+    def lose(self, count: int) -> None:
+        """Have some of them lose their connections."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.flush()
+
+    def end(self) -> History:
+        """End them; return what they have heard."""
+        output, _ = self._process.communicate(timeout=20)
+        history = History()
+        for line in output.splitlines():
+            before=history.repeated
+            history.add(json.loads(line))
+            if history.repeated>before:
+                print("USER", line)
+        return history
 
 
 class Client:
@@ -161,8 +208,20 @@ class Client:
                 self.heard.put(one)
 
     def said(self, count: int, seconds: float = 10.0) -> list[Any]:
-        """Return the first argument of the next events `said`."""
-        return [self.until("said", seconds)[1] for _ in range(count)]
+        """Return the first argument of the next events `said`, at least so many."""
+        found: list[Any] = []
+        deadline = time.monotonic() + seconds
+        while len(found) < count and time.monotonic() < deadline:
+            found += self._taken("said")
+            time.sleep(0.01)
+        return found
+
+    def _taken(self, name: str) -> list[Any]:
+        events = [self.heard.get_nowait() for _ in range(self.heard.qsize())]
+        for one in events:
+            if one[0] != name:
+                self.heard.put(one)
+        return [one[1] for one in events if one[0] == name]
 
     def away(self, node: ServeProcess) -> None:
         """Lose the connection; the next one will be to a node."""
@@ -176,6 +235,7 @@ class Client:
         return self.until("connect")[1:]
 
     def end(self) -> None:
+        """Disconnect, and end."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(10)

@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import socketio
 
-from stickyring.bus.connection import Address
-from stickyring.bus.settings import MOST_ENTRIES, RECOVERY_SECONDS
-
 if TYPE_CHECKING:
-    from stickyring.bus.async_manager import AsyncManager
+    from stickyring.bus.connection import Address
+
+URL_VARIABLE = "STICKYRING_BUS_URL"
+NAME_VARIABLE = "STICKYRING_BUS_NAME"
+DEFAULT_NAME = "stickyring"
+RECOVERY_SECONDS = 120.0
+MOST_ENTRIES = 200_000
+"""Of the stream; beyond that, what is kept for recovery is kept for a shorter time."""
+
+
+def manager(*, recovery: bool = False) -> Any:  # noqa: ANN401 - one of two classes
+    """Return the client manager of a `socketio.Server`, or of Flask-SocketIO.
+
+    It is that of the deployment's bus. Without one, it is python-socketio's own, for one process. With `recovery`,
+    clients go on with their session if they were away for at most RECOVERY_SECONDS; each event then has one more
+    argument, as Socket.IO's connection state recovery wants it.
+    """
+    if (address := _address()) is None:
+        return socketio.Manager()
+    from stickyring.bus.manager import Manager  # noqa: PLC0415 - redis is needed with a bus only
+
+    return Manager(address, recovery=RECOVERY_SECONDS if recovery else 0.0, most_entries=MOST_ENTRIES)
 
 
 def async_manager(*, recovery: bool = False) -> Any:  # noqa: ANN401 - one of two classes
-    """Return the client manager of a `socketio.AsyncServer`: of the deployment's bus, or python-socketio's own."""
-    if (address := Address.of_deployment()) is None:
+    """Return the same for a `socketio.AsyncServer`."""
+    if (address := _address()) is None:
         return socketio.AsyncManager()
-    from stickyring.bus.async_manager import AsyncManager  # noqa: PLC0415 - redis is needed with a bus only
+    from stickyring.bus.manager import AsyncManager  # noqa: PLC0415 - redis is needed with a bus only
 
     return AsyncManager(address, recovery=RECOVERY_SECONDS if recovery else 0.0, most_entries=MOST_ENTRIES)
+
+
+def _address() -> Address | None:
+    if not (url := os.environ.get(URL_VARIABLE)):
+        return None
+    from stickyring.bus.connection import Address  # noqa: PLC0415 - redis is needed with a bus only
+
+    return Address(url, os.environ.get(NAME_VARIABLE) or DEFAULT_NAME)

@@ -5,7 +5,6 @@ The commands are the same for redis-py's synchronous and asyncio clients.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +20,6 @@ from socketio.redis_manager import parse_redis_sentinel_url
 from stickyring.bus.entry import Entry
 from stickyring.bus.offset import BEGIN, Position
 
-URL_VARIABLE = "STICKYRING_BUS_URL"
-NAME_VARIABLE = "STICKYRING_BUS_NAME"
-DEFAULT_NAME = "stickyring"
 TIMEOUT_SECONDS = 2.0
 """A bus that does not answer for so long is away."""
 BLOCK_MILLISECONDS = 1000
@@ -77,13 +73,7 @@ class Address:
     """A bus, or a part of it that one application uses alone: `name` begins all its keys."""
 
     url: str
-    name: str = DEFAULT_NAME
-
-    @classmethod
-    def of_deployment(cls) -> Address | None:
-        """Return what the deployment has set, None without a bus."""
-        url = os.environ.get(URL_VARIABLE)
-        return cls(url, os.environ.get(NAME_VARIABLE) or DEFAULT_NAME) if url else None
+    name: str
 
     @property
     def stream(self) -> str:

@@ -12,6 +12,11 @@ from stickyring.bus.entry import CLOSE, ENTER, EVENT, LEAVE, Entry
 from stickyring.bus.offset import Offset, Position
 
 
+def new_pid() -> str:
+    """Return a secret that names a session."""
+    return secrets.token_urlsafe(18)
+
+
 class Stay:
     """When a session was in a room: after the entry at `since`, up to that at `until`, None while it is in it."""
 
@@ -36,13 +41,13 @@ class Kept:
     first joined; has: what the client has got otherwise, which is not sent to it again; data: the application's session.
 
     missed: the packets of events that are sent to it before its client is told that it is connected. held: those of
-    events that come meanwhile, sent after that; None once it is connected.
+    events that come meanwhile, sent after that; None once it is connected. ended: up to where it was here.
     """
 
     sid: str
     namespace: str
     began: Position
-    pid: str = field(default_factory=lambda: secrets.token_urlsafe(18))
+    pid: str = field(default_factory=new_pid)
     stays: list[Stay] = field(default_factory=list)
     sent: str = ""
     has: Offset | None = None
@@ -51,6 +56,7 @@ class Kept:
     missed: list[list[Any]] = field(default_factory=list)
     held: list[list[Any]] | None = field(default_factory=list)
     leaves_for_good: bool = True
+    ended: Position | None = None
     saved_at: float = 0.0
 
     def enter(self, room: Hashable, position: Position) -> None:

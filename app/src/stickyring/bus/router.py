@@ -100,9 +100,10 @@ class Router:
             kept.sent = str(Offset(position, has.ahead))
             kept.missed.append(Event(entry, packet_class).packets(kept.sent))
         kept.has = Offset(max(reached, has.position), has.ahead)
-        for entry in self.outbox.after(self.outbox.read):
+        # Own events that are delivered, and that are not in what was read for it.
+        for entry in self.outbox.after(self._numbers.get(self.outbox.origin, 0)):
             if entry.number <= self.delivered and kept.replay(entry, AHEAD):
-                kept.sent = str(self.offset(kept))
+                kept.sent = str(Offset(kept.has.position, has.ahead | {entry.origin: entry.number}))
                 kept.missed.append(Event(entry, packet_class).packets(kept.sent))
 
     def sendings(self, entry: Entry, position: Position | None) -> Iterator[tuple[str, list[Any]]]:

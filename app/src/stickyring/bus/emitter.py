@@ -1,0 +1,63 @@
+"""Events from processes that have no users: workers, jobs, other services."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+import redis
+import socketio.packet
+
+from stickyring.bus.connection import APPEND, Address, append_arguments
+from stickyring.bus.entry import EVENT, Entry, encode, event_of, header_of
+
+RETRY_SECONDS = 0.2
+
+
+class BusAwayError(Exception):
+    """The bus has not accepted an event in time. It may have it all the same."""
+
+
+class Emitter:
+    """Emits to the users of all nodes, from a process that is none; it blocks until the bus has the event.
+
+    Of the bus it needs EVALSHA, EVAL and SCRIPT, with XADD, GET and SET in them, on the keys `NAME:events` and
+    `NAME:written:*`. It is for one thread at a time.
+    """
+
+    def __init__(self, url: str, name: str = "stickyring", *, timeout: float = 10.0) -> None:
+        self._address = Address(url, name)
+        self._append: Any = self._address.client(asyncio=False).register_script(APPEND)
+        self._origin = secrets.token_hex(8)
+        self._number = 0
+        self._timeout = timeout
+
+    def emit(
+        self,
+        event: str,
+        data: object = None,
+        namespace: str | None = None,
+        room: object = None,
+        skip_sid: str | list[str] | None = None,
+    ) -> None:
+        """Send an event; all is as for `Server.emit`. It is tried again for `timeout` seconds, and arrives once.
+
+        Raises:
+            BusAwayError: the bus is away, or refuses.
+        """
+        text, attachments = encode(event_of(event, data), socketio.packet.Packet)
+        self._number += 1
+        header = header_of(namespace, room, skip_sid)
+        entry = Entry(EVENT, self._origin, self._number, header, text, attachments)
+        keys, arguments = self._address.append_keys(self._origin), append_arguments([(entry, entry.fields())])
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                self._append(keys=keys, args=arguments)
+            except (redis.RedisError, OSError) as error:
+                if time.monotonic() > deadline:
+                    raise BusAwayError(f"{type(error).__name__}: {error}") from error
+                time.sleep(RETRY_SECONDS)
+            else:
+                return

@@ -1,0 +1,314 @@
+"""Socket.IO's connection state recovery: sessions are stored ahead, and any node goes on with them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import redis
+import socketio.packet
+
+from stickyring.bus.connection import AT_ONCE, SAVE, end_of, parsed
+from stickyring.bus.entry import MOVED
+from stickyring.bus.kept import Kept, new_pid, recover
+from stickyring.bus.offset import BEGIN, Offset, Position
+from stickyring.bus.waiting import Event, settle
+
+if TYPE_CHECKING:
+    from stickyring.bus.stream import Stream
+
+log = logging.getLogger(__name__)
+
+RECOVERED = "stickyring.recovered"
+"""In the environ of a `connect` handler: whether its client goes on with the session that it had."""
+REFRESH_SECONDS = 60.0
+"""After so long a session is saved again, though nothing but its place in the stream has changed."""
+MARGIN_SECONDS = 30.0
+"""Events stay in the stream for the time of recovery, that of a refresh, and this."""
+SAVED_SECONDS = 0.8
+"""How long a client that connects, or a handler that enters a room, waits for the bus. python-socketio's client waits a
+second for the answer when it reconnects."""
+LOOK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a client sends with CONNECT to go on with its session (socket.io 4.6 and later).
+
+    `offset` is that of the last event that it has got, None before the first one.
+    """
+
+    pid: str
+    offset: Offset | None
+
+    @classmethod
+    def of(cls, data: Any) -> tuple[Claim | None, Any]:  # noqa: ANN401 - the client's
+        """Return the claim in the data of a CONNECT, None without a valid one, and the data without it."""
+        if not (isinstance(data, dict) and isinstance(data.get("pid"), str)):
+            return None, data
+        rest = {name: value for name, value in data.items() if name not in {"pid", "offset"}} or None
+        offset = data.get("offset")
+        try:
+            return cls(data["pid"], None if offset is None else Offset.parse(offset)), rest
+        except (TypeError, ValueError):
+            return None, rest
+
+
+@dataclass
+class Saving:
+    """A session to save: whether it has ended here, and whether it is taken from another process.
+
+    `done` is set once `saved` says whether the bus has it.
+    """
+
+    kept: Kept
+    done: Event
+    gone: bool = False
+    take: bool = False
+    saved: bool = False
+
+
+class Recovery:
+    """Goes on with sessions whose clients were away for at most so many `seconds`; with 0, with none."""
+
+    def __init__(self, stream: Stream, seconds: float) -> None:
+        self.seconds = seconds
+        self._stream = stream
+        self._router = stream.router
+        self._unsaved = stream.wait.event()
+        self._saving: dict[str, Saving] = {}
+        self._offsets: dict[tuple[str, str], Offset | None] = {}
+
+    @property
+    def kept_seconds(self) -> float:
+        """For how long events stay in the stream."""
+        return self.seconds + REFRESH_SECONDS + MARGIN_SECONDS
+
+    def wrap(self, server: Any) -> None:  # noqa: ANN401 - untyped
+        """Put recovery around what a server does when clients connect and leave, and when it stores their data."""
+        if not self.seconds:
+            return
+        self._connect, self._disconnect = server._handle_connect, server._handle_disconnect
+        self._send, self._save_session = server._send_packet, server.save_session
+        function = self._stream.wait.function
+        server._handle_connect, server._handle_disconnect = function(self._on_connect), function(self._on_disconnect)
+        server._send_packet, server.save_session = function(self._on_send), function(self._on_data)
+
+    # Sessions begin and end.
+
+    def begin(self, eio_sid: str, sid: str | None, namespace: str) -> None:
+        """Keep a session that has begun."""
+        has = self._offsets.pop((eio_sid, namespace), None)
+        if sid is not None and self.seconds and self._stream.met.is_set():
+            self._router.kept[namespace, sid] = Kept(sid, namespace, self._router.now, has=has)
+
+    def go_on(self, eio_sid: str, namespace: str) -> str | None:
+        """Return the sid of the session with which a client that connects goes on, None for a new one."""
+        kept = self._router.arriving.pop((eio_sid, namespace), None)
+        if kept is None:
+            return None
+        manager = self._stream.manager
+        for room in (None, kept.sid, *kept.rooms):
+            manager.basic_enter_room(kept.sid, namespace, room, eio_sid=eio_sid)
+        manager.pending_connect.setdefault(namespace, []).append(kept.sid)
+        manager.server.eio.sockets[eio_sid].session[namespace] = kept.data
+        self._router.kept[namespace, kept.sid] = kept
+        return kept.sid
+
+    def forget(self, sid: str, namespace: str) -> None:
+        """Keep a session that has ended here only for other nodes, and not at all if its client has left for good."""
+        if (kept := self._router.kept.pop((namespace, sid), None)) is not None:
+            kept.ended = self._router.now
+            self.save(kept, gone=True)
+
+    def give_up(self) -> None:
+        """End all sessions: their clients, which may have missed events, get new ones, and know it."""
+        for (namespace, sid), kept in [*self._router.kept.items()]:
+            kept.leaves_for_good = True
+            del self._router.kept[namespace, sid]
+            self.save(kept, gone=True)
+            self._stream.wait.spawn(self._stream.end(sid, namespace))
+
+    def forget_before(self, floor: Position) -> None:
+        """Forget what is only about events that the stream does not have any more."""
+        for kept in self._router.kept.values():
+            kept.forget_before(floor)
+
+    async def _on_connect(self, eio_sid: str, namespace: str | None, data: Any) -> None:  # noqa: ANN401
+        namespace = namespace or "/"
+        claim, data = Claim.of(data)
+        await self._stream.met.wait(SAVED_SECONDS)
+        kept = None if claim is None else await self._claimed(claim, eio_sid, namespace)
+        # From here to `go_on` or `begin`, no other task has a turn.
+        self._stream.manager.server.environ[eio_sid][RECOVERED] = kept is not None
+        if kept is not None:
+            self._router.arriving[eio_sid, namespace] = kept
+        await settle(self._connect(eio_sid, namespace, data))
+
+    async def _on_disconnect(self, eio_sid: str, namespace: str | None, reason: str | None = None) -> None:
+        namespace = namespace or "/"
+        manager = self._stream.manager
+        kept = self._router.kept.get((namespace, manager.sid_from_eio_sid(eio_sid, namespace)))
+        if kept is not None:
+            # Only a DISCONNECT comes while the connection is open.
+            socket = manager.server.eio.sockets.get(eio_sid)
+            kept.leaves_for_good = socket is not None and not (socket.closing or socket.closed)
+        await settle(self._disconnect(eio_sid, namespace, reason))
+
+    async def _on_data(self, sid: str, session: dict[str, Any], namespace: str | None = None) -> None:
+        await settle(self._save_session(sid, session, namespace))
+        if (kept := self._router.kept.get((namespace or "/", sid))) is not None:
+            kept.data = session
+            await self.saved(sid, kept.namespace)
+
+    async def _on_send(self, eio_sid: str, packet: Any) -> None:  # noqa: ANN401 - untyped
+        """Send a packet; with a CONNECT, what its client needs to go on later, and what it has missed."""
+        kept = None
+        if packet.packet_type == socketio.packet.CONNECT:
+            kept = self._router.kept.get((packet.namespace or "/", packet.data["sid"]))
+        if kept is None:
+            await settle(self._send(eio_sid, packet))
+            return
+        if not await self._save_now(kept, take=kept.recovered) and kept.recovered:
+            # What the bus has of it is out of date: by another secret, its client knows that it is another session.
+            kept.pid = new_pid()
+            self.save(kept)
+        packet.data["pid"] = kept.pid
+        for packets in kept.missed:
+            await self._stream.send(eio_sid, packets)
+        kept.missed.clear()
+        await settle(self._send(eio_sid, packet))
+        while kept.held:
+            await self._stream.send(eio_sid, kept.held.pop(0))
+        kept.held = None
+
+    # A client comes back.
+
+    async def _claimed(self, claim: Claim, eio_sid: str, namespace: str) -> Kept | None:
+        """Return the session that a client claims, with what it has missed; None if it cannot go on."""
+        # A new session of this client does not get what it has, if the bus has that later.
+        self._offsets[eio_sid, namespace] = claim.offset
+        try:
+            kept, reason = await self._find(claim, eio_sid, namespace)
+        except (redis.RedisError, OSError, TimeoutError):
+            kept, reason = None, "bus"
+        counts = self._router.counts
+        if kept is None:
+            counts.not_recovered[reason] = counts.not_recovered.get(reason, 0) + 1
+            log.info("a session was not recovered", extra={"reason": reason})
+        else:
+            counts.recovered += 1
+            del self._offsets[eio_sid, namespace]
+        return kept
+
+    async def _find(self, claim: Claim, eio_sid: str, namespace: str) -> tuple[Kept | None, str]:
+        """Return the claimed session, or None and the reason; nothing is waited for once its place is known."""
+        stream, router = self._stream, self._router
+        address = stream.address
+        for (_, sid), old in [*router.kept.items()]:
+            if old.pid == claim.pid:
+                # Its client has left without a word.
+                await stream.end(sid, namespace)
+        if (saving := self._saving.get(claim.pid)) is not None:
+            await saving.done.wait(SAVED_SECONDS)
+        pipeline = stream.redis.pipeline(transaction=True)
+        pipeline.hget(address.session(claim.pid), "s")
+        pipeline.get(address.epoch)
+        pipeline.xrevrange(address.stream, count=1)
+        text, epoch, last = await settle(pipeline.execute())
+        if claim.offset is not None and claim.offset.position > end_of(last):
+            # Of a stream that is lost.
+            self._offsets[eio_sid, namespace] = Offset(BEGIN, claim.offset.ahead)
+        if text is None:
+            return None, "unknown"
+        found = recover(text, claim.pid, claim.offset, (epoch or b"").decode())
+        if found is None or found[0].namespace != namespace:
+            return None, "history"
+        kept, start = found
+        reached, missed = start, []
+        await stream.publish(MOVED, {"n": namespace, "s": kept.sid})
+        while True:
+            pipeline = stream.redis.pipeline(transaction=True)
+            pipeline.xrange(address.stream, f"({reached}", "+", count=AT_ONCE)
+            pipeline.get(address.floor)
+            pipeline.xrange(address.stream, count=1)
+            pipeline.xrevrange(address.stream, count=1)
+            page, floor, first, last = await settle(pipeline.execute())
+            if floor is not None and start < Position.parse(floor) and start < end_of(first):
+                return None, "trimmed"
+            if end_of(last) < start:
+                return None, "history"
+            for reached, entry in parsed(page):
+                router.saw(entry)
+                if kept.replay(entry, reached):
+                    missed.append((reached, entry))
+            if len(page) < AT_ONCE and reached >= router.now:
+                router.go_on(kept, missed, reached)
+                return kept, ""
+
+    # Saving.
+
+    def save(self, kept: Kept, *, gone: bool = False, take: bool = False) -> Saving:
+        """Save a session soon."""
+        saving = self._saving.get(kept.pid)
+        if saving is None:
+            saving = self._saving[kept.pid] = Saving(kept, self._stream.wait.event())
+        saving.gone |= gone
+        saving.take |= take
+        self._unsaved.set()
+        return saving
+
+    async def saved(self, sid: str, namespace: str) -> None:
+        """Save a session and wait for it; before its client is told that it is connected, it is saved anyway."""
+        kept = self._router.kept.get((namespace, sid))
+        if kept is not None and kept.held is None:
+            await self._save_now(kept)
+
+    async def _save_now(self, kept: Kept, *, take: bool = False) -> bool:
+        """Save a session; return whether the bus has it."""
+        saving = self.save(kept, take=take)
+        if self._stream.away_since is None or take:
+            await saving.done.wait(SAVED_SECONDS)
+        return saving.saved
+
+    async def save_on(self) -> None:
+        """Save sessions that have changed, and each from time to time."""
+        while True:
+            if await self._unsaved.wait(LOOK_SECONDS):
+                self._unsaved = self._stream.wait.event()
+            stale = time.monotonic() - REFRESH_SECONDS
+            for kept in self._router.kept.values():
+                if kept.held is None and kept.saved_at < stale:
+                    self.save(kept)
+            saving, self._saving = self._saving, {}
+            try:
+                if saving:
+                    await self._write([*saving.values()])
+            except BaseException:
+                self._saving = saving | self._saving
+                raise
+
+    async def _write(self, saving: list[Saving]) -> None:
+        stream, now = self._stream, time.monotonic()
+        pipeline = stream.redis.pipeline(transaction=False)
+        for one in saving:
+            seconds = self.seconds + (0.0 if one.gone else REFRESH_SECONDS)
+            arguments = [stream.outbox.origin, self._text(one), int(seconds * 1000), int(one.take)]
+            pipeline.eval(SAVE, 1, stream.address.session(one.kept.pid), *arguments)
+        for one, answer in zip(saving, await settle(pipeline.execute()), strict=True):
+            one.kept.saved_at = now
+            one.saved = bool(answer)
+            one.done.set()
+
+    def _text(self, saving: Saving) -> str:
+        """Return what is saved; nothing if the session is to be forgotten."""
+        kept = saving.kept
+        if saving.gone and kept.leaves_for_good:
+            return ""
+        try:
+            return kept.to_json(kept.ended or self._router.now, self._router.epoch)
+        except (TypeError, ValueError) as error:
+            log.warning("a session cannot be recovered", extra={"sid": kept.sid, "error": repr(error)})
+            return ""

@@ -1,0 +1,327 @@
+"""A process at the stream: what it publishes, what it reads, and what it does to its sessions because of it."""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Hashable, Iterable
+from functools import partial
+from typing import Any
+
+import redis
+
+from stickyring.bus.connection import (
+    APPEND,
+    AT_ONCE,
+    BLOCK_MILLISECONDS,
+    SWAP,
+    Address,
+    append_arguments,
+    end_of,
+    parsed,
+)
+from stickyring.bus.entry import (
+    ANSWER,
+    CALL,
+    CLOSE,
+    DISCONNECT,
+    ENTER,
+    EVENT,
+    LEAVE,
+    MOVED,
+    Entry,
+    Event,
+    decode,
+    encode,
+)
+from stickyring.bus.offset import BEGIN, Position
+from stickyring.bus.outbox import BusFullError, Outbox
+from stickyring.bus.recovery import Recovery
+from stickyring.bus.router import AHEAD_SECONDS, Router
+from stickyring.bus.waiting import Waiting, settle
+
+log = logging.getLogger(__name__)
+
+AWAY = (redis.RedisError, OSError, TimeoutError)
+"""What is raised when the bus is away, or refuses."""
+MOST_WAITING = 1000
+"""A caller of `emit` waits while so many events are on the way to a bus that is there."""
+CALLS_SECONDS = 600.0
+"""How long an acknowledgement is expected."""
+TICK_SECONDS = 0.2
+TRIM_SECONDS = 5.0
+RETRY_SECONDS = 0.5
+
+
+class Stream:
+    """The stream of Redis or Valkey, for the client manager of one Socket.IO server.
+
+    Each process reads it by position: after a pause it goes on where it was, in order, each event once. What it
+    publishes waits in a bounded outbox until it has read it back. If the bus is away, the process delivers its own
+    events to its own sessions after AHEAD_SECONDS, and others get them when the bus is back.
+
+    `away_since`: since when the bus is away, on the monotonic clock; None while it is there. `met` is set once this
+    process has its place in the stream.
+    """
+
+    def __init__(self, manager: Any, address: Address, wait: Waiting, *, recovery: float, most_entries: int) -> None:  # noqa: ANN401 - untyped
+        self.manager = manager
+        self.address = address
+        self.wait = wait
+        self.redis = address.client(asyncio=wait.asyncio)
+        self._append, self._swap = self.redis.register_script(APPEND), self.redis.register_script(SWAP)
+        self._most_entries = most_entries
+        self.outbox = Outbox(secrets.token_hex(8))
+        self.router = Router(manager, self.outbox, recovers=recovery > 0)
+        self.recovery = Recovery(self, recovery)
+        self.met = wait.event()
+        self.away_since: float | None = None
+        self._turn = wait.lock()
+        self._written, self._progress = wait.event(), wait.event()
+        self._calls: dict[int, tuple[float, Callable[..., Any]]] = {}
+        self._started = False
+
+    def start(self) -> None:
+        """Begin to read and write, once."""
+        if not self._started:
+            self._started = True
+            tasks = [self._read_on, self._write_on, self._watch]
+            for task in [*tasks, self.recovery.save_on] if self.recovery.seconds else tasks:
+                self.wait.spawn(self._again_and_again(task))
+
+    # Publishing.
+
+    async def publish(
+        self, kind: str, header: dict[str, Any], text: str = "", attachments: tuple[bytes, ...] = ()
+    ) -> None:
+        """Publish an entry.
+
+        Raises:
+            BusFullError: the bus is away, and too many entries wait for it.
+        """
+        self.start()
+        if len(self.outbox) > MOST_WAITING and self.away_since is None:
+            await self.deliver_own()
+        try:
+            self.outbox.put(kind, header, text, attachments)
+        except BusFullError:
+            self.router.counts.refused += 1
+            raise
+        self.router.counts.published += 1
+        self._written.set()
+        if self.router.alone:
+            await self._go_ahead()
+
+    async def deliver_own(self) -> None:
+        """Wait until what this process has published is delivered to its own sessions."""
+        number = self.outbox.last
+        while self.router.delivered < number:
+            await self._progress.wait(TICK_SECONDS)
+            if self.router.alone:
+                await self._go_ahead()
+
+    async def _go_ahead(self) -> None:
+        async with self._turn:
+            for entry in self.router.entries_ahead():
+                await self._handle(entry, None)
+        self._note_progress()
+
+    def _note_progress(self) -> None:
+        self._progress.set()
+        self._progress = self.wait.event()
+
+    def expect(self, callback: Callable[..., Any]) -> int:
+        """Return the id of a call whose acknowledgement `callback` gets."""
+        now = time.monotonic()
+        for number in [number for number, (end, _) in self._calls.items() if end < now]:
+            del self._calls[number]
+        number = secrets.randbits(48)
+        self._calls[number] = now + CALLS_SECONDS, callback
+        return number
+
+    # What runs all the time.
+
+    async def _again_and_again(self, what: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await what()
+            except AWAY as error:
+                if self.away_since is None:
+                    self.away_since = time.monotonic()
+                    self.router.counts.outages += 1
+                    log.warning("the bus is away", extra={"error": f"{type(error).__name__}: {error}"})
+                    # The idle ones are broken too, and each would fail once.
+                    await settle(self.redis.connection_pool.disconnect(inuse_connections=False))
+            except Exception:
+                log.exception("the bus is not served because of an error here")
+            await self.wait.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))
+
+    async def _read_on(self) -> None:
+        """Read the stream from where this process is, until the bus is away."""
+        await self._meet()
+        router, stream = self.router, self.address.stream
+        while True:
+            read = self.redis.xread({stream: str(router.now)}, count=AT_ONCE, block=BLOCK_MILLISECONDS)
+            for position, entry in parsed(await settle(read)):
+                async with self._turn:
+                    if router.arrives(position, entry):
+                        await self._handle(entry, position)
+                self._note_progress()
+
+    async def _meet(self) -> None:
+        """Find this process' place in the stream, and whether the stream has lost what it has not read."""
+        router, address = self.router, self.address
+        pipeline = self.redis.pipeline(transaction=True)
+        pipeline.set(address.epoch, secrets.token_hex(8), nx=True)
+        pipeline.get(address.epoch)
+        pipeline.xrange(address.stream, str(router.now), str(router.now))
+        pipeline.xrevrange(address.stream, count=1)
+        _, epoch, place, last = await settle(pipeline.execute())
+        if router.position is None:
+            router.position, router.epoch = end_of(last), epoch.decode()
+        elif epoch.decode() != router.epoch or (not place and router.position != BEGIN):
+            await self._note_hole(end_of(last))
+        self.outbox.rewrite()
+        self._written.set()
+        self.met.set()
+        if self.away_since is not None:
+            log.warning("the bus is back", extra={"seconds": round(time.monotonic() - self.away_since, 1)})
+            self.away_since = None
+
+    async def _note_hole(self, end: Position) -> None:
+        """Go on at the end of a stream that has lost entries; sessions here that may have missed some are to know."""
+        router, address = self.router, self.address
+        epoch = await settle(self._swap(keys=[address.epoch], args=[router.epoch, secrets.token_hex(8)]))
+        router.counts.holes += 1
+        log.error("the bus has lost events", extra={"position": str(router.now), "end": str(end)})
+        router.position, router.epoch = end, epoch.decode()
+        self.recovery.give_up()
+
+    async def _write_on(self) -> None:
+        while True:
+            if entries := self.outbox.unwritten():
+                keys = self.address.append_keys(self.outbox.origin)
+                await settle(self._append(keys=keys, args=append_arguments(entries)))
+                self.outbox.wrote(entries[-1][0].number)
+            elif await self._written.wait(TICK_SECONDS):
+                self._written = self.wait.event()
+
+    async def _watch(self) -> None:
+        """Deliver own events if the bus is away; look after the length and the history of the stream."""
+        tended = time.monotonic()
+        while True:
+            await self.wait.sleep(TICK_SECONDS)
+            if self.outbox.age > AHEAD_SECONDS:
+                await self._go_ahead()
+            if time.monotonic() - tended > TRIM_SECONDS and self.away_since is None and self.met.is_set():
+                tended = time.monotonic()
+                await self._tend()
+
+    async def _tend(self) -> None:
+        router, address = self.router, self.address
+        pipeline = self.redis.pipeline(transaction=True)
+        pipeline.get(address.epoch)
+        pipeline.xlen(address.stream)
+        epoch, length = await settle(pipeline.execute())
+        if epoch is None or epoch.decode() != router.epoch:
+            raise redis.ConnectionError("the bus has another history")  # the reader finds its place again
+        share = min(1.0, self._most_entries / max(1, length))
+        floor = Position(router.now.ms - int(self.recovery.kept_seconds * 1000 * share), 0)
+        if floor > BEGIN:
+            pipeline = self.redis.pipeline(transaction=True)
+            pipeline.set(address.floor, str(floor))
+            pipeline.xtrim(address.stream, minid=str(floor), approximate=True)
+            await settle(pipeline.execute())
+            self.recovery.forget_before(floor)
+
+    # Delivery.
+
+    async def _handle(self, entry: Entry, position: Position | None) -> None:
+        """Do here what an entry says; no handler of the application runs in this turn."""
+        try:
+            if entry.kind == EVENT:
+                # All noted before the first is sent: others may have a turn then, and save a session.
+                for engine_sid, packets in [*self.router.sendings(entry, position)]:
+                    await self.send(engine_sid, packets)
+            elif entry.kind == CALL:
+                await self._call(entry)
+            elif entry.kind == ANSWER:
+                if entry.header["o"] == self.outbox.origin:
+                    self.wait.spawn(self._answer(entry))
+            else:
+                self._do(entry)
+        except Exception:
+            log.exception("an entry of the bus was not handled", extra={"kind": entry.kind})
+
+    async def send(self, engine_sid: str, packets: Iterable[Any]) -> None:
+        """Send packets to a session, which may have just ended."""
+        for packet in packets:
+            try:
+                await settle(self.manager.server._send_eio_packet(engine_sid, packet))
+            except Exception as error:
+                log.debug("not sent", extra={"sid": engine_sid, "error": repr(error)})
+                break
+
+    async def _call(self, entry: Entry) -> None:
+        manager, header = self.manager, entry.header
+        event = Event(entry, manager.server.packet_class)
+        for sid, engine_sid in [*manager.get_participants(header["n"], header["r"])]:
+            if sid not in header.get("x", ()):
+                callback = partial(self.wait.function(self._answered), entry.origin, header["i"])
+                await self.send(engine_sid, event.with_id(manager._generate_ack_id(sid, callback)))
+
+    async def _answered(self, origin: str, number: int, *answer: object) -> None:
+        text, attachments = encode([*answer], self.manager.server.packet_class)
+        await self.publish(ANSWER, {"o": origin, "i": number}, text, attachments)
+
+    async def _answer(self, entry: Entry) -> None:
+        _, callback = self._calls.pop(entry.header["i"], (0, None))
+        if callback is not None:
+            await settle(callback(*decode(entry, self.manager.server.packet_class)))
+
+    def _do(self, entry: Entry) -> None:
+        header = entry.header
+        namespace, sid, room = header["n"], header.get("s", ""), header.get("r")
+        if entry.kind == CLOSE:
+            for one, _ in [*self.manager.get_participants(namespace, room)]:
+                self.leave(one, namespace, room)
+        elif not self.is_here(sid, namespace):
+            return
+        elif entry.kind == DISCONNECT:
+            self.wait.spawn(self._disconnect(sid, namespace))
+        elif entry.kind == ENTER:
+            self.enter(sid, namespace, room)
+        elif entry.kind == LEAVE:
+            self.leave(sid, namespace, room)
+        elif entry.kind == MOVED and entry.origin != self.outbox.origin:
+            self.router.kept.pop((namespace, sid), None)
+            self.wait.spawn(self.end(sid, namespace))
+
+    async def _disconnect(self, sid: str, namespace: str) -> None:
+        await settle(self.manager.server.disconnect(sid, namespace=namespace, ignore_queue=True))
+
+    def is_here(self, sid: str, namespace: str) -> bool:
+        """Return whether a session is one of this process."""
+        return bool(self.manager.is_connected(sid, namespace) or self.manager.is_pre_connected(sid, namespace))
+
+    def enter(self, sid: str, namespace: str, room: Hashable, engine_sid: str | None = None) -> None:
+        """Add a session of this process to a room."""
+        self.manager.basic_enter_room(sid, namespace, room, eio_sid=engine_sid)
+        if (kept := self.router.kept.get((namespace, sid))) is not None:
+            kept.enter(room, self.router.now)
+            self.recovery.save(kept)
+
+    def leave(self, sid: str, namespace: str, room: Hashable) -> None:
+        """Remove a session of this process from a room."""
+        self.manager.basic_leave_room(sid, namespace, room)
+        if (kept := self.router.kept.get((namespace, sid))) is not None:
+            kept.leave(room, self.router.now)
+            self.recovery.save(kept)
+
+    async def end(self, sid: str, namespace: str) -> None:
+        """End the connection of a session of this process, so that its client connects again."""
+        socket = self.manager.server.eio.sockets.get(self.manager.eio_sid_from_sid(sid, namespace))
+        if socket is not None:
+            await settle(socket.close(wait=False, abort=True, reason=self.manager.server.reason.TRANSPORT_CLOSE))
