@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import redis
@@ -160,10 +160,7 @@ class Crowd:
         output, _ = self._process.communicate(timeout=20)
         history = History()
         for line in output.splitlines():
-            before=history.repeated
             history.add(json.loads(line))
-            if history.repeated>before:
-                print("USER", line)
         return history
 
 
@@ -241,6 +238,10 @@ class Client:
         self._process.wait(10)
 
 
+Node: TypeAlias = Callable[..., ServeProcess]
+Connect: TypeAlias = Callable[..., Client]
+
+
 @pytest.fixture
 def bus(tmp_path: Path) -> Iterator[Bus]:
     """A running bus."""
@@ -258,8 +259,7 @@ def node(tmp_path: Path, bus: Bus) -> Iterator[Callable[..., ServeProcess]]:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "app.py").write_text(APPLICATION.format(recovery=recovery, options=options))
-        environment = {"STICKYRING_BUS_URL": bus.url}
-        return stack.enter_context(serving(folder, "app:application", **environment))
+        return stack.enter_context(serving(folder, "app:application", STICKYRING_BUS_URL=bus.url))
 
     with ExitStack() as stack:
         yield start
@@ -277,5 +277,3 @@ def client(javascript: Path) -> Iterator[Callable[..., Client]]:
     yield connect
     for one in clients:
         one.end()
-
-

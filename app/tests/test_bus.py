@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bus_fleet import Bus, Connect, Node
+from conftest import wait_until
 
-from conftest import ServeProcess, wait_until
-from bus_fleet import Bus, Client
-
-Node, Connect = Callable[..., ServeProcess], Callable[..., Client]
+from stickyring.bus.connection import parsed
 
 
 def test_an_event_reaches_rooms_and_all_on_every_node_in_order(node: Node, client: Connect) -> None:
@@ -86,5 +84,5 @@ def test_a_frozen_bus_is_as_one_that_is_away_and_repeats_nothing(bus: Bus, node:
     ann.do("emit", "say", None, "after")
     assert bob.said(6) == [*range(5), "after"]
     assert ann.said(1) == ["after"]
-    entries = [(fields[b"o"], fields[b"q"]) for _, fields in bus.client.xrange("stickyring:events")]
+    entries = [(entry.origin, entry.number) for _, entry in parsed(bus.client.xrange("stickyring:events"))]
     assert len(entries) == len(set(entries)), "written once"

@@ -9,17 +9,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
-from bus_fleet import Bus, Client, Crowd
+from bus_fleet import Bus, Connect, Crowd, Node
 from bus_history import History
 from conftest import ServeProcess
 
 from stickyring.bus.emitter import Emitter
-
-Node: TypeAlias = Callable[..., ServeProcess]
-Connect: TypeAlias = Callable[..., Client]
 
 
 @pytest.mark.parametrize("transport", ["websocket", "polling"])

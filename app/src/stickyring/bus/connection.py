@@ -29,8 +29,8 @@ REMEMBERED_SECONDS = 3600
 """How long the bus knows the last number of a process that writes nothing."""
 APPEND = """#!lua
 -- Append entries of one origin to the stream, except those that it has: a writer repeats what got no answer.
--- KEYS: the stream, the origin's last number. ARGV: origin, first number, seconds, then for each entry the number of its
--- fields and values, and these.
+-- KEYS: the stream, the origin's last number. ARGV: origin, first number, seconds, then for each entry the number of
+-- its fields and values, and these.
 local last = tonumber(redis.call('GET', KEYS[2]) or '0')
 local number, at = tonumber(ARGV[2]), 4
 while at <= #ARGV do
@@ -90,6 +90,10 @@ class Address:
         """The key of the position before which entries may have been removed."""
         return f"{self.name}:floor"
 
+    def written(self, origin: str) -> str:
+        """Return the key of the number of an origin's last entry."""
+        return f"{self.name}:written:{origin}"
+
     def session(self, pid: str) -> str:
         """Return the key of a session that can be recovered."""
         return f"{self.name}:session:{pid}"
@@ -120,7 +124,7 @@ class Address:
 
     def append_keys(self, origin: str) -> list[str]:
         """Return the keys of APPEND."""
-        return [self.stream, f"{self.name}:written:{origin}"]
+        return [self.stream, self.written(origin)]
 
 
 def append_arguments(entries: Sequence[tuple[Entry, Sequence[str | bytes]]]) -> list[str | bytes | int]:

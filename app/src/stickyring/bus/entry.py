@@ -21,8 +21,8 @@ EVENT, CALL, ANSWER, DISCONNECT, ENTER, LEAVE, CLOSE, MOVED = (
     "close",
     "moved",
 )
-"""Kinds of entries: an event; one whose acknowledgement is wanted, and that; what is done to the session of another node;
-a session that is on the origin now."""
+"""Kinds of entries: an event; one whose acknowledgement is wanted, and that; what is done to the session of another
+node; a session that is on the origin now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,4 +135,3 @@ class Event:
             )
         )
         return [EnginePacket(MESSAGE, part) for part in (text, *attachments)]
-

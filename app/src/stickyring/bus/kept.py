@@ -36,17 +36,21 @@ class Stay:
 class Kept:
     """A session of one namespace, with what is needed to go on with it elsewhere.
 
-    pid: the secret that its client sends to go on; sid: its Socket.IO session id; stays: in which rooms it was when;
-    sent: the offset of the last event sent to it, as text, empty before the first one; began: the position at which it
-    first joined; has: what the client has got otherwise, which is not sent to it again; data: the application's session.
-
-    missed: the packets of events that are sent to it before its client is told that it is connected. held: those of
-    events that come meanwhile, sent after that; None once it is connected. ended: up to where it was here.
+    - sid: its Socket.IO session id; pid: the secret that its client sends to go on
+    - began: the position at which it first joined; epoch: the history of the stream that this position is of
+    - stays: in which rooms it was when; data: the application's session
+    - sent: the offset of the last event sent to it, as text, empty before the first one
+    - has: what its client has got anyway, which is not sent to it again
+    - missed: the packets of events that are sent to it before its client is told that it is connected; held: those of
+      events that come meanwhile, sent after that; None once it is connected
+    - leaves_for_good: whether its client has left on purpose, or was disconnected
+    - ended: up to where it was here; saved_at: when, on the monotonic clock
     """
 
     sid: str
     namespace: str
     began: Position
+    epoch: str
     pid: str = field(default_factory=new_pid)
     stays: list[Stay] = field(default_factory=list)
     sent: str = ""
@@ -100,7 +104,7 @@ class Kept:
             or any(stay.room in wanted and stay.covers(position) for stay in self.stays)
         )
 
-    def to_json(self, seen: Position, epoch: str) -> str:
+    def to_json(self, seen: Position) -> str:
         """Return it as text; nothing but `sent` was sent to its client up to the position `seen`.
 
         Raises:
@@ -113,7 +117,7 @@ class Kept:
                 "began": str(self.began),
                 "sent": self.sent,
                 "seen": str(seen),
-                "epoch": epoch,
+                "epoch": self.epoch,
                 "stays": [[stay.room, str(stay.since), stay.until and str(stay.until)] for stay in self.stays],
                 "data": self.data,
             },
@@ -130,7 +134,7 @@ def recover(text: bytes, pid: str, offset: Offset | None, epoch: str) -> tuple[K
     found = json.loads(text)
     if found["epoch"] != epoch:
         return None
-    kept = Kept(found["sid"], found["namespace"], Position.parse(found["began"]), pid, recovered=True)
+    kept = Kept(found["sid"], found["namespace"], Position.parse(found["began"]), epoch, pid, recovered=True)
     kept.data, kept.sent, kept.has = found["data"], found["sent"], offset
     kept.stays = [
         Stay(_hashable(room), Position.parse(since), until and Position.parse(until))

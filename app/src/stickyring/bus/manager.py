@@ -35,7 +35,7 @@ class BusManager(socketio.base_manager.BaseManager):
         super().basic_disconnect(sid, namespace, **more)
         self.stream.recovery.forget(sid, namespace)
 
-    async def _emit(
+    async def _emit(  # noqa: PLR0917 - as python-socketio's
         self,
         event: str,
         data: object,
@@ -85,8 +85,10 @@ class Manager(BusManager, socketio.Manager):
     """The client manager of a `socketio.Server` on eventlet or gevent."""
 
     def __init__(self, address: Address, *, recovery: float, most_entries: int) -> None:
-        wait = GreenWaiting(lambda target, *arguments: self.server.start_background_task(target, *arguments))
-        super().__init__(address, wait, recovery=recovery, most_entries=most_entries)
+        super().__init__(address, GreenWaiting(self._spawn), recovery=recovery, most_entries=most_entries)
+
+    def _spawn(self, *call: Any) -> None:  # noqa: ANN401 - a function and its arguments
+        self.server.start_background_task(*call)
 
     def emit(  # noqa: PLR0917 - as python-socketio's
         self,

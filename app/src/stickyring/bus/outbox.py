@@ -48,9 +48,7 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def put(
-        self, kind: str, header: dict[str, object], data: str = "", attachments: tuple[bytes, ...] = ()
-    ) -> Entry:
+    def put(self, kind: str, header: dict[str, object], data: str = "", attachments: tuple[bytes, ...] = ()) -> Entry:
         """Add an entry, and return it.
 
         Raises:

@@ -11,7 +11,7 @@ import redis
 import socketio.packet
 
 from stickyring.bus.connection import AT_ONCE, SAVE, end_of, parsed
-from stickyring.bus.entry import MOVED
+from stickyring.bus.entry import MOVED, Entry
 from stickyring.bus.kept import Kept, new_pid, recover
 from stickyring.bus.offset import BEGIN, Offset, Position
 from stickyring.bus.waiting import Event, settle
@@ -102,7 +102,7 @@ class Recovery:
         """Keep a session that has begun."""
         has = self._offsets.pop((eio_sid, namespace), None)
         if sid is not None and self.seconds and self._stream.met.is_set():
-            self._router.kept[namespace, sid] = Kept(sid, namespace, self._router.now, has=has)
+            self._router.kept[namespace, sid] = Kept(sid, namespace, self._router.now, self._router.epoch, has=has)
 
     def go_on(self, eio_sid: str, namespace: str) -> str | None:
         """Return the sid of the session with which a client that connects goes on, None for a new one."""
@@ -227,7 +227,8 @@ class Recovery:
         if found is None or found[0].namespace != namespace:
             return None, "history"
         kept, start = found
-        reached, missed = start, []
+        entries: list[tuple[Position, Entry]] = []
+        reached = start
         await stream.publish(MOVED, {"n": namespace, "s": kept.sid})
         while True:
             pipeline = stream.redis.pipeline(transaction=True)
@@ -235,17 +236,16 @@ class Recovery:
             pipeline.get(address.floor)
             pipeline.xrange(address.stream, count=1)
             pipeline.xrevrange(address.stream, count=1)
-            page, floor, first, last = await settle(pipeline.execute())
+            pipeline.get(address.written(stream.outbox.origin))
+            page, floor, first, last, written = await settle(pipeline.execute())
             if floor is not None and start < Position.parse(floor) and start < end_of(first):
                 return None, "trimmed"
             if end_of(last) < start:
                 return None, "history"
-            for reached, entry in parsed(page):
-                router.saw(entry)
-                if kept.replay(entry, reached):
-                    missed.append((reached, entry))
+            entries += parsed(page)
+            reached = entries[-1][0] if entries else start
             if len(page) < AT_ONCE and reached >= router.now:
-                router.go_on(kept, missed, reached)
+                router.go_on(kept, entries, reached, int(written or 0))
                 return kept, ""
 
     # Saving.
@@ -308,7 +308,7 @@ class Recovery:
         if saving.gone and kept.leaves_for_good:
             return ""
         try:
-            return kept.to_json(kept.ended or self._router.now, self._router.epoch)
+            return kept.to_json(kept.ended or self._router.now)
         except (TypeError, ValueError) as error:
             log.warning("a session cannot be recovered", extra={"sid": kept.sid, "error": repr(error)})
             return ""

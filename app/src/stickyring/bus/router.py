@@ -43,7 +43,7 @@ class Router:
 
     `position`: the last entry read; None before the first contact with the bus. `epoch` names the stream's history.
     `kept`: by namespace and sid, the sessions that can be recovered, if `recovers`. `arriving`: by Engine.IO id and
-    namespace, recovered sessions that are about to begin. `delivered`: the number of the last own entry that is delivered.
+    namespace, recovered sessions that are about to begin. `delivered`: the number of the last own entry delivered here.
     """
 
     def __init__(self, manager: Any, outbox: Outbox, *, recovers: bool) -> None:  # noqa: ANN401 - untyped
@@ -79,7 +79,7 @@ class Router:
         """Note an entry of the stream; return whether it is to be delivered here."""
         self.position = position
         self.counts.read += 1
-        self.saw(entry)
+        self._numbers[entry.origin] = entry.number
         if entry.origin != self.outbox.origin:
             return True
         self.outbox.read_back(entry.number)
@@ -88,22 +88,26 @@ class Router:
         self.delivered = entry.number
         return True
 
-    def saw(self, entry: Entry) -> None:
-        """Note that the stream has an entry."""
-        self._numbers[entry.origin] = max(entry.number, self._numbers.get(entry.origin, 0))
+    def go_on(self, kept: Kept, entries: list[tuple[Position, Entry]], reached: Position, written: int) -> None:
+        """Prepare a recovered session.
 
-    def go_on(self, kept: Kept, missed: list[tuple[Position, Entry]], reached: Position) -> None:
-        """Prepare a recovered session: what it has missed up to a position, which this process may not have reached."""
-        has = kept.has or Offset(BEGIN)
+        `entries` are all between what it has got and `reached`, the end of the stream, which this process may not have
+        read yet. `written`: the number of the last own entry in the stream.
+        """
+        ahead = {} if kept.has is None else {**kept.has.ahead}
         packet_class = self._manager.server.packet_class
-        for position, entry in missed:
-            kept.sent = str(Offset(position, has.ahead))
-            kept.missed.append(Event(entry, packet_class).packets(kept.sent))
-        kept.has = Offset(max(reached, has.position), has.ahead)
-        # Own events that are delivered, and that are not in what was read for it.
-        for entry in self.outbox.after(self._numbers.get(self.outbox.origin, 0)):
+        for position, entry in entries:
+            if kept.replay(entry, position):
+                kept.sent = str(Offset(position, ahead))
+                kept.missed.append(Event(entry, packet_class).packets(kept.sent))
+        for _, entry in entries:
+            if ahead.get(entry.origin, entry.number + 1) <= entry.number:
+                del ahead[entry.origin]
+        kept.has = Offset(reached if kept.has is None else max(reached, kept.has.position), ahead)
+        # Own events that are delivered, and not in the stream yet.
+        for entry in self.outbox.after(written):
             if entry.number <= self.delivered and kept.replay(entry, AHEAD):
-                kept.sent = str(Offset(kept.has.position, has.ahead | {entry.origin: entry.number}))
+                kept.sent = str(Offset(kept.has.position, ahead | {entry.origin: entry.number}))
                 kept.missed.append(Event(entry, packet_class).packets(kept.sent))
 
     def sendings(self, entry: Entry, position: Position | None) -> Iterator[tuple[str, list[Any]]]:
@@ -133,10 +137,13 @@ class Router:
         """Return what a session has got when it has got all up to now."""
         now, ahead = self.now, {}
         if kept.has is not None:
-            ahead = {origin: number for origin, number in kept.has.ahead.items() if self._numbers.get(origin, 0) < number}
+            ahead = {origin: number for origin, number in kept.has.ahead.items() if self._read(origin) < number}
             now = max(now, kept.has.position)
             if not ahead and now == self.now:
                 kept.has = None
         if self.delivered > self.outbox.read:
             ahead[self.outbox.origin] = self.delivered
         return Offset(now, ahead)
+
+    def _read(self, origin: str) -> int:
+        return self._numbers.get(origin, 0)
