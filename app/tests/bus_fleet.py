@@ -34,7 +34,8 @@ server = socketio.Server(
 def connect(sid, environ, auth=None):
     for room in parse_qs(environ["QUERY_STRING"]).get("room", ()):
         server.enter_room(sid, room)
-    server.emit("hello", [environ.get("stickyring.recovered"), auth], to=sid)
+    if {hello}:
+        server.emit("hello", [environ.get("stickyring.recovered"), auth], to=sid)
 
 @server.event
 def join(sid, room):
@@ -255,10 +256,10 @@ def bus(tmp_path: Path) -> Iterator[Bus]:
 def node(tmp_path: Path, bus: Bus) -> Iterator[Callable[..., ServeProcess]]:
     """Starts a node of the application; its name is the first argument."""
 
-    def start(name: str, *, recovery: bool = True, **options: object) -> ServeProcess:
+    def start(name: str, *, recovery: bool = True, hello: bool = True, **options: object) -> ServeProcess:
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "app.py").write_text(APPLICATION.format(recovery=recovery, options=options))
+        (folder / "app.py").write_text(APPLICATION.format(recovery=recovery, hello=hello, options=options))
         return stack.enter_context(serving(folder, "app:application", STICKYRING_BUS_URL=bus.url))
 
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 from bus_fleet import Bus, Connect, Crowd, Node
 from bus_history import History
-from conftest import ServeProcess
+from conftest import ServeProcess, wait_until
 
+from stickyring.bus.connection import parsed
 from stickyring.bus.emitter import Emitter
 
 
@@ -44,10 +46,149 @@ def test_a_client_that_was_away_gets_what_it_missed_and_its_session(
     assert ann.ask("noted") == {"noted": "mine"}
 
 
+def test_a_client_that_has_got_no_event_goes_on_too(node: Node, client: Connect) -> None:
+    first, second = node("first", hello=False), node("second", hello=False)
+    ann, bob = client(first), client(first)
+    sid = ann.until("connect")[1]
+    ann.away(second)
+    bob.ask("say", None, "while it was away")
+    assert ann.back()[:2] == [sid, True]
+    assert ann.said(1) == ["while it was away"]
+
+
+def test_a_client_that_leaves_on_purpose_gets_a_new_session(node: Node, client: Connect) -> None:
+    first = node("first")
+    ann = client(first)
+    _, sid, _, pid = ann.until("connect")
+    ann.do("leave")
+    ann.until("disconnect")
+    new_sid, recovered, new_pid = ann.back()
+    assert not recovered
+    assert (new_sid, new_pid) != (sid, pid)
+
+
+def test_a_node_that_stood_still_does_not_disturb_a_session_that_went_on_elsewhere(node: Node, client: Connect) -> None:
+    first, second, third = (node(name) for name in ("first", "second", "third"))
+    ann, bob = client(first), client(third)
+    sid = ann.until("connect")[1]
+    ann.ask("join", "club")
+    worker = worker_of(first)
+    os.kill(worker, signal.SIGSTOP)
+    ann.away(second)
+    assert ann.back()[:2] == [sid, True]
+    ann.ask("join", "other")
+    bob.ask("say", "club", 1)
+    os.kill(worker, signal.SIGCONT)
+    wait_until(lambda: connections(first) == 0, "the former node has ended it")
+    bob.ask("say", "other", 2)
+    ann.away(third)
+    bob.ask("say", "other", 3)
+    assert ann.back()[:2] == [sid, True]
+    assert ann.said(3) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("lost", ["trimmed", "forgotten"])
+def test_a_client_that_was_away_for_too_long_is_told(bus: Bus, node: Node, client: Connect, lost: str) -> None:
+    first = node("first")
+    ann, bob = client(first), client(first)
+    _, sid, _, pid = ann.until("connect")
+    bob.until("connect")
+    ann.ask("say", None, "before")
+    assert ann.said(1) == ["before"]
+    ann.away(first)
+    wait_until(lambda: connections(first) == 1, "the node has noticed")
+    bob.ask("say", None, "missed")
+    bob.ask("say", None, "kept")
+    assert bob.said(3) == ["before", "missed", "kept"]
+    if lost == "trimmed":
+        last = parsed(bus.client.xrevrange("stickyring:events", count=1))[0][0]
+        bus.client.set("stickyring:floor", str(last))
+        bus.client.xtrim("stickyring:events", minid=str(last), approximate=False)
+    else:
+        wait_until(lambda: bus.client.delete(f"stickyring:session:{pid}"), "its session is stored")
+    new_sid, recovered, _ = ann.back()
+    assert not recovered
+    assert new_sid != sid
+    bob.ask("say", None, "after")
+    assert ann.said(1) == ["after"]
+
+
+def test_without_recovery_clients_get_what_the_application_sends(node: Node, client: Connect) -> None:
+    ann = client(node("first", recovery=False))
+    assert ann.until("connect")[3] is None
+    ann.ask("say", None, "text")
+    assert ann.until("said") == ["said", "text"]
+
+
+@pytest.mark.parametrize("asyncio_client", [True, False], ids=["AsyncClient", "Client"])
+def test_clients_of_python_socketio_go_on_with_the_helper(node: Node, client: Connect, *, asyncio_client: bool) -> None:
+    first, second = node("first"), node("second")
+    bob = client(second)
+    script = (ASYNC_CLIENT if asyncio_client else SYNC_CLIENT).format(first=first.url, second=second.url)
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as ann:
+        assert ann.stdout is not None
+        assert ann.stdin is not None
+        lines = iter(ann.stdout.readline, "")
+        assert next(line for line in lines if line.startswith("connect")) == "connect False\n"
+        bob.ask("say", None, 1)
+        assert next(line for line in lines if line.startswith("said")) == "said (1,)\n"
+        print(file=ann.stdin, flush=True)
+        assert next(lines) == "disconnect\n"
+        bob.ask("say", None, 2)
+        print(file=ann.stdin, flush=True)
+        assert [line for line in lines if not line.startswith("hello")][:2] == ["said (2,)\n", "connect True\n"]
+
+
+SYNC_CLIENT = """
+import socketio
+from stickyring.bus.client import Recovering
+
+client = socketio.Client(reconnection=False)
+recovering = Recovering(client)
+client.on("connect", lambda: print("connect", recovering.recovered(), flush=True))
+client.on("disconnect", lambda reason: print("disconnect", flush=True))
+client.on("*", lambda name, *data: print(name, data, flush=True))
+client.connect("{first}", transports=["websocket"])
+input()
+client.eio.ws.close()
+client.wait()
+input()
+client.connect("{second}", transports=["websocket"])
+client.call("noted")
+client.disconnect()
+"""
+ASYNC_CLIENT = """
+import asyncio
+import socketio
+from stickyring.bus.client import Recovering
+
+async def main():
+    client = socketio.AsyncClient(reconnection=False)
+    recovering = Recovering(client)
+    client.on("connect", lambda: print("connect", recovering.recovered(), flush=True))
+    client.on("disconnect", lambda reason: print("disconnect", flush=True))
+    client.on("*", lambda name, *data: print(name, data, flush=True))
+    await client.connect("{first}", transports=["websocket"])
+    await asyncio.to_thread(input)
+    await client.eio.ws.close()
+    await client.wait()
+    await asyncio.to_thread(input)
+    await client.connect("{second}", transports=["websocket"])
+    await client.call("noted")
+    await client.disconnect()
+
+asyncio.run(main())
+"""
+
+
 def test_the_checker_finds_gaps_and_repetitions() -> None:
     history = History()
     history.add([["connect", False], *numbered(1, 2, 4, 4, 3), ["connect", True], *numbered(5, 7)])
     history.add([["connect", False], *numbered(1), ["connect", False], *numbered(5, 6)])
+    assert len(history.faults) == 4
+    history.faults.clear()
     assert history == History(gaps=2, repeated=2, heard=10, recovered=1, not_recovered=1)
 
 
@@ -79,9 +220,17 @@ class Speaking:
         self._thread.join()
 
 
-def kill_worker(_: Bus, node: ServeProcess) -> None:
+def connections(node: ServeProcess) -> float:
+    return node.metric('stickyring_connections{transport="websocket"}')
+
+
+def worker_of(node: ServeProcess) -> int:
     found = subprocess.run(["pgrep", "-P", str(node.process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+    return int(found.stdout.split()[0])
+
+
+def kill_worker(_: Bus, node: ServeProcess) -> None:
+    os.kill(worker_of(node), signal.SIGKILL)
 
 
 def stop_bus(bus: Bus, _: ServeProcess) -> None:

@@ -1,0 +1,67 @@
+"""Connection state recovery for python-socketio's clients, which do not have it; the JavaScript client does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import socketio
+import socketio.packet
+
+from stickyring.bus.offset import Offset
+from stickyring.bus.waiting import AsyncWaiting, GreenWaiting, settle
+
+
+@dataclass
+class _Session:
+    pid: str = ""
+    offset: str = ""
+    recovered: bool = False
+
+
+class Recovering:
+    """Has a `socketio.Client` or `socketio.AsyncClient` go on with its session when it reconnects.
+
+    Make it before the client connects. Events that were missed come before the client's `connect` event; ask
+    `recovered` in its handler, and get the state anew if it is false. Handlers do not get the argument that a server
+    with recovery adds to each event. It works through private names of python-socketio's clients.
+    """
+
+    def __init__(self, client: socketio.Client | socketio.AsyncClient) -> None:
+        self._sessions: dict[str, _Session] = {}
+        self._connect, self._event, self._send = client._handle_connect, client._handle_event, client._send_packet
+        waiting = AsyncWaiting() if client.is_asyncio_based() else GreenWaiting(client.start_background_task)
+        client._handle_connect = waiting.function(self._on_connect)
+        client._handle_event = waiting.function(self._on_event)
+        client._send_packet = waiting.function(self._on_send)
+
+    def recovered(self, namespace: str = "/") -> bool:
+        """Return whether the last connection went on with the session before it, and nothing is missing."""
+        return self._session(namespace).recovered
+
+    def _session(self, namespace: str | None) -> _Session:
+        return self._sessions.setdefault(namespace or "/", _Session())
+
+    async def _on_connect(self, namespace: str | None, data: dict[str, Any] | None) -> None:
+        session, pid = self._session(namespace), (data or {}).get("pid", "")
+        session.recovered = bool(pid) and pid == session.pid
+        session.pid = pid
+        await settle(self._connect(namespace, data))
+
+    async def _on_event(self, namespace: str | None, number: int | None, data: list[Any]) -> None:
+        session = self._session(namespace)
+        if session.pid and number is None and isinstance(data[-1], str):
+            try:
+                session.offset = str(Offset.parse(data[-1]))
+            except ValueError:
+                pass  # an argument of the application
+            else:
+                data = data[:-1]
+        await settle(self._event(namespace, number, data))
+
+    async def _on_send(self, packet: Any) -> None:  # noqa: ANN401 - untyped
+        session = self._session(packet.namespace)
+        if packet.packet_type == socketio.packet.CONNECT and session.pid:
+            claim = {"pid": session.pid} | ({"offset": session.offset} if session.offset else {})
+            packet.data = claim | (packet.data or {})
+        await settle(self._send(packet))
