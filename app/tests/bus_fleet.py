@@ -71,6 +71,14 @@ def count():
         server.sleep(0.05)
 
 @server.event
+def fill(sid):
+    try:
+        while True:
+            server.emit("filled", "x" * 100_000, room="nobody is here")
+    except Exception as error:
+        return type(error).__name__
+
+@server.event
 def begin_to_count(sid):
     server.start_background_task(count)
 

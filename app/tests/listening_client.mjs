@@ -4,7 +4,7 @@
 //
 // PACKAGE is a folder with socket.io-client in node_modules. Each line of standard input is a JSON array: ["emit", EVENT,
 // ARGUMENT...] (what the acknowledgement says is printed), ["away", URL] (the connection is lost; the next one goes to
-// URL), ["back"] (it connects again), ["leave"] (it disconnects on purpose). Prints one JSON array per line:
+// URL), ["back"] (it connects again), ["next", URL] (the next connection goes to URL), ["leave"] (it disconnects on purpose). Prints one JSON array per line:
 // ["connect", SID, RECOVERED, PID], ["ack", VALUE], ["disconnect", REASON], or an event's name and arguments.
 
 import { createRequire } from "node:module";
@@ -26,8 +26,8 @@ socket.on("asked", (question, answer) => answer(`${question}, answered by ${sock
 for await (const line of createInterface({ input: process.stdin })) {
   const [order, ...rest] = JSON.parse(line);
   if (order === "emit") socket.emit(...rest, (value) => tell("ack", value));
+  if (order === "away" || order === "next") socket.io.uri = rest[0];
   if (order === "away") {
-    socket.io.uri = rest[0];
     socket.io.reconnection(false);
     socket.io.engine.close();
   }

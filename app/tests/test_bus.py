@@ -86,3 +86,33 @@ def test_a_frozen_bus_is_as_one_that_is_away_and_repeats_nothing(bus: Bus, node:
     assert ann.said(1) == ["after"]
     entries = [(entry.origin, entry.number) for _, entry in parsed(bus.client.xrange("stickyring:events"))]
     assert len(entries) == len(set(entries)), "written once"
+
+
+def test_what_the_bus_does_is_counted(bus: Bus, node: Node, client: Connect) -> None:
+    first = node("first")
+    ann = client(first)
+    ann.until("connect")
+    wait_until(lambda: first.metric("stickyring_bus_up") == 1, "the bus is there")
+    ann.ask("say", None, "text")
+    assert ann.said(1) == ["text"]
+    assert first.metric("stickyring_bus_published_total") == first.metric("stickyring_bus_read_total") >= 2
+    assert first.metric("stickyring_bus_waiting") == 0
+    bus.stop()
+    ann.ask("say", None, "later")
+    assert ann.said(1) == ["later"]
+    assert (first.metric("stickyring_bus_up"), first.metric("stickyring_bus_outages_total")) == (0, 1)
+    assert first.metric("stickyring_bus_ahead_total") == first.metric("stickyring_bus_waiting") == 1
+    assert first.metric("stickyring_bus_waiting_seconds") > 0
+
+
+def test_what_cannot_wait_for_the_bus_any_more_is_refused(bus: Bus, node: Node, client: Connect) -> None:
+    first = node("first")
+    ann = client(first)
+    ann.until("connect")
+    bus.stop()
+    assert ann.ask("fill") == "BusFullError"
+    assert first.metric("stickyring_bus_refused_total") == 1
+    bus.start()
+    wait_until(lambda: first.metric("stickyring_bus_waiting") == 0, "the bus has all of it")
+    assert ann.ask("say", None, "again") is None
+    assert ann.said(1) == ["again"]

@@ -87,6 +87,20 @@ def test_a_node_that_stood_still_does_not_disturb_a_session_that_went_on_elsewhe
     assert ann.said(3) == [1, 2, 3]
 
 
+def test_a_client_of_a_node_that_is_stopped_goes_on_elsewhere(node: Node, client: Connect) -> None:
+    first, second = node("first"), node("second")
+    ann, bob = client(first), client(second)
+    _, sid, _, pid = ann.until("connect")
+    ann.ask("join", "club")
+    ann.do("next", second.url)
+    threading.Thread(target=first.stop).start()
+    for number in range(30):
+        bob.ask("say", "club", number)
+    assert ann.until("connect")[1:] == [sid, True, pid]
+    assert ann.said(30) == [*range(30)]
+    assert second.metric("stickyring_sessions_recovered_total") == 1
+
+
 @pytest.mark.parametrize("lost", ["trimmed", "forgotten"])
 def test_a_client_that_was_away_for_too_long_is_told(bus: Bus, node: Node, client: Connect, lost: str) -> None:
     first = node("first")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import make_wsgi_app
 
+from stickyring.bus.metrics import register_bus
 from stickyring.node.application import Application, try_once
 from stickyring.node.drain import Drain
 from stickyring.node.forwarded import Edges
@@ -53,6 +54,7 @@ class Runtime:
         self._paths = application.paths
         servers = application.servers
         metrics = EngineMetrics([server.eio for server in servers], max_connections, registry) if servers else None
+        register_bus(servers, registry)
         self._gates = [
             SocketIOGate(server, metrics, max_connections, self.sessions, self.drain) for server in servers if metrics
         ]

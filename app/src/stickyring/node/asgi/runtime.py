@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from stickyring.bus.metrics import register_bus
 from stickyring.node.application import Application, CannotBeServedError, describe
 from stickyring.node.asgi.gate import AsyncSocketIOGate
 from stickyring.node.drain import Drain
@@ -43,6 +44,7 @@ class AsyncRuntime:
         metrics = (
             EngineMetrics([server.eio for server in servers], max_connections, self._registry) if servers else None
         )
+        register_bus(servers, self._registry)
         self._gates = [
             AsyncSocketIOGate(server, metrics, max_connections, self.sessions, self.drain)
             for server in servers
