@@ -80,6 +80,8 @@ SANITY := action-plugin-docs empty-init ignores line-endings no-assert no-get-ex
 	no-smart-quotes replace-urlopen runtime-metadata shebang symlinks use-argspec-type-path validate-modules
 
 unit: .venv/.tools ## Unit tests, without root and without the lab
+	@# The package has the Redis server too, and unlike redis-server it starts none.
+	@$(call need,redis-check-rdb:redis-tools node:nodejs)
 	cd app && pytest $(SIDE_BY_SIDE)
 	@# What has to hold for applications of both kinds, on the other worker class.
 	cd app && STICKYRING_TEST_RUNTIME=asgi pytest $(SIDE_BY_SIDE) $(ON_BOTH)
@@ -137,7 +139,7 @@ endif
 
 # More processes than a small machine has cores, because most tests wait for a process that they have started.
 SIDE_BY_SIDE := --numprocesses 3 --dist worksteal
-ON_BOTH := tests/test_echo.py tests/test_delivery.py \
+ON_BOTH := tests/test_bus.py tests/test_bus_recovery.py tests/test_delivery.py tests/test_echo.py \
   $(addprefix tests/node/test_,control.py drain.py packets.py rebalance.py takeover.py websocket.py websocket_conformance.py worker.py)
 # Not surge mode, running out of descriptors, and clients that leave in the middle of a request (README's table).
 ON_GEVENT := tests/test_echo.py tests/test_delivery.py \

@@ -26,9 +26,7 @@ from urllib.parse import parse_qs
 import socketio
 import stickyring.bus
 
-server = socketio.Server(
-    async_mode="eventlet", client_manager=stickyring.bus.manager(recovery={recovery}), **{options}
-)
+server = socketio.Server(async_mode="eventlet", client_manager={manager})
 
 @server.event
 def connect(sid, environ, auth=None):
@@ -149,6 +147,11 @@ class Bus:
         self._process.send_signal(signal.SIGSTOP if frozen else signal.SIGCONT)
 
 
+def worker_of(node: ServeProcess) -> int:
+    found = subprocess.run(["pgrep", "-P", str(node.process.pid)], capture_output=True, text=True, check=True)
+    return int(found.stdout.split()[0])
+
+
 class Crowd:
     """Many JavaScript clients, which go from node to node."""
 
@@ -264,10 +267,10 @@ def bus(tmp_path: Path) -> Iterator[Bus]:
 def node(tmp_path: Path, bus: Bus) -> Iterator[Callable[..., ServeProcess]]:
     """Starts a node of the application; its name is the first argument."""
 
-    def start(name: str, *, recovery: bool = True, hello: bool = True, **options: object) -> ServeProcess:
+    def start(name: str, manager: str = "stickyring.bus.manager(recovery=True)", *, hello: bool = True) -> ServeProcess:
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "app.py").write_text(APPLICATION.format(recovery=recovery, hello=hello, options=options))
+        (folder / "app.py").write_text(APPLICATION.format(manager=manager, hello=hello))
         return stack.enter_context(serving(folder, "app:application", STICKYRING_BUS_URL=bus.url))
 
     with ExitStack() as stack:

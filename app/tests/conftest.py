@@ -95,7 +95,7 @@ def as_asgi(source: str) -> str:
     source = source.replace('async_mode="eventlet"', 'async_mode="asgi"').replace(
         "socketio.Server(", "socketio.AsyncServer("
     )
-    source = source.replace("bus.manager(", "bus.async_manager(")
+    source = source.replace("bus.manager(", "bus.async_manager(").replace(" socketio.RedisM", " socketio.AsyncRedisM")
     source = source.replace("stickyring.node.gate", "stickyring.node.asgi.gate")
     source = source.replace("stickyring.node.sessions", "stickyring.node.asgi.sessions")
     source = re.sub(r"socketio\.WSGIApp\(server, (\w+)\)", r"socketio.ASGIApp(server, WsgiToAsgi(\1))", source)

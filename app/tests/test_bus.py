@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from bus_fleet import Bus, Connect, Node
-from conftest import wait_until
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from bus_fleet import Bus, Connect, Node, worker_of
+from conftest import serving, wait_until
 
 from stickyring.bus.connection import parsed
+from stickyring.bus.emitter import Emitter
 
 
 def test_an_event_reaches_rooms_and_all_on_every_node_in_order(node: Node, client: Connect) -> None:
@@ -86,6 +92,73 @@ def test_a_frozen_bus_is_as_one_that_is_away_and_repeats_nothing(bus: Bus, node:
     assert ann.said(1) == ["after"]
     entries = [(entry.origin, entry.number) for _, entry in parsed(bus.client.xrange("stickyring:events"))]
     assert len(entries) == len(set(entries)), "written once"
+
+
+def test_users_of_a_node_that_stood_still_miss_nothing(node: Node, client: Connect) -> None:
+    first, second = node("first"), node("second")
+    ann, bob = client(first), client(second)
+    for one in (ann, bob):
+        one.until("connect")
+    os.kill(worker_of(second), signal.SIGSTOP)
+    for number in range(200):
+        ann.do("emit", "say", None, number)
+    assert ann.said(200) == [*range(200)]
+    os.kill(worker_of(second), signal.SIGCONT)
+    assert bob.said(200) == [*range(200)]
+
+
+def test_the_manager_of_python_socketio_loses_events_when_the_queue_is_away(
+    bus: Bus, node: Node, client: Connect
+) -> None:
+    """The negative control of the test above: it would notice."""
+    theirs = f"(lambda url: socketio.RedisManager(url))('{bus.url}')"
+    first, second = node("first", theirs), node("second", theirs)
+    ann, bob = client(first), client(second)
+    for one in (ann, bob):
+        one.until("connect")
+    ann.do("emit", "say", None, "before")
+    assert bob.said(1) == ["before"]
+    bus.stop()
+    for number in range(5):
+        ann.do("emit", "say", None, number)
+    assert ann.said(6) == ["before", *range(5)]
+    bus.start()
+
+    def arrived() -> bool:
+        ann.do("emit", "say", None, "after")
+        return bool(bob.said(1, 0.2))
+
+    wait_until(arrived, "the other node has subscribed again", 30)
+    assert not {*bob.said(1, 0.5)} & {*range(5)}
+
+
+@pytest.mark.eventlet
+def test_flask_socketio_takes_the_manager(bus: Bus, tmp_path: Path, client: Connect) -> None:
+    (tmp_path / "flask_app.py").write_text(FLASK)
+    with serving(tmp_path, "flask_app:app", STICKYRING_BUS_URL=bus.url) as first:
+        ann = client(first)
+        sid = ann.until("connect")[1]
+        ann.ask("join", "club")
+        Emitter(bus.url).emit("said", "from a worker", room="club")
+        assert ann.said(1) == ["from a worker"]
+        ann.away(first)
+        Emitter(bus.url).emit("said", "missed", room="club")
+        assert ann.back()[:2] == [sid, True]
+        assert ann.said(1) == ["missed"]
+
+
+FLASK = """
+import flask
+import flask_socketio
+import stickyring.bus
+
+app = flask.Flask(__name__)
+server = flask_socketio.SocketIO(app, client_manager=stickyring.bus.manager(recovery=True))
+
+@server.on("join")
+def join(room):
+    flask_socketio.join_room(room)
+"""
 
 
 def test_what_the_bus_does_is_counted(bus: Bus, node: Node, client: Connect) -> None:

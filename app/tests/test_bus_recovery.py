@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bus_fleet import Bus, Connect, Crowd, Node
+from bus_fleet import Bus, Connect, Crowd, Node, worker_of
 from bus_history import History
 from conftest import ServeProcess, wait_until
 
@@ -128,7 +128,7 @@ def test_a_client_that_was_away_for_too_long_is_told(bus: Bus, node: Node, clien
 
 
 def test_without_recovery_clients_get_what_the_application_sends(node: Node, client: Connect) -> None:
-    ann = client(node("first", recovery=False))
+    ann = client(node("first", "stickyring.bus.manager()"))
     assert ann.until("connect")[3] is None
     ann.ask("say", None, "text")
     assert ann.until("said") == ["said", "text"]
@@ -236,11 +236,6 @@ class Speaking:
 
 def connections(node: ServeProcess) -> float:
     return node.metric('stickyring_connections{transport="websocket"}')
-
-
-def worker_of(node: ServeProcess) -> int:
-    found = subprocess.run(["pgrep", "-P", str(node.process.pid)], capture_output=True, text=True, check=True)
-    return int(found.stdout.split()[0])
 
 
 def kill_worker(_: Bus, node: ServeProcess) -> None:
