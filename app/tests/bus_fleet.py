@@ -28,6 +28,11 @@ import stickyring.bus
 
 server = socketio.Server(async_mode="eventlet", client_manager={manager})
 
+def tell_of_loss():
+    server.emit("loss", None)
+
+server.manager.on_loss = tell_of_loss
+
 @server.event
 def connect(sid, environ, auth=None):
     for room in parse_qs(environ["QUERY_STRING"]).get("room", ()):

@@ -178,6 +178,19 @@ def test_what_the_bus_does_is_counted(bus: Bus, node: Node, client: Connect) -> 
     assert first.metric("stickyring_bus_waiting_seconds") > 0
 
 
+def test_the_application_is_told_that_the_bus_has_lost_events(bus: Bus, node: Node, client: Connect) -> None:
+    first = node("first", "stickyring.bus.manager()")
+    ann = client(first)
+    ann.until("connect")
+    ann.ask("say", None, "text")
+    assert ann.said(1) == ["text"]
+    bus.stop(kill=True)
+    bus.remove_data()
+    bus.start()
+    assert ann.until("loss")
+    assert first.metric("stickyring_bus_holes_total") == 1
+
+
 def test_what_cannot_wait_for_the_bus_any_more_is_refused(bus: Bus, node: Node, client: Connect) -> None:
     first = node("first")
     ann = client(first)

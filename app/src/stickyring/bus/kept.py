@@ -43,6 +43,7 @@ class Kept:
     - has: what its client has got anyway, which is not sent to it again
     - missed: the packets of events that are sent to it before its client is told that it is connected; held: those of
       events that come meanwhile, sent after that; None once it is connected
+    - given_up: whether its connection is about to end because it may have missed events; it gets no more
     - leaves_for_good: whether its client has left on purpose, or was disconnected
     - ended: up to where it was here; saved_at: when, on the monotonic clock
     """
@@ -60,6 +61,7 @@ class Kept:
     missed: list[list[Any]] = field(default_factory=list)
     held: list[list[Any]] | None = field(default_factory=list)
     leaves_for_good: bool = True
+    given_up: bool = False
     ended: Position | None = None
     saved_at: float = 0.0
 

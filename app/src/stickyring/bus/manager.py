@@ -14,7 +14,12 @@ from stickyring.bus.waiting import AsyncWaiting, GreenWaiting, Waiting, run
 
 
 class BusManager(socketio.base_manager.BaseManager):
-    """What both have in common: what python-socketio's manager does, for the sessions of all nodes."""
+    """What both have in common: what python-socketio's manager does, for the sessions of all nodes.
+
+    The application may set `on_loss`, a function that is called when the bus has lost events.
+    """
+
+    on_loss: Callable[[], Any] | None = None
 
     def __init__(self, address: Address, wait: Waiting, *, recovery: float, most_entries: int) -> None:
         super().__init__()

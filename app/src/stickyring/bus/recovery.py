@@ -126,8 +126,7 @@ class Recovery:
     def give_up(self) -> None:
         """End all sessions: their clients, which may have missed events, get new ones, and know it."""
         for (namespace, sid), kept in [*self._router.kept.items()]:
-            kept.leaves_for_good = True
-            del self._router.kept[namespace, sid]
+            kept.given_up = True
             self.save(kept, gone=True)
             self._stream.wait.spawn(self._stream.end(sid, namespace))
 
@@ -305,7 +304,7 @@ class Recovery:
     def _text(self, saving: Saving) -> str:
         """Return what is saved; nothing if the session is to be forgotten."""
         kept = saving.kept
-        if saving.gone and kept.leaves_for_good:
+        if kept.given_up or (saving.gone and kept.leaves_for_good):
             return ""
         try:
             return kept.to_json(kept.ended or self._router.now)

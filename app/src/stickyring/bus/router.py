@@ -124,7 +124,7 @@ class Router:
             if kept is None:
                 yield engine_sid, event.packets()
                 continue
-            if kept.has is not None and kept.has.covers(position, entry.origin, entry.number):
+            if kept.given_up or (kept.has is not None and kept.has.covers(position, entry.origin, entry.number)):
                 continue
             kept.sent = str(self.offset(kept))
             packets = event.packets(kept.sent)

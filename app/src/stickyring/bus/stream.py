@@ -198,6 +198,11 @@ class Stream:
         log.error("the bus has lost events", extra={"position": str(router.now), "end": str(end)})
         router.position, router.epoch = end, epoch.decode()
         self.recovery.give_up()
+        if self.manager.on_loss is not None:
+            self.wait.spawn(self._tell_of_loss())
+
+    async def _tell_of_loss(self) -> None:
+        await settle(self.manager.on_loss())
 
     async def _write_on(self) -> None:
         while True:
