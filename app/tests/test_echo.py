@@ -89,6 +89,33 @@ async def test_a_message_with_an_id_is_echoed_once(node: ServeProcess) -> None:
 
 
 @pytest.mark.asyncio
+async def test_texts_go_to_everybody_or_to_a_room(node: ServeProcess) -> None:
+    clients = [socketio.AsyncSimpleClient(reconnection=False) for _ in range(2)]
+    try:
+        for client in clients:
+            await client.connect(node.url, transports=["websocket"])
+            assert (await client.receive(5))[0] == "message"
+        ann, bob = clients
+        await ann.call("join", "first")
+        await ann.call("join", "second")
+        await bob.call("say", ("old", "first"))
+        await bob.call("say", ("new", "second"))
+        await bob.call("say", "all")
+        # Each session has a room of its own name, which is not for clients.
+        await bob.call("say", ("private", ann.sid))
+        await bob.call("say", ("end", "second"))
+        heard = [await ann.receive(5) for _ in range(3)]
+        assert heard == [
+            ["said", "node#node1-1: new", "second"],
+            ["said", "node#node1-1: all", None],
+            ["said", "node#node1-1: end", "second"],
+        ]
+    finally:
+        for client in clients:
+            await client.disconnect()
+
+
+@pytest.mark.asyncio
 async def test_the_cap_refuses_a_websocket_before_it_is_one(node: ServeProcess) -> None:
     *clients, late = [socketio.AsyncClient(reconnection=False) for _ in range(CAP + 1)]
     for client in clients:

@@ -4,6 +4,10 @@ On connect, a client gets the event `message` with `node#<node name>: welcome`. 
 gets `message` with `node#<node name>: <text>`, and the same string as the acknowledgement if it asked for one. A
 message with an id (`stickyring.delivery`) is answered once, with the id as the event's second argument. If the client
 sends it again, it gets only the acknowledgement again.
+
+A client is in at most one room, that of its last `join`. For `say` with a text, everybody gets `said` with
+`node#<node name>: <text>`, the sender's node; with a text and a room, those in the room get it, and the room. With a
+bus, these are the users of all nodes, and users who change nodes keep their session (`stickyring.bus`).
 """
 
 import mimetypes
@@ -13,10 +17,12 @@ from typing import Any
 
 import socketio
 
+from stickyring import bus
 from stickyring.delivery import Received
 
 PAGES = Path(__file__).with_name("pages")
 CLIENT_SCRIPT = "socket.io.min.js"
+LONGEST_ROOM = 64
 OPTIONS: dict[str, Any] = {
     # The handlers never block, so they need no task of their own: 8 to 15 % less work for an echo.
     "async_handlers": False,
@@ -38,7 +44,7 @@ def create_application(pages: str = str(PAGES)) -> socketio.WSGIApp:
         FileNotFoundError: the folder has no JavaScript client, which the pages need.
     """
     files, prefix = _static_files(Path(pages)), _prefix()
-    server = socketio.Server(async_mode="eventlet", **OPTIONS)
+    server = socketio.Server(async_mode="eventlet", client_manager=bus.manager(recovery=True), **OPTIONS)
 
     def welcome(sid: str, environ: dict[str, object]) -> None:
         server.emit("message", f"{prefix}welcome", to=sid)
@@ -48,8 +54,16 @@ def create_application(pages: str = str(PAGES)) -> socketio.WSGIApp:
         server.emit("message", answer if message_id is None else (answer, message_id), to=sid)
         return answer
 
-    server.on("connect", welcome)
-    server.on("message", Received(server).once(echo))
+    def join(sid: str, room: str) -> None:
+        for former in _other_rooms(server, sid):
+            server.leave_room(sid, former)
+        server.enter_room(sid, _checked(room))
+
+    def say(sid: str, text: object, room: str | None = None) -> None:
+        server.emit("said", (f"{prefix}{text}", room), room=None if room is None else _checked(room))
+
+    for name, handler in (("connect", welcome), ("message", Received(server).once(echo)), ("join", join), ("say", say)):
+        server.on(name, handler)
     return socketio.WSGIApp(server, static_files=files)
 
 
@@ -60,7 +74,7 @@ def create_asgi_application(pages: str = str(PAGES)) -> socketio.ASGIApp:
         FileNotFoundError: the folder has no JavaScript client, which the pages need.
     """
     files, prefix = _static_files(Path(pages)), _prefix()
-    server = socketio.AsyncServer(async_mode="asgi", **OPTIONS)
+    server = socketio.AsyncServer(async_mode="asgi", client_manager=bus.async_manager(recovery=True), **OPTIONS)
 
     async def welcome(sid: str, environ: dict[str, object]) -> None:
         await server.emit("message", f"{prefix}welcome", to=sid)
@@ -70,13 +84,37 @@ def create_asgi_application(pages: str = str(PAGES)) -> socketio.ASGIApp:
         await server.emit("message", answer if message_id is None else (answer, message_id), to=sid)
         return answer
 
-    server.on("connect", welcome)
-    server.on("message", Received(server).once(echo))
+    async def join(sid: str, room: str) -> None:
+        for former in _other_rooms(server, sid):
+            await server.leave_room(sid, former)
+        await server.enter_room(sid, _checked(room))
+
+    async def say(sid: str, text: object, room: str | None = None) -> None:
+        await server.emit("said", (f"{prefix}{text}", room), room=None if room is None else _checked(room))
+
+    for name, handler in (("connect", welcome), ("message", Received(server).once(echo)), ("join", join), ("say", say)):
+        server.on(name, handler)
     return socketio.ASGIApp(server, static_files=files)
 
 
 def _prefix() -> str:
     return f"node#{os.environ['STICKYRING_NODE_NAME']}: "
+
+
+def _other_rooms(server: Any, sid: str) -> list[str]:  # noqa: ANN401 - untyped
+    """Return the rooms of a session but its own."""
+    return [room for room in server.rooms(sid) if room != sid]
+
+
+def _checked(room: object) -> str:
+    """Return a room's name that a client chose, which is no session's id.
+
+    Raises:
+        ValueError: it is none of a page's names.
+    """
+    if not (isinstance(room, str) and 0 < len(room) <= LONGEST_ROOM):
+        raise ValueError("not a room")
+    return f"room {room}"
 
 
 def _static_files(pages: Path) -> dict[str, dict[str, str]]:

@@ -60,6 +60,12 @@ function paintNode(element, name) {
   element.style.setProperty("--hue", hue(name));
 }
 
+/** The node's name and the text of what the service sends; the whole text if it names no node. */
+function parsed(text) {
+  const [, node, said] = /^node#(.+?): (.*)$/s.exec(text) ?? [];
+  return [node, said ?? text];
+}
+
 function log(kind, text, node) {
   const line = document.createElement("li");
   line.className = kind;
@@ -111,12 +117,20 @@ function connect() {
     options.tryAllTransports = true; // without it, the client never tries the second transport
   }
   const socket = io(options);
+  const join = () => {
+    if (part("room")?.value) {
+      socket.emit("join", part("room").value);
+    }
+  };
 
   socket.on("connect", () => {
     const engine = socket.io.engine; // a new one for each connection
     showState("connected");
     showTransport(engine.transport.name);
-    log("note", `connected, ${engine.transport.name}`);
+    log("note", `connected, ${engine.transport.name}${socket.recovered ? ", with the same session" : ""}`);
+    if (!socket.recovered) {
+      join();
+    }
     engine.on("upgrade", (transport) => {
       showTransport(transport.name);
       log("note", `upgraded to ${transport.name}`);
@@ -125,13 +139,16 @@ function connect() {
   });
 
   socket.on("message", (text) => {
-    const [, node, said] = /^node#(.+?): (.*)$/s.exec(text) ?? [];
-    if (node === undefined) {
-      log("echo", text);
-      return;
+    const [node, said] = parsed(text);
+    if (node !== undefined) {
+      paintNode(part("node"), node);
     }
-    paintNode(part("node"), node);
     log("echo", said, node);
+  });
+
+  socket.on("said", (text, room) => {
+    const [node, said] = parsed(text);
+    log("said", room === null ? `to everybody: ${said}` : `to ${room}: ${said}`, node);
   });
 
   socket.on("connect_error", (error) => {
@@ -156,10 +173,16 @@ function connect() {
   part("form").addEventListener("submit", (event) => {
     event.preventDefault();
     const input = part("message");
+    const to = part("to")?.value ?? "echo";
     log("sent", input.value);
-    socket.send(input.value);
+    if (to === "echo") {
+      socket.send(input.value);
+    } else {
+      socket.emit("say", input.value, to === "room" ? part("room").value : null);
+    }
     input.value = "";
   });
+  part("room")?.addEventListener("change", join);
 }
 
 if (typeof io === "undefined") {
