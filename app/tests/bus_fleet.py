@@ -16,13 +16,11 @@ from typing import Any, TypeAlias
 
 import pytest
 import redis
-from bus_history import History
 from conftest import ServeProcess, serving, wait_until
 
-CLIENT, CROWD = (Path(__file__).with_name(f"listening_{name}.mjs") for name in ("client", "crowd"))
+CLIENT = Path(__file__).with_name("listening_client.mjs")
 APPLICATION = """
 import uuid
-from urllib.parse import parse_qs
 import socketio
 import stickyring.bus
 
@@ -35,8 +33,6 @@ server.manager.on_loss = tell_of_loss
 
 @server.event
 def connect(sid, environ, auth=None):
-    for room in parse_qs(environ["QUERY_STRING"]).get("room", ()):
-        server.enter_room(sid, room)
     if {hello}:
         server.emit("hello", [environ.get("stickyring.recovered"), auth], to=sid)
 
@@ -155,30 +151,6 @@ class Bus:
 def worker_of(node: ServeProcess) -> int:
     found = subprocess.run(["pgrep", "-P", str(node.process.pid)], capture_output=True, text=True, check=True)
     return int(found.stdout.split()[0])
-
-
-class Crowd:
-    """Many JavaScript clients, which go from node to node."""
-
-    def __init__(self, package: Path, count: int, nodes: list[ServeProcess]) -> None:
-        command = ["node", str(CROWD), str(package), str(count), *(node.url for node in nodes)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        assert json.loads(self._process.stdout.readline()) == {"connected": count}
-
-    def lose(self, count: int) -> None:
-        """Have some of them lose their connections."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{count}\n")
-        self._process.stdin.flush()
-
-    def end(self) -> History:
-        """End them; return what they have heard."""
-        output, _ = self._process.communicate(timeout=20)
-        history = History()
-        for line in output.splitlines():
-            history.add(json.loads(line))
-        return history
 
 
 class Client:

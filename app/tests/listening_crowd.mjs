@@ -3,9 +3,9 @@
 //   node listening_crowd.mjs PACKAGE COUNT URL...
 //
 // PACKAGE is a folder with socket.io-client in node_modules. A third of the users use WebSocket, a third polling, a third
-// begin with polling. Prints {connected: COUNT} when so many are connected for the first time. A line of standard input
-// loses the connections of that many users. At its end, one JSON array per user: ["connect", RECOVERED], or an event's
-// name, its room and its number.
+// begin with polling. Each joins room 0 or 1 when its session begins. Prints {connected: COUNT} when all have been
+// connected. A line of standard input loses the connections of that many users. At its end, one JSON array per user:
+// ["connect", RECOVERED], or an event's name, its room and its number.
 
 import { createRequire } from "node:module";
 import { resolve } from "node:path";
@@ -19,13 +19,14 @@ let connected = 0;
 const users = Array.from({ length: Number(count) }, (_, number) => {
   const socket = io(urls[number % urls.length], {
     transports: transports[number % 3], reconnectionDelay: 200, reconnectionDelayMax: 500, timeout: 3000, forceNew: true,
-    query: { room: `room ${number % 2}` },
+    query: { client_id: `user-${number}` },
   });
   const heard = [];
   let next = number;
   const joined = (recovered) => heard.push(["connect", recovered]);
   socket.on("connect", () => {
     joined(socket.recovered);
+    if (!socket.recovered) socket.emit("join", `${number % 2}`);
     if (heard.length === 1 && ++connected === Number(count)) console.log(JSON.stringify({ connected }));
   });
   socket.io.on("reconnect_attempt", () => { socket.io.uri = urls[++next % urls.length]; });

@@ -161,6 +161,12 @@ def join(room):
 """
 
 
+def test_a_node_reads_from_the_bus_before_it_has_users(node: Node) -> None:
+    first = node("first")
+    assert first.get("/healthz").status == 200
+    wait_until(lambda: first.metric("stickyring_bus_up") == 1, "it reads")
+
+
 def test_what_the_bus_does_is_counted(bus: Bus, node: Node, client: Connect) -> None:
     first = node("first")
     ann = client(first)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bus_fleet import Bus, Connect, Crowd, Node, worker_of
-from bus_history import History
+from bus_crowd import Crowd, History
+from bus_fleet import Bus, Connect, Node, worker_of
 from conftest import ServeProcess, wait_until
 
 from stickyring.bus.connection import parsed
@@ -223,7 +223,7 @@ class Speaking:
         while not self._ends.wait(0.05):
             number += 1
             self._emitter.emit("numbered", ("all", number))
-            for room in ("room 0", "room 1"):
+            for room in ("0", "1"):
                 self._emitter.emit("numbered", (room, number), room=room)
 
     def __enter__(self) -> None:
@@ -270,7 +270,7 @@ def test_nobody_misses_an_event_unknowingly_whatever_fails(
     bus: Bus, node: Node, client: Connect, javascript: Path, fault: Callable[[Bus, ServeProcess], None]
 ) -> None:
     nodes = [node(name) for name in ("first", "second", "third")]
-    crowd = Crowd(javascript, 30, nodes)
+    crowd = Crowd(javascript, 30, [one.url for one in nodes])
     client(nodes[1]).do("emit", "begin_to_count")
     with Speaking(bus.url):
         for step in range(4):

@@ -27,10 +27,11 @@ REASONS = ("unknown", "history", "trimmed", "bus")
 are no longer kept; the bus was away."""
 
 
-def register_bus(servers: Sequence[Any], registry: CollectorRegistry) -> None:
-    """Register the metrics of the Socket.IO servers that have a bus, if any has."""
+def register_bus(servers: Sequence[Any], registry: CollectorRegistry) -> Sequence[Stream]:
+    """Return the streams of the Socket.IO servers that have a bus, and register their metrics if any has."""
     if streams := [server.manager.stream for server in servers if hasattr(server.manager, "stream")]:
         registry.register(_BusCollector(streams))
+    return streams
 
 
 class _BusCollector(Collector):

@@ -54,7 +54,7 @@ class Runtime:
         self._paths = application.paths
         servers = application.servers
         metrics = EngineMetrics([server.eio for server in servers], max_connections, registry) if servers else None
-        register_bus(servers, registry)
+        self._streams = register_bus(servers, registry)
         self._gates = [
             SocketIOGate(server, metrics, max_connections, self.sessions, self.drain) for server in servers if metrics
         ]
@@ -62,6 +62,8 @@ class Runtime:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request."""
         self._edges.tell(environ)
+        for stream in self._streams:
+            stream.start()  # python-socketio would start it with the first session
         path = environ["PATH_INFO"]
         socket_io = self._paths.match(path, environ.get("QUERY_STRING", ""))
         if socket_io:

@@ -44,7 +44,7 @@ class AsyncRuntime:
         metrics = (
             EngineMetrics([server.eio for server in servers], max_connections, self._registry) if servers else None
         )
-        register_bus(servers, self._registry)
+        self._streams = register_bus(servers, self._registry)
         self._gates = [
             AsyncSocketIOGate(server, metrics, max_connections, self.sessions, self.drain)
             for server in servers
@@ -58,6 +58,8 @@ class AsyncRuntime:
             return
         self._tell_scheme_and_client(scope)
         path = scope["path"]
+        for stream in self._streams:
+            stream.start()  # python-socketio would start it with the first session
         socket_io = self._paths.match(path, scope["query_string"].decode("latin-1"))
         if socket_io and path.endswith(self._paths.known):
             # Some clients (Swift, Dart) omit the slash, and Node.js accepts that.

@@ -1,10 +1,15 @@
-"""Checks what users have heard: numbered events, each once, in order, without a gap that they were not told of."""
+"""Many users, and a check of what they hear: numbered events, each once, in order, without a gap unknown to them."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+PROGRAM = Path(__file__).with_name("listening_crowd.mjs")
 
 
 @dataclass
@@ -41,3 +46,27 @@ class History:
                 self.faults.append(f"{room}: {number} after {before}")
             told.discard(room)
             last[room] = max(number, before or 0)
+
+
+class Crowd:
+    """JavaScript clients in one process, which go from one URL to the next when they lose their connections."""
+
+    def __init__(self, package: Path, count: int, urls: list[str]) -> None:
+        command = ["node", str(PROGRAM), str(package), str(count), *urls]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        assert json.loads(self._process.stdout.readline()) == {"connected": count}
+
+    def lose(self, count: int) -> None:
+        """Have some of them lose their connections."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.flush()
+
+    def end(self) -> History:
+        """End them; return what they have heard."""
+        output, _ = self._process.communicate(timeout=20)
+        history = History()
+        for line in output.splitlines():
+            history.add(json.loads(line))
+        return history
