@@ -82,8 +82,40 @@ def test_a_node_that_cannot_serve_is_refused(tmp_path: Path, nodes: str, words: 
     assert all(one in said for one in words), said
 
 
+PASSWORD = "at-least-sixteen-characters"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "settings", "words"),
+    [
+        (["bus1"], {}, "stickyring_bus_password: give one of at least 16 characters"),
+        (["bus1"], {"stickyring_bus_password": "short"}, "stickyring_bus_password: give one of at least 16 characters"),
+        (["bus1", "bus2"], {"stickyring_bus_password": PASSWORD}, "bus1, bus2 are in the group bus. It takes one host"),
+        (["bus1"], {"stickyring_bus_password": PASSWORD, "stickyring_bus_port": 80}, "80 is not between 1024 and 65535"),
+        (["bus1"], {"stickyring_bus_password": PASSWORD, "stickyring_bus_memory_mib": 8}, "8 is too little: 64 or more"),
+        (
+            ["bus1"],
+            {"stickyring_bus_password": PASSWORD, "stickyring_bus_emitter_password": PASSWORD},
+            "stickyring_bus_emitter_password: give another one than to the nodes",
+        ),
+        (["bus1"], {"stickyring_bus_password": PASSWORD, "stickyring_bus_memory": 64}, "stickyring_bus_memory"),
+    ],
+)
+def test_a_bus_that_cannot_serve_is_refused(
+    tmp_path: Path, hosts: list[str], settings: dict[str, object], words: str
+) -> None:
+    (tmp_path / "bus").mkdir()
+    addresses = {name: {"ansible_host": f"192.0.2.{20 + number}"} for number, name in enumerate(hosts)}
+    (tmp_path / "bus" / "hosts.json").write_text(json.dumps({"bus": {"hosts": addresses}, "all": {"vars": settings}}))
+    status, said = run(tmp_path, "playbooks/preflight.yml", "-i", str(tmp_path / "bus" / "hosts.json"))
+    assert status != 0
+    assert words in said
+
+
 def test_a_description_has_no_secrets_and_no_logins(tmp_path: Path) -> None:
     secrets = {
+        "stickyring_bus_password": "hush-4",
+        "stickyring_node_bus_url": "hush-5",
         "stickyring_node_secrets": {"KEY": "hush-1"},
         "stickyring_probe_auth": {"token": "hush-2"},
         "stickyring_probe_headers": ["authorization: hush-3"],

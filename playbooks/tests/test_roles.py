@@ -21,6 +21,7 @@ DEPLOYED = ("stickyring_node", "stickyring_edge")
 COMPOSED = {
     "stickyring_node_prove",
     "stickyring_node_address",
+    "stickyring_node_bus_url",
     "stickyring_node_edges",
     "stickyring_node_name",
     "stickyring_node_keep_surplus",
