@@ -88,17 +88,22 @@ PASSWORD = "at-least-sixteen-characters"
 @pytest.mark.parametrize(
     ("hosts", "settings", "words"),
     [
-        (["bus1"], {}, "stickyring_bus_password: give one of at least 16 characters"),
-        (["bus1"], {"stickyring_bus_password": "short"}, "stickyring_bus_password: give one of at least 16 characters"),
-        (["bus1", "bus2"], {"stickyring_bus_password": PASSWORD}, "bus1, bus2 are in the group bus. It takes one host"),
-        (["bus1"], {"stickyring_bus_password": PASSWORD, "stickyring_bus_port": 80}, "80 is not between 1024 and 65535"),
-        (["bus1"], {"stickyring_bus_password": PASSWORD, "stickyring_bus_memory_mib": 8}, "8 is too little: 64 or more"),
+        (["bus1"], {"password": None}, "stickyring_bus_password: give one of at least 16 characters"),
+        (["bus1"], {"password": "short"}, "stickyring_bus_password: give one of at least 16 characters"),
+        (["bus1", "bus2"], {}, "bus1, bus2 are in the group bus. It takes one host"),
+        (["bus1"], {"port": 80}, "stickyring_bus_port: 80 is not between 1024 and 65535"),
+        (["bus1"], {"memory_mib": 8}, "stickyring_bus_memory_mib: 8 is too little: 64 or more"),
         (
             ["bus1"],
-            {"stickyring_bus_password": PASSWORD, "stickyring_bus_emitter_password": PASSWORD},
+            {"emitter_password": "short"},
+            "stickyring_bus_emitter_password: give one of at least 16 characters",
+        ),
+        (
+            ["bus1"],
+            {"emitter_password": PASSWORD},
             "stickyring_bus_emitter_password: give another one than to the nodes",
         ),
-        (["bus1"], {"stickyring_bus_password": PASSWORD, "stickyring_bus_memory": 64}, "stickyring_bus_memory"),
+        (["bus1"], {"memory": 64}, "stickyring_bus_memory"),
     ],
 )
 def test_a_bus_that_cannot_serve_is_refused(
@@ -106,7 +111,8 @@ def test_a_bus_that_cannot_serve_is_refused(
 ) -> None:
     (tmp_path / "bus").mkdir()
     addresses = {name: {"ansible_host": f"192.0.2.{20 + number}"} for number, name in enumerate(hosts)}
-    (tmp_path / "bus" / "hosts.json").write_text(json.dumps({"bus": {"hosts": addresses}, "all": {"vars": settings}}))
+    given = {f"stickyring_bus_{name}": value for name, value in ({"password": PASSWORD} | settings).items() if value}
+    (tmp_path / "bus" / "hosts.json").write_text(json.dumps({"bus": {"hosts": addresses}, "all": {"vars": given}}))
     status, said = run(tmp_path, "playbooks/preflight.yml", "-i", str(tmp_path / "bus" / "hosts.json"))
     assert status != 0
     assert words in said
