@@ -159,11 +159,15 @@ SYNC_CLIENT = """
 import socketio
 from stickyring.bus.client import Recovering
 
+def say(*words):
+    # In one piece, because handlers run in threads.
+    print(" ".join(map(str, words)) + "\\n", end="", flush=True)
+
 client = socketio.Client(reconnection=False)
 recovering = Recovering(client)
-client.on("connect", lambda: print("connect", recovering.recovered(), flush=True))
-client.on("disconnect", lambda reason: print("disconnect", flush=True))
-client.on("*", lambda name, *data: print(name, data, flush=True))
+client.on("connect", lambda: say("connect", recovering.recovered()))
+client.on("disconnect", lambda reason: say("disconnect"))
+client.on("*", lambda name, *data: say(name, data))
 client.connect("{first}", transports=["websocket"])
 input()
 client.eio.ws.close()
@@ -178,12 +182,15 @@ import asyncio
 import socketio
 from stickyring.bus.client import Recovering
 
+def say(*words):
+    print(*words, flush=True)
+
 async def main():
     client = socketio.AsyncClient(reconnection=False)
     recovering = Recovering(client)
-    client.on("connect", lambda: print("connect", recovering.recovered(), flush=True))
-    client.on("disconnect", lambda reason: print("disconnect", flush=True))
-    client.on("*", lambda name, *data: print(name, data, flush=True))
+    client.on("connect", lambda: say("connect", recovering.recovered()))
+    client.on("disconnect", lambda reason: say("disconnect"))
+    client.on("*", lambda name, *data: say(name, data))
     await client.connect("{first}", transports=["websocket"])
     await asyncio.to_thread(input)
     await client.eio.ws.close()

@@ -44,6 +44,7 @@ RANGES = {
     "limit_nofile": (1024, 2**30),
 }
 BOOLEANS = ("prove", "surge", "keep_surplus")
+BUS_URL = r"(rediss?|redis\+sentinel)://[!-~]+|unix://[!-~]+|"
 VARIABLE = r"[A-Za-z_]\w*"
 SECRET_BYTES = 65536
 """The kernel passes no variable above 128 KiB, and systemd logs the text of a variable that it refuses."""
@@ -81,6 +82,9 @@ def _mistakes(variables: dict[str, Any]) -> Iterator[str]:
     yield from _mistakes_of_numbers(variables)
     yield from _mistakes_of_the_environment("environment", variables.get("environment", {}))
     yield from _mistakes_of_the_secrets(variables.get("secrets", {}), variables.get("environment", {}))
+    if not re.fullmatch(BUS_URL, str(variables.get("bus_url", "")), re.ASCII):
+        # Without the value, which has a password.
+        yield "bus_url is no URL of a Redis or Valkey: give redis://, rediss:// or redis+sentinel:// with host and port"
 
 
 def _mistakes_of_numbers(variables: dict[str, Any]) -> Iterator[str]:

@@ -38,6 +38,9 @@ def check(**changed: object) -> list[str]:
         {"environment": {"REDIS_URL": "redis://x", "_x1": ""}},
         {"secrets": {"A": "", "_b": 1, "C": 1.5, "D": "'\" \\ $HOME %n\nsecond line\t{{ x }}"}},
         {"name": "Node1.Example.COM"},
+        {"bus_url": "rediss://nodes:p%40ss@[2001:db8::20]:6379/0"},
+        {"bus_url": "redis+sentinel://nodes:x@a:26379,b:26379/0/bus"},
+        {"bus_url": ""},
         {"name": "192.0.2.1"},
         {"address": "2001:db8::1"},
         {"edges": ["192.0.2.10", "2001:db8::10"]},
@@ -111,6 +114,9 @@ def test_good_variables_have_no_mistake(changed: dict[str, Any]) -> None:
         ({"secrets": None}, "stickyring_node_secrets is no dictionary"),
         ({"secrets": {"A-B": "hunter2"}}, "stickyring_node_secrets: 'A-B' cannot name an environment variable"),
         ({"secrets": {"STICKYRING_UNIT": "hunter2"}}, "STICKYRING_UNIT is reserved for the runtime"),
+        ({"bus_url": "192.0.2.20:6379"}, "stickyring_node_bus_url is no URL of a Redis or Valkey: give redis://"),
+        ({"bus_url": "http://nodes:hunter2@192.0.2.20"}, "stickyring_node_bus_url is no URL"),
+        ({"bus_url": "redis://a b"}, "stickyring_node_bus_url is no URL"),
         ({"secrets": {"A": "hunter2"}, "environment": {"A": 1}}, "A is in stickyring_node_environment too: remove it"),
         (
             {"secrets": {"A": True}},
@@ -140,7 +146,8 @@ def test_every_option_is_checked_by_its_type() -> None:
     assert chosen == {f"stickyring_node_{name}": node.TEXTS[name][0].split("|") for name in ("python", "log_level")}
     # Only Ansible reads these, as names of files on the controller.
     files = {"requirements", "wheelhouse"}
-    judged_names = {*node.TEXTS, *node.RANGES, *node.BOOLEANS, "address", "edges", "environment", "secrets"} | files
+    judged_names = {*node.TEXTS, *node.RANGES, *node.BOOLEANS, "address", "edges", "environment"}
+    judged_names |= {"secrets", "bus_url"} | files
     assert {f"stickyring_node_{name}" for name in judged_names} == set(OPTIONS)
     composed = yaml.safe_load((ROLE / "vars" / "main.yml").read_text())["__stickyring_node_judged"]
     assert {*composed, "release"} == judged_names - files

@@ -22,9 +22,9 @@ COUNTERS = {
     "outages": "Times at which the bus was away.",
     "holes": "Times at which the bus had lost events: all sessions were asked to connect anew.",
 }
-REASONS = ("unknown", "history", "trimmed", "bus")
+REASONS = ("unknown", "history", "trimmed", "taken", "bus")
 """Why a session could not be recovered: the bus does not have it (any more); the bus has lost events since; its events
-are no longer kept; the bus was away."""
+are no longer kept; another connection of the client has it; the bus was away."""
 
 
 def register_bus(servers: Sequence[Any], registry: CollectorRegistry) -> Sequence[Stream]:

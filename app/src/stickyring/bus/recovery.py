@@ -80,6 +80,7 @@ class Recovery:
         self._unsaved = stream.wait.event()
         self._saving: dict[str, Saving] = {}
         self._offsets: dict[tuple[str, str], Offset | None] = {}
+        self._by_pid: dict[str, Kept] = {}
 
     @property
     def kept_seconds(self) -> float:
@@ -102,26 +103,37 @@ class Recovery:
         """Keep a session that has begun."""
         has = self._offsets.pop((eio_sid, namespace), None)
         if sid is not None and self.seconds and self._stream.met.is_set():
-            self._router.kept[namespace, sid] = Kept(sid, namespace, self._router.now, self._router.epoch, has=has)
+            self._keep(Kept(sid, namespace, self._router.now, self._router.epoch, has=has))
 
     def go_on(self, eio_sid: str, namespace: str) -> str | None:
         """Return the sid of the session with which a client that connects goes on, None for a new one."""
         kept = self._router.arriving.pop((eio_sid, namespace), None)
-        if kept is None:
-            return None
         manager = self._stream.manager
+        socket = manager.server.eio.sockets.get(eio_sid)
+        if kept is None or socket is None or socket.closed:
+            return None
         for room in (None, kept.sid, *kept.rooms):
             manager.basic_enter_room(kept.sid, namespace, room, eio_sid=eio_sid)
         manager.pending_connect.setdefault(namespace, []).append(kept.sid)
-        manager.server.eio.sockets[eio_sid].session[namespace] = kept.data
-        self._router.kept[namespace, kept.sid] = kept
+        socket.session[namespace] = kept.data
+        self._keep(kept)
         return kept.sid
+
+    def _keep(self, kept: Kept) -> None:
+        self._router.kept[kept.namespace, kept.sid] = kept
+        self._by_pid[kept.pid] = kept
 
     def forget(self, sid: str, namespace: str) -> None:
         """Keep a session that has ended here only for other nodes, and not at all if its client has left for good."""
         if (kept := self._router.kept.pop((namespace, sid), None)) is not None:
+            self._by_pid.pop(kept.pid, None)
             kept.ended = self._router.now
             self.save(kept, gone=True)
+
+    def give_away(self, sid: str, namespace: str) -> None:
+        """Forget a session with which another process goes on."""
+        if (kept := self._router.kept.pop((namespace, sid), None)) is not None:
+            self._by_pid.pop(kept.pid, None)
 
     def give_up(self) -> None:
         """End all sessions: their clients, which may have missed events, get new ones, and know it."""
@@ -172,7 +184,9 @@ class Recovery:
             return
         if not await self._save_now(kept, take=kept.recovered) and kept.recovered:
             # What the bus has of it is out of date: by another secret, its client knows that it is another session.
+            self._by_pid.pop(kept.pid, None)
             kept.pid = new_pid()
+            self._keep(kept)
             self.save(kept)
         packet.data["pid"] = kept.pid
         for packets in kept.missed:
@@ -206,10 +220,9 @@ class Recovery:
         """Return the claimed session, or None and the reason; nothing is waited for once its place is known."""
         stream, router = self._stream, self._router
         address = stream.address
-        for (_, sid), old in [*router.kept.items()]:
-            if old.pid == claim.pid:
-                # Its client has left without a word.
-                await stream.end(sid, namespace)
+        if (old := self._by_pid.get(claim.pid)) is not None:
+            # Its client has left without a word.
+            await stream.end(old.sid, old.namespace)
         if (saving := self._saving.get(claim.pid)) is not None:
             await saving.done.wait(SAVED_SECONDS)
         pipeline = stream.redis.pipeline(transaction=True)
@@ -243,6 +256,9 @@ class Recovery:
                 return None, "history"
             entries += parsed(page)
             reached = entries[-1][0] if entries else start
+            if claim.pid in self._by_pid:
+                # Another connection of this client was faster.
+                return None, "taken"
             if len(page) < AT_ONCE and reached >= router.now:
                 router.go_on(kept, entries, reached, int(written or 0))
                 return kept, ""

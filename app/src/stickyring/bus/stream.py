@@ -301,7 +301,7 @@ class Stream:
         elif entry.kind == LEAVE:
             self.leave(sid, namespace, room)
         elif entry.kind == MOVED and entry.origin != self.outbox.origin:
-            self.router.kept.pop((namespace, sid), None)
+            self.recovery.give_away(sid, namespace)
             self.wait.spawn(self.end(sid, namespace))
 
     async def _disconnect(self, sid: str, namespace: str) -> None:
