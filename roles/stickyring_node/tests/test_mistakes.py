@@ -16,6 +16,7 @@ GOOD: dict[str, Any] = {
     for name, value in yaml.safe_load((ROLE / "defaults" / "main.yml").read_text()).items()
 }
 GOOD |= {"application": "chat:app", "address": "192.0.2.1", "release": "1.0+abc_D-1", "name": "node1", "instances": 2}
+GOOD |= {"bus_url": ""}
 
 
 def check(**changed: object) -> list[str]:
