@@ -280,7 +280,7 @@ def test_nobody_misses_an_event_unknowingly_whatever_fails(
     crowd = Crowd(javascript, 30, [one.url for one in nodes])
     client(nodes[1]).do("emit", "begin_to_count")
     with Speaking(bus.url):
-        for step in range(4):
+        for step in range(3):
             time.sleep(1)
             fault(bus, nodes[step % 3])
             crowd.lose(5)
@@ -291,4 +291,5 @@ def test_nobody_misses_an_event_unknowingly_whatever_fails(
     print(history)
     assert (history.gaps, history.repeated) == (0, 0)
     if fault is not empty_bus:
-        assert history.not_recovered <= history.recovered * 0.01
+        assert history.recovered > 0
+        assert history.not_recovered <= history.recovered / 10
