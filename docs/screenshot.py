@@ -11,8 +11,8 @@ from playwright.sync_api import BrowserContext, Error, Page, ViewportSize, sync_
 
 CHROMIUM = "/usr/bin/chromium"  # Debian's package; Playwright's own browser is not installed
 MOST_USERS = 20
-TAB = ViewportSize(width=400, height=770)
-PICTURE = ViewportSize(width=3 * 400 + 4 * 20, height=770 + 76)
+TAB = ViewportSize(width=400, height=960)
+PICTURE = ViewportSize(width=3 * 400 + 4 * 20, height=960 + 76)
 FRAME = """
 <style>
   body {{ margin: 0; padding: 20px; display: flex; align-items: start; gap: 20px; background: #dfe4ea }}

@@ -115,6 +115,7 @@ class Router:
         header, manager = entry.header, self._manager
         event = Event(entry, manager.server.packet_class)
         namespace, skipped = header["n"], header.get("x", ())
+        offset = str(self._offset())
         # The generator of python-socketio yields from a copy.
         for sid, engine_sid in manager.get_participants(namespace, header.get("r")):
             if sid in skipped:
@@ -126,24 +127,25 @@ class Router:
                 continue
             if kept.given_up or (kept.has is not None and kept.has.covers(position, entry.origin, entry.number)):
                 continue
-            kept.sent = str(self.offset(kept))
+            kept.sent = offset if kept.has is None else str(self._offset_of(kept, kept.has))
             packets = event.packets(kept.sent)
             if kept.held is None:
                 yield engine_sid, packets
             else:
                 kept.held.append(packets)
 
-    def offset(self, kept: Kept) -> Offset:
-        """Return what a session has got when it has got all up to now."""
-        now, ahead = self.now, {}
-        if kept.has is not None:
-            ahead = {origin: number for origin, number in kept.has.ahead.items() if self._read(origin) < number}
-            now = max(now, kept.has.position)
-            if not ahead and now == self.now:
-                kept.has = None
-        if self.delivered > self.outbox.read:
-            ahead[self.outbox.origin] = self.delivered
-        return Offset(now, ahead)
+    def _offset(self) -> Offset:
+        """Return what a session has got when it has got all that this process has delivered."""
+        ahead = {self.outbox.origin: self.delivered} if self.delivered > self.outbox.read else {}
+        return Offset(self.now, ahead)
+
+    def _offset_of(self, kept: Kept, has: Offset) -> Offset:
+        """Return the same for a session that has got more elsewhere."""
+        offset = self._offset()
+        ahead = {origin: number for origin, number in has.ahead.items() if self._read(origin) < number}
+        if not ahead and has.position <= self.now:
+            kept.has = None
+        return Offset(max(self.now, has.position), ahead | offset.ahead)
 
     def _read(self, origin: str) -> int:
         return self._numbers.get(origin, 0)
