@@ -197,6 +197,31 @@ def test_the_application_is_told_that_the_bus_has_lost_events(bus: Bus, node: No
     assert first.metric("stickyring_bus_holes_total") == 1
 
 
+def test_a_bus_whose_memory_was_full_is_used_again(bus: Bus, node: Node, client: Connect) -> None:
+    first, second = node("first"), node("second")
+    ann, bob = client(first), client(second)
+    for one in (ann, bob):
+        one.until("connect")
+    bus.client.config_set("maxmemory", "1mb")
+    ann.ask("say", None, "full")
+    assert ann.said(1) == ["full"], "local users are served on"
+    assert first.metric("stickyring_bus_up") == 0
+    bus.client.config_set("maxmemory", "0")
+    assert bob.said(1) == ["full"]
+    wait_until(lambda: first.metric("stickyring_bus_up") == 1, "it is used again")
+
+
+def test_a_loss_that_another_node_has_noticed_is_noticed_by_all(bus: Bus, node: Node, client: Connect) -> None:
+    first = node("first")
+    ann = client(first)
+    sid = ann.until("connect")[1]
+    wait_until(lambda: first.metric("stickyring_bus_up") == 1, "it reads")
+    bus.client.set("stickyring:epoch", "0123456789abcdef")
+    ann.until("disconnect")
+    assert ann.until("connect")[1:3] != [sid, True]
+    assert first.metric("stickyring_bus_holes_total") == first.metric("stickyring_bus_up") == 1
+
+
 def test_what_cannot_wait_for_the_bus_any_more_is_refused(bus: Bus, node: Node, client: Connect) -> None:
     first = node("first")
     ann = client(first)

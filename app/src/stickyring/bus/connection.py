@@ -59,6 +59,12 @@ else
 end
 return 1
 """
+TRIM = """#!lua flags=allow-oom
+-- Remove old entries, and note before which position some may be missing. KEYS: the note, the stream. ARGV: that
+-- position.
+redis.call('SET', KEYS[1], ARGV[1])
+return redis.call('XTRIM', KEYS[2], 'MINID', '~', ARGV[1])
+"""
 SWAP = """#!lua
 -- Replace a value if it is still the expected one; return what it is then.
 if redis.call('GET', KEYS[1]) == ARGV[1] then

@@ -17,6 +17,7 @@ from stickyring.bus.connection import (
     AT_ONCE,
     BLOCK_MILLISECONDS,
     SWAP,
+    TRIM,
     Address,
     append_arguments,
     end_of,
@@ -71,14 +72,14 @@ class Stream:
         self.address = address
         self.wait = wait
         self.redis = address.client(asyncio=wait.asyncio)
-        self._append, self._swap = self.redis.register_script(APPEND), self.redis.register_script(SWAP)
+        self._append, self._swap, self._trim = map(self.redis.register_script, (APPEND, SWAP, TRIM))
         self._most_entries = most_entries
         self.outbox = Outbox(secrets.token_hex(8))
         self.router = Router(manager, self.outbox, recovers=recovery > 0)
         self.recovery = Recovery(self, recovery)
         self.met = wait.event()
         self.away_since: float | None = None
-        self._turn = wait.lock()
+        self._turn, self._meeting = wait.lock(), wait.lock()
         self._written, self._progress = wait.event(), wait.event()
         self._calls: dict[int, tuple[float, Callable[..., Any]]] = {}
         self._started = False
@@ -87,9 +88,10 @@ class Stream:
         """Begin to read and write, once."""
         if not self._started:
             self._started = True
-            tasks = [self._read_on, self._write_on, self._watch]
-            for task in [*tasks, self.recovery.save_on] if self.recovery.seconds else tasks:
-                self.wait.spawn(self._again_and_again(task))
+            for task in (self._read_on, self._write_on, *([self.recovery.save_on] if self.recovery.seconds else [])):
+                self.wait.spawn(self._again_and_again(task, meets=True))
+            for task in (self._go_ahead_on, self._tend_on):
+                self.wait.spawn(self._again_and_again(task, meets=False))
 
     # Publishing.
 
@@ -143,9 +145,12 @@ class Stream:
 
     # What runs all the time.
 
-    async def _again_and_again(self, what: Callable[[], Awaitable[None]]) -> None:
+    async def _again_and_again(self, what: Callable[[], Awaitable[None]], *, meets: bool) -> None:
+        """Do something for ever; after a failure with the bus, only once the bus is back, for those that `meets`."""
         while True:
             try:
+                if meets:
+                    await self._meet()
                 await what()
             except AWAY as error:
                 if self.away_since is None:
@@ -160,7 +165,6 @@ class Stream:
 
     async def _read_on(self) -> None:
         """Read the stream from where this process is, until the bus is away."""
-        await self._meet()
         router, stream = self.router, self.address.stream
         while True:
             read = self.redis.xread({stream: str(router.now)}, count=AT_ONCE, block=BLOCK_MILLISECONDS)
@@ -173,16 +177,19 @@ class Stream:
     async def _meet(self) -> None:
         """Find this process' place in the stream, and whether the stream has lost what it has not read."""
         router, address = self.router, self.address
-        pipeline = self.redis.pipeline(transaction=True)
-        pipeline.set(address.epoch, secrets.token_hex(8), nx=True)
-        pipeline.get(address.epoch)
-        pipeline.xrange(address.stream, str(router.now), str(router.now))
-        pipeline.xrevrange(address.stream, count=1)
-        _, epoch, place, last = await settle(pipeline.execute())
-        if router.position is None:
-            router.position, router.epoch = end_of(last), epoch.decode()
-        elif epoch.decode() != router.epoch or (not place and router.position != BEGIN):
-            await self._note_hole(end_of(last))
+        async with self._meeting:
+            # The reader may go on meanwhile.
+            asked = router.position
+            pipeline = self.redis.pipeline(transaction=True)
+            pipeline.set(address.epoch, secrets.token_hex(8), nx=True)
+            pipeline.get(address.epoch)
+            pipeline.xrange(address.stream, str(asked or BEGIN), str(asked or BEGIN))
+            pipeline.xrevrange(address.stream, count=1)
+            _, epoch, place, last = await settle(pipeline.execute())
+            if asked is None:
+                router.position, router.epoch = end_of(last), epoch.decode()
+            elif epoch.decode() != router.epoch or (not place and asked != BEGIN):
+                await self._note_hole(end_of(last))
         self.outbox.rewrite()
         self._written.set()
         self.met.set()
@@ -213,15 +220,18 @@ class Stream:
             elif await self._written.wait(TICK_SECONDS):
                 self._written = self.wait.event()
 
-    async def _watch(self) -> None:
-        """Deliver own events if the bus is away; look after the length and the history of the stream."""
-        tended = time.monotonic()
+    async def _go_ahead_on(self) -> None:
+        """Deliver own events if the bus is away."""
         while True:
             await self.wait.sleep(TICK_SECONDS)
             if self.outbox.age > AHEAD_SECONDS:
                 await self._go_ahead()
-            if time.monotonic() - tended > TRIM_SECONDS and self.away_since is None and self.met.is_set():
-                tended = time.monotonic()
+
+    async def _tend_on(self) -> None:
+        """Look after the length and the history of the stream, also if its memory is full."""
+        while True:
+            await self.wait.sleep(TRIM_SECONDS)
+            if self.met.is_set():
                 await self._tend()
 
     async def _tend(self) -> None:
@@ -231,14 +241,11 @@ class Stream:
         pipeline.xlen(address.stream)
         epoch, length = await settle(pipeline.execute())
         if epoch is None or epoch.decode() != router.epoch:
-            raise redis.ConnectionError("the bus has another history")  # the reader finds its place again
+            await self._meet()
         share = min(1.0, self._most_entries / max(1, length))
         floor = Position(router.now.ms - int(self.recovery.kept_seconds * 1000 * share), 0)
         if floor > BEGIN:
-            pipeline = self.redis.pipeline(transaction=True)
-            pipeline.set(address.floor, str(floor))
-            pipeline.xtrim(address.stream, minid=str(floor), approximate=True)
-            await settle(pipeline.execute())
+            await settle(self._trim(keys=[address.floor, address.stream], args=[str(floor)]))
             self.recovery.forget_before(floor)
 
     # Delivery.
