@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from bus_crowd import Crowd, History
-from bus_fleet import Bus, Connect, Node, worker_of
+from bus_fleet import Bus, Connect, Node, Trio, worker_of
 from conftest import ServeProcess, wait_until
 
 from stickyring.bus.connection import parsed
@@ -293,3 +293,58 @@ def test_nobody_misses_an_event_unknowingly_whatever_fails(
     if fault is not empty_bus:
         assert history.recovered > 0
         assert history.not_recovered <= history.recovered / 10
+
+
+def kill_primary(trio: Trio, primary: int) -> None:
+    trio.signal(primary, signal.SIGKILL)
+
+
+def freeze_primary(trio: Trio, primary: int) -> None:
+    trio.signal(primary, signal.SIGSTOP)
+
+
+def stop_primary(trio: Trio, primary: int) -> None:
+    trio.signal(primary, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("fault", [kill_primary, freeze_primary, stop_primary])
+def test_nobody_misses_an_event_when_another_host_of_the_bus_takes_over(
+    trio: Trio, node: Node, client: Connect, javascript: Path, fault: Callable[[Trio, int], None]
+) -> None:
+    nodes = [node(name) for name in ("first", "second", "third")]
+    crowd = Crowd(javascript, 30, [one.url for one in nodes])
+    client(nodes[1]).do("emit", "begin_to_count")
+    with Speaking(trio.url):
+        time.sleep(1)
+        crowd.lose(5)
+        primary = trio.primary()
+        fault(trio, primary)
+        wait_until(lambda: trio.primary() != primary, "another one has taken over", 20)
+        crowd.lose(5)
+        wait_until(lambda: all(one.metric("stickyring_bus_up") for one in nodes), "all nodes use it", 20)
+        trio.signal(primary, signal.SIGCONT)
+        time.sleep(1)
+        crowd.lose(5)
+        time.sleep(1)
+    time.sleep(3)
+    history = crowd.end()
+    print(history)
+    assert (history.gaps, history.repeated, history.not_recovered) == (0, 0, 0)
+    assert history.recovered >= 5
+    assert all(one.metric("stickyring_bus_holes_total") == 0 for one in nodes)
+
+
+def test_a_session_that_began_before_the_bus_was_there_goes_on(bus: Bus, node: Node, client: Connect) -> None:
+    bus.stop()
+    first, second = node("first"), node("second")
+    ann = client(first)
+    _, sid, _, pid = ann.until("connect")
+    ann.ask("say", None, "ahead")
+    assert ann.said(1) == ["ahead"]
+    bus.start()
+    wait_until(lambda: first.metric("stickyring_bus_up") and second.metric("stickyring_bus_up"), "the bus is there")
+    wait_until(lambda: bus.client.exists(f"stickyring:session:{pid}"), "its session is stored")
+    ann.away(second)
+    client(second).ask("say", None, "missed")
+    assert ann.back() == [sid, True, pid]
+    assert ann.said(1) == ["missed"]

@@ -25,23 +25,24 @@ def manager(*, recovery: bool = False) -> Any:  # noqa: ANN401 - one of two clas
     clients go on with their session if they were away for at most RECOVERY_SECONDS; each event then has one more
     argument, as Socket.IO's connection state recovery wants it.
     """
-    if (address := _address()) is None:
+    if (found := address()) is None:
         return socketio.Manager()
     from stickyring.bus.manager import Manager  # noqa: PLC0415 - redis is needed with a bus only
 
-    return Manager(address, recovery=RECOVERY_SECONDS if recovery else 0.0, most_entries=MOST_ENTRIES)
+    return Manager(found, recovery=RECOVERY_SECONDS if recovery else 0.0, most_entries=MOST_ENTRIES)
 
 
 def async_manager(*, recovery: bool = False) -> Any:  # noqa: ANN401 - one of two classes
     """Return the same for a `socketio.AsyncServer`."""
-    if (address := _address()) is None:
+    if (found := address()) is None:
         return socketio.AsyncManager()
     from stickyring.bus.manager import AsyncManager  # noqa: PLC0415 - redis is needed with a bus only
 
-    return AsyncManager(address, recovery=RECOVERY_SECONDS if recovery else 0.0, most_entries=MOST_ENTRIES)
+    return AsyncManager(found, recovery=RECOVERY_SECONDS if recovery else 0.0, most_entries=MOST_ENTRIES)
 
 
-def _address() -> Address | None:
+def address() -> Address | None:
+    """Return where the deployment's bus is, None without one."""
     if not (url := os.environ.get(URL_VARIABLE)):
         return None
     from stickyring.bus.connection import Address  # noqa: PLC0415 - redis is needed with a bus only

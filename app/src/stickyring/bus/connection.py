@@ -8,20 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import redis
 import redis.asyncio
 import redis.asyncio.sentinel
+import redis.connection
 import redis.sentinel
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from socketio.redis_manager import parse_redis_sentinel_url
 
 from stickyring.bus.entry import Entry
 from stickyring.bus.offset import BEGIN, Position
 
 TIMEOUT_SECONDS = 2.0
 """A bus that does not answer for so long is away."""
+REPLICA_MILLISECONDS = 1000
+"""How long a replica may take to have what was written."""
 BLOCK_MILLISECONDS = 1000
 AT_ONCE = 500
 """Entries that are read or written in one go."""
@@ -96,6 +99,11 @@ class Address:
         """The key of the position before which entries may have been removed."""
         return f"{self.name}:floor"
 
+    @property
+    def reached(self) -> str:
+        """The key of the position that a process has read last: what a replica has, if it has this."""
+        return f"{self.name}:reached"
+
     def written(self, origin: str) -> str:
         """Return the key of the number of an origin's last entry."""
         return f"{self.name}:written:{origin}"
@@ -104,11 +112,17 @@ class Address:
         """Return the key of a session that can be recovered."""
         return f"{self.name}:session:{pid}"
 
+    @property
+    def replicated(self) -> bool:
+        """Whether the bus has replicas, one of which goes on if the primary fails."""
+        return "+sentinel://" in self.url
+
     def client(self, *, asyncio: bool) -> Any:  # noqa: ANN401 - one of two classes
         """Return a client of redis-py; it connects when it is used.
 
-        The URL is one that python-socketio's RedisManager takes: `redis://`, `rediss://`, `unix://`, or
-        `redis+sentinel://user:password@host:port,host:port/db/service`.
+        The URL is one that redis-py takes (`redis://`, `rediss://`, `unix://`, with its options), or one of Sentinels,
+        as python-socketio's RedisManager takes it, also with `rediss` and with redis-py's options:
+        `redis+sentinel://USER:PASSWORD@HOST:PORT,HOST:PORT/DB/SERVICE`.
 
         Raises:
             ValueError: the URL is none of these.
@@ -119,18 +133,44 @@ class Address:
             # A repeated command would be written twice, and nobody would know.
             "retry": (redis.asyncio.retry.Retry if asyncio else Retry)(NoBackoff(), 0),
         }
-        if "+sentinel://" in self.url:
-            sentinels, service, login = parse_redis_sentinel_url(self.url)
-            if not service:
-                raise ValueError("the URL of the bus names no service: redis+sentinel://HOST:PORT,HOST:PORT/0/SERVICE")
-            of_kind = redis.asyncio.sentinel if asyncio else redis.sentinel
-            sentinel = of_kind.Sentinel(sentinels, sentinel_kwargs={"socket_timeout": TIMEOUT_SECONDS}, **options)
-            return sentinel.master_for(service, **login)
-        return (redis.asyncio.Redis if asyncio else redis.Redis).from_url(self.url, **options)
+        if not self.replicated:
+            return (redis.asyncio.Redis if asyncio else redis.Redis).from_url(self.url, **options)
+        sentinels, service, login = _parse_sentinel_url(self.url)
+        of_sentinels = options | {name: value for name, value in login.items() if name.startswith("ssl")}
+        of_kind = redis.asyncio.sentinel if asyncio else redis.sentinel
+        return of_kind.Sentinel(sentinels, sentinel_kwargs=of_sentinels).master_for(service, **options, **login)
 
     def append_keys(self, origin: str) -> list[str]:
         """Return the keys of APPEND."""
         return [self.stream, self.written(origin)]
+
+
+def _parse_sentinel_url(url: str) -> tuple[list[tuple[str, int]], str, dict[str, Any]]:
+    """Return the addresses of Sentinels, the name of their service, and redis-py's options for its servers."""
+    parts = urlsplit(url)
+    login, _, hosts = parts.netloc.rpartition("@")
+    database, _, service = parts.path.strip("/").partition("/")
+    sentinels = [urlsplit(f"//{host}") for host in hosts.split(",")]
+    if not service or not all(one.hostname and one.port for one in sentinels):
+        raise ValueError("give the URL of the bus as redis+sentinel://USER:PASSWORD@HOST:PORT,HOST:PORT/DB/SERVICE")
+    scheme = parts.scheme.removesuffix("+sentinel")
+    options: dict[str, Any] = redis.connection.parse_url(  # type: ignore[no-untyped-call]
+        f"{scheme}://{login}@{sentinels[0].netloc}/{database}?{parts.query}"
+    )
+    options["ssl"] = scheme == "rediss"
+    for name in ("host", "port", "connection_class"):
+        options.pop(name, None)
+    return [(str(one.hostname), int(one.port or 0)) for one in sentinels], service, options
+
+
+def require_replica(count: int) -> None:
+    """Check the answer to WAIT.
+
+    Raises:
+        redis.ConnectionError: no replica has what was written, which is lost if another one becomes the primary.
+    """
+    if not count:
+        raise redis.ConnectionError("no replica of the bus follows its primary")
 
 
 def append_arguments(entries: Sequence[tuple[Entry, Sequence[str | bytes]]]) -> list[str | bytes | int]:

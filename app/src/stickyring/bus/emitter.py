@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any
 
 import redis
 import socketio.packet
 
-from stickyring.bus.connection import APPEND, Address, append_arguments
+from stickyring.bus.connection import APPEND, REPLICA_MILLISECONDS, Address, append_arguments, require_replica
 from stickyring.bus.entry import EVENT, Entry, encode, event_of, header_of
 
 RETRY_SECONDS = 0.2
@@ -22,13 +21,13 @@ class BusAwayError(Exception):
 class Emitter:
     """Emits to the users of all nodes, from a process that is none; it blocks until the bus has the event.
 
-    Of the bus it needs EVALSHA, EVAL and SCRIPT, with XADD, GET and SET in them, on the keys `NAME:events` and
-    `NAME:written:*`. It is for one thread at a time.
+    Of the bus it needs EVAL, with XADD, GET and SET in it, on the keys `NAME:events` and `NAME:written:*`; with
+    Sentinels also WAIT. It is for one thread at a time.
     """
 
     def __init__(self, url: str, name: str = "stickyring", *, timeout: float = 10.0) -> None:
         self._address = Address(url, name)
-        self._append: Any = self._address.client(asyncio=False).register_script(APPEND)
+        self._redis = self._address.client(asyncio=False)
         self._origin = secrets.token_hex(8)
         self._number = 0
         self._timeout = timeout
@@ -54,10 +53,19 @@ class Emitter:
         deadline = time.monotonic() + self._timeout
         while True:
             try:
-                self._append(keys=keys, args=arguments)
+                self._write(keys, arguments)
             except (redis.RedisError, OSError) as error:
                 if time.monotonic() > deadline:
                     raise BusAwayError(f"{type(error).__name__}: {error}") from error
                 time.sleep(RETRY_SECONDS)
             else:
                 return
+
+    def _write(self, keys: list[str], arguments: list[str | bytes | int]) -> None:
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.eval(APPEND, len(keys), *keys, *arguments)
+        if self._address.replicated:
+            pipeline.wait(1, REPLICA_MILLISECONDS)
+        answers = pipeline.execute()
+        if self._address.replicated:
+            require_replica(answers[-1])

@@ -37,13 +37,15 @@ class Kept:
     """A session of one namespace, with what is needed to go on with it elsewhere.
 
     - sid: its Socket.IO session id; pid: the secret that its client sends to go on
-    - began: the position at which it first joined; epoch: the history of the stream that this position is of
+    - began: the position at which it first joined; epoch: the history of the stream that this position is of, empty
+      before its process' first contact with the bus
     - stays: in which rooms it was when; data: the application's session
     - sent: the offset of the last event sent to it, as text, empty before the first one
     - has: what its client has got anyway, which is not sent to it again
     - missed: the packets of events that are sent to it before its client is told that it is connected; held: those of
       events that come meanwhile, sent after that; None once it is connected
-    - given_up: whether its connection is about to end because it may have missed events; it gets no more
+    - given_up: whether its connection is about to end, because it may have missed events or goes on elsewhere; it gets
+      no more
     - leaves_for_good: whether its client has left on purpose, or was disconnected
     - ended: up to where it was here; saved_at: when, on the monotonic clock
     """
@@ -146,7 +148,7 @@ def recover(text: bytes, pid: str, offset: Offset | None, epoch: str) -> tuple[K
     if str(offset or "") == found["sent"]:
         # It has got all that was sent to it up to then.
         return kept, max(seen, offset.position) if offset else seen
-    return kept, offset.position if offset else kept.began
+    return kept, max(offset.position, kept.began) if offset else kept.began
 
 
 def _hashable(room: Any) -> Hashable:  # noqa: ANN401 - from JSON

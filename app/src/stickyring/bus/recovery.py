@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import redis
 import socketio.packet
 
-from stickyring.bus.connection import AT_ONCE, SAVE, end_of, parsed
+from stickyring.bus.connection import AT_ONCE, REPLICA_MILLISECONDS, SAVE, end_of, parsed, require_replica
 from stickyring.bus.entry import MOVED, Entry
 from stickyring.bus.kept import Kept, new_pid, recover
 from stickyring.bus.offset import BEGIN, Offset, Position
@@ -30,6 +30,8 @@ MARGIN_SECONDS = 30.0
 SAVED_SECONDS = 0.8
 """How long a client that connects, or a handler that enters a room, waits for the bus. python-socketio's client waits a
 second for the answer when it reconnects."""
+FAILOVER_SECONDS = 10.0
+"""How long a client that comes back waits for a bus that went away, from then on: another host may take over."""
 LOOK_SECONDS = 1.0
 
 
@@ -56,11 +58,11 @@ class Claim:
             return None, rest
 
 
-@dataclass
+@dataclass(eq=False)
 class Saving:
     """A session to save: whether it has ended here, and whether it is taken from another process.
 
-    `done` is set once `saved` says whether the bus has it.
+    `done` is set once `saved` says whether the bus has it. It stands also for those `replaced`.
     """
 
     kept: Kept
@@ -68,6 +70,19 @@ class Saving:
     gone: bool = False
     take: bool = False
     saved: bool = False
+    replaced: list[Saving] = field(default_factory=list)
+
+    def finish(self, *, saved: bool) -> None:
+        """Note whether it was saved, for those that wait for it."""
+        for one in (self, *self.replaced):
+            one.saved = saved
+            one.done.set()
+
+    def replace(self, other: Saving) -> None:
+        """Do what another one, which has failed, was to do."""
+        self.gone |= other.gone
+        self.take |= other.take
+        self.replaced += [other, *other.replaced]
 
 
 class Recovery:
@@ -102,7 +117,7 @@ class Recovery:
     def begin(self, eio_sid: str, sid: str | None, namespace: str) -> None:
         """Keep a session that has begun."""
         has = self._offsets.pop((eio_sid, namespace), None)
-        if sid is not None and self.seconds and self._stream.met.is_set():
+        if sid is not None and self.seconds:
             self._keep(Kept(sid, namespace, self._router.now, self._router.epoch, has=has))
 
     def go_on(self, eio_sid: str, namespace: str) -> str | None:
@@ -125,14 +140,16 @@ class Recovery:
 
     def forget(self, sid: str, namespace: str) -> None:
         """Keep a session that has ended here only for other nodes, and not at all if its client has left for good."""
-        if (kept := self._router.kept.pop((namespace, sid), None)) is not None:
-            self._by_pid.pop(kept.pid, None)
+        kept = self._router.kept.pop((namespace, sid), None)
+        if kept is not None and self._by_pid.get(kept.pid) is kept:
+            del self._by_pid[kept.pid]
             kept.ended = self._router.now
             self.save(kept, gone=True)
 
     def give_away(self, sid: str, namespace: str) -> None:
-        """Forget a session with which another process goes on."""
-        if (kept := self._router.kept.pop((namespace, sid), None)) is not None:
+        """Send nothing more to a session with which another process goes on, and do not save it."""
+        if (kept := self._router.kept.get((namespace, sid))) is not None:
+            kept.given_up = True
             self._by_pid.pop(kept.pid, None)
 
     def give_up(self) -> None:
@@ -182,7 +199,10 @@ class Recovery:
         if kept is None:
             await settle(self._send(eio_sid, packet))
             return
-        if not await self._save_now(kept, take=kept.recovered) and kept.recovered:
+        if await self._save_now(kept, take=kept.recovered):
+            self._router.counts.recovered += kept.recovered
+        elif kept.recovered:
+            self._count_lost("bus")
             # What the bus has of it is out of date: by another secret, its client knows that it is another session.
             self._by_pid.pop(kept.pid, None)
             kept.pid = new_pid()
@@ -203,18 +223,26 @@ class Recovery:
         """Return the session that a client claims, with what it has missed; None if it cannot go on."""
         # A new session of this client does not get what it has, if the bus has that later.
         self._offsets[eio_sid, namespace] = claim.offset
-        try:
-            kept, reason = await self._find(claim, eio_sid, namespace)
-        except (redis.RedisError, OSError, TimeoutError):
-            kept, reason = None, "bus"
-        counts = self._router.counts
+        until = (self._stream.away_since or time.monotonic()) + FAILOVER_SECONDS
+        while True:
+            try:
+                kept, reason = await self._find(claim, eio_sid, namespace)
+                break
+            except (redis.RedisError, OSError, TimeoutError):
+                kept, reason = None, "bus"
+                if time.monotonic() > until:
+                    break
+                await self._stream.wait.sleep(LOOK_SECONDS / 2)
         if kept is None:
-            counts.not_recovered[reason] = counts.not_recovered.get(reason, 0) + 1
-            log.info("a session was not recovered", extra={"reason": reason})
+            self._count_lost(reason)
         else:
-            counts.recovered += 1
             del self._offsets[eio_sid, namespace]
         return kept
+
+    def _count_lost(self, reason: str) -> None:
+        counts = self._router.counts.not_recovered
+        counts[reason] = counts.get(reason, 0) + 1
+        log.info("a session was not recovered", extra={"reason": reason})
 
     async def _find(self, claim: Claim, eio_sid: str, namespace: str) -> tuple[Kept | None, str]:
         """Return the claimed session, or None and the reason; nothing is waited for once its place is known."""
@@ -239,6 +267,9 @@ class Recovery:
         if found is None or found[0].namespace != namespace:
             return None, "history"
         kept, start = found
+        if (namespace, kept.sid) in router.kept:
+            # Given away, and not ended yet.
+            await stream.end(kept.sid, namespace)
         entries: list[tuple[Position, Entry]] = []
         reached = start
         await stream.publish(MOVED, {"n": namespace, "s": kept.sid})
@@ -285,7 +316,7 @@ class Recovery:
         """Save a session; return whether the bus has it."""
         saving = self.save(kept, take=take)
         if self._stream.away_since is None or take:
-            await saving.done.wait(SAVED_SECONDS)
+            await saving.done.wait(FAILOVER_SECONDS if take else SAVED_SECONDS)
         return saving.saved
 
     async def save_on(self) -> None:
@@ -302,20 +333,30 @@ class Recovery:
                 if saving:
                     await self._write([*saving.values()])
             except BaseException:
-                self._saving = saving | self._saving
+                for pid, one in saving.items():
+                    if (newer := self._saving.setdefault(pid, one)) is not one:
+                        newer.replace(one)
                 raise
 
     async def _write(self, saving: list[Saving]) -> None:
         stream, now = self._stream, time.monotonic()
         pipeline = stream.redis.pipeline(transaction=False)
+        given_away = [one for one in saving if not one.gone and self._by_pid.get(one.kept.pid) is not one.kept]
+        saving = [one for one in saving if one not in given_away]
+        for one in given_away:
+            one.finish(saved=False)
         for one in saving:
             seconds = self.seconds + (0.0 if one.gone else REFRESH_SECONDS)
             arguments = [stream.outbox.origin, self._text(one), int(seconds * 1000), int(one.take)]
             pipeline.eval(SAVE, 1, stream.address.session(one.kept.pid), *arguments)
-        for one, answer in zip(saving, await settle(pipeline.execute()), strict=True):
+        if stream.address.replicated:
+            pipeline.wait(1, REPLICA_MILLISECONDS)
+        answers = await settle(pipeline.execute())
+        if stream.address.replicated:
+            require_replica(answers.pop())
+        for one, answer in zip(saving, answers, strict=True):
             one.kept.saved_at = now
-            one.saved = bool(answer)
-            one.done.set()
+            one.finish(saved=bool(answer))
 
     def _text(self, saving: Saving) -> str:
         """Return what is saved; nothing if the session is to be forgotten."""

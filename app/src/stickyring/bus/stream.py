@@ -12,16 +12,19 @@ from typing import Any
 
 import redis
 
+from stickyring.bus.check import explain
 from stickyring.bus.connection import (
     APPEND,
     AT_ONCE,
     BLOCK_MILLISECONDS,
+    REPLICA_MILLISECONDS,
     SWAP,
     TRIM,
     Address,
     append_arguments,
     end_of,
     parsed,
+    require_replica,
 )
 from stickyring.bus.entry import (
     ANSWER,
@@ -156,39 +159,70 @@ class Stream:
                 if self.away_since is None:
                     self.away_since = time.monotonic()
                     self.router.counts.outages += 1
-                    log.warning("the bus is away", extra={"error": f"{type(error).__name__}: {error}"})
-                    # The idle ones are broken too, and each would fail once.
-                    await settle(self.redis.connection_pool.disconnect(inuse_connections=False))
+                    log.warning("the bus is away", extra={"error": explain(error)})
+                    await self._close_idle()
             except Exception:
                 log.exception("the bus is not served because of an error here")
             await self.wait.sleep(RETRY_SECONDS * random.uniform(0.5, 1.0))
+
+    async def _close_idle(self) -> None:
+        """Close idle connections to a bus that is away: they are broken too, and each would fail once."""
+        try:
+            await settle(self.redis.connection_pool.disconnect(inuse_connections=False))
+        except AWAY as error:
+            # With TLS, a peer that does not answer does not close them either.
+            log.debug("a connection was not closed in good order", extra={"error": repr(error)})
 
     async def _read_on(self) -> None:
         """Read the stream from where this process is, until the bus is away."""
         router, stream = self.router, self.address.stream
         while True:
-            read = self.redis.xread({stream: str(router.now)}, count=AT_ONCE, block=BLOCK_MILLISECONDS)
-            for position, entry in parsed(await settle(read)):
+            before = router.now
+            read = self.redis.xread({stream: str(before)}, count=AT_ONCE, block=BLOCK_MILLISECONDS)
+            entries = parsed(await settle(read))
+            if self.address.replicated:
+                await self._replicate(entries[-1][0] if entries else before)
+            for position, entry in entries:
                 async with self._turn:
+                    if router.now != before:
+                        # Meanwhile, another task has found that the stream has lost entries.
+                        break
+                    before = position
                     if router.arrives(position, entry):
                         await self._handle(entry, position)
                 self._note_progress()
+
+    async def _replicate(self, position: Position) -> None:
+        """Wait until a replica has all up to a position, and find out whether this is still the primary.
+
+        What nobody has read may be lost with the primary: it is still in the outbox of its process.
+        """
+        pipeline = self.redis.pipeline(transaction=False)
+        # A server waits for the replication of what the same connection has written.
+        pipeline.set(self.address.reached, str(position))
+        pipeline.wait(1, REPLICA_MILLISECONDS)
+        require_replica((await settle(pipeline.execute()))[-1])
 
     async def _meet(self) -> None:
         """Find this process' place in the stream, and whether the stream has lost what it has not read."""
         router, address = self.router, self.address
         async with self._meeting:
             # The reader may go on meanwhile.
-            asked = router.position
+            asked, read_back = router.position, self.outbox.read
             pipeline = self.redis.pipeline(transaction=True)
             pipeline.set(address.epoch, secrets.token_hex(8), nx=True)
             pipeline.get(address.epoch)
             pipeline.xrange(address.stream, str(asked or BEGIN), str(asked or BEGIN))
             pipeline.xrevrange(address.stream, count=1)
-            _, epoch, place, last = await settle(pipeline.execute())
+            pipeline.get(address.written(self.outbox.origin))
+            _, epoch, place, last, written = await settle(pipeline.execute())
+            # Of what this process has read back, it has all: else others may have missed it.
+            whole = written is None or int(written) >= read_back
             if asked is None:
                 router.position, router.epoch = end_of(last), epoch.decode()
-            elif epoch.decode() != router.epoch or (not place and asked != BEGIN):
+                for kept in router.kept.values():
+                    kept.began, kept.epoch = router.now, router.epoch
+            elif epoch.decode() != router.epoch or (not place and asked != BEGIN) or not whole:
                 await self._note_hole(end_of(last))
         self.outbox.rewrite()
         self._written.set()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+import stickyring.bus
 from stickyring.cli import needing
 
 ECHO_SERVICE = "stickyring.echo:create_application()"
@@ -165,7 +166,7 @@ def serve(
     fails, it reports the cause, and the old process keeps serving.
 
     With --check, a worker loads the application as if to serve it, lets it answer a request for / and a Socket.IO
-    handshake, and ends. It fails with the reason why the application cannot be served.
+    handshake, and ends. It fails with the reason why the application cannot be served, or why nodes cannot use the bus.
 
     \b
     Examples:
@@ -206,6 +207,7 @@ def serve(
     found_class = load_worker_class(worker_class)
     if check:
         Node(settings, found_class, listen(("127.0.0.1", 0)), None).run()
+        _check_bus()
         click.echo(f"{application} can be served.")
     elif replace:
         if control_path is None:
@@ -217,3 +219,11 @@ def serve(
         listener = listen(address)
         control = None if control_path is None else ControlSocket(control_path)
         Node(settings, found_class, listener, control).run()
+
+
+def _check_bus() -> None:
+    if (address := stickyring.bus.address()) is not None:
+        from stickyring.bus.check import problem_with  # noqa: PLC0415 - redis is needed with a bus only
+
+        if problem := problem_with(address):
+            raise click.ClickException(problem)
