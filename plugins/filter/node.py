@@ -44,7 +44,7 @@ RANGES = {
     "limit_nofile": (1024, 2**30),
 }
 BOOLEANS = ("prove", "surge", "keep_surplus")
-BUS_URL = r"(rediss?|redis\+sentinel)://[!-~]+|unix://[!-~]+|"
+BUS_URL = r"rediss?(\+sentinel)?://[!-~]+|unix://[!-~]+|"
 VARIABLE = r"[A-Za-z_]\w*"
 SECRET_BYTES = 65536
 """The kernel passes no variable above 128 KiB, and systemd logs the text of a variable that it refuses."""

@@ -5,14 +5,11 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import Counter
-from datetime import UTC, datetime
-from pathlib import PurePath
 from typing import Any
 
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.addresses import is_address
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.certificates import certificate_problems
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_resources import LARGEST_RING, NOBODY, policy_of
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 Data = dict[str, Any]
 
@@ -181,42 +178,10 @@ def _place_problems(listeners: list[Data]) -> list[str]:
 
 def _tls_problems(item: Data, pems: dict[str, str]) -> list[str]:
     """What is wrong with the certificate and the key of a listener; ``pems`` has the text of each file that exists."""
-    tls = item["tls"]
     where = f"listener {item['name']}"
-    if not tls:
+    if not item["tls"]:
         return [f"{where}: tls is empty: give certificate and key, or leave it out."]
-    problems = []
-    for kind in ("certificate", "key"):
-        if not PurePath(tls[kind]).is_absolute():
-            problems.append(f"{where}: tls.{kind} {tls[kind]} is no absolute path on the controller.")
-        elif tls[kind] not in pems:
-            problems.append(f"{where}: tls.{kind} {tls[kind]} is no file on the controller.")
-    if problems:
-        return problems
-    try:
-        certificate = x509.load_pem_x509_certificates(pems[tls["certificate"]].encode())[0]
-    except ValueError:
-        return [f"{where}: tls.certificate {tls['certificate']} has no certificate in PEM."]
-    if certificate.not_valid_after_utc < datetime.now(UTC):
-        problems.append(
-            f"{where}: tls.certificate {tls['certificate']} expired on {certificate.not_valid_after_utc:%F}."
-        )
-    try:
-        key = load_pem_private_key(pems[tls["key"]].encode(), password=None)
-    except TypeError:
-        return [*problems, f"{where}: tls.key {tls['key']} is encrypted; Envoy has no password for it."]
-    except ValueError:
-        return [*problems, f"{where}: tls.key {tls['key']} is no private key in PEM."]
-    public = (
-        one.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        for one in (certificate.public_key(), key.public_key())
-    )
-    if len(set(public)) > 1:
-        problems.append(
-            f"{where}: tls.key {tls['key']} does not fit the first certificate of {tls['certificate']}, which must be"
-            " the server's own."
-        )
-    return problems
+    return certificate_problems(f"{where}: tls.", item["tls"], pems)
 
 
 def edge_problems(settings: Data, pems: dict[str, str], sha256: str | None = None) -> list[str]:

@@ -41,6 +41,7 @@ def check(**changed: object) -> list[str]:
         {"name": "Node1.Example.COM"},
         {"bus_url": "rediss://nodes:p%40ss@[2001:db8::20]:6379/0"},
         {"bus_url": "redis+sentinel://nodes:x@a:26379,b:26379/0/bus"},
+        {"bus_url": "rediss+sentinel://nodes:x@a:26379,b:26379/0/bus?ssl_ca_data=-----BEGIN%20"},
         {"bus_url": ""},
         {"name": "192.0.2.1"},
         {"address": "2001:db8::1"},

@@ -1,0 +1,66 @@
+"""The filter that checks the variables of the bus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.addresses import is_address
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.certificates import certificate_problems
+
+SHORTEST_PASSWORD = 16
+PASSWORDS = {
+    "password": "give one of at least 16 characters, such as `openssl rand -hex 24` prints; encrypt it with Ansible Vault",
+    "emitter_password": "give one of at least 16 characters, or leave it empty",
+    "replication_password": "with several hosts, give one of at least 16 characters",
+}
+RANGES = {
+    "port": (1024, 65535, "is not between 1024 and 65535"),
+    "sentinel_port": (1024, 65535, "is not between 1024 and 65535"),
+    "memory_mib": (64, 2**24, "is too little: 64 or more"),
+    "max_connections": (100, 2**24, "is too few: 100 or more"),
+}
+
+
+def bus_mistakes(variables: Mapping[str, Any], pems: Mapping[str, str]) -> list[str]:
+    """Return the mistakes in the role's variables, one sentence each without full stop.
+
+    variables: those to check, by their names without the role's prefix; numbers may be texts. pems: by path, the text
+    of each file of `tls` that exists on the controller.
+    """
+    return [f"stickyring_bus_{mistake}" for mistake in _mistakes(variables, pems)]
+
+
+def _mistakes(variables: Mapping[str, Any], pems: Mapping[str, str]) -> Iterator[str]:
+    peers, address = variables["peers"], variables["address"]
+    needed = {"password": True, "emitter_password": False, "replication_password": len(peers) > 1}
+    given = {name: str(variables[name]) for name in needed}
+    for name, text in PASSWORDS.items():
+        if 0 < len(given[name]) < SHORTEST_PASSWORD or (needed[name] and not given[name]):
+            yield f"{name}: {text}"
+    chosen = [one for one in given.values() if one]
+    for name in ("emitter_password", "replication_password"):
+        if given[name] and chosen.count(given[name]) > 1:
+            yield f"{name}: give another one than to the nodes and to others"
+    for name, (low, high, fault) in RANGES.items():
+        value = str(variables[name])
+        if not (value.isdecimal() and low <= int(value) <= high):
+            yield f"{name}: {value} {fault}"
+    if peers and (len(peers) % 2 == 0 or not all(map(is_address, peers))):
+        yield f"peers: {', '.join(map(str, peers))} are {len(peers)} hosts. Give the addresses of one, three or five, so that most can agree"
+    elif len(peers) > 1 and address not in peers:
+        yield f"peers: {', '.join(peers)} are without this host's stickyring_bus_address, {address}"
+    if (tls := variables["tls"]) and not {"certificate", "key"} <= set(tls):
+        yield "tls: give certificate and key, and ca if it is your own"
+    elif tls:
+        yield from (one.removesuffix(".") for one in certificate_problems("tls.", tls, pems, address))
+        if tls.get("ca") and tls["ca"] not in pems:
+            yield f"tls.ca {tls['ca']} is no file on the controller"
+
+
+class FilterModule:
+    """The role's filter."""
+
+    def filters(self) -> dict[str, Any]:
+        """Name to function."""
+        return {"bus_mistakes": bus_mistakes}
