@@ -14,38 +14,60 @@ PROGRAM = Path(__file__).with_name("listening_crowd.mjs")
 
 @dataclass
 class History:
-    """What went wrong for users, and how often they went on with their session or were told that they did not."""
+    """What went wrong for users, and how often they went on with their session or were told that they did not.
+
+    Of the events that a user has missed, `lost` counts those without a new session in between, from which the user
+    would know, and `told` the others. `late`: the most seconds from when an event was due to when a user had it.
+    """
 
     gaps: int = 0
+    lost: int = 0
+    told: int = 0
     repeated: int = 0
+    disordered: int = 0
     heard: int = 0
+    late: float = 0.0
     recovered: int = 0
     not_recovered: int = 0
     faults: list[str] = field(default_factory=list)
 
-    def add(self, heard: Iterable[list[Any]]) -> None:
-        """Add one user: ["connect", RECOVERED], or ["numbered", ROOM, NUMBER], with numbers from 1 on for each room."""
-        last: dict[str, int] = {}
+    def add(self, heard: Iterable[list[Any]], *, until: int = 0) -> None:
+        """Add one user: ["connect", RECOVERED], or ["numbered", ROOM, NUMBER, ...], in each room from 1 on.
+
+        With `until`, there is only the room `all`, whose numbers end with this one, and a user who hears others than
+        all of them has missed some. After NUMBER there may be when the event was due and, last, when it was heard.
+        """
+        last: dict[str, int] = {"all": 0} if until else {}
+        missed: dict[tuple[str, int], bool] = {}
         told: set[str] = set()
         first = True
-        for event in heard:
+        for event in (*heard, *([["end", "all", until + 1]] if until else [])):
             if event[0] == "connect":
                 self.recovered += bool(event[1])
                 self.not_recovered += not event[1] and not first
-                told = {*last} if not event[1] else told
+                told = {*last} if not event[1] and not first else told
                 first = False
                 continue
-            _, room, number, *_ = event
-            self.heard += 1
-            before = last.get(room)
-            if before is not None and number <= before:
-                self.repeated += 1
+            name, room, number, *more = event
+            self.heard += name == "numbered"
+            if len(more) > 1 and isinstance(more[0], int | float):
+                self.late = max(self.late, more[-1] - more[0])
+            before = last.get(room, number - 1)
+            if number <= before:
+                if missed.pop((room, number), None) is None:
+                    self.repeated += 1
+                else:
+                    self.disordered += 1
                 self.faults.append(f"{room}: {number} after {before}")
-            elif before is not None and number != before + 1 and room not in told:
-                self.gaps += 1
-                self.faults.append(f"{room}: {number} after {before}")
+            elif number != before + 1:
+                missed |= dict.fromkeys(((room, one) for one in range(before + 1, number)), room in told)
+                if room not in told:
+                    self.gaps += 1
+                    self.faults.append(f"{room}: {number} after {before}")
             told.discard(room)
-            last[room] = max(number, before or 0)
+            last[room] = max(number, before)
+        self.told += sum(missed.values())
+        self.lost += len(missed) - sum(missed.values())
 
 
 class Crowd:
@@ -63,10 +85,10 @@ class Crowd:
         self._process.stdin.write(f"{count}\n")
         self._process.stdin.flush()
 
-    def end(self) -> History:
-        """End them; return what they have heard."""
+    def end(self, *, until: int = 0) -> History:
+        """End them; return what they have heard, of `until` events if this is known."""
         output, _ = self._process.communicate(timeout=20)
         history = History()
         for line in output.splitlines():
-            history.add(json.loads(line))
+            history.add(json.loads(line), until=until)
         return history

@@ -5,7 +5,7 @@
 // PACKAGE is a folder with socket.io-client in node_modules. A third of the users use WebSocket, a third polling, a third
 // begin with polling. Each joins room 0 or 1 when its session begins. Prints {connected: COUNT} when all have been
 // connected. A line of standard input loses the connections of that many users. At its end, one JSON array per user:
-// ["connect", RECOVERED], or an event's name, its room and its number.
+// ["connect", RECOVERED], or an event's name, its room, its number, more arguments, and when it came, in seconds.
 
 import { createRequire } from "node:module";
 import { resolve } from "node:path";
@@ -30,7 +30,7 @@ const users = Array.from({ length: Number(count) }, (_, number) => {
     if (heard.length === 1 && ++connected === Number(count)) console.log(JSON.stringify({ connected }));
   });
   socket.io.on("reconnect_attempt", () => { socket.io.uri = urls[++next % urls.length]; });
-  socket.on("numbered", (...values) => heard.push(["numbered", ...values]));
+  socket.on("numbered", (...values) => heard.push(["numbered", ...values, Date.now() / 1000]));
   return { socket, heard };
 });
 

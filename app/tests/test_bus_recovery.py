@@ -210,11 +210,21 @@ def test_the_checker_finds_gaps_and_repetitions() -> None:
     history.add([["connect", False], *numbered(1), ["connect", False], *numbered(5, 6)])
     assert len(history.faults) == 4
     history.faults.clear()
-    assert history == History(gaps=2, repeated=2, heard=10, recovered=1, not_recovered=1)
+    assert history == History(
+        gaps=2, lost=1, told=3, repeated=1, disordered=1, heard=10, recovered=1, not_recovered=1
+    )
+
+
+def test_the_checker_finds_what_is_missed_before_the_first_event_and_after_the_last_one() -> None:
+    history = History()
+    history.add([["connect", False], *numbered(3, 4)], until=6)
+    history.add([["connect", False], ["connect", False]], until=5)
+    history.add([["connect", False], ["numbered", "all", 1, 10.0, "offset", 12.5]], until=1)
+    assert (history.lost, history.told, history.heard, history.late) == (4, 5, 3, 2.5)
 
 
 def numbered(*numbers: int) -> list[list[Any]]:
-    return [["numbered", "room", number] for number in numbers]
+    return [["numbered", "all", number] for number in numbers]
 
 
 class Speaking:
@@ -289,7 +299,7 @@ def test_nobody_misses_an_event_unknowingly_whatever_fails(
     time.sleep(3)
     history = crowd.end()
     print(history)
-    assert (history.gaps, history.repeated) == (0, 0)
+    assert (history.gaps, history.repeated, history.disordered) == (0, 0, 0)
     if fault is not empty_bus:
         assert history.recovered > 0
         assert history.not_recovered <= history.recovered / 10
