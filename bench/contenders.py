@@ -70,7 +70,7 @@ def contenders(folder: Path) -> list[Contender]:
         for key, name in ((STOCK, "stock"), (GEVENT, "gevent"), (ASGI, "asgi"))
     )
     beside_ours = node.environment["PYTHONPATH"]
-    nodejs = install(folder, NODEJS, _node_modules, HERE / "socketio-node/package-lock.json")
+    nodejs = install(folder, NODEJS, node_modules, HERE / "socketio-node/package-lock.json")
     packages = HERE / "socketio-node/package.json"
     stock_way = Contender(
         STOCK,
@@ -271,7 +271,8 @@ def _unpacked(place: Path, wheelhouse: Path) -> None:
                     wheel.extractall(place)
 
 
-def _node_modules(place: Path, locked: Path) -> None:
+def node_modules(place: Path, locked: Path) -> None:
+    """Install the packages of a package-lock.json."""
     for name in ("package.json", "package-lock.json"):
         shutil.copy(locked.with_name(name), place)
     run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", cwd=place)
@@ -317,6 +318,12 @@ class Server:
                 if line.startswith(kinds):
                     total += int(line.split()[1]) * 1024
         return total
+
+
+def signal_all(server: Server, number: signal.Signals) -> None:
+    """Send a signal to all processes of a server."""
+    for process in server.processes:
+        os.kill(process, number)
 
 
 @contextlib.contextmanager

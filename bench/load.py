@@ -59,8 +59,12 @@ def plain(payload: bytes) -> bytes:
     return bytes((TEXT, size) if size < SMALL else (TEXT, SMALL, size >> 8, size & 0xFF)) + payload
 
 
+BROADCAST = "an event for everybody that says this much"
+WINDOW = 16
+"""Broadcasts that are on their way at the same time."""
 BYE = masked(b"\x03\xe8", CLOSE)
 PONG = masked(b"3")
+PING = plain(b"2")
 
 
 @dataclass(frozen=True)
@@ -405,14 +409,35 @@ def _attended(wire: Wire, opened: list[Wire]) -> Session:
         raise LoadError(f"{wire.target.title} says {packet[:80]!r} unasked")
 
 
-def open_sessions(loop: Loop, target: Target, wires: list[Wire], number: int) -> None:
+def listening(wire: Wire, opened: list[Wire]) -> Session:
+    """Open a session that gets no welcome; it answers pings and ignores everything else, its end too."""
+    yield from _upgraded(wire)
+    opening = yield from _packet(wire)
+    wire.send(masked(b"40"))
+    accepted = yield from _packet(wire)
+    if not (opening.startswith(b"0{") and accepted.startswith(b'40{"sid":')):
+        raise LoadError(f"{wire.target.title} opens with {opening[:80]!r} and {accepted[:80]!r}")
+    opened.append(wire)
+    while not wire.ended:
+        wire.packet()
+        yield
+    wire.loop.forget(wire)
+
+
+def open_sessions(
+    loop: Loop,
+    target: Target,
+    wires: list[Wire],
+    number: int,
+    life: Callable[[Wire, list[Wire]], Session] = _attended,
+) -> None:
     """Open WebSockets until there are `number`; they answer pings."""
     begun = len(wires)
     end = perf_counter() + max(PATIENCE, number / 100)
     while len(wires) < number:
         while begun < number and begun - len(wires) < OPENING:
             wire = loop.connect(target)
-            begin(_attended(wire, wires), wire)
+            begin(life(wire, wires), wire)
             begun += 1
         loop.turn(0.01)
         if perf_counter() > end:
@@ -518,6 +543,108 @@ def pace(
             raise LoadError(f"{target.title} cannot take {rate:g} messages a second")
     loop.until(lambda: len(free) == len(wires), f"{target.title}: not every message comes back", ANSWER_SECONDS)
     return Sample(len(trips), perf_counter() - begun, cpu_seconds() - cpu, trips)
+
+
+class _Broadcasts:
+    """Events that one session publishes, numbered, and that all sessions have to get, each once and in order."""
+
+    def __init__(self, wires: Sequence[Wire]) -> None:
+        self._wires = wires
+        self._known: dict[bytes, list[int]] = {}
+        self._due: list[float] = []
+        self._left: list[int] = []
+        self.complete = 0
+        self.trips: list[float] = []
+        for wire in wires:
+            hearing = self._hearing(wire)
+            next(hearing)
+            wire.loop.receivers[wire.fd] = hearing.send
+
+    @property
+    def published(self) -> int:
+        """How many events have been published."""
+        return len(self._due)
+
+    def publish(self, due: float) -> None:
+        """Publish the next event."""
+        self._due.append(due)
+        self._left.append(len(self._wires))
+        self._wires[0].send(masked(f'42["publish","all",{len(self._due)},"{BROADCAST}"]'.encode()))
+
+    def _hearing(self, wire: Wire) -> Generator[None, bytes, None]:
+        known, due, left, record = self._known, self._due, self._left, self.trips.append
+        expected = 0
+        while True:
+            data = yield
+            numbers = known.get(data) if not wire.buffer else None
+            if numbers is None:
+                numbers = self._numbers(wire, data)
+            now = perf_counter()
+            for number in numbers:
+                if number != expected + 1 or number > len(due):
+                    raise LoadError(f"{wire.target.title} sends event {number} after {expected}")
+                expected = number
+                record(now - due[number - 1])
+                left[number - 1] -= 1
+                # In order for each session, so for all.
+                self.complete += not left[number - 1]
+
+    def _numbers(self, wire: Wire, data: bytes) -> list[int]:
+        if not data:
+            raise _lost(wire)
+        whole = not wire.buffer
+        wire.buffer += data
+        numbers = []
+        while (packet := wire.packet()) is not None:
+            # A server that recovers connections adds an offset.
+            event = json.loads(packet[2:]) if packet.startswith(b"42[") else []
+            if len(event) not in (4, 5) or [*event[:2], event[3]] != ["numbered", "all", BROADCAST]:
+                raise LoadError(f"{wire.target.title} sends {packet[:80]!r} instead of an event")
+            numbers.append(event[2])
+        if whole and not wire.buffer and PING not in data:
+            self._known[data] = numbers
+        return numbers
+
+    def end(self) -> None:
+        """Wait until everybody has everything."""
+        what = f"{self._wires[0].target.title}: not everybody gets every event"
+        self._wires[0].loop.until(lambda: self.complete == len(self._due), what, ANSWER_SECONDS)
+        for wire in self._wires:
+            wire.loop.receivers[wire.fd] = wire.feed
+
+
+def broadcast(
+    loop: Loop, wires: Sequence[Wire], cpu_seconds: Callable[[], float], *, seconds: float, rate: float = 0.0
+) -> Sample:
+    """Publish events for everybody, at a rate, or without one the next whenever everybody has all but WINDOW.
+
+    An operation is one event that one session has got. At a rate, a trip counts from when the event was due. Without
+    one, the first fifth of the time is not counted.
+    """
+    events = _Broadcasts(wires)
+    begun = perf_counter()
+    first, cpu = 0, cpu_seconds()
+    if not rate:
+        while perf_counter() < begun + seconds / 5:
+            _fill(events)
+            loop.turn(0)
+        begun, first, cpu = perf_counter(), len(events.trips), cpu_seconds()
+    while (now := perf_counter()) < begun + seconds:
+        if not rate:
+            _fill(events)
+        elif now >= begun + events.published / rate:
+            events.publish(begun + events.published / rate)
+        loop.turn(0)
+    if rate:
+        events.end()
+    ended, last, cpu = perf_counter(), len(events.trips), cpu_seconds() - cpu
+    events.end()
+    return Sample(last - first, ended - begun, cpu, events.trips[first:last])
+
+
+def _fill(events: _Broadcasts) -> None:
+    while events.published - events.complete < WINDOW:
+        events.publish(perf_counter())
 
 
 def handshakes(

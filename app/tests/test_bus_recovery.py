@@ -210,9 +210,7 @@ def test_the_checker_finds_gaps_and_repetitions() -> None:
     history.add([["connect", False], *numbered(1), ["connect", False], *numbered(5, 6)])
     assert len(history.faults) == 4
     history.faults.clear()
-    assert history == History(
-        gaps=2, lost=1, told=3, repeated=1, disordered=1, heard=10, recovered=1, not_recovered=1
-    )
+    assert history == History(gaps=2, lost=1, told=3, repeated=1, disordered=1, heard=10, recovered=1, not_recovered=1)
 
 
 def test_the_checker_finds_what_is_missed_before_the_first_event_and_after_the_last_one() -> None:
