@@ -54,7 +54,7 @@ lint-python: .venv/.tools
 	cd app && ruff check && ruff format --check && mypy
 	ruff check --config app/pyproject.toml $(PYTHON_OUTSIDE_APP)
 	ruff format --check --config app/pyproject.toml $(PYTHON_OUTSIDE_APP)
-	mypy --config-file app/pyproject.toml bench
+	MYPYPATH=app/tests mypy --config-file app/pyproject.toml bench
 	MYPYPATH=molecule/shared/tests mypy --config-file app/pyproject.toml $(PROGRAMS)
 	MYPYPATH=collections mypy --config-file app/pyproject.toml --package ansible_collections.stickyring.fleet.plugins
 	@# One by one, because folders of tests have modules of the same names.
@@ -107,8 +107,8 @@ vm: root .venv/.tools ## Take an edge and two nodes as real VMs (QEMU) through t
 	@$(call need,qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils mmdebstrap:mmdebstrap mkfs.ext4:e2fsprogs)
 	molecule/vm.py $(if $(KEEP),--keep)
 
-bench: root .venv/.tools ## Measure this stack (PARTS='nodes edges' or one of operations, faults; PROFILE=quick: 5 minutes; full: 40)
-	@$(call need,node:nodejs npm:npm mmdebstrap:mmdebstrap)
+bench: root .venv/.tools ## Measure this stack (PARTS='nodes edges' or one of bus, operations, faults; PROFILE=quick: 5 minutes; full: 40)
+	@$(call need,node:nodejs npm:npm mmdebstrap:mmdebstrap redis-check-rdb:redis-tools)
 	python -m bench $(PARTS) --profile $(PROFILE)
 
 collection: .venv/.installed ## Build .artifacts/stickyring-fleet-VERSION.tar.gz, for `ansible-galaxy collection install` (INSTALL=FOLDER does it)

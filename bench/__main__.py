@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from bench import capacity, edges, faults, nodes, operations, report
+from bench import bus, capacity, edges, faults, nodes, operations, report
 from bench.contenders import PrepareError, end_all
 from bench.lab import LabError
 from bench.load import LoadError
@@ -21,18 +21,20 @@ ROOT = Path(__file__).parents[1]
 PARTS: dict[str, tuple[Callable[[Rounds, Any], Part], Mapping[str, Any]]] = {
     "nodes": (nodes.measure, nodes.PROFILES),
     "edges": (edges.measure, edges.PROFILES),
+    "bus": (bus.measure, bus.PROFILES),
     "operations": (operations.measure, operations.PROFILES),
     "faults": (faults.measure, faults.PROFILES),
 }
 ON_LOOPBACK = ["nodes", "edges"]
-"""The default parts: the others create hosts on this machine, and each takes the time of a whole run."""
+"""The default parts: each of the others takes the time of a whole run, and some create hosts on this machine."""
 LIMITS = {"quick": 300.0, "full": 2400.0}
 """Maximum duration of a run in seconds, by profile."""
 
 EPILOG = """\b
 Examples:
-  make bench                                    all parts on loopback, at most 5 minutes
+  make bench                                    nodes and edges, at most 5 minutes
   make bench PROFILE=full                       at most 40 minutes
+  make bench PARTS=bus                          broadcasts over Redis, and what users miss when it is away
   make bench PARTS=operations PROFILE=full      Ansible on the lab's hosts, as root; at most 40 minutes
   make bench PARTS=faults                       what failures cost users, on the lab's hosts, as root
   python -m bench nodes --output /tmp/mine      one part, written to another folder
@@ -61,8 +63,9 @@ Exit status: 0 measured; 1 not measured, with the cause in one line; 2 bad usage
 def main(parts: tuple[str, ...], profile: str, output: Path) -> None:
     """Measure PARTS and write PART.json, PART.md and PART.svg.
 
-    The default is nodes and edges, on loopback. operations measures Ansible with 3 to 20 nodes (quick: 3 and 6), faults
-    what failures cost users; both create the lab's hosts and remove them, and refuse to run while there is a lab.
+    The default is nodes and edges, on loopback. bus measures broadcasts over several nodes, also on loopback, and what
+    users miss when the bus or a node is away. operations measures Ansible with 3 to 20 nodes (quick: 3 and 6), faults
+    what failures cost users; these two create the lab's hosts and remove them, and refuse to run while there is a lab.
 
     Contenders take turns in every round. Each figure is a median, with the least and the greatest round. If a contender
     does not answer, or gives a wrong answer, the run fails and writes nothing of that part.

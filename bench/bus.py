@@ -44,7 +44,7 @@ from bus_crowd import Crowd, History
 NODES = 3
 PACED_RATE = 20.0
 """Broadcasts per second, where the rate is given."""
-STOP, FREEZE, FREEZE_NODE = "bus stopped", "bus frozen", "one node frozen"
+STOP, FREEZE, FREEZE_NODE, KILL_NODE = "bus stopped", "bus frozen", "one node frozen", "one node killed"
 BEFORE_SECONDS = 2.0
 AFTER_SECONDS = 10.0
 """Events go on for so long after a fault, and at least for as long as it took."""
@@ -65,15 +65,15 @@ MISSED = {
 
 
 class Fault(NamedTuple):
-    """What fails, and for how many seconds."""
+    """What fails, and for how many seconds; 0 for what does not come back."""
 
     what: str
-    seconds: float
+    seconds: float = 0.0
 
     @property
     def title(self) -> str:
         """Its name in tables."""
-        return f"{self.what} for {self.seconds:g} s"
+        return f"{self.what} for {self.seconds:g} s" if self.seconds else self.what
 
 
 CONTROL = Fault(STOP, 5.0)
@@ -93,7 +93,7 @@ class Profile:
     fault_rounds: int
     faults: tuple[Fault, ...]
     users: int = 30
-    together: int = 2
+    together: int = 3
     warm_up_seconds: float = 0.4
     compiling_seconds: float = 1.0
 
@@ -104,8 +104,7 @@ PROFILES = {
         members=150,
         seconds=1.0,
         fault_rounds=1,
-        faults=(Fault(STOP, 1.0), CONTROL, Fault(FREEZE, 7.0)),
-        together=3,
+        faults=(CONTROL, Fault(FREEZE, 7.0), Fault(KILL_NODE)),
     ),
     "full": Profile(
         rounds=5,
@@ -119,6 +118,7 @@ PROFILES = {
             Fault(FREEZE, 7.0),
             Fault(FREEZE, 12.0),
             Fault(FREEZE_NODE, 20.0),
+            Fault(KILL_NODE),
         ),
         compiling_seconds=5.0,
     ),
@@ -229,6 +229,9 @@ class Fleet:
             self.bus.process.send_signal(signal.SIGSTOP)
             yield
             self.bus.process.send_signal(signal.SIGCONT)
+        elif fault.what == KILL_NODE:
+            signal_all(self.servers[1], signal.SIGKILL)
+            yield
         else:
             signal_all(self.servers[1], signal.SIGSTOP)
             yield
@@ -430,11 +433,11 @@ def _table(part: Part, found: Mapping[Fault, Mapping[str, Sequence[History]]], u
         "",
         f"{users} users with the JavaScript client, as many at each node, a third over polling. The first node emits "
         f"{PACED_RATE:g} numbered events a second to everybody: for {BEFORE_SECONDS:g} s before the fault, during it, "
-        f"and for {AFTER_SECONDS:g} s after it, or as long as it took. The frozen node is another one. Users who lose "
-        "their connection go to the next node. Pings are Socket.IO's defaults: a client gives up a node that is silent "
-        "for 45 s, a node gives up a client that does not answer a ping within 20 s. The counts are those of an "
-        f"average user of all nodes. The control of the check: with the {CONTROL.title}, users of RedisManager have to "
-        "miss events.",
+        f"and for {AFTER_SECONDS:g} s after it, or as long as it took. What happens to a node happens to another one. "
+        "Users who lose their connection go to the next node. Pings are Socket.IO's defaults: a client gives up a node "
+        "that is silent for 45 s, a node gives up a client that does not answer a ping within 20 s. Counts are those of "
+        f"an average user of all nodes. The control of the check: with the {CONTROL.title}, users of RedisManager "
+        "have to miss events.",
         "",
         "| fault | for a user | " + " | ".join(part.titles[key] for key in keys) + " |",
         "|---|---|" + "---|" * len(keys),
