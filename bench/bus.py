@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import random
 import shutil
 import signal
@@ -65,15 +66,17 @@ MISSED = {
 
 
 class Fault(NamedTuple):
-    """What fails, and for how many seconds; 0 for what does not come back."""
+    """What fails, for how many seconds (0 for what does not come back), and how many users reconnect meanwhile."""
 
     what: str
     seconds: float = 0.0
+    losing: int = 0
 
     @property
     def title(self) -> str:
         """Its name in tables."""
-        return f"{self.what} for {self.seconds:g} s" if self.seconds else self.what
+        seconds = f" for {self.seconds:g} s" if self.seconds else ""
+        return self.what + seconds + (f", {self.losing} users reconnect meanwhile" if self.losing else "")
 
 
 CONTROL = Fault(STOP, 5.0)
@@ -114,6 +117,7 @@ PROFILES = {
         faults=(
             Fault(STOP, 1.0),
             CONTROL,
+            Fault(STOP, 5.0, losing=15),
             Fault(STOP, 30.0),
             Fault(FREEZE, 7.0),
             Fault(FREEZE, 12.0),
@@ -126,10 +130,10 @@ PROFILES = {
 
 
 class Bus:
-    """A Redis of one contender, on loopback, which keeps its data over a restart as that of the role does."""
+    """A Redis of one contender, on loopback and on one core, which keeps its data over a restart as the role's does."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, core: int) -> None:
+        self._folder, self._core = folder, core
         self._port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"redis://127.0.0.1:{self._port}/0"
@@ -161,6 +165,7 @@ class Bus:
             self._process = subprocess.Popen(
                 [*command, "--save", "", "--appendonly", "yes"], executable=program, stdout=log, stderr=log
             )
+        os.sched_setaffinity(self._process.pid, {self._core})
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -242,8 +247,7 @@ class Fleet:
 def fleet(rounds: Rounds, contender: Contender) -> Iterator[Fleet]:
     """Run the nodes of a contender and a bus of their own, all on the servers' core."""
     with contextlib.ExitStack() as stack:
-        with rounds.servers_core():
-            bus = stack.enter_context(Bus(rounds.folder / "bus" / contender.key))
+        bus = stack.enter_context(Bus(rounds.folder / "bus" / contender.key, rounds.server_core))
         contender = replace(contender, environment={**contender.environment, BUS_URL: bus.url})
         logs = [rounds.log(f"{contender.key}-{number}") for number in range(1, NODES + 1)]
         servers = [stack.enter_context(running(contender, rounds.server_core, log)) for log in logs]
@@ -415,7 +419,10 @@ def _disturb(
         with contextlib.ExitStack() as faults:
             for each in fleets:
                 faults.enter_context(each.disturbed(fault))
-            loop.run(fault.seconds)
+            loop.run(fault.seconds / 2)
+            for crowd in crowds:
+                crowd.lose(fault.losing)
+            loop.run(fault.seconds / 2)
         loop.run(after + DRAIN_SECONDS)
         return {contender.key: crowd.end(until=last) for contender, crowd in zip(group, crowds, strict=True)}
 

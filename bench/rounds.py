@@ -34,18 +34,7 @@ class Rounds:
     @contextlib.contextmanager
     def every_core(self) -> Iterator[None]:
         """Use all cores within the block, for work that is not measured."""
-        with self._on(self._cores):
-            yield
-
-    @contextlib.contextmanager
-    def servers_core(self) -> Iterator[None]:
-        """Start processes on the servers' core within the block."""
-        with self._on([self.server_core]):
-            yield
-
-    @contextlib.contextmanager
-    def _on(self, cores: Sequence[int]) -> Iterator[None]:
-        os.sched_setaffinity(0, cores)
+        os.sched_setaffinity(0, self._cores)
         try:
             yield
         finally:

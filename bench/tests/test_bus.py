@@ -19,7 +19,7 @@ from bench.tests.test_bench import CONTEXT
 
 ROOT = Path(__file__).parents[2]
 PROFILE = Profile(
-    rounds=1, members=9, seconds=0.3, fault_rounds=1, faults=(Fault(bus.FREEZE_NODE, 1.0), CONTROL), users=6
+    rounds=1, members=9, seconds=0.3, fault_rounds=1, faults=(Fault(bus.FREEZE_NODE, 1.0, losing=2), CONTROL), users=6
 )
 WRONG = """
 import socketio
@@ -65,6 +65,8 @@ def test_a_run_measures_broadcasts_and_what_users_miss(
     frozen, away = written["faults"].values()
     assert [frozen[key][0]["lost"] for key in (RECOVERY_ASGI, REDIS_ASGI)] == [0, 0]
     assert all(frozen[key][0]["late"] > 0.5 for key in frozen)
+    assert frozen[RECOVERY_ASGI][0]["recovered"] > 0
+    assert frozen[REDIS_ASGI][0]["not_recovered"] > 0
     assert all(away[RECOVERY_ASGI][0][name] == 0 for name in ("lost", "told", "repeated", "disordered"))
     assert away[RECOVERY_ASGI][0]["late"] > CONTROL.seconds - 1
     assert away[REDIS_ASGI][0]["lost"] > CONTROL.seconds * bus.PACED_RATE / bus.NODES
