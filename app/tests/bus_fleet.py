@@ -91,6 +91,13 @@ def enter(sid, other, room):
     server.enter_room(other, room)
 
 @server.event
+def who(sid, room, seconds):
+    try:
+        return sorted(stickyring.bus.members(server, room, timeout=seconds))
+    except Exception as error:
+        return type(error).__name__ + ": " + str(error)
+
+@server.event
 def close(sid, room):
     server.close_room(room)
 

@@ -95,6 +95,7 @@ def as_asgi(source: str) -> str:
     source = source.replace('async_mode="eventlet"', 'async_mode="asgi"').replace(
         "socketio.Server(", "socketio.AsyncServer("
     )
+    source = source.replace("stickyring.bus.members(", "await stickyring.bus.async_members(")
     source = source.replace("bus.manager(", "bus.async_manager(").replace(" socketio.RedisM", " socketio.AsyncRedisM")
     source = source.replace("stickyring.node.gate", "stickyring.node.asgi.gate")
     source = source.replace("stickyring.node.sessions", "stickyring.node.asgi.sessions")

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
-from bus_fleet import Bus, Connect, Node, worker_of
+import yaml
+from bus_fleet import APPLICATION, Bus, Connect, Node, worker_of
 from conftest import serving, wait_until
 
 from stickyring.bus.connection import parsed
 from stickyring.bus.emitter import Emitter
+from stickyring.bus.presence import SIGN
+
+RIGHTS = Path(__file__).parents[2] / "roles" / "stickyring_bus" / "vars" / "main.yml"
 
 
 def test_an_event_reaches_rooms_and_all_on_every_node_in_order(node: Node, client: Connect) -> None:
@@ -233,3 +238,132 @@ def test_what_cannot_wait_for_the_bus_any_more_is_refused(bus: Bus, node: Node, 
     wait_until(lambda: first.metric("stickyring_bus_waiting") == 0, "the bus has all of it")
     assert ann.ask("say", None, "again") is None
     assert ann.said(1) == ["again"]
+
+
+def test_who_is_in_a_room_of_all_nodes(bus: Bus, node: Node, client: Connect) -> None:
+    first, second, third = (node(name) for name in ("first", "second", "third"))
+    ann, bob, eve = client(first), client(second), client(second, "polling")
+    ann_sid, bob_sid, eve_sid = (one.until("connect")[1] for one in (ann, bob, eve))
+    wait_until(lambda: third.metric("stickyring_bus_up") == 1, "the node without users is at the bus, too")
+    ann.ask("join", "club")
+    bob.ask("join", "club")
+    assert ann.ask("who", "club", 10) == bob.ask("who", "club", 10) == sorted([ann_sid, bob_sid])
+    assert ann.ask("who", None, 10) == sorted([ann_sid, bob_sid, eve_sid])
+    assert ann.ask("who", "nobody is here", 10) == []
+    ann.ask("enter", eve_sid, "club")
+    assert ann.ask("who", "club", 10) == sorted([ann_sid, bob_sid, eve_sid]), "it knows what was done before"
+    bob.ask("leave", "club")
+    eve.do("leave")
+    wait_until(lambda: ann.ask("who", "club", 10) == [ann_sid], "its node has read that it leaves")
+    assert third.stop() == 0
+    assert bus.client.zcard("stickyring:processes") == 2, "a process that ends says so"
+    assert bob.ask("who", "club", 1) == [ann_sid]
+
+
+def test_who_is_in_a_room_after_a_node_was_killed(node: Node, client: Connect) -> None:
+    first, second = (node(name, "stickyring.bus.manager()") for name in ("first", "second"))
+    ann, bob = client(first), client(second)
+    ann_sid, bob_sid = (one.until("connect")[1] for one in (ann, bob))
+    assert ann.ask("who", None, 10) == sorted([ann_sid, bob_sid])
+    bob.do("next", first.url)
+    os.kill(worker_of(second), signal.SIGKILL)
+    new_sid = bob.until("connect")[1]
+    # The process that the node starts instead sees that it has ended.
+    assert ann.ask("who", None, 3) == sorted([ann_sid, new_sid])
+
+
+def test_it_is_an_error_if_a_node_does_not_say_who_is_in_a_room(bus: Bus, node: Node, client: Connect) -> None:
+    first, second = node("first"), node("second")
+    ann, bob = client(first), client(second)
+    sids = sorted(one.until("connect")[1] for one in (ann, bob))
+    assert ann.ask("who", None, 10) == sids
+    worker = worker_of(second)
+    os.kill(worker, signal.SIGSTOP)
+    told = "UnansweredError: 1 of 2 processes at the bus have not answered within 1 s"
+    assert ann.ask("who", None, 1) == told
+    os.kill(worker, signal.SIGCONT)
+    assert ann.ask("who", None, 10) == sids
+    # A host that has vanished, or that cannot reach the bus: nobody sees that its processes have ended.
+    vanished = "0123456789abcdef 1 another-1/1"
+    clock = bus.client.time()
+    bus.client.zadd("stickyring:processes", {vanished: clock[0] * 1000 - 50_000})
+    assert ann.ask("who", None, 1) == told.replace("2", "3")
+    bus.client.zadd("stickyring:processes", {vanished: clock[0] * 1000 - 60_000})
+    assert ann.ask("who", None, 1) == sids
+    bus.stop()
+    assert ann.ask("who", None, 1).startswith("UnansweredError: the bus is away")
+    bus.start()
+    wait_until(lambda: ann.ask("who", None, 10) == sids, "the bus is back")
+
+
+def test_a_bus_that_has_lost_everything_knows_all_processes_before_it_answers(
+    bus: Bus, node: Node, client: Connect
+) -> None:
+    first, second = (node(name, "stickyring.bus.manager()") for name in ("first", "second"))
+    ann, bob = client(first), client(second)
+    sids = sorted(one.until("connect")[1] for one in (ann, bob))
+    assert ann.ask("who", None, 10) == sids
+    os.kill(worker := worker_of(second), signal.SIGSTOP)
+    bus.stop(kill=True)
+    bus.remove_data()
+    bus.start()
+    wait_until(lambda: first.metric("stickyring_bus_holes_total") == 1, "the other node is back")
+    assert ann.ask("who", None, 2) == "UnansweredError: the bus is back or new, and may not know all processes yet"
+    os.kill(worker, signal.SIGCONT)
+    assert ann.ask("who", None, 10) == sids
+
+
+def test_signs_of_life_do_not_age_while_the_bus_is_away(bus: Bus) -> None:
+    def sign(name: str) -> list[Any]:
+        signed: list[Any] = bus.client.eval(SIGN, 2, "processes", "since", name, 60_000, 10_000)
+        return signed
+
+    sign("a")
+    sign("b")
+    for process in ("a", "b"):
+        bus.client.zincrby("processes", -100_000, process)
+    bus.client.decrby("since", 100_000)
+    age, *processes = sign("c")
+    assert (age, processes) == (0, [b"a", b"b", b"c"])
+    bus.client.zincrby("processes", -59_000, "a")
+    assert sign("c")[1:] == [b"a", b"b", b"c"]
+    bus.client.zincrby("processes", -2_000, "a")
+    assert sign("c")[1:] == [b"b", b"c"], "one that has ended alone"
+
+
+def test_the_account_of_nodes_may_do_all_that_they_do(bus: Bus, node: Node, client: Connect) -> None:
+    rights = yaml.safe_load(RIGHTS.read_text())["__stickyring_bus_rights"]["nodes"].partition("{{")[0]
+    owner: Any = bus.client
+    owner.execute_command("ACL", "SETUSER", "nodes", "on", ">of-the-nodes", *rights.split())
+    bus.url = f"unix://nodes:of-the-nodes@{bus.folder}/bus.sock"
+    first, second = node("first"), node("second")
+    ann, bob = client(first), client(second)
+    sids = {one: one.until("connect")[1] for one in (ann, bob)}
+    ann.ask("enter", sids[bob], "club")
+    ann.ask("say", "club", "text")
+    assert bob.said(1) == ["text"]
+    assert ann.ask("ask", sids[bob]) == f"who, answered by {sids[bob]}"
+    assert ann.ask("who", "club", 10) == [sids[bob]]
+    bob.away(first)
+    assert bob.back()[:2] == [sids[bob], True]
+    bob.do("leave")
+    wait_until(lambda: bus.client.exists("stickyring:floor"), "old entries are removed")
+    second.stop()
+    assert bus.client.acl_log() == []
+    owner.execute_command("ACL", "SETUSER", "nodes", "-zadd")
+    wait_until(bus.client.acl_log, "what it may not do is noticed")
+
+
+def test_who_is_in_a_room_without_a_bus_and_with_another_manager(client: Connect, tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(APPLICATION.format(manager="stickyring.bus.manager()", hello=False))
+    with serving(tmp_path, "app:application") as alone:
+        ann, bob = client(alone), client(alone)
+        sids = sorted(one.until("connect")[1] for one in (ann, bob))
+        assert ann.ask("who", None, 1) == sids
+        ann.ask("join", "club")
+        assert bob.ask("who", "club", 1) in ([sids[0]], [sids[1]])
+
+
+def test_the_manager_of_python_socketio_does_not_know_who_is_in_a_room(bus: Bus, node: Node, client: Connect) -> None:
+    ann = client(node("first", f"(lambda url: socketio.RedisManager(url))('{bus.url}')"))
+    assert ann.ask("who", None, 1).startswith("TypeError: ")

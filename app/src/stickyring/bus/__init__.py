@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import socketio
@@ -16,6 +17,8 @@ DEFAULT_NAME = "stickyring"
 RECOVERY_SECONDS = 120.0
 MOST_ENTRIES = 200_000
 """Of the stream; beyond that, what is kept for recovery is kept for a shorter time."""
+MEMBERS_SECONDS = 10.0
+"""How long `members` waits for the answers of all processes."""
 
 
 def manager(*, recovery: bool = False) -> Any:  # noqa: ANN401 - one of two classes
@@ -39,6 +42,42 @@ def async_manager(*, recovery: bool = False) -> Any:  # noqa: ANN401 - one of tw
     from stickyring.bus.manager import AsyncManager  # noqa: PLC0415 - redis is needed with a bus only
 
     return AsyncManager(found, recovery=RECOVERY_SECONDS if recovery else 0.0, most_entries=MOST_ENTRIES)
+
+
+def members(server: Any, room: Hashable, namespace: str = "/", *, timeout: float = MEMBERS_SECONDS) -> set[str]:  # noqa: ANN401 - untyped
+    """Return the sids of who is in a room of a `socketio.Server`, on all nodes; with None for it, in the namespace.
+
+    All processes at the bus are asked. Without a bus, there is one.
+
+    Raises:
+        TimeoutError: some have not answered in time, or the bus is away.
+        BusFullError: the bus is away, and too much waits for it.
+        TypeError: the server has a manager of another kind, which does not know the users of other processes.
+    """
+    if hasattr(server.manager, "members"):
+        found: set[str] = server.manager.members(room, namespace, timeout)
+        return found
+    return _members_here(server, room, namespace)
+
+
+async def async_members(
+    server: Any,  # noqa: ANN401 - untyped
+    room: Hashable,
+    namespace: str = "/",
+    *,
+    timeout: float = MEMBERS_SECONDS,
+) -> set[str]:
+    """Return the same for a `socketio.AsyncServer`."""
+    if hasattr(server.manager, "members"):
+        found: set[str] = await server.manager.members(room, namespace, timeout)
+        return found
+    return _members_here(server, room, namespace)
+
+
+def _members_here(server: Any, room: Hashable, namespace: str) -> set[str]:  # noqa: ANN401 - untyped
+    if type(server.manager) not in {socketio.Manager, socketio.AsyncManager}:
+        raise TypeError(f"{type(server.manager).__name__} knows the users of its own process only")
+    return {sid for sid, _ in server.manager.get_participants(namespace, room)}
 
 
 def address() -> Address | None:

@@ -108,6 +108,20 @@ class Address:
         """Return the key of the number of an origin's last entry."""
         return f"{self.name}:written:{origin}"
 
+    @property
+    def processes(self) -> str:
+        """The key of the processes at the bus."""
+        return f"{self.name}:processes"
+
+    @property
+    def processes_since(self) -> str:
+        """The key of the time since when they are known."""
+        return f"{self.name}:processes:since"
+
+    def answers(self, question: str) -> str:
+        """Return the key of the answers to a question."""
+        return f"{self.name}:answers:{question}"
+
     def session(self, pid: str) -> str:
         """Return the key of a session that can be recovered."""
         return f"{self.name}:session:{pid}"

@@ -11,7 +11,7 @@ import socketio.packet
 from engineio.packet import MESSAGE
 from engineio.packet import Packet as EnginePacket
 
-EVENT, CALL, ANSWER, DISCONNECT, ENTER, LEAVE, CLOSE, MOVED = (
+EVENT, CALL, ANSWER, DISCONNECT, ENTER, LEAVE, CLOSE, MOVED, WHO = (
     "event",
     "call",
     "answer",
@@ -20,16 +20,18 @@ EVENT, CALL, ANSWER, DISCONNECT, ENTER, LEAVE, CLOSE, MOVED = (
     "leave",
     "close",
     "moved",
+    "who",
 )
 """Kinds of entries: an event; one whose acknowledgement is wanted, and that; what is done to the session of another
-node; a session that is on the origin now."""
+node; a session that is on the origin now; the question who is in a room."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One entry. Each `origin` numbers its own from 1 on, without a gap.
 
-    `header` has one letter a thing: n namespace, r room or rooms, x skipped sids, s sid, i id of a call, o its origin.
+    `header` has one letter a thing: n namespace, r room or rooms, x skipped sids, s sid, i id of a call or a
+    question, o the origin of a call.
     `data` is the JSON text of an event's name and arguments (or of an acknowledgement's), in which placeholders stand
     for the binary `attachments` as in Socket.IO's protocol.
     """

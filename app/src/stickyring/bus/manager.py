@@ -85,6 +85,9 @@ class BusManager(socketio.base_manager.BaseManager):
     async def _close_room(self, room: Hashable, namespace: str | None) -> None:
         await self.stream.publish(CLOSE, {"n": namespace or "/", "r": room})
 
+    async def _members(self, room: Hashable, namespace: str | None, timeout: float) -> set[str]:
+        return await self.stream.presence.ask(header_of(namespace, room, None), timeout)
+
 
 class Manager(BusManager, socketio.Manager):
     """The client manager of a `socketio.Server` on eventlet or gevent."""
@@ -140,6 +143,10 @@ class Manager(BusManager, socketio.Manager):
         """Remove all sessions of all nodes from a room."""
         run(self._close_room(room, namespace))
 
+    def members(self, room: Hashable, namespace: str | None, timeout: float) -> set[str]:
+        """Return the sids of a room, of all nodes."""
+        return run(self._members(room, namespace, timeout))
+
 
 class AsyncManager(BusManager, socketio.AsyncManager):
     """The client manager of a `socketio.AsyncServer`."""
@@ -191,3 +198,7 @@ class AsyncManager(BusManager, socketio.AsyncManager):
     async def close_room(self, room: Hashable, namespace: str | None = None) -> None:
         """Remove all sessions of all nodes from a room."""
         await self._close_room(room, namespace)
+
+    async def members(self, room: Hashable, namespace: str | None, timeout: float) -> set[str]:
+        """Return the sids of a room, of all nodes."""
+        return await self._members(room, namespace, timeout)

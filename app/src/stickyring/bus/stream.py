@@ -35,6 +35,7 @@ from stickyring.bus.entry import (
     EVENT,
     LEAVE,
     MOVED,
+    WHO,
     Entry,
     Event,
     decode,
@@ -42,6 +43,7 @@ from stickyring.bus.entry import (
 )
 from stickyring.bus.offset import BEGIN, Position
 from stickyring.bus.outbox import BusFullError, Outbox
+from stickyring.bus.presence import Presence
 from stickyring.bus.recovery import Recovery
 from stickyring.bus.router import AHEAD_SECONDS, Router
 from stickyring.bus.waiting import Waiting, settle
@@ -80,6 +82,7 @@ class Stream:
         self.outbox = Outbox(secrets.token_hex(8))
         self.router = Router(manager, self.outbox, recovers=recovery > 0)
         self.recovery = Recovery(self, recovery)
+        self.presence = Presence(self)
         self.met = wait.event()
         self.away_since: float | None = None
         self._turn, self._meeting = wait.lock(), wait.lock()
@@ -215,7 +218,9 @@ class Stream:
             pipeline.xrange(address.stream, str(asked or BEGIN), str(asked or BEGIN))
             pipeline.xrevrange(address.stream, count=1)
             pipeline.get(address.written(self.outbox.origin))
-            _, epoch, place, last, written = await settle(pipeline.execute())
+            # Others wait for its answers to what they ask from here on.
+            self.presence.sign(pipeline)
+            _, epoch, place, last, written, signed = await settle(pipeline.execute())
             # Of what this process has read back, it has all: else others may have missed it.
             whole = written is None or int(written) >= read_back
             if asked is None:
@@ -224,6 +229,7 @@ class Stream:
                     kept.began, kept.epoch = router.now, router.epoch
             elif epoch.decode() != router.epoch or (not place and asked != BEGIN) or not whole:
                 await self._note_hole(end_of(last))
+        await self.presence.forget_ended(signed)
         self.outbox.rewrite()
         self._written.set()
         self.met.set()
@@ -262,7 +268,7 @@ class Stream:
                 await self._go_ahead()
 
     async def _tend_on(self) -> None:
-        """Look after the length and the history of the stream, also if its memory is full."""
+        """Give signs of life, and look after the length and the history of the stream, also if its memory is full."""
         while True:
             await self.wait.sleep(TRIM_SECONDS)
             if self.met.is_set():
@@ -273,7 +279,9 @@ class Stream:
         pipeline = self.redis.pipeline(transaction=True)
         pipeline.get(address.epoch)
         pipeline.xlen(address.stream)
-        epoch, length = await settle(pipeline.execute())
+        self.presence.sign(pipeline)
+        epoch, length, signed = await settle(pipeline.execute())
+        await self.presence.forget_ended(signed)
         if epoch is None or epoch.decode() != router.epoch:
             await self._meet()
         share = min(1.0, self._most_entries / max(1, length))
@@ -293,6 +301,8 @@ class Stream:
                     await self.send(engine_sid, packets)
             elif entry.kind == CALL:
                 await self._call(entry)
+            elif entry.kind == WHO:
+                self.presence.answer(entry)
             elif entry.kind == ANSWER:
                 if entry.header["o"] == self.outbox.origin:
                     self.wait.spawn(self._answer(entry))
