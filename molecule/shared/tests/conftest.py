@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable
@@ -77,6 +78,16 @@ def inventory(pytestconfig: pytest.Config) -> Path:
 def programs() -> Path:
     """The folder of the virtual environment's commands."""
     return environment.PROGRAMS
+
+
+@pytest.fixture(scope="session")
+def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pinned JavaScript client in node_modules."""
+    folder = tmp_path_factory.mktemp("javascript")
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(environment.PROJECT / "app" / name, folder)
+    subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=120)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import yaml
 
-PROJECT = Path(__file__).parents[4]
 PASSWORDS = {
     "stickyring_bus_password": "of-the-nodes-of-the-lab",
     "stickyring_bus_emitter_password": "of-the-workers-of-the-lab",
@@ -55,13 +53,3 @@ def fleet(inventory: Path, ansible: Any, tmp_path_factory: pytest.TempPathFactor
 def on_bus(fleet: Fleet, machine: Any) -> Callable[[str], str]:
     """Runs a command on the host of the bus, which must succeed; returns its output."""
     return partial(machine("bus1", fleet.inventory).check_output)
-
-
-@pytest.fixture(scope="session")
-def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the pinned JavaScript client in node_modules."""
-    folder = tmp_path_factory.mktemp("javascript")
-    for name in ("package.json", "package-lock.json"):
-        shutil.copy(PROJECT / "app" / name, folder)
-    subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=120)
-    return folder

@@ -1,27 +1,13 @@
 """The JavaScript client with its default options, polling then upgrade, over a hundred connections."""
 
 import json
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 HERE = Path(__file__).parent
-APP = Path(__file__).parents[4] / "app"
 IDS = [f"javascript-{number}" for number in range(20)]
-
-
-@pytest.fixture(scope="module")
-def client_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose node_modules has the client that app/package-lock.json pins."""
-    folder = tmp_path_factory.mktemp("client")
-    for name in ("package.json", "package-lock.json"):
-        shutil.copy(APP / name, folder)
-    subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=120)
-    return folder
 
 
 def run_sessions(package: Path, url: str) -> dict[str, Any]:
@@ -35,8 +21,8 @@ def run_sessions(package: Path, url: str) -> dict[str, Any]:
     return json.loads(run.stdout)
 
 
-def test_javascript_client_is_sticky(edge_url: Callable[[str], str], client_package: Path) -> None:
-    found = run_sessions(client_package, edge_url("sticky"))
+def test_javascript_client_is_sticky(edge_url: Callable[[str], str], javascript: Path) -> None:
+    found = run_sessions(javascript, edge_url("sticky"))
     assert found["errors"] == []
     assert found["tried"] == found["completed"] == 100
     assert found["transports"] == {"websocket": 100}
@@ -45,8 +31,8 @@ def test_javascript_client_is_sticky(edge_url: Callable[[str], str], client_pack
     assert len({node for nodes in found["nodes_by_id"].values() for node in nodes}) > 1, "one node holds all users"
 
 
-def test_javascript_client_fails_without_a_key(edge_url: Callable[[str], str], client_package: Path) -> None:
-    found = run_sessions(client_package, edge_url("unkeyed"))
+def test_javascript_client_fails_without_a_key(edge_url: Callable[[str], str], javascript: Path) -> None:
+    found = run_sessions(javascript, edge_url("unkeyed"))
     # A session completes only if three requests in a row happen to reach one node.
     assert found["completed"] < found["tried"] / 2
     assert [error for error in found["errors"] if "400" in error and "Invalid session" in error]
