@@ -17,7 +17,7 @@ from bus_crowd import Crowd, History
 from bus_fleet import Bus, Connect, Node, Trio, worker_of
 from conftest import ServeProcess, wait_until
 
-from stickyring.bus.connection import parsed
+from stickyring.bus.connection import TRIM, parsed
 from stickyring.bus.emitter import Emitter
 
 
@@ -127,6 +127,39 @@ def test_a_client_that_was_away_for_too_long_is_told(bus: Bus, node: Node, clien
     assert ann.said(1) == ["after"]
 
 
+@pytest.mark.parametrize("missed", [300, 3000], ids=["in the bound", "beyond it"])
+def test_what_is_kept_is_bounded_by_number(bus: Bus, node: Node, client: Connect, missed: int) -> None:
+    first = node("first", "stickyring.bus.manager(recovery=setattr(stickyring.bus, 'MOST_ENTRIES', 1000) is None)")
+    ann, bob = client(first), client(first)
+    sid = ann.until("connect")[1]
+    bob.until("connect")
+    speaker = Emitter(bus.url)
+    for _ in range(2000):
+        speaker.emit("said", "before", room="nobody is here")
+    wait_until(lambda: bus.client.xlen("stickyring:events") < 1200, "not many more are kept")
+    ann.away(first)
+    for number in range(missed):
+        speaker.emit("said", number)
+    bob.said(missed)
+    wait_until(lambda: bus.client.xlen("stickyring:events") < 1200, "not many more are kept")
+    assert (ann.back()[:2] == [sid, True]) == (missed == 300)
+    assert ann.said(missed, 1) == ([*range(missed)] if missed == 300 else [])
+    reason = 'stickyring_sessions_not_recovered_total{reason="trimmed"}'
+    assert first.metric(reason) == (missed == 3000)
+
+
+def test_a_process_that_lags_behind_does_not_hide_that_entries_were_removed(bus: Bus) -> None:
+    client: Any = bus.client
+    for number in range(1, 2001):
+        client.xadd("events", {"any": "thing"}, id=f"{number}-0")
+
+    for position, gone in (("0-0", 0), ("1001-0", 1000), ("500-0", 1000)):
+        client.eval(TRIM, 2, "floor", "events", position, 5000)
+        note, first = client.get("floor"), client.xrange("events", count=1)[0][0]
+        assert note == (first if gone else None)
+        assert gone - 100 <= int(first.partition(b"-")[0]) <= gone + 1
+
+
 def test_without_recovery_clients_get_what_the_application_sends(node: Node, client: Connect) -> None:
     ann = client(node("first", "stickyring.bus.manager()"))
     assert ann.until("connect")[3] is None
@@ -149,7 +182,7 @@ def test_clients_of_python_socketio_go_on_with_the_helper(node: Node, client: Co
         bob.ask("say", None, 1)
         assert next(line for line in lines if line.startswith("said")) == "said (1,)\n"
         print(file=ann.stdin, flush=True)
-        assert next(lines) == "disconnect\n"
+        assert next(line for line in lines if not line.startswith("hello")) == "disconnect\n"
         bob.ask("say", None, 2)
         print(file=ann.stdin, flush=True)
         assert [line for line in lines if not line.startswith("hello")][:2] == ["said (2,)\n", "connect True\n"]

@@ -63,10 +63,14 @@ end
 return 1
 """
 TRIM = """#!lua flags=allow-oom
--- Remove old entries, and note before which position some may be missing. KEYS: the note, the stream. ARGV: that
--- position.
-redis.call('SET', KEYS[1], ARGV[1])
-return redis.call('XTRIM', KEYS[2], 'MINID', '~', ARGV[1])
+-- Remove old entries, and note the position before which some are missing. KEYS: the note, the stream. ARGV: from where
+-- on entries are kept, and how many at most. Redis removes whole blocks of entries, and by itself at most 100 of them.
+local removed = redis.call('XTRIM', KEYS[2], 'MINID', '~', ARGV[1], 'LIMIT', 0)
+removed = removed + redis.call('XTRIM', KEYS[2], 'MAXLEN', '~', ARGV[2], 'LIMIT', 0)
+if removed > 0 then
+  redis.call('SET', KEYS[1], redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)[1][1])
+end
+return removed
 """
 SWAP = """#!lua
 -- Replace a value if it is still the expected one; return what it is then.
@@ -96,7 +100,7 @@ class Address:
 
     @property
     def floor(self) -> str:
-        """The key of the position before which entries may have been removed."""
+        """The key of the position before which entries have been removed."""
         return f"{self.name}:floor"
 
     @property

@@ -13,7 +13,7 @@ from stickyring.bus.entry import Entry
 MOST_ENTRIES = 10_000
 MOST_BYTES = 32 * 1024 * 1024
 BATCH_ENTRIES, BATCH_BYTES = 500, 1024 * 1024
-ENTRY_BYTES = 500
+ENTRY_BYTES = 700
 """What an entry takes beside its data."""
 
 

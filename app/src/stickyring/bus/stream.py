@@ -278,16 +278,14 @@ class Stream:
         router, address = self.router, self.address
         pipeline = self.redis.pipeline(transaction=True)
         pipeline.get(address.epoch)
-        pipeline.xlen(address.stream)
         self.presence.sign(pipeline)
-        epoch, length, signed = await settle(pipeline.execute())
+        epoch, signed = await settle(pipeline.execute())
         await self.presence.forget_ended(signed)
         if epoch is None or epoch.decode() != router.epoch:
             await self._meet()
-        share = min(1.0, self._most_entries / max(1, length))
-        floor = Position(router.now.ms - int(self.recovery.kept_seconds * 1000 * share), 0)
+        floor = Position(router.now.ms - int(self.recovery.kept_seconds * 1000), 0)
         if floor > BEGIN:
-            await settle(self._trim(keys=[address.floor, address.stream], args=[str(floor)]))
+            await settle(self._trim(keys=[address.floor, address.stream], args=[str(floor), self._most_entries]))
             self.recovery.forget_before(floor)
 
     # Delivery.
