@@ -34,6 +34,9 @@ server.manager.on_loss = tell_of_loss
 
 @server.event
 def connect(sid, environ, auth=None):
+    if (auth or {{}}).get("slow"):
+        server.enter_room(sid, "slow")
+        server.sleep(3)
     if {hello}:
         server.emit("hello", [environ.get("stickyring.recovered"), auth], to=sid)
 

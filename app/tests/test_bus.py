@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +354,21 @@ def test_the_account_of_nodes_may_do_all_that_they_do(bus: Bus, node: Node, clie
     assert bus.client.acl_log() == []
     owner.execute_command("ACL", "SETUSER", "nodes", "-zadd")
     wait_until(bus.client.acl_log, "what it may not do is noticed")
+
+
+def test_a_client_that_is_lost_while_it_connects_is_in_no_room(node: Node, client: Connect) -> None:
+    first = node("first")
+    ann = client(first)
+    ann.until("connect")
+    assert ann.ask("who", "slow", 10) == []
+    path = "/socket.io/?EIO=4&transport=polling"
+    path += "&sid=" + json.loads(first.get(path).read()[1:])["sid"]
+    connecting = threading.Thread(target=first.get, args=(path,), kwargs={"method": "POST", "body": '40{"slow":true}'})
+    connecting.start()
+    wait_until(lambda: len(ann.ask("who", "slow", 10)) == 1, "its handler runs")
+    first.get(path, method="POST", body="1")
+    connecting.join()
+    wait_until(lambda: ann.ask("who", "slow", 10) == [], "it is gone")
 
 
 def test_who_is_in_a_room_without_a_bus_and_with_another_manager(client: Connect, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import socketio
 from stickyring.bus.connection import Address
 from stickyring.bus.entry import CALL, CLOSE, DISCONNECT, ENTER, EVENT, LEAVE, encode, event_of, header_of
 from stickyring.bus.stream import Stream
-from stickyring.bus.waiting import AsyncWaiting, GreenWaiting, Waiting, run
+from stickyring.bus.waiting import AsyncWaiting, GreenWaiting, Waiting, run, settle
 
 
 class BusManager(socketio.base_manager.BaseManager):
@@ -34,6 +34,13 @@ class BusManager(socketio.base_manager.BaseManager):
         """Begin to read and write; python-socketio calls this before the first session."""
         super().initialize()
         self.stream.start()
+
+    async def _end_if_lost(self, sid: str, namespace: str) -> None:
+        """End a session whose connection was lost while its `connect` handler ran: python-socketio does not."""
+        engine_sid, server = self.eio_sid_from_sid(sid, namespace), self.server
+        socket = server.eio.sockets.get(engine_sid)
+        if socket is None or socket.closing or socket.closed:
+            await settle(server._handle_disconnect(engine_sid, namespace, server.reason.TRANSPORT_CLOSE))
 
     def basic_disconnect(self, sid: str, namespace: str, **more: object) -> None:
         """Forget a session."""
@@ -131,6 +138,12 @@ class Manager(BusManager, socketio.Manager):
             self.stream.recovery.begin(eio_sid, sid, namespace)
         return sid
 
+    def connect(self, sid: str, namespace: str) -> str:
+        """Note that a session is connected."""
+        sid = super().connect(sid, namespace)
+        run(self._end_if_lost(sid, namespace))
+        return sid
+
     def enter_room(self, sid: str, namespace: str, room: Hashable, eio_sid: str | None = None) -> None:
         """Add a session to a room, on whatever node it is."""
         run(self._enter_room(sid, namespace, room, eio_sid))
@@ -185,6 +198,12 @@ class AsyncManager(BusManager, socketio.AsyncManager):
         if sid is None:
             sid = await super().pre_connect(eio_sid, namespace)
             self.stream.recovery.begin(eio_sid, sid, namespace)
+        return sid
+
+    async def connect(self, sid: str, namespace: str) -> str:
+        """Note that a session is connected."""
+        sid = await super().connect(sid, namespace)
+        await self._end_if_lost(sid, namespace)
         return sid
 
     async def enter_room(self, sid: str, namespace: str, room: Hashable, eio_sid: str | None = None) -> None:
