@@ -22,7 +22,7 @@ class _Session:
 class Recovering:
     """Has a `socketio.Client` or `socketio.AsyncClient` go on with its session when it reconnects.
 
-    Make it before the client connects. Events that were missed come before the client's `connect` event; ask
+    Make it before the client connects. Events that were missed come after the client's `connect` event; ask
     `recovered` in its handler, and get the state anew if it is false. Handlers do not get the argument that a server
     with recovery adds to each event. It works through private names of python-socketio's clients.
     """

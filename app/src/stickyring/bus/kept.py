@@ -42,8 +42,8 @@ class Kept:
     - stays: in which rooms it was when; data: the application's session
     - sent: the offset of the last event sent to it, as text, empty before the first one
     - has: what its client has got anyway, which is not sent to it again
-    - missed: the packets of events that are sent to it before its client is told that it is connected; held: those of
-      events that come meanwhile, sent after that; None once it is connected
+    - missed: the packets of events that are sent to it once its client is told that it is connected; held: those of
+      events that come meanwhile, sent after these; None once it is connected
     - given_up: whether its connection is about to end, because it may have missed events or goes on elsewhere; it gets
       no more
     - leaves_for_good: whether its client has left on purpose, or was disconnected

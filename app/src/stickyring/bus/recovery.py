@@ -209,10 +209,12 @@ class Recovery:
             self._keep(kept)
             self.save(kept)
         packet.data["pid"] = kept.pid
+        # First, unlike Node.js: socket.io-client keeps events that come before it, and its offset is that of the last
+        # one that it has handled. If the connection is lost in between, it would get and handle them twice.
+        await settle(self._send(eio_sid, packet))
         for packets in kept.missed:
             await self._stream.send(eio_sid, packets)
         kept.missed.clear()
-        await settle(self._send(eio_sid, packet))
         while kept.held:
             await self._stream.send(eio_sid, kept.held.pop(0))
         kept.held = None
