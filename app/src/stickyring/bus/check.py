@@ -77,21 +77,31 @@ def _version_of(client: Any) -> str:  # noqa: ANN401 - redis-py's
 
 
 def _try_commands(client: Any, address: Address) -> None:  # noqa: ANN401 - redis-py's
-    keys = stream, number, session, value = [f"{address.name}:check:{number}" for number in range(4)]
+    keys = stream, number, session, value, processes, answers = [
+        f"{address.name}:check:{number}" for number in range(6)
+    ]
     client.ping()
     client.set(value, "1", nx=True)
     client.xadd(stream, {"name": "value"})
     client.xread({stream: "0"}, count=1)
     client.xrange(stream, count=1)
     client.xrevrange(stream, count=1)
-    client.xlen(stream)
     client.xtrim(stream, maxlen=0)
     client.hset(session, "s", "")
     client.pexpire(session, 1000)
+    client.time()
+    client.zadd(processes, {"check": 1})
+    client.zincrby(processes, 1, "check")
+    client.zrange(processes, 0, -1)
+    client.zrevrange(processes, 0, -1)
+    client.zremrangebyscore(processes, 0, 0)
+    client.zrem(processes, "check")
+    client.rpush(answers, "check")
+    client.blpop([answers], timeout=1)
     # After their commands, because the refusal of a script does not name the command.
     client.eval(SWAP, 1, value, "1", "2")
     client.eval(APPEND, 2, stream, number, "check", 1, 10, 2, "name", "value")
-    client.eval(TRIM, 2, value, stream, "0-0")
+    client.eval(TRIM, 2, value, stream, "0-0", 1)
     client.eval(SAVE, 1, session, "check", "{}", 1000, 0)
     pipeline = client.pipeline(transaction=True)
     pipeline.get(value)
