@@ -262,6 +262,14 @@ def test_who_is_in_a_room_of_all_nodes(bus: Bus, node: Node, client: Connect) ->
     assert bob.ask("who", "club", 1) == [ann_sid]
 
 
+def test_many_can_ask_at_the_same_time(node: Node, client: Connect) -> None:
+    ann, bob = client(node("first")), client(node("second"))
+    sids = sorted(one.until("connect")[1] for one in (ann, bob))
+    for _ in range(200):
+        ann.do("emit", "who", None, 10)
+    assert [ann.until("ack", 20)[1] for _ in range(200)] == [sids] * 200
+
+
 def test_who_is_in_a_room_after_a_node_was_killed(node: Node, client: Connect) -> None:
     first, second = (node(name, "stickyring.bus.manager()") for name in ("first", "second"))
     ann, bob = client(first), client(second)

@@ -10,7 +10,9 @@ from ansible_collections.stickyring.fleet.plugins.plugin_utils.certificates impo
 
 SHORTEST_PASSWORD = 16
 PASSWORDS = {
-    "password": "give one of at least 16 characters, such as `openssl rand -hex 24` prints; encrypt it with Ansible Vault",
+    "password": (
+        "give one of at least 16 characters, such as `openssl rand -hex 24` prints; encrypt it with Ansible Vault"
+    ),
     "emitter_password": "give one of at least 16 characters, or leave it empty",
     "replication_password": "with several hosts, give one of at least 16 characters",
 }
@@ -47,7 +49,8 @@ def _mistakes(variables: Mapping[str, Any], pems: Mapping[str, str]) -> Iterator
         if not (value.isdecimal() and low <= int(value) <= high):
             yield f"{name}: {value} {fault}"
     if peers and (len(peers) % 2 == 0 or not all(map(is_address, peers))):
-        yield f"peers: {', '.join(map(str, peers))} are {len(peers)} hosts. Give the addresses of one, three or five, so that most can agree"
+        hosts = ", ".join(map(str, peers))
+        yield f"peers: {hosts} are {len(peers)}. Give the addresses of one, three or five hosts, so that most can agree"
     elif len(peers) > 1 and address not in peers:
         yield f"peers: {', '.join(peers)} are without this host's stickyring_bus_address, {address}"
     if (tls := variables["tls"]) and not {"certificate", "key"} <= set(tls):

@@ -25,6 +25,9 @@ TIMEOUT_SECONDS = 2.0
 """A bus that does not answer for so long is away."""
 REPLICA_MILLISECONDS = 1000
 """How long a replica may take to have what was written."""
+MOST_CONNECTIONS = 300
+"""Of a process, which keeps them. Each user who comes back needs one or two for a moment, and tries again beyond that;
+redis-py by itself has 100."""
 BLOCK_MILLISECONDS = 1000
 AT_ONCE = 500
 """Entries that are read or written in one go."""
@@ -148,6 +151,7 @@ class Address:
         options: dict[str, Any] = {
             "socket_timeout": TIMEOUT_SECONDS,
             "socket_connect_timeout": TIMEOUT_SECONDS,
+            "max_connections": MOST_CONNECTIONS,
             # A repeated command would be written twice, and nobody would know.
             "retry": (redis.asyncio.retry.Retry if asyncio else Retry)(NoBackoff(), 0),
         }
