@@ -48,7 +48,19 @@ def first_import(playbook: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "playbook",
-    ["site", "edge", "nodes", "plan", "rebalance", "remove_node", "rollback", "rolling_update", "verify", "whereis"],
+    [
+        "site",
+        "edge",
+        "nodes",
+        "plan",
+        "rebalance",
+        "remove_bus",
+        "remove_node",
+        "rollback",
+        "rolling_update",
+        "verify",
+        "whereis",
+    ],
 )
 def test_every_entry_point_checks_the_inventory_first(playbook: str) -> None:
     assert [Path(path).name for path in first_import(f"playbooks/{playbook}.yml")] == ["preflight.yml"]
@@ -88,21 +100,8 @@ PASSWORD = "at-least-sixteen-characters"
 @pytest.mark.parametrize(
     ("hosts", "settings", "words"),
     [
-        (["bus1"], {"password": None}, "stickyring_bus_password: give one of at least 16 characters"),
-        (["bus1"], {"password": "short"}, "stickyring_bus_password: give one of at least 16 characters"),
-        (["bus1", "bus2"], {}, "bus1, bus2 are in the group bus. It takes one host"),
-        (["bus1"], {"port": 80}, "stickyring_bus_port: 80 is not between 1024 and 65535"),
-        (["bus1"], {"memory_mib": 8}, "stickyring_bus_memory_mib: 8 is too little: 64 or more"),
-        (
-            ["bus1"],
-            {"emitter_password": "short"},
-            "stickyring_bus_emitter_password: give one of at least 16 characters",
-        ),
-        (
-            ["bus1"],
-            {"emitter_password": PASSWORD},
-            "stickyring_bus_emitter_password: give another one than to the nodes",
-        ),
+        (["bus1"], {"password": None}, "bus1: stickyring_bus_password: give one of at least 16 characters"),
+        (["bus1", "bus2"], {}, "stickyring_bus_peers: 192.0.2.20, 192.0.2.21 are 2. Give the addresses of one, three"),
         (["bus1"], {"memory": 64}, "stickyring_bus_memory"),
     ],
 )
@@ -118,9 +117,26 @@ def test_a_bus_that_cannot_serve_is_refused(
     assert words in said
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "Name the host to remove with -e stickyring_bus=NAME, one of bus1."),
+        (["-e", "stickyring_bus=bus9"], "bus9 is not in the group `bus`, which has bus1."),
+        (["-e", "stickyring_bus=bus1"], "use this bus, which has no other host."),
+    ],
+)
+def test_a_host_of_the_bus_that_is_needed_is_not_removed(tmp_path: Path, given: list[str], words: str) -> None:
+    bus = {"hosts": {"bus1": {"ansible_host": "192.0.2.20"}}, "vars": {"stickyring_bus_password": PASSWORD}}
+    (tmp_path / "hosts.json").write_text(json.dumps({"bus": bus}))
+    status, said = run(tmp_path, "playbooks/remove_bus.yml", "-i", str(tmp_path / "hosts.json"), *given)
+    assert status != 0
+    assert words in said
+
+
 def test_a_description_has_no_secrets_and_no_logins(tmp_path: Path) -> None:
     secrets = {
         "stickyring_bus_password": "hush-4",
+        "stickyring_bus_replication_password": "hush-6",
         "stickyring_node_bus_url": "hush-5",
         "stickyring_node_secrets": {"KEY": "hush-1"},
         "stickyring_probe_auth": {"token": "hush-2"},

@@ -31,7 +31,7 @@ def certificate_problems(where: str, paths: Mapping[str, str], pems: Mapping[str
         return [f"{where}certificate {paths['certificate']} has no certificate in PEM."]
     if certificate.not_valid_after_utc < datetime.now(UTC):
         problems.append(f"{where}certificate {paths['certificate']} expired on {certificate.not_valid_after_utc:%F}.")
-    if address and ipaddress.ip_address(address) not in _addresses_of(certificate):
+    if address and str(ipaddress.ip_address(address)) not in _addresses_of(certificate):
         problems.append(f"{where}certificate {paths['certificate']} has no subjectAltName IP:{address}.")
     try:
         key = load_pem_private_key(pems[paths["key"]].encode(), password=None)
@@ -51,9 +51,9 @@ def certificate_problems(where: str, paths: Mapping[str, str], pems: Mapping[str
     return problems
 
 
-def _addresses_of(certificate: x509.Certificate) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+def _addresses_of(certificate: x509.Certificate) -> list[str]:
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     except x509.ExtensionNotFound:
         return []
-    return [one for one in names.value.get_values_for_type(x509.IPAddress) if hasattr(one, "packed")]
+    return [*map(str, names.value.get_values_for_type(x509.IPAddress))]

@@ -608,7 +608,9 @@ def test_each_fault_of_a_certificate_is_reported(certificate: Certificate, other
         f"{where}.key key.pem is no absolute path on the controller.": check_tls(chain, key, TLS | {"key": "key.pem"}),
         f"{where}.certificate /tls/chain.pem has no certificate in PEM.": check_tls(key, key),
         f"{where}.key /tls/key.pem is no private key in PEM.": check_tls(chain, chain),
-        f"{where}.key /tls/key.pem is encrypted; the server has no password for it.": check_tls(chain, encrypted.decode()),
+        f"{where}.key /tls/key.pem is encrypted; the server has no password for it.": check_tls(
+            chain, encrypted.decode()
+        ),
         f"{where}.key /tls/key.pem does not fit the first certificate of /tls/chain.pem, which must be the server's"
         " own.": check_tls(other.chain + chain, key),
     }
