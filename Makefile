@@ -55,7 +55,7 @@ lint-python: .venv/.tools
 	ruff check --config app/pyproject.toml $(PYTHON_OUTSIDE_APP)
 	ruff format --check --config app/pyproject.toml $(PYTHON_OUTSIDE_APP)
 	MYPYPATH=app/tests mypy --config-file app/pyproject.toml bench
-	MYPYPATH=molecule/shared/tests mypy --config-file app/pyproject.toml $(PROGRAMS)
+	MYPYPATH=molecule/shared/tests:app/tests mypy --config-file app/pyproject.toml $(PROGRAMS)
 	MYPYPATH=collections mypy --config-file app/pyproject.toml --package ansible_collections.stickyring.fleet.plugins
 	@# One by one, because folders of tests have modules of the same names.
 	for tests in roles/*/tests playbooks/tests molecule/tests; do \
@@ -94,7 +94,8 @@ molecule: root .venv/.tools ## All scenarios on real hosts, with a browser
 	@$(call need,chromium:chromium)
 	molecule/scenarios.py
 
-chaos: root .venv/.tools ## Run operations and faults on the lab in random order, under traffic (SEED=1 OPERATIONS=60)
+chaos: root .venv/.tools ## Run operations and faults on the lab, with a bus, in random order, under traffic (SEED=1 OPERATIONS=60)
+	@$(call need,node:nodejs npm:npm)
 	ansible-playbook molecule/shared/create.yml
 	ansible-playbook site.yml
 	molecule/chaos.py --seed $(SEED) --operations $(OPERATIONS)

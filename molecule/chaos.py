@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Runs operations and faults on the running lab in an order that a seed decides, and checks the lab after each."""
+"""Runs operations and faults on the running lab in an order that a seed decides, and checks the lab after each.
+
+If there are faults of the bus among them, it gives the lab a bus first, and users who listen to events over it.
+"""
 
 import argparse
 import json
@@ -10,21 +13,24 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import testinfra
-import testinfra.host
 from stickyring.ring import Ring
 
 PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT / "molecule" / "shared" / "tests"))
+sys.path[:0] = [str(PROJECT / "molecule" / "shared" / "tests"), str(PROJECT / "app" / "tests")]
 import environment  # noqa: E402 - in shared/tests
+from bus_crowd import Crowd, History  # noqa: E402 - of the application's tests
+from lab_bus import LabBus, Speaking  # noqa: E402
 from residents import Residents  # noqa: E402
 
 LISTENER_PORT = 9002
 USERS = [f"user-{number}" for number in range(60)]
+LISTENERS = 30
+"""Users of the JavaScript client who listen to events over the bus."""
 EDGE_UNIT, NODE_UNIT = "stickyring-edge.service", "stickyring-node@1.service"
 SETTLED_SECONDS = 60
 CURRENT = "/opt/stickyring-node/current"
@@ -44,11 +50,12 @@ class Broken(Exception):
 
 
 class Lab:
-    """The hosts of inventory/lab, and the users who are connected to them."""
+    """The hosts of inventory/lab, a bus beside them if there is one, and the users who are connected to them."""
 
     residents: Residents
 
-    def __init__(self, chance: random.Random) -> None:
+    def __init__(self, chance: random.Random, bus: LabBus) -> None:
+        self.bus = bus
         groups = json.loads(environment.run("ansible-inventory", "--list").stdout)
         self.edge, self.nodes = groups["edge"]["hosts"][0], groups["nodes"]["hosts"]
         self.edge_address = groups["_meta"]["hostvars"][self.edge]["ansible_host"]
@@ -57,14 +64,9 @@ class Lab:
         self._updates = 0
         self._tasks: dict[str, int] = {}
 
-    def host(self, name: str) -> testinfra.host.Host:
-        """A host by name, as root."""
-        return testinfra.get_host(f"ansible://{name}?sudo=true", ansible_inventory=str(PROJECT / "inventory" / "lab"))
-
     def do(self, name: str, command: str) -> str:
         """Runs a command on a host, which must succeed; returns its output."""
-        output: str = self.host(name).check_output(command)
-        return output
+        return self.bus.do(name, command)
 
     def play(self, *arguments: str) -> None:
         """Runs a playbook, kills it and its processes here at a random task, and runs it again to its end."""
@@ -187,6 +189,40 @@ def change_edge(lab: Lab, node: str) -> None:
     lab.play("playbooks/edge.yml")
 
 
+def wait_for_primary(condition: Callable[[], bool]) -> None:
+    """Waits until another host of the bus is the primary."""
+    deadline = time.monotonic() + SETTLED_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise Broken(f"no other host of the bus has taken over within {SETTLED_SECONDS} s")
+        time.sleep(0.2)
+
+
+def restart_bus(lab: Lab, node: str) -> None:
+    """systemctl restart of the bus' primary"""
+    lab.bus.restart(wait_for_primary)
+
+
+def kill_bus(lab: Lab, node: str) -> None:
+    """SIGKILL to the bus' primary"""
+    lab.bus.kill(wait_for_primary)
+
+
+def stop_bus(lab: Lab, node: str) -> None:
+    """systemctl stop of the bus' primary, and start once another host has taken over"""
+    lab.bus.stop(wait_for_primary)
+
+
+def freeze_bus(lab: Lab, node: str) -> None:
+    """SIGSTOP to the bus' primary and its Sentinel until another host has taken over"""
+    lab.bus.freeze(wait_for_primary)
+
+
+def wipe_bus(lab: Lab, node: str) -> None:
+    """the bus' primary comes back with an empty disk"""
+    lab.bus.wipe(wait_for_primary)
+
+
 EDGE_CHANGES = (
     {"stickyring_edge_route_timeout": 90},
     {"stickyring_edge_circuit_breaker_max_requests": 90000},
@@ -205,11 +241,17 @@ OPERATIONS: dict[str, tuple[Callable[[Lab, str], None], int]] = {
     "roll-back": (roll_back, 1),
     "remove": (remove, 1),
     "change-edge": (change_edge, 1),
+    "restart-bus": (restart_bus, 1),
+    "kill-bus": (kill_bus, 1),
+    "stop-bus": (stop_bus, 1),
+    "freeze-bus": (freeze_bus, 1),
+    "wipe-bus": (wipe_bus, 1),
 }
 """The operations, and how often each comes relative to the others."""
 EVERYWHERE = {"restart-edge", "update", "roll-back", "remove"}
 """Operations that users of other nodes may notice too."""
-NOWHERE = {"change-edge"}
+AT_THE_BUS = (restart_bus, kill_bus, stop_bus, freeze_bus, wipe_bus)
+NOWHERE = {"change-edge", *(name for name, (operation, _) in OPERATIONS.items() if operation in AT_THE_BUS)}
 """Operations that no user may notice."""
 
 
@@ -259,6 +301,36 @@ def check(lab: Lab, name: str, node: str, before: Before) -> None:
         raise Broken(f"an unaffected user was disconnected: {disturbed[0]}")
 
 
+def deploy_bus(lab: Lab) -> None:
+    """Gives the lab a bus of three hosts."""
+    lab.bus.write("bus1", "bus2", "bus3")
+    others = os.environ.get("ANSIBLE_INVENTORY", "inventory/lab").split(",")[1:]
+    os.environ["ANSIBLE_INVENTORY"] = ",".join([str(lab.bus.inventory), *others])
+    lab.finish("molecule/shared/create.yml")
+    lab.finish("site.yml")
+
+
+@contextmanager
+def listeners(lab: Lab, folder: Path, url: str) -> Iterator[Callable[[], str]]:
+    """Connects listeners, who hear events over the bus; yields what ends them and returns what they heard.
+
+    That raises Broken if they missed events unknowingly or got them twice.
+    """
+    crowd = Crowd(environment.javascript_client(folder), LISTENERS, [url])
+
+    def end() -> str:
+        heard: History = crowd.end()
+        if heard.faults or heard.heard < speaking.number * LISTENERS:
+            raise Broken(f"of {speaking.number} events, {LISTENERS} listeners heard {heard.heard}: {heard.faults[:5]}")
+        return (
+            f"; {heard.heard} events heard by {LISTENERS} listeners, {heard.recovered} of their sessions recovered, "
+            f"{heard.not_recovered} not"
+        )
+
+    with Speaking(lab.bus.url("emitter")) as speaking:
+        yield end
+
+
 def main() -> None:
     """Runs the operations; if a check fails, exits with 1 and the sequence."""
     parser = argparse.ArgumentParser(
@@ -279,10 +351,16 @@ def main() -> None:
     weights = [OPERATIONS[name][1] for name in names]
     played: list[str] = []
     began = time.monotonic()
-    lab = Lab(chance)
-    with Residents(f"http://{lab.edge_address}:{LISTENER_PORT}", USERS) as residents:
-        lab.residents = residents
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        lab = Lab(chance, LabBus(PROJECT / "inventory" / "lab", folder / "inventory"))
+        with_bus = any(OPERATIONS[name][0] in AT_THE_BUS for name in names)
+        if with_bus:
+            deploy_bus(lab)
+        url = f"http://{lab.edge_address}:{LISTENER_PORT}"
+        residents = lab.residents = stack.enter_context(Residents(url, USERS))
         try:
+            end = stack.enter_context(listeners(lab, folder, url)) if with_bus else str
             residents.settle(SETTLED_SECONDS)
             rest(lab)
             while len(played) < given.operations:
@@ -293,6 +371,7 @@ def main() -> None:
                 OPERATIONS[name][0](lab, node)
                 check(lab, name, node, before)
                 print(f"held, {time.monotonic() - before.moment:.0f} s", flush=True)
+            heard = end()
         except Exception as error:  # the sequence is reported with every error
             print("BROKEN")
             sys.exit(f"seed {given.seed}: {type(error).__name__}: {error}\nafter: {', '.join(played)}")
@@ -305,7 +384,7 @@ def main() -> None:
     print(
         f"seed {given.seed}: {len(played)} operations in {time.monotonic() - began:.0f} s, {lab.killed} playbooks "
         f"killed on the way; {answers} messages of {len(residents.connections)} clients, "
-        f"{repeated} sent again, none lost"
+        f"{repeated} sent again, none lost{heard}"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable
@@ -83,11 +82,7 @@ def programs() -> Path:
 @pytest.fixture(scope="session")
 def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the pinned JavaScript client in node_modules."""
-    folder = tmp_path_factory.mktemp("javascript")
-    for name in ("package.json", "package-lock.json"):
-        shutil.copy(environment.PROJECT / "app" / name, folder)
-    subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=120)
-    return folder
+    return environment.javascript_client(tmp_path_factory.mktemp("javascript"))
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -123,3 +124,12 @@ def interrupt_where(here: Callable[[str], object], *arguments: str | Path) -> li
             if line.startswith("TASK [") and here(line):
                 break
     return told
+
+
+def javascript_client(folder: Path) -> Path:
+    """Installs the pinned JavaScript client in a folder, which is returned: node_modules is in it."""
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(PROJECT / "app" / name, folder)
+    npm = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
+    subprocess.run(npm, cwd=folder, check=True, timeout=120)
+    return folder

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -14,45 +14,48 @@ from urllib.request import urlopen
 import pytest
 import redis
 import redis.exceptions
-from stickyring.bus.connection import Address
+from lab_bus import SENTINEL, UNIT, LabBus, Speaking
 from stickyring.bus.emitter import BusAwayError, Emitter
 
 PROJECT = Path(__file__).parents[4]
 sys.path.insert(0, str(PROJECT / "app" / "tests"))
 from bus_crowd import Crowd  # noqa: E402 - of the application's tests
 
-UNIT, SENTINEL, NODE_UNIT = "stickyring-bus.service", "stickyring-bus-sentinel.service", "stickyring-node@1.service"
-DATA = "/var/lib/stickyring-bus/appendonlydir"
+NODE_UNIT = "stickyring-node@1.service"
 USERS = 60
 MOST_EXPOSED = 2.0
 BACK_SECONDS = 40
 
 
-def test_it_is_deployed_after_a_check_to_one_host(fleet: Any) -> None:
-    fleet.play("site.yml", "--check")
-    fleet.play("site.yml")
+def test_it_is_deployed_after_a_check_to_one_host(fleet: LabBus, play: Any) -> None:
+    play("molecule/shared/create.yml")
+    play("site.yml", "--check")
+    play("site.yml")
     anonymous = redis.Redis.from_url(re.sub("//.*@", "//", fleet.url("nodes")))
     with pytest.raises(redis.AuthenticationError):
         anonymous.ping()
 
 
-def test_it_becomes_three_hosts_with_tls_and_a_second_run_changes_nothing(fleet: Any) -> None:
-    fleet.grow()
-    fleet.play("site.yml")
-    assert re.findall(r"changed=(\d+)", fleet.play("site.yml")) == ["0"] * 8
+def test_it_becomes_three_hosts_with_tls_and_a_second_run_changes_nothing(fleet: LabBus, play: Any) -> None:
+    fleet.write("bus1", "bus2", "bus3")
+    play("molecule/shared/create.yml")
+    play("site.yml")
+    assert re.findall(r"changed=(\d+)", play("site.yml")) == ["0"] * 8
+    assert "The bus on bus3 stays as it is." in play("playbooks/plan.yml")
+    assert "The bus on bus3 restarts: " in play("playbooks/plan.yml", "-e", "stickyring_bus_memory_mib=300")
 
 
-def test_its_services_are_sandboxed(fleet: Any) -> None:
-    assert fleet.on("bus1", "systemctl is-system-running").strip() == "running"
+def test_its_services_are_sandboxed(fleet: LabBus, play: Any) -> None:
+    assert fleet.do("bus1", "systemctl is-system-running").strip() == "running"
     for unit in UNIT, SENTINEL:
-        exposure = fleet.on("bus1", f"systemd-analyze security --no-pager {unit}")
+        exposure = fleet.do("bus1", f"systemd-analyze security --no-pager {unit}")
         assert float(re.findall(r"exposure level for \S+: ([\d.]+)", exposure)[0]) <= MOST_EXPOSED
-        assert fleet.on("bus1", f"systemd-analyze verify /etc/systemd/system/{unit} 2>&1") == ""
+        assert fleet.do("bus1", f"systemd-analyze verify /etc/systemd/system/{unit} 2>&1") == ""
 
 
-def test_an_emitter_can_publish_and_nothing_else(fleet: Any) -> None:
+def test_an_emitter_can_publish_and_nothing_else(fleet: LabBus, play: Any) -> None:
     Emitter(fleet.url("emitter")).emit("said", "from a worker", room="nobody")
-    worker = Address(fleet.url("emitter"), "stickyring").client(asyncio=False)
+    worker = fleet.client("emitter")
     for forbidden in (lambda: worker.xrange("stickyring:events"), lambda: worker.set("other", 1), worker.flushall):
         with pytest.raises(redis.exceptions.NoPermissionError):
             forbidden()
@@ -60,83 +63,48 @@ def test_an_emitter_can_publish_and_nothing_else(fleet: Any) -> None:
         Emitter(fleet.url("emitter"), "another", timeout=0).emit("said", "to another application")
 
 
-def test_anybody_may_ask_a_sentinel_for_the_primary_and_nothing_else(fleet: Any) -> None:
-    client = Address(fleet.url("nodes"), "stickyring").client(asyncio=False)
+def test_anybody_may_ask_a_sentinel_for_the_primary_and_nothing_else(fleet: LabBus, play: Any) -> None:
+    client = fleet.client("nodes")
     sentinel = client.connection_pool.sentinel_manager.sentinels[0]
     assert sentinel.sentinel_get_master_addr_by_name("stickyring")
     for forbidden in (
         lambda: sentinel.execute_command("SENTINEL", "FAILOVER", "stickyring"),
         lambda: sentinel.execute_command("SENTINEL", "REMOVE", "stickyring"),
-        lambda: sentinel.config_get("*"),
+        lambda: sentinel.execute_command("SENTINEL", "MASTER", "stickyring"),
     ):
         with pytest.raises(redis.exceptions.NoPermissionError):
             forbidden()
 
 
-def test_a_bus_that_nodes_cannot_use_is_refused_before_any_node_changes(fleet: Any, nodes: list[Any]) -> None:
-    before = [fleet.on(node.name, f"systemctl show --property=MainPID {NODE_UNIT}") for node in nodes]
+def test_a_bus_that_nodes_cannot_use_is_refused_before_any_node_changes(
+    fleet: LabBus, play: Any, nodes: list[Any]
+) -> None:
+    before = [fleet.do(node.name, f"systemctl show --property=MainPID {NODE_UNIT}") for node in nodes]
     wrong = fleet.url("nodes").replace("of-the-nodes", "of-nobody").partition("?")[0] + "?ssl_cert_reqs=none"
-    told = fleet.play("site.yml", "-e", f"stickyring_node_bus_url={wrong}", check=False)
+    told = play("site.yml", "-e", f"stickyring_node_bus_url={wrong}", check=False)
     assert "Error: The bus does not accept the user and the password of its URL." in told
     assert "of-nobody" not in told
-    assert [fleet.on(node.name, f"systemctl show --property=MainPID {NODE_UNIT}") for node in nodes] == before
-
-
-class Speaking:
-    """Emits numbered events to everybody and to both rooms, twenty times a second."""
-
-    def __init__(self, url: str) -> None:
-        self._emitter = Emitter(url, timeout=30)
-        self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self.number = 0
-
-    def _run(self) -> None:
-        while not self._ends.wait(0.05):
-            self.number += 1
-            self._emitter.emit("numbered", ("all", self.number))
-            for room in ("0", "1"):
-                self._emitter.emit("numbered", (room, self.number), room=f"room {room}")
-
-    def __enter__(self) -> Speaking:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ends.set()
-        self._thread.join()
+    assert [fleet.do(node.name, f"systemctl show --property=MainPID {NODE_UNIT}") for node in nodes] == before
 
 
 def test_users_miss_nothing_unknowingly_whatever_fails_or_changes(
-    fleet: Any, nodes: list[Any], edge: Any, edge_url: Any, javascript: Path
+    fleet: LabBus, play: Any, nodes: list[Any], edge: Any, edge_url: Any, javascript: Path
 ) -> None:
     def on_node(number: int, command: str) -> Callable[[], object]:
-        return lambda: fleet.on(nodes[number].name, command)
+        return lambda: fleet.do(nodes[number].name, command)
 
-    def on_primary(*commands: str) -> None:
-        """The primary gets the first command, and the others once another host is the primary."""
-        primary = fleet.primary()
-        fleet.on(primary, commands[0])
-        for command in commands[1:]:
-            wait_until(lambda: fleet.primary() not in {primary, None}, "another host is the primary")
-            fleet.on(primary, command)
+    def wait(condition: Callable[[], bool]) -> None:
+        wait_until(condition, "another host is the primary")
 
     crowd = Crowd(javascript, USERS, [edge_url("sticky")])
     wait_until_all_are_back(nodes)
     with Speaking(fleet.url("emitter")) as speaking:
         for change in (
             *(on_node(number, f"systemctl kill --signal KILL {NODE_UNIT}") for number in range(len(nodes))),
-            lambda: on_primary(f"systemctl restart {UNIT}"),
-            lambda: on_primary(f"systemctl kill --signal KILL {UNIT}"),
-            lambda: on_primary(f"systemctl stop {UNIT}", f"systemctl start {UNIT}"),
-            lambda: on_primary(
-                f"systemctl kill --signal STOP {UNIT} {SENTINEL}", f"systemctl kill --signal CONT {UNIT} {SENTINEL}"
-            ),
-            # It comes back with an empty disk.
-            lambda: on_primary(f"systemctl stop {UNIT}; rm -r {DATA}; systemctl start --no-block {UNIT}", "true"),
-            lambda: fleet.on(edge.name, "systemctl restart stickyring-edge"),
+            *(partial(fault, wait) for fault in (fleet.restart, fleet.kill, fleet.stop, fleet.freeze, fleet.wipe)),
+            lambda: fleet.do(edge.name, "systemctl restart stickyring-edge"),
             on_node(0, f"systemctl restart {NODE_UNIT}"),
-            lambda: fleet.play("playbooks/rolling_update.yml", "-e", "stickyring_node_log_level=debug"),
+            lambda: play("playbooks/rolling_update.yml", "-e", "stickyring_node_log_level=debug"),
         ):
             change()
             wait_until_all_are_back(nodes)
@@ -147,12 +115,12 @@ def test_users_miss_nothing_unknowingly_whatever_fails_or_changes(
     assert history.heard >= speaking.number * USERS
 
 
-def test_a_host_of_it_is_removed_and_replaced(fleet: Any) -> None:
+def test_a_host_of_it_is_removed_and_replaced(fleet: LabBus, play: Any) -> None:
     leaving = fleet.primary()
-    fleet.play("playbooks/remove_bus.yml", "-e", f"stickyring_bus={leaving}")
+    play("playbooks/remove_bus.yml", "-e", f"stickyring_bus={leaving}")
     left = "ls -d /etc/stickyring-bus /var/lib/stickyring-bus* /etc/systemd/system/stickyring-bus* 2>/dev/null | wc -l"
-    assert fleet.on(leaving, left).strip() == "0"
-    fleet.play("site.yml")
+    assert fleet.do(leaving, left).strip() == "0"
+    play("site.yml")
     assert Emitter(fleet.url("emitter")).emit("said", "to nobody", room="nobody") is None
 
 

@@ -1,0 +1,155 @@
+"""A bus on hosts of its own beside those of an inventory, and what is needed to speak to its users."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import redis.sentinel
+import testinfra
+from stickyring.bus.connection import Address
+from stickyring.bus.emitter import BusAwayError, Emitter
+
+ADDRESSES = {"bus1": "198.51.100.30", "bus2": "198.51.100.31", "bus3": "198.51.100.32"}
+PASSWORDS = {"nodes": "of-the-nodes-of-the-lab", "emitter": "of-the-workers-of-the-lab"}
+VARIABLES = {
+    "stickyring_bus_password": PASSWORDS["nodes"],
+    "stickyring_bus_emitter_password": PASSWORDS["emitter"],
+    "stickyring_bus_replication_password": "of-the-bus-of-the-lab",
+}
+UNIT, SENTINEL = "stickyring-bus.service", "stickyring-bus-sentinel.service"
+DATA = "/var/lib/stickyring-bus/appendonlydir"
+KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-noenc")
+
+
+class LabBus:
+    """A copy of an inventory, in a new folder, that has the group `bus` too."""
+
+    def __init__(self, inventory: Path, folder: Path) -> None:
+        self.inventory = folder
+        self._hosts: list[str] = []
+        shutil.copytree(inventory, folder)
+
+    def do(self, name: str, command: str) -> str:
+        """Runs a command on a host, which must succeed; returns its output."""
+        host = testinfra.get_host(f"ansible://{name}?sudo=true", ansible_inventory=str(self.inventory))
+        output: str = host.check_output(command)
+        return output
+
+    def write(self, *hosts: str) -> None:
+        """Write the group: one host, or several with TLS."""
+        self._hosts = [*hosts]
+        group: dict[str, Any] = {"hosts": {name: {"ansible_host": ADDRESSES[name]} for name in hosts}}
+        if len(hosts) > 1:
+            self._make_certificates(hosts)
+            own = f"{self.inventory}/tls/{{{{ inventory_hostname }}}}"
+            tls = {"certificate": f"{own}.pem", "key": f"{own}.key", "ca": f"{self.inventory}/tls/ca.pem"}
+            group["vars"] = {"stickyring_bus_tls": tls}
+        (self.inventory / "bus.json").write_text(json.dumps({"bus": group, "all": {"vars": VARIABLES}}))
+
+    def _make_certificates(self, hosts: tuple[str, ...]) -> None:
+        folder = self.inventory / "tls"
+        folder.mkdir()
+
+        def openssl(*arguments: str) -> None:
+            subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+        signing = ("-addext", "keyUsage=critical,keyCertSign")
+        openssl("req", "-x509", *KEY, "-subj", "/CN=ca", *signing, "-keyout", "ca.key", "-out", "ca.pem")
+        for name in hosts:
+            names = ("-subj", f"/CN={name}", "-addext", f"subjectAltName=IP:{ADDRESSES[name]}")
+            openssl("req", *KEY, *names, "-keyout", f"{name}.key", "-out", f"{name}.csr")
+            signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-copy_extensions", "copy")
+            openssl("x509", "-req", *signed, "-in", f"{name}.csr", "-out", f"{name}.pem")
+
+    def url(self, account: str) -> str:
+        """What an account of the bus connects to."""
+        login = f"{account}:{PASSWORDS[account]}"
+        if len(self._hosts) == 1:
+            return f"redis://{login}@{ADDRESSES[self._hosts[0]]}:6379/0"
+        sentinels = ",".join(f"{ADDRESSES[name]}:26379" for name in self._hosts)
+        return f"rediss+sentinel://{login}@{sentinels}/0/stickyring?ssl_ca_certs={self.inventory}/tls/ca.pem"
+
+    def client(self, account: str) -> Any:
+        """A client of redis-py."""
+        return Address(self.url(account), "stickyring").client(asyncio=False)
+
+    def primary(self) -> str | None:
+        """Which host is the primary; None while the Sentinels choose one."""
+        try:
+            found = self.client("nodes").connection_pool.get_master_address()[0]
+        except redis.sentinel.MasterNotFoundError:
+            return None
+        return next(name for name, address in ADDRESSES.items() if address == found)
+
+    # Faults. `wait` waits for a condition.
+
+    def restart(self, wait: Callable[[Callable[[], bool]], None]) -> None:
+        """The primary is restarted."""
+        self._on_primary(f"systemctl restart {UNIT}")
+
+    def kill(self, wait: Callable[[Callable[[], bool]], None]) -> None:
+        """The primary is killed; systemd starts it again."""
+        self._on_primary(f"systemctl kill --signal=KILL {UNIT}")
+
+    def stop(self, wait: Callable[[Callable[[], bool]], None]) -> None:
+        """The primary is stopped until another one has taken over."""
+        primary = self._on_primary(f"systemctl stop {UNIT}")
+        wait(lambda: self.primary() not in {primary, None})
+        self.do(primary, f"systemctl start {UNIT}")
+
+    def freeze(self, wait: Callable[[Callable[[], bool]], None]) -> None:
+        """The primary and its Sentinel stand still until another one has taken over."""
+        primary = self._on_primary(f"systemctl kill --signal=STOP {UNIT} {SENTINEL}")
+        wait(lambda: self.primary() not in {primary, None})
+        self.do(primary, f"systemctl kill --signal=CONT {UNIT} {SENTINEL}")
+
+    def wipe(self, wait: Callable[[Callable[[], bool]], None]) -> None:
+        """The primary comes back with an empty disk."""
+        primary = self._on_primary(f"systemctl stop {UNIT}; rm -r {DATA}; systemctl start --no-block {UNIT}")
+        wait(lambda: self.primary() not in {primary, None})
+
+    def _on_primary(self, command: str) -> str:
+        primary = self.primary()
+        assert primary is not None
+        self.do(primary, command)
+        return primary
+
+
+class Speaking:
+    """Emits numbered events to everybody and to the rooms 0 and 1, twenty times a second."""
+
+    def __init__(self, url: str) -> None:
+        self._emitter = Emitter(url, timeout=60)
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._error: BusAwayError | None = None
+        self.number = 0
+
+    def _run(self) -> None:
+        try:
+            self._speak()
+        except BusAwayError as error:
+            self._error = error
+
+    def _speak(self) -> None:
+        while not self._ends.wait(0.05):
+            self.number += 1
+            self._emitter.emit("numbered", ("all", self.number))
+            for room in ("0", "1"):
+                self._emitter.emit("numbered", (room, self.number), room=f"room {room}")
+
+    def __enter__(self) -> Speaking:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
