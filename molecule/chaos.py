@@ -327,7 +327,8 @@ def listeners(lab: Lab, folder: Path, url: str) -> Iterator[Callable[[], str]]:
             f"{heard.not_recovered} not"
         )
 
-    with Speaking(lab.bus.url("emitter")) as speaking:
+    # Not to the residents, who expect answers only.
+    with Speaking(lab.bus.url("emitter"), aloud=False) as speaking:
         yield end
 
 
@@ -355,11 +356,11 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         lab = Lab(chance, LabBus(PROJECT / "inventory" / "lab", folder / "inventory"))
         with_bus = any(OPERATIONS[name][0] in AT_THE_BUS for name in names)
-        if with_bus:
-            deploy_bus(lab)
         url = f"http://{lab.edge_address}:{LISTENER_PORT}"
-        residents = lab.residents = stack.enter_context(Residents(url, USERS))
         try:
+            if with_bus:
+                deploy_bus(lab)
+            residents = lab.residents = stack.enter_context(Residents(url, USERS))
             end = stack.enter_context(listeners(lab, folder, url)) if with_bus else str
             residents.settle(SETTLED_SECONDS)
             rest(lab)

@@ -37,8 +37,15 @@ class Host:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselects tests that only `make soak` or another scenario runs."""
-    left = {"soak"} if os.environ.get("MOLECULE_SCENARIO_NAME", "default") == "default" else {"soak", "once"}
-    out = [] if environment.SOAK else [item for item in items if left & {mark.name for mark in item.iter_markers()}]
+    scenario = os.environ.get("MOLECULE_SCENARIO_NAME", "default")
+
+    def left_out(item: pytest.Item) -> bool:
+        """Tests that are marked `once` are for the scenario that the mark names, or for `default`."""
+        once = item.get_closest_marker("once")
+        elsewhere = once is not None and scenario not in (once.args or ("default",))
+        return elsewhere or item.get_closest_marker("soak") is not None
+
+    out = [] if environment.SOAK else [*filter(left_out, items)]
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in out]
 

@@ -122,9 +122,10 @@ class LabBus:
 
 
 class Speaking:
-    """Emits numbered events to everybody and to the rooms 0 and 1, twenty times a second."""
+    """Emits numbered events to the rooms 0 and 1, and to everybody if `aloud`, twenty times a second."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, aloud: bool = True) -> None:
+        self._aloud = aloud
         self._emitter = Emitter(url, timeout=60)
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -140,7 +141,8 @@ class Speaking:
     def _speak(self) -> None:
         while not self._ends.wait(0.05):
             self.number += 1
-            self._emitter.emit("numbered", ("all", self.number))
+            if self._aloud:
+                self._emitter.emit("numbered", ("all", self.number))
             for room in ("0", "1"):
                 self._emitter.emit("numbered", (room, self.number), room=f"room {room}")
 

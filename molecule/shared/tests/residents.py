@@ -91,7 +91,8 @@ class Connection:
         self.node = ""
         self.note("disconnect")
 
-    def hear(self, text: str, message_id: str | None = None) -> None:
+    def hear(self, text: str, *_: str) -> None:
+        """Notes which node welcomes it; a message's id follows, and with recovery its offset."""
         if text.endswith(": welcome"):
             self.node = text.removeprefix("node#").removesuffix(": welcome")
             self.welcomes.append((time.monotonic(), self.node))
