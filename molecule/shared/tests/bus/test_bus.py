@@ -7,10 +7,12 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import environment
 import pytest
 import redis
 import redis.exceptions
@@ -22,7 +24,7 @@ sys.path.insert(0, str(PROJECT / "app" / "tests"))
 from bus_crowd import Crowd  # noqa: E402 - of the application's tests
 
 NODE_UNIT = "stickyring-node@1.service"
-USERS = 60
+USERS, ROUNDS = (300, 3) if environment.SOAK else (60, 1)
 MOST_EXPOSED = 2.0
 BACK_SECONDS = 40
 
@@ -111,19 +113,21 @@ def test_users_miss_nothing_unknowingly_whatever_fails_or_changes(
     def wait(condition: Callable[[], bool]) -> None:
         wait_until(condition, "another host is the primary")
 
+    levels = cycle(("debug", "info"))
     crowd = Crowd(javascript, USERS, [edge_url("sticky")])
     wait_until_all_are_back(nodes)
     with Speaking(fleet.url("emitter")) as speaking:
-        for change in (
+        for change in ROUNDS * (
             *(on_node(number, f"systemctl kill --signal KILL {NODE_UNIT}") for number in range(len(nodes))),
             *(partial(fault, wait) for fault in (fleet.restart, fleet.kill, fleet.stop, fleet.freeze, fleet.wipe)),
             lambda: fleet.do(edge.name, "systemctl restart stickyring-edge"),
             on_node(0, f"systemctl restart {NODE_UNIT}"),
-            lambda: play("playbooks/rolling_update.yml", "-e", "stickyring_node_log_level=debug"),
+            lambda: play("playbooks/rolling_update.yml", "-e", f"stickyring_node_log_level={next(levels)}"),
         ):
             change()
             wait_until_all_are_back(nodes)
     history = crowd.end()
+    print(history)
     assert history.faults == []
     assert history.recovered >= USERS
     assert history.not_recovered <= history.recovered / 1000
