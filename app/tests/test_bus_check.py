@@ -102,7 +102,7 @@ def test_three_hosts_with_tls_and_what_is_wrong_with_them(trio: Trio) -> None:
 
 
 def test_the_check_of_an_application_checks_its_bus(tmp_path: Path) -> None:
-    command = [Path(sys.executable).with_name("stickyring"), "serve", "--check"]
+    command = [str(Path(sys.executable).with_name("stickyring")), "serve", "--check"]
     tried = subprocess.run(
         command,
         env={"STICKYRING_BUS_URL": f"unix://{tmp_path}/none.sock", "PATH": "/usr/bin"},
