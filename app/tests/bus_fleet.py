@@ -6,7 +6,6 @@ import json
 import queue
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any, TypeAlias
 
 import pytest
 import redis
+from bus_trio import Trio, server_program
 from conftest import ServeProcess, serving, wait_until
 
 CLIENT = Path(__file__).with_name("listening_client.mjs")
@@ -117,14 +117,6 @@ application = socketio.WSGIApp(server)
 """
 
 
-def server_program() -> str:
-    # Debian's redis-tools has the same program under the name of its check of dump files.
-    program = shutil.which("redis-server") or shutil.which("redis-check-rdb")
-    if program is None:
-        pytest.fail("the bus needs Redis: apt-get install redis-tools")
-    return program
-
-
 class Bus:
     """A Redis server of these tests alone."""
 
@@ -164,113 +156,6 @@ class Bus:
     def freeze(self, *, frozen: bool = True) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP if frozen else signal.SIGCONT)
-
-
-class Trio:
-    """A primary, two replicas and three Sentinels of these tests alone, with TLS and passwords."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        certificate = (
-            f"-subj /CN=bus -addext subjectAltName=IP:127.0.0.1 -keyout {folder}/key.pem -out {folder}/bus.pem"
-        )
-        make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
-        subprocess.run([*make.split(), *certificate.split()], check=True, capture_output=True)
-        with ExitStack() as held:
-            reserved = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(6)]
-            ports = [one.getsockname()[1] for one in reserved]
-        self.servers, self.sentinels = ports[:3], ports[3:]
-        hosts = ",".join(f"127.0.0.1:{port}" for port in self.sentinels)
-        trusted = f"ssl_ca_certs={folder}/bus.pem"
-        self.url = f"rediss+sentinel://nodes:of-the-nodes@{hosts}/0/bus?{trusted}"
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        self._users = folder / "users.acl"
-        self._users.write_text(
-            "user default on >of-the-replicas ~* &* +@all\nuser nodes on >of-the-nodes ~* &* +@all\n"
-        )
-
-    def start(self) -> None:
-        for port in self.servers:
-            follow = [] if port == self.servers[0] else ["--replicaof", f"127.0.0.1 {self.servers[0]}"]
-            (self.folder / str(port)).mkdir()
-            self._start(
-                port,
-                "--dir",
-                f"{self.folder}/{port}",
-                "--appendonly",
-                "yes",
-                "--save",
-                "",
-                "--aclfile",
-                str(self._users),
-                "--masterauth",
-                "of-the-replicas",
-                "--min-replicas-to-write",
-                "1",
-                *follow,
-            )
-        for port in self.sentinels:
-            settings = self.folder / f"{port}.conf"
-            settings.write_text(
-                f"sentinel monitor bus 127.0.0.1 {self.servers[0]} 2\nsentinel auth-pass bus of-the-replicas\n"
-                "sentinel down-after-milliseconds bus 1500\nsentinel failover-timeout bus 5000\n"
-            )
-            self._start(port, str(settings), "--sentinel")
-        wait_until(lambda: all(self._knows_all(port) for port in self.sentinels), "the Sentinels know each other")
-        wait_until(self._has_replicas, "replicas follow", 20)
-
-    def _start(self, port: int, *options: str) -> None:
-        tls = [
-            "--port",
-            "0",
-            "--tls-port",
-            str(port),
-            "--tls-cert-file",
-            f"{self.folder}/bus.pem",
-            "--tls-replication",
-            "yes",
-            "--tls-key-file",
-            f"{self.folder}/key.pem",
-            "--tls-ca-cert-file",
-            f"{self.folder}/bus.pem",
-            "--tls-auth-clients",
-            "no",
-        ]
-        with (self.folder / f"{port}.log").open("ab") as log:
-            self._processes[port] = subprocess.Popen(
-                ["redis-server", *options, *tls], executable=server_program(), stdout=log, stderr=log
-            )
-
-    def client(self, port: int) -> Any:
-        password = "of-the-replicas" if port in self.servers else None
-        return redis.Redis("127.0.0.1", port, password=password, ssl=True, ssl_ca_certs=f"{self.folder}/bus.pem")
-
-    def _knows_all(self, port: int) -> bool:
-        try:
-            state = self.client(port).sentinel_master("bus")
-        except redis.RedisError:
-            return False
-        return bool(state["num-other-sentinels"] == 2 and state["num-slaves"] == 2)
-
-    def _has_replicas(self) -> bool:
-        return bool(self.client(self.servers[0]).info("replication")["min_slaves_good_slaves"] == 2)
-
-    def primary(self) -> int:
-        found: int = self.client(self.sentinels[0]).sentinel_get_master_addr_by_name("bus")[1]
-        return found
-
-    def kill(self, port: int) -> None:
-        self._processes[port].kill()
-        self._processes[port].wait(10)
-
-    def signal(self, port: int, number: signal.Signals) -> None:
-        self._processes[port].send_signal(number)
-
-    def stop(self) -> None:
-        for process in self._processes.values():
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-            process.wait(10)
 
 
 def worker_of(node: ServeProcess) -> int:

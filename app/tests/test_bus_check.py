@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from bus_fleet import Bus, Trio
+from bus_fleet import Bus
+from bus_trio import Trio
 
 from stickyring.bus.check import problem_with
 from stickyring.bus.connection import Address

@@ -15,7 +15,8 @@ from typing import Any
 import bus_fleet
 import pytest
 from bus_crowd import Crowd, History
-from bus_fleet import Bus, Connect, Node, Trio, worker_of
+from bus_fleet import Bus, Connect, Node, worker_of
+from bus_trio import Trio
 from conftest import ServeProcess, wait_until
 
 from stickyring.bus.connection import TRIM, parsed
