@@ -5,13 +5,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from bench import bus, report
-from bench.bus import CONTROL, RECOVERY_ASGI, REDIS_ASGI, Fault, Profile
+from bench.bus import CONTROL, NODEJS_RECOVERY, RECOVERY_ASGI, REDIS_ASGI, TAKEOVER, Fault, Profile, ReplicatedBus
 from bench.contenders import Contender, _serve, install, node_modules, running
 from bench.load import LoadError, Loop, Wire, broadcast, listening, open_sessions
 from bench.rounds import Rounds
@@ -73,6 +74,39 @@ def test_a_run_measures_broadcasts_and_what_users_miss(
     table = (tmp_path / "output/bus.md").read_text()
     assert f"| {CONTROL.title} | {bus.MISSED['lost']} | 0 | " in table
     assert f"| {CONTROL.title} | {bus.MISSED['disordered']} |" not in table
+
+
+def test_a_run_finds_what_users_miss_when_another_host_of_the_bus_takes_over(
+    tmp_path: Path, rounds: Rounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bus, "_take_turns", lambda *_: None)
+    monkeypatch.setattr(bus, "AFTER_SECONDS", 8.0)
+    client = install(tmp_path, "client", node_modules, ROOT / "app/package-lock.json")
+    compared = [on_asgi(RECOVERY_ASGI, "ours-recovery"), on_asgi(REDIS_ASGI, "redis")]
+    part = bus.compare(rounds, replace(PROFILE, faults=(Fault(TAKEOVER),)), compared, "a Python", client)
+    (found,) = part.more["faults"].values()
+    assert all(found[RECOVERY_ASGI][0][name] == 0 for name in ("lost", "told", "repeated", "disordered"))
+    assert all(found[key][0]["recovered"] == found[key][0]["not_recovered"] == 0 for key in found)
+    assert found[RECOVERY_ASGI][0]["late"] > ReplicatedBus.down_after_seconds
+    assert found[REDIS_ASGI][0]["lost"] > ReplicatedBus.down_after_seconds * bus.PACED_RATE / bus.NODES
+
+
+def test_a_takeover_that_does_not_come_fails_the_run(rounds: Rounds) -> None:
+    with ReplicatedBus(rounds.folder / "bus", rounds.server_core) as replicated:
+        with replicated.disturbed(TAKEOVER), pytest.raises(LoadError, match="none has taken over"):
+            replicated.check()
+        assert replicated.cpu_seconds() > 0
+
+
+def test_who_is_left_out_of_a_fault_has_a_dash(tmp_path: Path, rounds: Rounds, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bus, "_take_turns", lambda *_: None)
+    missing = SimpleNamespace(**dict.fromkeys(bus.MISSED, 6))
+    monkeypatch.setattr(bus, "_disturb", lambda _, group, *__: {one.key: missing for one in group})
+    compared = [on_asgi(REDIS_ASGI, "redis"), on_asgi(NODEJS_RECOVERY, "Node.js")]
+    part = bus.compare(rounds, replace(PROFILE, faults=(CONTROL, Fault(TAKEOVER))), compared, "a Python", tmp_path)
+    lost = [line for line in part.sections if bus.MISSED["lost"] in line]
+    assert [line.split(" | ")[2:] for line in lost] == [["1.00", "1.00 |"], ["1.00", "- |"]]
+    assert any("Node.js was not measured there: a dash" in line for line in part.sections)
 
 
 def test_a_check_that_finds_nothing_where_something_is_missed_fails_the_run(
