@@ -25,7 +25,9 @@ import uuid
 import socketio
 import stickyring.bus
 
-server = socketio.Server(async_mode="eventlet", client_manager={manager})
+server = socketio.Server(
+    async_mode="eventlet", client_manager={manager}, ping_interval={pings}, ping_timeout={pings}
+)
 
 def tell_of_loss():
     server.emit("loss", None)
@@ -39,6 +41,14 @@ def connect(sid, environ, auth=None):
         server.sleep(3)
     if {hello}:
         server.emit("hello", [environ.get("stickyring.recovered"), auth], to=sid)
+
+@server.event
+def disconnect(sid, reason):
+    if {goodbye}:
+        server.emit("left", sid, room="nobody")
+        for other, _ in [*server.manager.get_participants("/", "partners")]:
+            if other != sid:
+                server.leave_room(other, "partners")
 
 @server.event
 def join(sid, room):
@@ -72,6 +82,12 @@ def count():
         number += 1
         server.emit("numbered", (run, number))
         server.sleep(0.05)
+
+@server.event
+def send_many(sid, count, size):
+    for _ in range(count):
+        server.emit("many", [b"x"] * size if count == 1 else "x" * size, room="nobody")
+        server.sleep(0.01)
 
 @server.event
 def fill(sid):
@@ -115,6 +131,11 @@ def ask(sid, other):
 
 application = socketio.WSGIApp(server)
 """
+
+
+def application(manager: str, *, hello: bool = False, goodbye: bool = False, pings: int = 20) -> str:
+    """Return the source of an application: a handler that greets, one that does things when a client has left."""
+    return APPLICATION.format(manager=manager, hello=hello, goodbye=goodbye, pings=pings)
 
 
 class Bus:
@@ -230,6 +251,10 @@ class Client:
         self.do("back")
         return self.until("connect")[1:]
 
+    def pause(self, *, ends: bool = False) -> None:
+        """Stand still, as if it had vanished."""
+        self._process.send_signal(signal.SIGCONT if ends else signal.SIGSTOP)
+
     def end(self) -> None:
         """Disconnect, and end."""
         assert self._process.stdin is not None
@@ -267,10 +292,17 @@ def node(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..
 
     bus = request.getfixturevalue("trio" if "trio" in request.fixturenames else "bus")
 
-    def start(name: str, manager: str = "stickyring.bus.manager(recovery=True)", *, hello: bool = True) -> ServeProcess:
+    def start(
+        name: str,
+        manager: str = "stickyring.bus.manager(recovery=True)",
+        *,
+        hello: bool = True,
+        goodbye: bool = False,
+        pings: int = 20,
+    ) -> ServeProcess:
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "app.py").write_text(APPLICATION.format(manager=manager, hello=hello))
+        (folder / "app.py").write_text(application(manager, hello=hello, goodbye=goodbye, pings=pings))
         return stack.enter_context(serving(folder, "app:application", STICKYRING_BUS_URL=bus.url))
 
     with ExitStack() as stack:

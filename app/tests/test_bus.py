@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from bus_fleet import APPLICATION, Bus, Connect, Node, worker_of
+from bus_fleet import Bus, Connect, Node, application, worker_of
 from conftest import serving, wait_until
 
 from stickyring.bus.connection import parsed
@@ -380,7 +380,7 @@ def test_a_client_that_is_lost_while_it_connects_is_in_no_room(node: Node, clien
 
 
 def test_who_is_in_a_room_without_a_bus_and_with_another_manager(client: Connect, tmp_path: Path) -> None:
-    (tmp_path / "app.py").write_text(APPLICATION.format(manager="stickyring.bus.manager()", hello=False))
+    (tmp_path / "app.py").write_text(application("stickyring.bus.manager()"))
     with serving(tmp_path, "app:application") as alone:
         ann, bob = client(alone), client(alone)
         sids = sorted(one.until("connect")[1] for one in (ann, bob))
@@ -392,3 +392,64 @@ def test_who_is_in_a_room_without_a_bus_and_with_another_manager(client: Connect
 def test_the_manager_of_python_socketio_does_not_know_who_is_in_a_room(bus: Bus, node: Node, client: Connect) -> None:
     ann = client(node("first", f"(lambda url: socketio.RedisManager(url))('{bus.url}')"))
     assert ann.ask("who", None, 1).startswith("TypeError: ")
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["bus there", "bus away"])
+def test_a_disconnect_handler_that_publishes_does_not_stop_the_node(
+    bus: Bus, node: Node, client: Connect, *, away: bool
+) -> None:
+    """It runs when a broadcast finds that a polling client has vanished."""
+    first, second = node("first", goodbye=True, pings=1), node("second")
+    ann, bob, eve = client(first, "polling"), client(first), client(second)
+    for one in (ann, bob, eve):
+        one.until("connect")
+        one.ask("join", "partners")
+    (bob if away else eve).do("emit", "begin_to_count")
+    bob.until("numbered")
+    if away:
+        bus.stop()
+    ann.pause()
+    wait_until(lambda: first.metric('stickyring_connections{transport="polling"}') == 0, "its session has ended")
+    if away:
+        bus.start()
+    bob.ask("say", None, "after")
+    assert bob.said(1) == ["after"]
+    assert eve.said(1) == ["after"]
+    ann.pause(ends=True)
+
+
+def test_an_event_may_have_thousands_of_attachments(node: Node, client: Connect) -> None:
+    ann, bob = client(node("first")), client(node("second"))
+    for one in (ann, bob):
+        one.until("connect")
+    ann.ask("send_many", 1, 5000)
+    ann.ask("say", None, "after")
+    assert bob.said(1) == ["after"]
+
+
+def test_a_backlog_beyond_what_the_bus_sends_at_once_is_read(bus: Bus, node: Node, client: Connect) -> None:
+    bus.client.config_set("client-output-buffer-limit", "normal 4mb 4mb 0")
+    second = node("second")
+    ann, bob = client(node("first")), client(second)
+    for one in (ann, bob):
+        one.until("connect")
+    worker = worker_of(second)
+    os.kill(worker, signal.SIGSTOP)
+    ann.ask("send_many", 20, 500_000)
+    os.kill(worker, signal.SIGCONT)
+    ann.ask("say", None, "after")
+    assert bob.said(1, 20) == ["after"]
+
+
+def test_an_emitter_that_was_made_before_a_fork_loses_nothing(bus: Bus, node: Node, client: Connect) -> None:
+    ann = client(node("first"))
+    ann.until("connect")
+    emitter = Emitter(bus.url)
+    emitter.emit("said", "parent")
+    for number in range(2):
+        child = os.fork()
+        if not child:
+            emitter.emit("said", f"child {number}")
+            os._exit(0)
+        os.waitpid(child, 0)
+    assert ann.said(3) == ["parent", "child 0", "child 1"]

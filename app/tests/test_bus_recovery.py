@@ -21,6 +21,9 @@ from conftest import ServeProcess, wait_until
 
 from stickyring.bus.connection import TRIM, parsed
 from stickyring.bus.emitter import Emitter
+from stickyring.bus.entry import CLOSE, ENTER, EVENT, Entry
+from stickyring.bus.kept import Kept, Stay, recover
+from stickyring.bus.offset import Offset, Position
 
 
 @pytest.mark.parametrize("transport", ["websocket", "polling"])
@@ -428,3 +431,70 @@ def test_a_session_that_began_before_the_bus_was_there_goes_on(bus: Bus, node: N
     client(second).ask("say", None, "missed")
     assert ann.back() == [sid, True, pid]
     assert ann.said(1) == ["missed"]
+
+
+def test_a_client_that_the_application_disconnected_while_it_was_away_gets_a_new_session(
+    node: Node, client: Connect
+) -> None:
+    first, second = node("first"), node("second")
+    ann, bob = client(first), client(second)
+    _, sid, _, pid = ann.until("connect")
+    ann.away(second)
+    bob.ask("bye", sid)
+    new_sid, recovered, new_pid = ann.back()
+    assert not recovered
+    assert new_sid != sid
+    assert new_pid != pid
+    assert second.metric('stickyring_sessions_not_recovered_total{reason="ended"}') == 1
+
+
+def test_a_client_whose_events_the_bus_has_lost_with_all_nodes_is_told(bus: Bus, node: Node, client: Connect) -> None:
+    first = node("first", hello=False)
+    ann, bob = client(first), client(first)
+    ann.until("connect")
+    for text in ("one", "two"):
+        bob.ask("say", None, text)
+    assert ann.said(2) == ["one", "two"]
+    ann.do("away", "http://127.0.0.1:9")
+    ann.until("disconnect")
+    first.stop()
+    # As if it had lost power, and with it the last second.
+    bus.client.xdel("stickyring:events", *[name for name, _ in bus.client.xrevrange("stickyring:events", count=3)])
+    second = node("second", hello=False)
+    client(second).ask("say", None, "new")
+    ann.node = second
+    ann.do("away", second.url)
+    assert ann.back()[1] is False
+
+
+def of_room(kind: str, at: int, data: str = "", **header: str) -> tuple[Position, Entry]:
+    return Position(at, 0), Entry(kind, "0" * 16, at, {"n": "/", "r": "club"} | header, data)
+
+
+def test_rooms_are_those_that_are_known_and_what_came_after() -> None:
+    """What is known of a session's rooms is newer than what its client has got, or older."""
+
+    def kept(*stays: Stay, sent: str = "8-0") -> Kept:
+        return Kept("s", "/", Position(1, 0), "epoch", stays=[*stays], sent=sent)
+
+    def replayed(
+        session: Kept, seen: int, offset: int, *entries: tuple[Position, Entry]
+    ) -> tuple[list[str], list[Any]]:
+        found = recover(session.to_json(Position(seen, 0)).encode(), "pid", Offset(Position(offset, 0)), "epoch")
+        assert found is not None
+        return [entry.data for at, entry in entries if found.replay(entry, at)], found.rooms
+
+    left, again = Stay("club", Position(2, 0), Position(5, 0)), Stay("club", Position(6, 0))
+    closed, event = of_room(CLOSE, 5), of_room(EVENT, 8, "event")
+    assert replayed(kept(left, again), 9, 4, closed, event) == (["event"], ["club"])
+    gone = Stay("club", Position(5, 0), Position(6, 0))
+    entered = of_room(ENTER, 5, s="s")
+    assert replayed(kept(gone), 8, 4, entered, of_room(EVENT, 9, "of a room that it has left")) == ([], [])
+    assert replayed(kept(sent=""), 4, 7, entered, of_room(EVENT, 6, "got"), event) == (["event"], ["club"])
+
+
+def test_an_offset_of_many_parts_is_none() -> None:
+    few, many = ("1-0" + "".join(f"+{number:016x}:1" for number in range(count)) for count in (16, 17))
+    assert len(Offset.parse(few).ahead) == 16
+    with pytest.raises(ValueError, match="not an offset"):
+        Offset.parse(many)

@@ -15,33 +15,34 @@ URL_VARIABLE = "STICKYRING_BUS_URL"
 NAME_VARIABLE = "STICKYRING_BUS_NAME"
 DEFAULT_NAME = "stickyring"
 RECOVERY_SECONDS = 120.0
+"""For how long a client may be away and go on with its session, if the application gives no number."""
 MOST_ENTRIES = 200_000
 """Of the stream; beyond that, what is kept for recovery is kept for a shorter time."""
 MEMBERS_SECONDS = 10.0
 """How long `members` waits for the answers of all processes."""
 
 
-def manager(*, recovery: bool = False) -> Any:  # noqa: ANN401 - one of two classes
+def manager(*, recovery: bool | float = False) -> Any:  # noqa: ANN401 - one of two classes
     """Return the client manager of a `socketio.Server`, or of Flask-SocketIO.
 
     It is that of the deployment's bus. Without one, it is python-socketio's own, for one process. With `recovery`,
-    clients go on with their session if they were away for at most RECOVERY_SECONDS; each event then has one more
-    argument, as Socket.IO's connection state recovery wants it.
+    clients go on with their session if they were away for at most so many seconds, or RECOVERY_SECONDS; each event then
+    has one more argument, as Socket.IO's connection state recovery wants it.
     """
     if (found := address()) is None:
         return socketio.Manager()
     from stickyring.bus.manager import Manager  # noqa: PLC0415 - redis is needed with a bus only
 
-    return Manager(found, recovery=RECOVERY_SECONDS if recovery else 0.0, most_entries=MOST_ENTRIES)
+    return Manager(found, recovery=_seconds(recovery), most_entries=MOST_ENTRIES)
 
 
-def async_manager(*, recovery: bool = False) -> Any:  # noqa: ANN401 - one of two classes
+def async_manager(*, recovery: bool | float = False) -> Any:  # noqa: ANN401 - one of two classes
     """Return the same for a `socketio.AsyncServer`."""
     if (found := address()) is None:
         return socketio.AsyncManager()
     from stickyring.bus.manager import AsyncManager  # noqa: PLC0415 - redis is needed with a bus only
 
-    return AsyncManager(found, recovery=RECOVERY_SECONDS if recovery else 0.0, most_entries=MOST_ENTRIES)
+    return AsyncManager(found, recovery=_seconds(recovery), most_entries=MOST_ENTRIES)
 
 
 def members(server: Any, room: Hashable, namespace: str = "/", *, timeout: float = MEMBERS_SECONDS) -> set[str]:  # noqa: ANN401 - untyped
@@ -78,6 +79,10 @@ def _members_here(server: Any, room: Hashable, namespace: str) -> set[str]:  # n
     if type(server.manager) not in {socketio.Manager, socketio.AsyncManager}:
         raise TypeError(f"{type(server.manager).__name__} knows the users of its own process only")
     return {sid for sid, _ in server.manager.get_participants(namespace, room)}
+
+
+def _seconds(recovery: float) -> float:
+    return RECOVERY_SECONDS if recovery is True else float(recovery)
 
 
 def address() -> Address | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 
@@ -27,10 +28,15 @@ class Emitter:
 
     def __init__(self, url: str, name: str = "stickyring", *, timeout: float = 10.0) -> None:
         self._address = Address(url, name)
+        self._timeout = timeout
+        self._begin()
+
+    def _begin(self) -> None:
+        """Number the events anew, as another origin; after a fork, the child does it too."""
+        self._pid = os.getpid()
         self._redis = self._address.client(asyncio=False)
         self._origin = secrets.token_hex(8)
         self._number = 0
-        self._timeout = timeout
 
     def emit(
         self,
@@ -45,6 +51,8 @@ class Emitter:
         Raises:
             BusAwayError: the bus is away, or refuses.
         """
+        if self._pid != os.getpid():
+            self._begin()
         text, attachments = encode(event_of(event, data), socketio.packet.Packet)
         self._number += 1
         header = header_of(namespace, room, skip_sid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,10 +45,11 @@ class Entry:
 
     def fields(self) -> list[str | bytes]:
         """Return the names and values that Redis stores, except origin and number."""
-        return [
-            *("k", self.kind, "h", json.dumps(self.header, separators=(",", ":")), "d", self.data),
-            *(part for number, value in enumerate(self.attachments) for part in (f"b{number}", value)),
-        ]
+        found: list[str | bytes] = ["k", self.kind, "h", json.dumps(self.header, separators=(",", ":")), "d", self.data]
+        if self.attachments:
+            # In one piece: a script of Redis handles at most some thousand values.
+            found += ["a", ",".join(str(len(one)) for one in self.attachments), "b", b"".join(self.attachments)]
+        return found
 
     @classmethod
     def of(cls, stored: Mapping[bytes, bytes]) -> Entry:
@@ -63,11 +64,15 @@ class Entry:
             int(stored[b"q"]),
             json.loads(stored[b"h"]),
             stored[b"d"].decode(),
-            tuple(stored[f"b{number}".encode()] for number in range(len(stored) - len(_FIELDS))),
+            tuple(_split(stored[b"b"], map(int, stored[b"a"].split(b",")))) if b"a" in stored else (),
         )
 
 
-_FIELDS = ("k", "o", "q", "h", "d")
+def _split(joined: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
+    at = 0
+    for size in sizes:
+        yield joined[at : at + size]
+        at += size
 
 
 def header_of(namespace: str | None, room: object, skipped: str | list[str] | None) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from stickyring.bus.entry import CLOSE, ENTER, EVENT, LEAVE, Entry
-from stickyring.bus.offset import Offset, Position
+from stickyring.bus.entry import CLOSE, DISCONNECT, ENTER, EVENT, LEAVE, Entry
+from stickyring.bus.offset import BEGIN, Offset, Position
 
 
 def new_pid() -> str:
@@ -46,8 +46,10 @@ class Kept:
       events that come meanwhile, sent after these; None once it is connected
     - given_up: whether its connection is about to end, because it may have missed events or goes on elsewhere; it gets
       no more
+    - disconnected: whether the application has disconnected it while it was away
     - leaves_for_good: whether its client has left on purpose, or was disconnected
     - ended: up to where it was here; saved_at: when, on the monotonic clock
+    - of a recovered one, `seen`: up to where its stays are known; `start`: after which its client has missed events
     """
 
     sid: str
@@ -64,8 +66,11 @@ class Kept:
     held: list[list[Any]] | None = field(default_factory=list)
     leaves_for_good: bool = True
     given_up: bool = False
+    disconnected: bool = False
     ended: Position | None = None
     saved_at: float = 0.0
+    seen: Position = BEGIN
+    start: Position = BEGIN
 
     def enter(self, room: Hashable, position: Position) -> None:
         """Note that it is in a room from now on."""
@@ -92,11 +97,14 @@ class Kept:
         header = entry.header
         if header.get("n") != self.namespace:
             return False
-        if entry.kind in {ENTER, LEAVE} and header["s"] == self.sid:
-            (self.enter if entry.kind == ENTER else self.leave)(header["r"], position)
-        elif entry.kind == CLOSE:
-            self.leave(header["r"], position)
-        if entry.kind != EVENT or self.sid in header.get("x", ()):
+        if position > self.seen:
+            if entry.kind in {ENTER, LEAVE} and header["s"] == self.sid:
+                (self.enter if entry.kind == ENTER else self.leave)(header["r"], position)
+            elif entry.kind == CLOSE:
+                self.leave(header["r"], position)
+            elif entry.kind == DISCONNECT and header["s"] == self.sid:
+                self.disconnected = True
+        if entry.kind != EVENT or position <= self.start or self.sid in header.get("x", ()):
             return False
         if self.has is not None and self.has.covers(position, entry.origin, entry.number):
             return False
@@ -129,8 +137,8 @@ class Kept:
         )
 
 
-def recover(text: bytes, pid: str, offset: Offset | None, epoch: str) -> tuple[Kept, Position] | None:
-    """Return a session of another connection or node, and the position after which its client may have missed events.
+def recover(text: bytes, pid: str, offset: Offset | None, epoch: str) -> Kept | None:
+    """Return a session of another connection or node.
 
     `offset` is what the client says that it has got, None if it has got no event. Return None if the session is of
     another epoch: the stream has lost entries since.
@@ -144,11 +152,11 @@ def recover(text: bytes, pid: str, offset: Offset | None, epoch: str) -> tuple[K
         Stay(_hashable(room), Position.parse(since), until and Position.parse(until))
         for room, since, until in found["stays"]
     ]
-    seen = Position.parse(found["seen"])
-    if str(offset or "") == found["sent"]:
-        # It has got all that was sent to it up to then.
-        return kept, max(seen, offset.position) if offset else seen
-    return kept, max(offset.position, kept.began) if offset else kept.began
+    kept.seen = Position.parse(found["seen"])
+    # It has got all that was sent to it up to then, or what its offset says.
+    since = kept.seen if str(offset or "") == found["sent"] else kept.began
+    kept.start = max(since, offset.position) if offset else since
+    return kept
 
 
 def _hashable(room: Any) -> Hashable:  # noqa: ANN401 - from JSON

@@ -20,11 +20,11 @@ COUNTERS = {
     "sent": "Events of the bus sent to a session, or held for it.",
     "ahead": "Own events delivered to own sessions without the bus, which was away.",
     "outages": "Times at which the bus was away.",
-    "holes": "Times at which the bus had lost events: all sessions were asked to connect anew.",
+    "holes": "Times at which the bus had lost events.",
 }
-REASONS = ("unknown", "history", "trimmed", "taken", "bus")
+REASONS = ("unknown", "history", "trimmed", "taken", "ended", "bus")
 """Why a session could not be recovered: the bus does not have it (any more); the bus has lost events since; its events
-are no longer kept; another connection of the client has it; the bus was away."""
+are no longer kept; another connection of the client has it; the application has disconnected it; the bus was away."""
 
 
 def register_bus(servers: Sequence[Any], registry: CollectorRegistry) -> Sequence[Stream]:

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-_TEXT = re.compile(r"(?P<ms>\d{1,16})-(?P<n>\d{1,16})(?P<ahead>(?:\+[0-9a-f]{16}:\d{1,16})*)")
+_TEXT = re.compile(r"(?P<ms>\d{1,16})-(?P<n>\d{1,16})(?P<ahead>(?:\+[0-9a-f]{16}:\d{1,16}){0,16})")
+"""With few processes: a longer one would be sent with each event."""
 
 
 class Position(NamedTuple):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import redis
 import socketio.packet
 
-from stickyring.bus.connection import AT_ONCE, REPLICA_MILLISECONDS, SAVE, end_of, parsed, require_replica
+from stickyring.bus.connection import REPLICA_MILLISECONDS, SAVE, end_of, parsed, require_replica
 from stickyring.bus.entry import MOVED, Entry
 from stickyring.bus.kept import Kept, new_pid, recover
 from stickyring.bus.offset import BEGIN, Offset, Position
@@ -33,6 +33,8 @@ second for the answer when it reconnects."""
 FAILOVER_SECONDS = 10.0
 """How long a client that comes back waits for a bus that went away, from then on: another host may take over."""
 LOOK_SECONDS = 1.0
+WAIT_SECONDS = 0.05
+"""Until a process that has lost its place in the stream finds it again."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +170,20 @@ class Recovery:
         namespace = namespace or "/"
         claim, data = Claim.of(data)
         await self._stream.met.wait(SAVED_SECONDS)
-        kept = None if claim is None else await self._claimed(claim, eio_sid, namespace)
-        # From here to `go_on` or `begin`, no other task has a turn.
-        self._stream.manager.server.environ[eio_sid][RECOVERED] = kept is not None
-        if kept is not None:
-            self._router.arriving[eio_sid, namespace] = kept
-        await settle(self._connect(eio_sid, namespace, data))
+        try:
+            kept = None if claim is None else await self._claimed(claim, eio_sid, namespace)
+            # From here to `go_on` or `begin`, no other task has a turn.
+            environ = self._stream.manager.server.environ.get(eio_sid)
+            if environ is None:
+                # It has left meanwhile.
+                return
+            environ[RECOVERED] = kept is not None
+            if kept is not None:
+                self._router.arriving[eio_sid, namespace] = kept
+            await settle(self._connect(eio_sid, namespace, data))
+        finally:
+            self._offsets.pop((eio_sid, namespace), None)
+            self._router.arriving.pop((eio_sid, namespace), None)
 
     async def _on_disconnect(self, eio_sid: str, namespace: str | None, reason: str | None = None) -> None:
         namespace = namespace or "/"
@@ -250,6 +260,8 @@ class Recovery:
         """Return the claimed session, or None and the reason; nothing is waited for once its place is known."""
         stream, router = self._stream, self._router
         address = stream.address
+        if not stream.met.is_set():
+            raise redis.ConnectionError("this process has not reached the bus yet")
         if (old := self._by_pid.get(claim.pid)) is not None:
             # Its client has left without a word.
             await stream.end(old.sid, old.namespace)
@@ -265,36 +277,50 @@ class Recovery:
             self._offsets[eio_sid, namespace] = Offset(BEGIN, claim.offset.ahead)
         if text is None:
             return None, "unknown"
-        found = recover(text, claim.pid, claim.offset, (epoch or b"").decode())
-        if found is None or found[0].namespace != namespace:
+        kept = recover(text, claim.pid, claim.offset, (epoch or b"").decode())
+        if kept is None or kept.namespace != namespace:
             return None, "history"
-        kept, start = found
         if (namespace, kept.sid) in router.kept:
             # Given away, and not ended yet.
             await stream.end(kept.sid, namespace)
-        entries: list[tuple[Position, Entry]] = []
-        reached = start
         await stream.publish(MOVED, {"n": namespace, "s": kept.sid})
+        if (reason := await self._catch_up(kept)) == "ended":
+            await settle(stream.redis.delete(address.session(kept.pid)))
+        return (None, reason) if reason else (kept, "")
+
+    async def _catch_up(self, kept: Kept) -> str:
+        """Give a session what its client has missed; return why that is not possible, or nothing."""
+        stream, router = self._stream, self._router
+        address = stream.address
+        # Its rooms may have changed after what is known of them, and before what it has missed.
+        begin, end = sorted((kept.start, kept.seen))
+        entries: list[tuple[Position, Entry]] = []
         while True:
+            reached = entries[-1][0] if entries else begin
             pipeline = stream.redis.pipeline(transaction=True)
-            pipeline.xrange(address.stream, f"({reached}", "+", count=AT_ONCE)
+            size = stream.page
+            pipeline.xrange(address.stream, f"({reached}", "+", count=size)
             pipeline.get(address.floor)
             pipeline.xrange(address.stream, count=1)
-            pipeline.xrevrange(address.stream, count=1)
+            pipeline.xrange(address.stream, str(end), str(end))
             pipeline.get(address.written(stream.outbox.origin))
-            page, floor, first, last, written = await settle(pipeline.execute())
-            if floor is not None and start < Position.parse(floor) and start < end_of(first):
-                return None, "trimmed"
-            if end_of(last) < start:
-                return None, "history"
+            pipeline.get(address.epoch)
+            page, floor, first, at_end, written, epoch = await settle(pipeline.execute())
+            if floor is not None and begin < Position.parse(floor) and begin < end_of(first):
+                return "trimmed"
+            if not (at_end or end == BEGIN) or not (epoch or b"").decode() == kept.epoch == router.epoch:
+                # The bus has lost what came there, or after it.
+                return "history"
             entries += parsed(page)
-            reached = entries[-1][0] if entries else start
-            if claim.pid in self._by_pid:
+            reached = max(end, entries[-1][0]) if entries else end
+            if kept.pid in self._by_pid:
                 # Another connection of this client was faster.
-                return None, "taken"
-            if len(page) < AT_ONCE and reached >= router.now:
+                return "taken"
+            if len(page) < size and reached >= router.now:
                 router.go_on(kept, entries, reached, int(written or 0))
-                return kept, ""
+                return "ended" if kept.disconnected else ""
+            if not page:
+                await stream.wait.sleep(WAIT_SECONDS)
 
     # Saving.
 

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 AHEAD_SECONDS = 1.0
 """A node delivers its own events itself when the bus has had no turn for so long."""
+MOST_ORIGINS = 10_000
+"""Of which a process remembers the number of the last entry; those that have written nothing for longest go first."""
 AHEAD = Position(2**53, 0)
 """Stands for the position of an entry that the stream does not have yet."""
 
@@ -79,7 +81,10 @@ class Router:
         """Note an entry of the stream; return whether it is to be delivered here."""
         self.position = position
         self.counts.read += 1
+        self._numbers.pop(entry.origin, None)
         self._numbers[entry.origin] = entry.number
+        if len(self._numbers) > MOST_ORIGINS:
+            del self._numbers[next(iter(self._numbers))]
         if entry.origin != self.outbox.origin:
             return True
         self.outbox.read_back(entry.number)

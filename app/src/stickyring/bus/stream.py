@@ -6,6 +6,7 @@ import logging
 import random
 import secrets
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable
 from functools import partial
 from typing import Any
@@ -68,8 +69,8 @@ class Stream:
     publishes waits in a bounded outbox until it has read it back. If the bus is away, the process delivers its own
     events to its own sessions after AHEAD_SECONDS, and others get them when the bus is back.
 
-    `away_since`: since when the bus is away, on the monotonic clock; None while it is there. `met` is set once this
-    process has its place in the stream.
+    `page`: how many entries are read at a time. `away_since`: since when the bus is away, on the monotonic clock; None
+    while it is there. `met` is set once this process has its place in the stream.
     """
 
     def __init__(self, manager: Any, address: Address, wait: Waiting, *, recovery: float, most_entries: int) -> None:  # noqa: ANN401 - untyped
@@ -79,7 +80,7 @@ class Stream:
         self.redis = address.client(asyncio=wait.asyncio)
         self._append, self._swap, self._trim = map(self.redis.register_script, (APPEND, SWAP, TRIM))
         self._most_entries = most_entries
-        self.outbox = Outbox(secrets.token_hex(8))
+        self.outbox = Outbox("")
         self.router = Router(manager, self.outbox, recovers=recovery > 0)
         self.recovery = Recovery(self, recovery)
         self.presence = Presence(self)
@@ -88,12 +89,17 @@ class Stream:
         self._turn, self._meeting = wait.lock(), wait.lock()
         self._written, self._progress = wait.event(), wait.event()
         self._calls: dict[int, tuple[float, Callable[..., Any]]] = {}
+        self.page = AT_ONCE
+        self._outgoing: deque[tuple[str, list[Any]]] = deque()
+        self._sender: object = None
         self._started = False
 
     def start(self) -> None:
         """Begin to read and write, once."""
         if not self._started:
             self._started = True
+            # Not earlier: the application may be loaded before its process forks.
+            self.outbox.origin = secrets.token_hex(8)
             for task in (self._read_on, self._write_on, *([self.recovery.save_on] if self.recovery.seconds else [])):
                 self.wait.spawn(self._again_and_again(task, meets=True))
             for task in (self._go_ahead_on, self._tend_on):
@@ -125,7 +131,7 @@ class Stream:
     async def deliver_own(self) -> None:
         """Wait until what this process has published is delivered to its own sessions."""
         number = self.outbox.last
-        while self.router.delivered < number:
+        while self.router.delivered < number or self._sender not in {None, self.wait.current()}:
             await self._progress.wait(TICK_SECONDS)
             if self.router.alone:
                 await self._go_ahead()
@@ -133,7 +139,22 @@ class Stream:
     async def _go_ahead(self) -> None:
         async with self._turn:
             for entry in self.router.entries_ahead():
-                await self._handle(entry, None)
+                self._handle(entry, None)
+        await self._send_out()
+
+    async def _send_out(self) -> None:
+        """Send what is to be sent, in order, by one task at a time.
+
+        To find that a client has left, its connection is closed here, and the application's disconnect handler runs,
+        which may publish something itself: that comes next.
+        """
+        if self._sender is None:
+            self._sender = self.wait.current()
+            try:
+                while self._outgoing:
+                    await self.send(*self._outgoing.popleft())
+            finally:
+                self._sender = None
         self._note_progress()
 
     def _note_progress(self) -> None:
@@ -143,8 +164,8 @@ class Stream:
     def expect(self, callback: Callable[..., Any]) -> int:
         """Return the id of a call whose acknowledgement `callback` gets."""
         now = time.monotonic()
-        for number in [number for number, (end, _) in self._calls.items() if end < now]:
-            del self._calls[number]
+        while self._calls and self._calls[oldest := next(iter(self._calls))][0] < now:
+            del self._calls[oldest]
         number = secrets.randbits(48)
         self._calls[number] = now + CALLS_SECONDS, callback
         return number
@@ -181,8 +202,11 @@ class Stream:
         router, stream = self.router, self.address.stream
         while True:
             before = router.now
-            read = self.redis.xread({stream: str(before)}, count=AT_ONCE, block=BLOCK_MILLISECONDS)
+            # Fewer after a failure: the bus may send at most so many bytes at a time.
+            count, self.page = self.page, max(1, self.page // 2)
+            read = self.redis.xread({stream: str(before)}, count=count, block=BLOCK_MILLISECONDS)
             entries = parsed(await settle(read))
+            self.page = min(AT_ONCE, count * 2)
             if self.address.replicated:
                 await self._replicate(entries[-1][0] if entries else before)
             for position, entry in entries:
@@ -192,8 +216,8 @@ class Stream:
                         break
                     before = position
                     if router.arrives(position, entry):
-                        await self._handle(entry, position)
-                self._note_progress()
+                        self._handle(entry, position)
+                await self._send_out()
 
     async def _replicate(self, position: Position) -> None:
         """Wait until a replica has all up to a position, and find out whether this is still the primary.
@@ -290,15 +314,13 @@ class Stream:
 
     # Delivery.
 
-    async def _handle(self, entry: Entry, position: Position | None) -> None:
-        """Do here what an entry says; no handler of the application runs in this turn."""
+    def _handle(self, entry: Entry, position: Position | None) -> None:
+        """Do here what an entry says; `_send_out` sends, because handlers of the application may run then."""
         try:
             if entry.kind == EVENT:
-                # All noted before the first is sent: others may have a turn then, and save a session.
-                for engine_sid, packets in [*self.router.sendings(entry, position)]:
-                    await self.send(engine_sid, packets)
+                self._outgoing += self.router.sendings(entry, position)
             elif entry.kind == CALL:
-                await self._call(entry)
+                self._call(entry)
             elif entry.kind == WHO:
                 self.presence.answer(entry)
             elif entry.kind == ANSWER:
@@ -318,13 +340,13 @@ class Stream:
                 log.debug("not sent", extra={"sid": engine_sid, "error": repr(error)})
                 break
 
-    async def _call(self, entry: Entry) -> None:
+    def _call(self, entry: Entry) -> None:
         manager, header = self.manager, entry.header
         event = Event(entry, manager.server.packet_class)
         for sid, engine_sid in [*manager.get_participants(header["n"], header["r"])]:
             if sid not in header.get("x", ()):
                 callback = partial(self.wait.function(self._answered), entry.origin, header["i"])
-                await self.send(engine_sid, event.with_id(manager._generate_ack_id(sid, callback)))
+                self._outgoing.append((engine_sid, event.with_id(manager._generate_ack_id(sid, callback))))
 
     async def _answered(self, origin: str, number: int, *answer: object) -> None:
         text, attachments = encode([*answer], self.manager.server.packet_class)

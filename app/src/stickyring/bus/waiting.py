@@ -42,6 +42,9 @@ class Waiting(Protocol):
     def lock(self) -> AbstractAsyncContextManager[object]:
         """Return a new lock."""
 
+    def current(self) -> object:
+        """Return what stands for the task or thread that runs."""
+
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine beside the others."""
 
@@ -91,6 +94,10 @@ class AsyncWaiting:
         """Return a new lock."""
         return asyncio.Lock()
 
+    def current(self) -> object:
+        """Return the task."""
+        return asyncio.current_task()
+
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine in a task."""
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -137,6 +144,10 @@ class GreenWaiting:
     def lock(self) -> AbstractAsyncContextManager[object]:
         """Return a new lock."""
         return _GreenLock()
+
+    def current(self) -> object:
+        """Return the identity of the green thread."""
+        return threading.get_ident()
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine in a green thread."""
