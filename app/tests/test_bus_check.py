@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +65,13 @@ def test_a_full_memory_is_named(tmp_path: Path) -> None:
 
 def test_a_server_that_is_away_is_named(tmp_path: Path) -> None:
     assert problem(f"unix://{tmp_path}/none.sock").startswith("The bus does not answer: ")
+
+
+@pytest.mark.parametrize("url", ["redis://nodes:secret/with@127.0.0.1:6379/0", "redis+sentinel://nodes:secret@host/0"])
+def test_a_url_that_is_none_is_named_without_its_password(url: str) -> None:
+    with pytest.raises(ValueError, match="the URL of the bus is not valid") as raised:
+        Address(url, "stickyring").client(asyncio=False)
+    assert "secret" not in "".join(traceback.format_exception(raised.value))
 
 
 def test_an_old_version_is_named() -> None:

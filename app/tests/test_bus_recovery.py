@@ -459,7 +459,8 @@ def test_a_client_whose_events_the_bus_has_lost_with_all_nodes_is_told(bus: Bus,
     ann.until("disconnect")
     first.stop()
     # As if it had lost power, and with it the last second.
-    bus.client.xdel("stickyring:events", *[name for name, _ in bus.client.xrevrange("stickyring:events", count=3)])
+    last: Any = bus.client.xrevrange("stickyring:events", count=3)
+    bus.client.xdel("stickyring:events", *[name for name, _ in last])
     second = node("second", hello=False)
     client(second).ask("say", None, "new")
     ann.node = second

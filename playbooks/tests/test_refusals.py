@@ -101,7 +101,7 @@ PASSWORD = "at-least-sixteen-characters"
     ("hosts", "settings", "words"),
     [
         (["bus1"], {"password": None}, "bus1: stickyring_bus_password: give one of at least 16 characters"),
-        (["bus1", "bus2"], {}, "stickyring_bus_peers: 192.0.2.20, 192.0.2.21 are 2. Give the addresses of one, three"),
+        (["bus1", "bus2"], {}, "stickyring_bus_peers: 192.0.2.20, 192.0.2.21 are 2. Give the addresses of one host"),
         (["bus1"], {"memory": 64}, "stickyring_bus_memory"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from ansible_collections.stickyring.fleet.plugins.plugin_utils.addresses import 
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.certificates import certificate_problems
 
 SHORTEST_PASSWORD = 16
+PLAIN = r"[A-Za-z0-9._~!$%&()*+,/:;<=>?@\[\]^{|}-]*"
+"""What the server's configuration takes without quotes."""
 PASSWORDS = {
     "password": (
         "give one of at least 16 characters, such as `openssl rand -hex 24` prints; encrypt it with Ansible Vault"
@@ -44,13 +47,15 @@ def _mistakes(variables: Mapping[str, Any], pems: Mapping[str, str]) -> Iterator
     for name in ("emitter_password", "replication_password"):
         if given[name] and chosen.count(given[name]) > 1:
             yield f"{name}: give another one than to the nodes and to others"
+    if not re.fullmatch(PLAIN, given["replication_password"]):
+        yield "replication_password: use letters, digits and -._~!$%&()*+,/:;<=>?@[]^{|}"
     for name, (low, high, fault) in RANGES.items():
         value = str(variables[name])
         if not (value.isdecimal() and low <= int(value) <= high):
             yield f"{name}: {value} {fault}"
-    if peers and (len(peers) % 2 == 0 or not all(map(is_address, peers))):
+    if peers and (len(peers) not in {1, 3} or not all(map(is_address, peers))):
         hosts = ", ".join(map(str, peers))
-        yield f"peers: {hosts} are {len(peers)}. Give the addresses of one, three or five hosts, so that most can agree"
+        yield f"peers: {hosts} are {len(peers)}. Give the addresses of one host or of three, so that two can agree"
     elif len(peers) > 1 and address not in peers:
         yield f"peers: {', '.join(peers)} are without this host's stickyring_bus_address, {address}"
     if (tls := variables["tls"]) and not {"certificate", "key"} <= set(tls):

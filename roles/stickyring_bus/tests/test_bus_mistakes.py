@@ -39,9 +39,10 @@ def test_good_variables_are_taken(changes: dict[str, Any]) -> None:
         ({"emitter_password": PASSWORD}, "emitter_password: give another one than to the nodes"),
         (THREE | {"replication_password": ""}, "replication_password: with several hosts, give one of at least 16"),
         (THREE | {"replication_password": PASSWORD}, "replication_password: give another one than to the nodes"),
+        (THREE | {"replication_password": 'sixteen "quoted" ones'}, "replication_password: use letters, digits"),
         (
             THREE | {"peers": ["192.0.2.20", "192.0.2.21"]},
-            "peers: 192.0.2.20, 192.0.2.21 are 2. Give the addresses of one, three or five hosts",
+            "peers: 192.0.2.20, 192.0.2.21 are 2. Give the addresses of one host or of three",
         ),
         (THREE | {"address": "192.0.2.9"}, "peers: 192.0.2.20, 192.0.2.21, 192.0.2.22 are without this host's"),
         ({"port": 80}, "port: 80 is not between 1024 and 65535"),

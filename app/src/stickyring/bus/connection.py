@@ -148,6 +148,15 @@ class Address:
         Raises:
             ValueError: the URL is none of these.
         """
+        try:
+            return self._client(asyncio=asyncio)
+        except ValueError:
+            # Its own text may have a part of the password.
+            raise ValueError(
+                "the URL of the bus is not valid; what is special in its password is written as %2F"
+            ) from None
+
+    def _client(self, *, asyncio: bool) -> Any:  # noqa: ANN401 - one of two classes
         options: dict[str, Any] = {
             "socket_timeout": TIMEOUT_SECONDS,
             "socket_connect_timeout": TIMEOUT_SECONDS,
