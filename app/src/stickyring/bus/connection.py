@@ -25,7 +25,7 @@ TIMEOUT_SECONDS = 2.0
 """A bus that does not answer for so long is away."""
 REPLICA_MILLISECONDS = 1000
 """How long a replica may take to have what was written."""
-MOST_CONNECTIONS = 300
+MOST_CONNECTIONS = 1000
 """Of a process, which keeps them. Each user who comes back needs one or two for a moment, and tries again beyond that;
 redis-py by itself has 100."""
 BLOCK_MILLISECONDS = 1000
@@ -152,9 +152,7 @@ class Address:
             return self._client(asyncio=asyncio)
         except ValueError:
             # Its own text may have a part of the password.
-            raise ValueError(
-                "the URL of the bus is not valid; what is special in its password is written as %2F"
-            ) from None
+            raise ValueError("the URL of the bus is not valid; write a / in its password as %2F") from None
 
     def _client(self, *, asyncio: bool) -> Any:  # noqa: ANN401 - one of two classes
         options: dict[str, Any] = {

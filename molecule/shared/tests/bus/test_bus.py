@@ -26,7 +26,7 @@ from bus_crowd import Crowd  # noqa: E402 - of the application's tests
 NODE_UNIT = "stickyring-node@1.service"
 USERS, ROUNDS = (300, 3) if environment.SOAK else (60, 1)
 MOST_EXPOSED = 2.0
-BACK_SECONDS = 40
+BACK_SECONDS = 90 if environment.SOAK else 40
 
 
 def test_it_is_deployed_after_a_check_to_one_host(fleet: LabBus, play: Any) -> None:
