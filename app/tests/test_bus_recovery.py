@@ -307,17 +307,18 @@ class Speaking:
         self._emitter = Emitter(url, timeout=30)
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run)
+        self.number = 0
 
     def _run(self) -> None:
-        number = 0
         while not self._ends.wait(0.05):
-            number += 1
-            self._emitter.emit("numbered", ("all", number))
+            self.number += 1
+            self._emitter.emit("numbered", ("all", self.number))
             for room in ("0", "1"):
-                self._emitter.emit("numbered", (room, number), room=room)
+                self._emitter.emit("numbered", (room, self.number), room=room)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Speaking:
         self._thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._ends.set()
@@ -362,7 +363,7 @@ def test_nobody_misses_an_event_unknowingly_whatever_fails(
     nodes = [node(name) for name in ("first", "second", "third")]
     crowd = Crowd(javascript, 30, [one.url for one in nodes])
     client(nodes[1]).do("emit", "begin_to_count")
-    with Speaking(bus.url):
+    with Speaking(bus.url) as speaking:
         for step in range(3):
             time.sleep(1)
             fault(bus, nodes[step % 3])
@@ -373,6 +374,8 @@ def test_nobody_misses_an_event_unknowingly_whatever_fails(
     history = crowd.end()
     print(history)
     assert (history.gaps, history.repeated, history.disordered) == (0, 0, 0)
+    # Each user those to all, and those to a room.
+    assert history.heard >= 30 * speaking.number * (1 if fault is empty_bus else 2)
     if fault is not empty_bus:
         assert history.recovered > 0
         assert history.not_recovered <= history.recovered / 10
@@ -397,7 +400,7 @@ def test_nobody_misses_an_event_when_another_host_of_the_bus_takes_over(
     nodes = [node(name) for name in ("first", "second", "third")]
     crowd = Crowd(javascript, 30, [one.url for one in nodes])
     client(nodes[1]).do("emit", "begin_to_count")
-    with Speaking(trio.url):
+    with Speaking(trio.url) as speaking:
         time.sleep(1)
         crowd.lose(5)
         primary = trio.primary()
@@ -414,6 +417,7 @@ def test_nobody_misses_an_event_when_another_host_of_the_bus_takes_over(
     print(history)
     assert (history.gaps, history.repeated, history.not_recovered) == (0, 0, 0)
     assert history.recovered >= 5
+    assert history.heard >= 30 * speaking.number * 2
     assert all(one.metric("stickyring_bus_holes_total") == 0 for one in nodes)
 
 
