@@ -47,13 +47,13 @@ class LabBus:
         group: dict[str, Any] = {"hosts": {name: {"ansible_host": ADDRESSES[name]} for name in hosts}}
         if len(hosts) > 1:
             self._make_certificates(hosts)
-            own = f"{self.inventory}/tls/{{{{ inventory_hostname }}}}"
-            tls = {"certificate": f"{own}.pem", "key": f"{own}.key", "ca": f"{self.inventory}/tls/ca.pem"}
+            own = f"{self.inventory}/certs/{{{{ inventory_hostname }}}}"
+            tls = {"certificate": f"{own}.pem", "key": f"{own}.key", "ca": f"{self.inventory}/certs/ca.pem"}
             group["vars"] = {"stickyring_bus_tls": tls}
         (self.inventory / "bus.json").write_text(json.dumps({"bus": group, "all": {"vars": VARIABLES}}))
 
     def _make_certificates(self, hosts: tuple[str, ...]) -> None:
-        folder = self.inventory / "tls"
+        folder = self.inventory / "certs"
         folder.mkdir()
 
         def openssl(*arguments: str) -> None:
@@ -73,7 +73,7 @@ class LabBus:
         if len(self._hosts) == 1:
             return f"redis://{login}@{ADDRESSES[self._hosts[0]]}:6379/0"
         sentinels = ",".join(f"{ADDRESSES[name]}:26379" for name in self._hosts)
-        return f"rediss+sentinel://{login}@{sentinels}/0/stickyring?ssl_ca_certs={self.inventory}/tls/ca.pem"
+        return f"rediss+sentinel://{login}@{sentinels}/0/stickyring?ssl_ca_certs={self.inventory}/certs/ca.pem"
 
     def client(self, account: str) -> Any:
         """A client of redis-py."""
