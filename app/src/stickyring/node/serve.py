@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-import stickyring.bus
 from stickyring.cli import needing
 
 ECHO_SERVICE = "stickyring.echo:create_application()"
@@ -222,6 +221,8 @@ def serve(
 
 
 def _check_bus() -> None:
+    import stickyring.bus  # noqa: PLC0415 - of an application; it takes long
+
     if (address := stickyring.bus.address()) is not None:
         from stickyring.bus.check import problem_with  # noqa: PLC0415 - redis is needed with a bus only
 

@@ -16,7 +16,7 @@ import environment
 import pytest
 import redis
 import redis.exceptions
-from lab_bus import SENTINEL, UNIT, LabBus, Speaking
+from lab_bus import ADDRESSES, SENTINEL, UNIT, LabBus, Speaking
 from stickyring.bus.emitter import BusAwayError, Emitter
 
 PROJECT = Path(__file__).parents[4]
@@ -29,6 +29,7 @@ MOST_EXPOSED = 2.0
 BACK_SECONDS = 90 if environment.SOAK else 40
 
 
+@pytest.mark.once("operations")
 def test_it_is_deployed_after_a_check_to_one_host(fleet: LabBus, play: Any) -> None:
     play("molecule/shared/create.yml")
     play("site.yml", "--check")
@@ -132,6 +133,26 @@ def test_users_miss_nothing_unknowingly_whatever_fails_or_changes(
     assert history.recovered >= USERS
     assert history.not_recovered <= history.recovered / 1000
     assert history.heard >= speaking.number * USERS
+
+
+@pytest.mark.once("operations")
+def test_events_outlive_a_power_cut_of_all_and_an_empty_disk_of_the_primary(fleet: LabBus, play: Any) -> None:
+    stream = "stickyring:events"
+    before, primary = len(fleet.client("nodes").xrange(stream)), fleet.primary()
+    assert before
+    for host in ADDRESSES:
+        fleet.do(host, f"systemctl kill --signal=KILL {SENTINEL} {UNIT}; systemctl stop {SENTINEL} {UNIT}")
+    fleet.do(primary, "rm -r /var/lib/stickyring-bus /var/lib/stickyring-bus-sentinel")
+    for host in sorted(ADDRESSES, key=lambda name: name != primary):
+        fleet.do(host, f"systemctl start --no-block {SENTINEL} {UNIT}")
+
+    def is_served() -> bool:
+        try:
+            return fleet.primary() not in {primary, None} and len(fleet.client("nodes").xrange(stream)) >= before
+        except redis.exceptions.RedisError:
+            return False
+
+    wait_until(is_served, "another host is the primary, with all events")
 
 
 @pytest.mark.once("operations")
