@@ -23,8 +23,8 @@ from stickyring.ring import Ring
 PROJECT = Path(__file__).parents[1]
 sys.path[:0] = [str(PROJECT / "molecule" / "shared" / "tests"), str(PROJECT / "app" / "tests")]
 import environment  # noqa: E402 - in shared/tests
-from bus_crowd import Crowd, History  # noqa: E402 - of the application's tests
-from lab_bus import LabBus, Speaking  # noqa: E402
+from bus_crowd import Crowd, History, Speaking  # noqa: E402 - of the application's tests
+from lab_bus import ROOMS, LabBus  # noqa: E402
 from residents import Residents  # noqa: E402
 
 LISTENER_PORT = 9002
@@ -331,7 +331,7 @@ def listeners(lab: Lab, folder: Path, url: str) -> Iterator[Callable[[], str]]:
         )
 
     # Not to the residents, who expect answers only.
-    with Speaking(lab.bus.url("emitter"), aloud=False) as speaking:
+    with Speaking(lab.bus.url("emitter"), ROOMS, timeout=60) as speaking:
         yield end
 
 

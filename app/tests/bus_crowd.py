@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from stickyring.bus.emitter import BusAwayError, Emitter
 
 PROGRAM = Path(__file__).with_name("listening_crowd.mjs")
 
@@ -92,3 +95,37 @@ class Crowd:
         for line in output.splitlines():
             history.add(json.loads(line), until=until)
         return history
+
+
+class Speaking:
+    """Emits numbered events twenty times a second, from a process that is no node.
+
+    `rooms` maps what stands in an event as its room to where it is emitted: None is everybody.
+    """
+
+    def __init__(self, url: str, rooms: Mapping[str, str | None], *, timeout: float = 30) -> None:
+        self._emitter = Emitter(url, timeout=timeout)
+        self._rooms = rooms
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._error: BusAwayError | None = None
+        self.number = 0
+
+    def _run(self) -> None:
+        try:
+            while not self._ends.wait(0.05):
+                self.number += 1
+                for name, room in self._rooms.items():
+                    self._emitter.emit("numbered", (name, self.number), room=room)
+        except BusAwayError as error:
+            self._error = error
+
+    def __enter__(self) -> Speaking:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error

@@ -14,7 +14,7 @@ from typing import Any
 
 import bus_fleet
 import pytest
-from bus_crowd import Crowd, History
+from bus_crowd import Crowd, History, Speaking
 from bus_fleet import Bus, Connect, Node, worker_of
 from bus_trio import Trio
 from conftest import ServeProcess, wait_until
@@ -300,29 +300,15 @@ def numbered(*numbers: int) -> list[list[Any]]:
     return [["numbered", "all", number] for number in numbers]
 
 
-class Speaking:
-    """Emits numbered events to everybody and to both rooms, from a process that is no node."""
+ROOMS = {"all": None, "0": "0", "1": "1"}
 
-    def __init__(self, url: str) -> None:
-        self._emitter = Emitter(url, timeout=30)
-        self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self.number = 0
 
-    def _run(self) -> None:
-        while not self._ends.wait(0.05):
-            self.number += 1
-            self._emitter.emit("numbered", ("all", self.number))
-            for room in ("0", "1"):
-                self._emitter.emit("numbered", (room, self.number), room=room)
-
-    def __enter__(self) -> Speaking:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ends.set()
-        self._thread.join()
+def three_nodes_with_users(node: Node, client: Connect, javascript: Path) -> tuple[list[ServeProcess], Crowd]:
+    """Starts three nodes, of which one emits numbered events too, and thirty users."""
+    nodes = [node(name) for name in ("first", "second", "third")]
+    crowd = Crowd(javascript, 30, [one.url for one in nodes])
+    client(nodes[1]).do("emit", "begin_to_count")
+    return nodes, crowd
 
 
 def connections(node: ServeProcess) -> float:
@@ -360,10 +346,8 @@ def empty_bus(bus: Bus, _: ServeProcess) -> None:
 def test_nobody_misses_an_event_unknowingly_whatever_fails(
     bus: Bus, node: Node, client: Connect, javascript: Path, fault: Callable[[Bus, ServeProcess], None]
 ) -> None:
-    nodes = [node(name) for name in ("first", "second", "third")]
-    crowd = Crowd(javascript, 30, [one.url for one in nodes])
-    client(nodes[1]).do("emit", "begin_to_count")
-    with Speaking(bus.url) as speaking:
+    nodes, crowd = three_nodes_with_users(node, client, javascript)
+    with Speaking(bus.url, ROOMS) as speaking:
         for step in range(3):
             time.sleep(1)
             fault(bus, nodes[step % 3])
@@ -397,10 +381,8 @@ def stop_primary(trio: Trio, primary: int) -> None:
 def test_nobody_misses_an_event_when_another_host_of_the_bus_takes_over(
     trio: Trio, node: Node, client: Connect, javascript: Path, fault: Callable[[Trio, int], None]
 ) -> None:
-    nodes = [node(name) for name in ("first", "second", "third")]
-    crowd = Crowd(javascript, 30, [one.url for one in nodes])
-    client(nodes[1]).do("emit", "begin_to_count")
-    with Speaking(trio.url) as speaking:
+    nodes, crowd = three_nodes_with_users(node, client, javascript)
+    with Speaking(trio.url, ROOMS) as speaking:
         time.sleep(1)
         crowd.lose(5)
         primary = trio.primary()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import redis.sentinel
 import testinfra
 from stickyring.bus.connection import Address
-from stickyring.bus.emitter import BusAwayError, Emitter
 
 ADDRESSES = {"bus1": "198.51.100.30", "bus2": "198.51.100.31", "bus3": "198.51.100.32"}
 PASSWORDS = {"nodes": "of-the-nodes-of-the-lab", "emitter": "of-the-workers-of-the-lab"}
@@ -22,6 +20,8 @@ VARIABLES = {
     "stickyring_bus_emitter_password": PASSWORDS["emitter"],
     "stickyring_bus_replication_password": "of-the-bus-of-the-lab",
 }
+ROOMS = {"0": "room 0", "1": "room 1"}
+"""Of the echo service, by their names there."""
 UNIT, SENTINEL = "stickyring-bus.service", "stickyring-bus-sentinel.service"
 DATA = "/var/lib/stickyring-bus/appendonlydir"
 KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-noenc")
@@ -119,39 +119,3 @@ class LabBus:
         assert primary is not None
         self.do(primary, command)
         return primary
-
-
-class Speaking:
-    """Emits numbered events to the rooms 0 and 1, and to everybody if `aloud`, twenty times a second."""
-
-    def __init__(self, url: str, *, aloud: bool = True) -> None:
-        self._aloud = aloud
-        self._emitter = Emitter(url, timeout=60)
-        self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._error: BusAwayError | None = None
-        self.number = 0
-
-    def _run(self) -> None:
-        try:
-            self._speak()
-        except BusAwayError as error:
-            self._error = error
-
-    def _speak(self) -> None:
-        while not self._ends.wait(0.05):
-            self.number += 1
-            if self._aloud:
-                self._emitter.emit("numbered", ("all", self.number))
-            for room in ("0", "1"):
-                self._emitter.emit("numbered", (room, self.number), room=f"room {room}")
-
-    def __enter__(self) -> Speaking:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ends.set()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error

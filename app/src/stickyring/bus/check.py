@@ -8,7 +8,7 @@ from typing import Any
 
 import redis
 
-from stickyring.bus.connection import APPEND, REPLICA_MILLISECONDS, SAVE, SWAP, TRIM, Address, require_replica
+from stickyring.bus.connection import APPEND, SAVE, SWAP, TRIM, Address
 
 OLDEST_VERSION = 7
 MEANINGS = {
@@ -109,8 +109,5 @@ def _try_commands(client: Any, address: Address) -> None:  # noqa: ANN401 - redi
     pipeline.execute()
     pipeline = client.pipeline(transaction=False)
     pipeline.delete(*keys)
-    if address.replicated:
-        pipeline.wait(1, REPLICA_MILLISECONDS)
-        require_replica(pipeline.execute()[-1])
-    else:
-        pipeline.execute()
+    address.add_wait(pipeline)
+    address.confirmed(pipeline.execute())

@@ -169,6 +169,21 @@ class Address:
         of_kind = redis.asyncio.sentinel if asyncio else redis.sentinel
         return of_kind.Sentinel(sentinels, sentinel_kwargs=of_sentinels).master_for(service, **options, **login)
 
+    def add_wait(self, pipeline: Any) -> None:  # noqa: ANN401 - one of two classes
+        """Have a pipeline, at its end, wait until a replica has what it writes, if the bus has replicas."""
+        if self.replicated:
+            pipeline.wait(1, REPLICA_MILLISECONDS)
+
+    def confirmed(self, answers: list[Any]) -> list[Any]:
+        """Return the answers to a pipeline without that to `add_wait`.
+
+        Raises:
+            redis.ConnectionError: no replica has what was written, which is lost if another one becomes the primary.
+        """
+        if self.replicated and not answers.pop():
+            raise redis.ConnectionError("no replica of the bus follows its primary")
+        return answers
+
     def append_keys(self, origin: str) -> list[str]:
         """Return the keys of APPEND."""
         return [self.stream, self.written(origin)]
@@ -190,16 +205,6 @@ def _parse_sentinel_url(url: str) -> tuple[list[tuple[str, int]], str, dict[str,
     for name in ("host", "port", "connection_class"):
         options.pop(name, None)
     return [(str(one.hostname), int(one.port or 0)) for one in sentinels], service, options
-
-
-def require_replica(count: int) -> None:
-    """Check the answer to WAIT.
-
-    Raises:
-        redis.ConnectionError: no replica has what was written, which is lost if another one becomes the primary.
-    """
-    if not count:
-        raise redis.ConnectionError("no replica of the bus follows its primary")
 
 
 def append_arguments(entries: Sequence[tuple[Entry, Sequence[str | bytes]]]) -> list[str | bytes | int]:

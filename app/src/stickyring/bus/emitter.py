@@ -9,7 +9,7 @@ import time
 import redis
 import socketio.packet
 
-from stickyring.bus.connection import APPEND, REPLICA_MILLISECONDS, Address, append_arguments, require_replica
+from stickyring.bus.connection import APPEND, Address, append_arguments
 from stickyring.bus.entry import EVENT, Entry, encode, event_of, header_of
 
 RETRY_SECONDS = 0.2
@@ -72,8 +72,5 @@ class Emitter:
     def _write(self, keys: list[str], arguments: list[str | bytes | int]) -> None:
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.eval(APPEND, len(keys), *keys, *arguments)
-        if self._address.replicated:
-            pipeline.wait(1, REPLICA_MILLISECONDS)
-        answers = pipeline.execute()
-        if self._address.replicated:
-            require_replica(answers[-1])
+        self._address.add_wait(pipeline)
+        self._address.confirmed(pipeline.execute())

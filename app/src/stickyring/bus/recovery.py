@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import redis
 import socketio.packet
 
-from stickyring.bus.connection import REPLICA_MILLISECONDS, SAVE, end_of, parsed, require_replica
+from stickyring.bus.connection import SAVE, end_of, parsed
 from stickyring.bus.entry import MOVED, Entry
 from stickyring.bus.kept import Kept, new_pid, recover
 from stickyring.bus.offset import BEGIN, Offset, Position
@@ -377,11 +377,8 @@ class Recovery:
             seconds = self.seconds + (0.0 if one.gone else REFRESH_SECONDS)
             arguments = [stream.outbox.origin, self._text(one), int(seconds * 1000), int(one.take)]
             pipeline.eval(SAVE, 1, stream.address.session(one.kept.pid), *arguments)
-        if stream.address.replicated:
-            pipeline.wait(1, REPLICA_MILLISECONDS)
-        answers = await settle(pipeline.execute())
-        if stream.address.replicated:
-            require_replica(answers.pop())
+        stream.address.add_wait(pipeline)
+        answers = stream.address.confirmed(await settle(pipeline.execute()))
         for one, answer in zip(saving, answers, strict=True):
             one.kept.saved_at = now
             one.finish(saved=bool(answer))

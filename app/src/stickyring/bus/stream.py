@@ -18,14 +18,12 @@ from stickyring.bus.connection import (
     APPEND,
     AT_ONCE,
     BLOCK_MILLISECONDS,
-    REPLICA_MILLISECONDS,
     SWAP,
     TRIM,
     Address,
     append_arguments,
     end_of,
     parsed,
-    require_replica,
 )
 from stickyring.bus.entry import (
     ANSWER,
@@ -227,8 +225,8 @@ class Stream:
         pipeline = self.redis.pipeline(transaction=False)
         # A server waits for the replication of what the same connection has written.
         pipeline.set(self.address.reached, str(position))
-        pipeline.wait(1, REPLICA_MILLISECONDS)
-        require_replica((await settle(pipeline.execute()))[-1])
+        self.address.add_wait(pipeline)
+        self.address.confirmed(await settle(pipeline.execute()))
 
     async def _meet(self) -> None:
         """Find this process' place in the stream, and whether the stream has lost what it has not read."""

@@ -16,12 +16,12 @@ import environment
 import pytest
 import redis
 import redis.exceptions
-from lab_bus import ADDRESSES, SENTINEL, UNIT, LabBus, Speaking
+from lab_bus import ADDRESSES, ROOMS, SENTINEL, UNIT, LabBus
 from stickyring.bus.emitter import BusAwayError, Emitter
 
 PROJECT = Path(__file__).parents[4]
 sys.path.insert(0, str(PROJECT / "app" / "tests"))
-from bus_crowd import Crowd  # noqa: E402 - of the application's tests
+from bus_crowd import Crowd, Speaking  # noqa: E402 - of the application's tests
 
 NODE_UNIT = "stickyring-node@1.service"
 USERS, ROUNDS = (300, 3) if environment.SOAK else (60, 1)
@@ -48,7 +48,7 @@ def test_it_becomes_three_hosts_with_tls_and_a_second_run_changes_nothing(fleet:
     assert "The bus on bus3 restarts: " in play("playbooks/plan.yml", "-e", "stickyring_bus_memory_mib=300")
 
 
-def test_its_services_are_sandboxed(fleet: LabBus, play: Any) -> None:
+def test_its_services_are_sandboxed(fleet: LabBus) -> None:
     assert fleet.do("bus1", "systemctl is-system-running").strip() == "running"
     for unit in UNIT, SENTINEL:
         exposure = fleet.do("bus1", f"systemd-analyze security --no-pager {unit}")
@@ -56,7 +56,7 @@ def test_its_services_are_sandboxed(fleet: LabBus, play: Any) -> None:
         assert fleet.do("bus1", f"systemd-analyze verify /etc/systemd/system/{unit} 2>&1") == ""
 
 
-def test_an_emitter_can_publish_and_nothing_else(fleet: LabBus, play: Any) -> None:
+def test_an_emitter_can_publish_and_nothing_else(fleet: LabBus) -> None:
     Emitter(fleet.url("emitter")).emit("said", "from a worker", room="nobody")
     worker = fleet.client("emitter")
     for forbidden in (lambda: worker.xrange("stickyring:events"), lambda: worker.set("other", 1), worker.flushall):
@@ -66,7 +66,7 @@ def test_an_emitter_can_publish_and_nothing_else(fleet: LabBus, play: Any) -> No
         Emitter(fleet.url("emitter"), "another", timeout=0).emit("said", "to another application")
 
 
-def test_anybody_may_ask_a_sentinel_for_the_primary_and_nothing_else(fleet: LabBus, play: Any) -> None:
+def test_anybody_may_ask_a_sentinel_for_the_primary_and_nothing_else(fleet: LabBus) -> None:
     client = fleet.client("nodes")
     sentinel = client.connection_pool.sentinel_manager.sentinels[0]
     assert sentinel.sentinel_get_master_addr_by_name("stickyring")
@@ -79,13 +79,11 @@ def test_anybody_may_ask_a_sentinel_for_the_primary_and_nothing_else(fleet: LabB
             forbidden()
 
 
-def test_users_on_all_nodes_hear_an_emitter(
-    fleet: LabBus, play: Any, nodes: list[Any], edge_url: Any, javascript: Path
-) -> None:
+def test_users_on_all_nodes_hear_an_emitter(fleet: LabBus, nodes: list[Any], edge_url: Any, javascript: Path) -> None:
     crowd = Crowd(javascript, USERS, [edge_url("sticky")])
     wait_until_all_are_back(nodes)
     assert all(users for users, _ in map(metrics, nodes))
-    with Speaking(fleet.url("emitter")) as speaking:
+    with Speaking(fleet.url("emitter"), {"all": None, **ROOMS}, timeout=60) as speaking:
         wait_until(lambda: speaking.number >= 40, "it has emitted")
     history = crowd.end()
     assert history.faults == []
@@ -117,7 +115,7 @@ def test_users_miss_nothing_unknowingly_whatever_fails_or_changes(
     levels = cycle(("debug", "info"))
     crowd = Crowd(javascript, USERS, [edge_url("sticky")])
     wait_until_all_are_back(nodes)
-    with Speaking(fleet.url("emitter")) as speaking:
+    with Speaking(fleet.url("emitter"), {"all": None, **ROOMS}, timeout=60) as speaking:
         for change in ROUNDS * (
             *(on_node(number, f"systemctl kill --signal KILL {NODE_UNIT}") for number in range(len(nodes))),
             *(partial(fault, wait) for fault in (fleet.restart, fleet.kill, fleet.stop, fleet.freeze, fleet.wipe)),
@@ -136,7 +134,7 @@ def test_users_miss_nothing_unknowingly_whatever_fails_or_changes(
 
 
 @pytest.mark.once("operations")
-def test_events_outlive_a_power_cut_of_all_and_an_empty_disk_of_the_primary(fleet: LabBus, play: Any) -> None:
+def test_events_outlive_a_power_cut_of_all_and_an_empty_disk_of_the_primary(fleet: LabBus) -> None:
     stream = "stickyring:events"
     before, primary = len(fleet.client("nodes").xrange(stream)), fleet.primary()
     assert before
