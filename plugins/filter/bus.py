@@ -1,7 +1,8 @@
-"""The filter that checks the variables of the bus."""
+"""The filters for the variables of the bus."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -38,17 +39,7 @@ def bus_mistakes(variables: Mapping[str, Any], pems: Mapping[str, str]) -> list[
 
 def _mistakes(variables: Mapping[str, Any], pems: Mapping[str, str]) -> Iterator[str]:
     peers, address = variables["peers"], variables["address"]
-    needed = {"password": True, "emitter_password": False, "replication_password": len(peers) > 1}
-    given = {name: str(variables[name]) for name in needed}
-    for name, text in PASSWORDS.items():
-        if 0 < len(given[name]) < SHORTEST_PASSWORD or (needed[name] and not given[name]):
-            yield f"{name}: {text}"
-    chosen = [one for one in given.values() if one]
-    for name in ("emitter_password", "replication_password"):
-        if given[name] and chosen.count(given[name]) > 1:
-            yield f"{name}: give another one than to the nodes and to others"
-    if not re.fullmatch(PLAIN, given["replication_password"]):
-        yield "replication_password: use letters, digits and -._~!$%&()*+,/:;<=>?@[]^{|}"
+    yield from _password_mistakes(variables)
     for name, (low, high, fault) in RANGES.items():
         value = str(variables[name])
         if not (value.isdecimal() and low <= int(value) <= high):
@@ -66,9 +57,36 @@ def _mistakes(variables: Mapping[str, Any], pems: Mapping[str, str]) -> Iterator
             yield f"tls.ca {tls['ca']} is no file on the controller"
 
 
+def _password_mistakes(variables: Mapping[str, Any]) -> Iterator[str]:
+    needed = {"password": True, "emitter_password": False, "replication_password": len(variables["peers"]) > 1}
+    given = {name: str(variables[name]) for name in needed}
+    for name, text in PASSWORDS.items():
+        if 0 < len(given[name]) < SHORTEST_PASSWORD or (needed[name] and not given[name]):
+            yield f"{name}: {text}"
+    chosen = [one for one in given.values() if one]
+    for name in ("emitter_password", "replication_password"):
+        if given[name] and chosen.count(given[name]) > 1:
+            yield f"{name}: give another one than to the nodes and to others"
+    for account, passwords in variables["accepted_passwords"].items():
+        if any(len(str(one)) < SHORTEST_PASSWORD for one in passwords):
+            yield f"accepted_passwords.{account}: give passwords of at least {SHORTEST_PASSWORD} characters"
+    if not re.fullmatch(PLAIN, given["replication_password"]):
+        yield "replication_password: use letters, digits and -._~!$%&()*+,/:;<=>?@[]^{|}"
+
+
+def bus_digests(account: tuple[str, str], accepted: Mapping[str, list[str]]) -> tuple[str, str]:
+    """Return the name of an account, of which a name and a password are given, and the digests that its line lists.
+
+    accepted: by account, the passwords that it accepts too.
+    """
+    name, password = account
+    passwords = [password, *accepted.get(name, [])]
+    return name, " ".join(f"#{hashlib.sha256(str(one).encode()).hexdigest()}" for one in passwords)
+
+
 class FilterModule:
-    """The role's filter."""
+    """The role's filters."""
 
     def filters(self) -> dict[str, Any]:
         """Name to function."""
-        return {"bus_mistakes": bus_mistakes}
+        return {"bus_mistakes": bus_mistakes, "bus_digests": bus_digests}

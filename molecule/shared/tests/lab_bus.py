@@ -14,12 +14,12 @@ import testinfra
 from stickyring.bus.connection import Address
 
 ADDRESSES = {"bus1": "198.51.100.30", "bus2": "198.51.100.31", "bus3": "198.51.100.32"}
-PASSWORDS = {"nodes": "of-the-nodes-of-the-lab", "emitter": "of-the-workers-of-the-lab"}
-VARIABLES = {
-    "stickyring_bus_password": PASSWORDS["nodes"],
-    "stickyring_bus_emitter_password": PASSWORDS["emitter"],
-    "stickyring_bus_replication_password": "of-the-bus-of-the-lab",
+PASSWORDS = {
+    "nodes": "of-the-nodes-of-the-lab",
+    "emitter": "of-the-workers-of-the-lab",
+    "replication": "of-the-bus-of-the-lab",
 }
+OTHER_PASSWORDS = {account: f"another-one-{password}" for account, password in PASSWORDS.items()}
 ROOMS = {"0": "room 0", "1": "room 1"}
 """Of the echo service, by their names there."""
 UNIT, SENTINEL = "stickyring-bus.service", "stickyring-bus-sentinel.service"
@@ -33,6 +33,7 @@ class LabBus:
     def __init__(self, inventory: Path, folder: Path) -> None:
         self.inventory = folder
         self._hosts: list[str] = []
+        self._passwords, self._accepted = PASSWORDS, OTHER_PASSWORDS
         shutil.copytree(inventory, folder)
 
     def do(self, name: str, command: str) -> str:
@@ -43,14 +44,26 @@ class LabBus:
 
     def write(self, *hosts: str) -> None:
         """Write the group: one host, or several with TLS."""
+        if [*hosts] != self._hosts and len(hosts) > 1:
+            self._make_certificates(hosts)
         self._hosts = [*hosts]
         group: dict[str, Any] = {"hosts": {name: {"ansible_host": ADDRESSES[name]} for name in hosts}}
         if len(hosts) > 1:
-            self._make_certificates(hosts)
             own = f"{self.inventory}/certs/{{{{ inventory_hostname }}}}"
             tls = {"certificate": f"{own}.pem", "key": f"{own}.key", "ca": f"{self.inventory}/certs/ca.pem"}
             group["vars"] = {"stickyring_bus_tls": tls}
-        (self.inventory / "bus.json").write_text(json.dumps({"bus": group, "all": {"vars": VARIABLES}}))
+        variables = {
+            "stickyring_bus_password": self._passwords["nodes"],
+            "stickyring_bus_emitter_password": self._passwords["emitter"],
+            "stickyring_bus_replication_password": self._passwords["replication"],
+            "stickyring_bus_accepted_passwords": {account: [one] for account, one in self._accepted.items()},
+        }
+        (self.inventory / "bus.json").write_text(json.dumps({"bus": group, "all": {"vars": variables}}))
+
+    def exchange_passwords(self) -> None:
+        """Use the passwords that were only accepted up to now, and accept the former ones."""
+        self._passwords, self._accepted = self._accepted, self._passwords
+        self.write(*self._hosts)
 
     def _make_certificates(self, hosts: tuple[str, ...]) -> None:
         folder = self.inventory / "certs"
@@ -69,7 +82,7 @@ class LabBus:
 
     def url(self, account: str) -> str:
         """What an account of the bus connects to."""
-        login = f"{account}:{PASSWORDS[account]}"
+        login = f"{account}:{self._passwords[account]}"
         if len(self._hosts) == 1:
             return f"redis://{login}@{ADDRESSES[self._hosts[0]]}:6379/0"
         sentinels = ",".join(f"{ADDRESSES[name]}:26379" for name in self._hosts)

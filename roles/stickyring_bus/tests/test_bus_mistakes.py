@@ -15,6 +15,7 @@ GOOD: dict[str, Any] = {
     "password": PASSWORD,
     "emitter_password": "",
     "replication_password": "",
+    "accepted_passwords": {},
     "port": 6379,
     "sentinel_port": "26379",
     "memory_mib": 256,
@@ -40,6 +41,10 @@ def test_good_variables_are_taken(changes: dict[str, Any]) -> None:
         (THREE | {"replication_password": ""}, "replication_password: with several hosts, give one of at least 16"),
         (THREE | {"replication_password": PASSWORD}, "replication_password: give another one than to the nodes"),
         (THREE | {"replication_password": 'sixteen "quoted" ones'}, "replication_password: use letters, digits"),
+        (
+            {"accepted_passwords": {"nodes": [PASSWORD, "short"]}},
+            "accepted_passwords.nodes: give passwords of at least",
+        ),
         (
             THREE | {"peers": ["192.0.2.20", "192.0.2.21"]},
             "peers: 192.0.2.20, 192.0.2.21 are 2. Give the addresses of one host or of three",

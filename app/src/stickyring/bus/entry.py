@@ -106,7 +106,7 @@ def decode(entry: Entry, packet_class: Any) -> list[Any]:  # noqa: ANN401 - unty
     return packet_class.reconstruct_binary(data, list(entry.attachments)) if entry.attachments else data
 
 
-class Event:
+class Encoded:
     """An event in the packets of a Socket.IO server, encoded at most once for each offset and acknowledgement id."""
 
     def __init__(self, entry: Entry, packet_class: Any) -> None:  # noqa: ANN401 - untyped

@@ -21,7 +21,7 @@ class BusFullError(Exception):
     """The bus is away or too slow, and what waits for it has reached its bound: the event was not accepted."""
 
 
-class Waiting(NamedTuple):
+class Unread(NamedTuple):
     """An entry, what Redis will store of it, its size in memory in bytes, and since when it waits."""
 
     entry: Entry
@@ -42,7 +42,7 @@ class Outbox:
         self.last = 0
         self.read = 0
         self._written = 0
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[Unread] = deque()
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class Outbox:
             raise BusFullError(f"{len(self._waiting)} events wait for the bus")
         self.last += 1
         self._bytes += size
-        self._waiting.append(Waiting(entry, fields, size, time.monotonic()))
+        self._waiting.append(Unread(entry, fields, size, time.monotonic()))
         return entry
 
     def unwritten(self) -> list[tuple[Entry, list[str | bytes]]]:

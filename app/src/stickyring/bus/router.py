@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from stickyring.bus.entry import Entry, Event
+from stickyring.bus.entry import Encoded, Entry
 from stickyring.bus.kept import Kept
 from stickyring.bus.offset import BEGIN, Offset, Position
 from stickyring.bus.outbox import Outbox
@@ -104,7 +104,7 @@ class Router:
         for position, entry in entries:
             if kept.replay(entry, position):
                 kept.sent = str(Offset(position, ahead))
-                kept.missed.append(Event(entry, packet_class).packets(kept.sent))
+                kept.missed.append(Encoded(entry, packet_class).packets(kept.sent))
         for _, entry in entries:
             if ahead.get(entry.origin, entry.number + 1) <= entry.number:
                 del ahead[entry.origin]
@@ -113,12 +113,12 @@ class Router:
         for entry in self.outbox.after(written):
             if entry.number <= self.delivered and kept.replay(entry, AHEAD):
                 kept.sent = str(Offset(kept.has.position, ahead | {entry.origin: entry.number}))
-                kept.missed.append(Event(entry, packet_class).packets(kept.sent))
+                kept.missed.append(Encoded(entry, packet_class).packets(kept.sent))
 
     def sendings(self, entry: Entry, position: Position | None) -> Iterator[tuple[str, list[Any]]]:
         """Yield the Engine.IO id of each session that an event is for, and the packets to send to it."""
         header, manager = entry.header, self._manager
-        event = Event(entry, manager.server.packet_class)
+        event = Encoded(entry, manager.server.packet_class)
         namespace, skipped = header["n"], header.get("x", ())
         offset = str(self._offset())
         # The generator of python-socketio yields from a copy.

@@ -35,8 +35,8 @@ from stickyring.bus.entry import (
     LEAVE,
     MOVED,
     WHO,
+    Encoded,
     Entry,
-    Event,
     decode,
     encode,
 )
@@ -340,7 +340,7 @@ class Stream:
 
     def _call(self, entry: Entry) -> None:
         manager, header = self.manager, entry.header
-        event = Event(entry, manager.server.packet_class)
+        event = Encoded(entry, manager.server.packet_class)
         for sid, engine_sid in [*manager.get_participants(header["n"], header["r"])]:
             if sid not in header.get("x", ()):
                 callback = partial(self.wait.function(self._answered), entry.origin, header["i"])

@@ -154,13 +154,27 @@ def test_events_outlive_a_power_cut_of_all_and_an_empty_disk_of_the_primary(flee
 
 
 @pytest.mark.once("operations")
-def test_a_host_of_it_is_removed_and_replaced(fleet: LabBus, play: Any) -> None:
+def test_users_miss_nothing_while_a_host_of_it_is_replaced_and_all_passwords_change(
+    fleet: LabBus, play: Any, nodes: list[Any], edge_url: Any, javascript: Path
+) -> None:
     leaving = fleet.primary()
-    play("playbooks/remove_bus.yml", "-e", f"stickyring_bus={leaving}")
-    left = "ls -d /etc/stickyring-bus /var/lib/stickyring-bus* /etc/systemd/system/stickyring-bus* 2>/dev/null | wc -l"
-    assert fleet.do(leaving, left).strip() == "0"
-    play("site.yml")
-    assert Emitter(fleet.url("emitter")).emit("said", "to nobody", room="nobody") is None
+    crowd = Crowd(javascript, USERS, [edge_url("sticky")])
+    wait_until_all_are_back(nodes)
+    with Speaking(fleet.url("emitter"), {"all": None, **ROOMS}, timeout=60) as speaking:
+        play("playbooks/remove_bus.yml", "-e", f"stickyring_bus={leaving}")
+        left = (
+            "ls -d /etc/stickyring-bus /var/lib/stickyring-bus* /etc/systemd/system/stickyring-bus* 2>/dev/null | wc -l"
+        )
+        assert fleet.do(leaving, left).strip() == "0"
+        fleet.exchange_passwords()
+        play("site.yml")
+        wait_until_all_are_back(nodes)
+    history = crowd.end()
+    print(history)
+    assert history.faults == []
+    assert history.recovered >= USERS
+    assert history.not_recovered <= history.recovered / 1000
+    assert history.heard >= speaking.number * USERS
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
