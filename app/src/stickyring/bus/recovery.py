@@ -297,15 +297,17 @@ class Recovery:
         entries: list[tuple[Position, Entry]] = []
         while True:
             reached = entries[-1][0] if entries else begin
-            pipeline = stream.redis.pipeline(transaction=True)
+            # In this order, what changes in between is seen. A server does not wait for replicas in a transaction.
+            pipeline = stream.redis.pipeline(transaction=False)
             size = stream.page
+            pipeline.get(address.written(stream.outbox.origin))
             pipeline.xrange(address.stream, f"({reached}", "+", count=size)
             pipeline.get(address.floor)
             pipeline.xrange(address.stream, count=1)
             pipeline.xrange(address.stream, str(end), str(end))
-            pipeline.get(address.written(stream.outbox.origin))
             pipeline.get(address.epoch)
-            page, floor, first, at_end, written, epoch = await settle(pipeline.execute())
+            answers = await stream.replicated(pipeline, reached)
+            written, page, floor, first, at_end, epoch = answers[:6]
             if floor is not None and begin < Position.parse(floor) and begin < end_of(first):
                 return "trimmed"
             if not (at_end or end == BEGIN) or not (epoch or b"").decode() == kept.epoch == router.epoch:

@@ -97,7 +97,7 @@ class Router:
         """Prepare a recovered session.
 
         `entries` are all between what it has got and `reached`, the end of the stream, which this process may not have
-        read yet. `written`: the number of the last own entry in the stream.
+        read yet. `written`: the number of the last own entry in the stream before these were read.
         """
         ahead = {} if kept.has is None else {**kept.has.ahead}
         packet_class = self._manager.server.packet_class
@@ -106,6 +106,8 @@ class Router:
                 kept.sent = str(Offset(position, ahead))
                 kept.missed.append(Encoded(entry, packet_class).packets(kept.sent))
         for _, entry in entries:
+            if entry.origin == self.outbox.origin:
+                written = max(written, entry.number)
             if ahead.get(entry.origin, entry.number + 1) <= entry.number:
                 del ahead[entry.origin]
         kept.has = Offset(reached if kept.has is None else max(reached, kept.has.position), ahead)

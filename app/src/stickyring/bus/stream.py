@@ -206,7 +206,7 @@ class Stream:
             entries = parsed(await settle(read))
             self.page = min(AT_ONCE, count * 2)
             if self.address.replicated:
-                await self._replicate(entries[-1][0] if entries else before)
+                await self.replicated(self.redis.pipeline(transaction=False), entries[-1][0] if entries else before)
             for position, entry in entries:
                 async with self._turn:
                     if router.now != before:
@@ -217,16 +217,20 @@ class Stream:
                         self._handle(entry, position)
                 await self._send_out()
 
-    async def _replicate(self, position: Position) -> None:
-        """Wait until a replica has all up to a position, and find out whether this is still the primary.
+    async def replicated(self, pipeline: Any, position: Position) -> list[Any]:  # noqa: ANN401 - one of two classes
+        """Return the answers to a pipeline once a replica has all that it has read, if the bus has replicas.
 
         What nobody has read may be lost with the primary: it is still in the outbox of its process.
+
+        Raises:
+            redis.RedisError: this is no primary with a replica any more.
         """
-        pipeline = self.redis.pipeline(transaction=False)
-        # A server waits for the replication of what the same connection has written.
-        pipeline.set(self.address.reached, str(position))
+        if self.address.replicated:
+            # A server waits for the replication of what the same connection has written.
+            pipeline.set(self.address.reached, str(position))
         self.address.add_wait(pipeline)
-        self.address.confirmed(await settle(pipeline.execute()))
+        answers: list[Any] = self.address.confirmed(await settle(pipeline.execute()))
+        return answers
 
     async def _meet(self) -> None:
         """Find this process' place in the stream, and whether the stream has lost what it has not read."""
