@@ -10,10 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bus_fleet
 import pytest
+import socketio.packet
 from bus_crowd import Crowd, History, Speaking
 from bus_fleet import Bus, Connect, Node, worker_of
 from bus_trio import Trio
@@ -24,6 +26,8 @@ from stickyring.bus.emitter import BusAwayError, Emitter
 from stickyring.bus.entry import CLOSE, ENTER, EVENT, MOVED, Entry
 from stickyring.bus.kept import Kept, Stay, recover
 from stickyring.bus.offset import Offset, Position
+from stickyring.bus.outbox import Outbox
+from stickyring.bus.router import Router
 
 
 @pytest.mark.parametrize("transport", ["websocket", "polling"])
@@ -503,6 +507,25 @@ def test_rooms_are_those_that_are_known_and_what_came_after() -> None:
     entered = of_room(ENTER, 5, s="s")
     assert replayed(kept(gone), 8, 4, entered, of_room(EVENT, 9, "of a room that it has left")) == ([], [])
     assert replayed(kept(sent=""), 4, 7, entered, of_room(EVENT, 6, "got"), event) == (["event"], ["club"])
+
+
+def test_own_events_that_a_recovered_session_has_got_from_the_bus_are_not_delivered_ahead_of_it_too() -> None:
+    server = SimpleNamespace(packet_class=socketio.packet.Packet)
+    manager, outbox = SimpleNamespace(server=server, get_participants=lambda *_: [("s", "e")]), Outbox("0" * 16)
+    router = Router(manager, outbox, recovers=True)
+    router.epoch, (begin, end) = "epoch", (Position(1, 0), Position(2, 0))
+    router.position = begin
+    for text in ("read by the client only", "new"):
+        outbox.put(EVENT, {"n": "/"}, f'["said","{text}"]')
+    first = next(outbox.after(0))
+    stored = Kept("s", "/", begin, "epoch", sent=str(begin)).to_json(begin).encode()
+    kept = recover(stored, "pid", Offset(begin), "epoch")
+    assert kept is not None
+    router.go_on(kept, [(end, first)], end, written=0)
+    assert len(kept.missed) == 1
+    router.kept["/", "s"], kept.held = kept, None
+    delivered = [[*router.sendings(entry, None)] for entry in router.entries_ahead()]
+    assert [len(one) for one in delivered] == [0, 1]
 
 
 def test_an_offset_of_many_parts_is_none() -> None:

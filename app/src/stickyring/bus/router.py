@@ -110,6 +110,9 @@ class Router:
                 written = max(written, entry.number)
             if ahead.get(entry.origin, entry.number + 1) <= entry.number:
                 del ahead[entry.origin]
+        if written > self.outbox.read:
+            # This process has not read them yet, and may deliver them without the bus.
+            ahead[self.outbox.origin] = max(written, ahead.get(self.outbox.origin, 0))
         kept.has = Offset(reached if kept.has is None else max(reached, kept.has.position), ahead)
         # Own events that are delivered, and not in the stream yet.
         for entry in self.outbox.after(written):
