@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 
 from stickyring.bus.emitter import BusAwayError, Emitter
 
-PROGRAM = Path(__file__).with_name("listening_crowd.mjs")
+JAVASCRIPT, PYTHON = (Path(__file__).with_name(f"listening_crowd.{kind}") for kind in ("mjs", "py"))
 
 
 @dataclass
@@ -74,26 +75,36 @@ class History:
 
 
 class Crowd:
-    """JavaScript clients in one process, which go from one URL to the next when they lose their connections."""
+    """Clients that go from one URL to the next when they lose their connections.
 
-    def __init__(self, package: Path, count: int, urls: list[str]) -> None:
-        command = ["node", str(PROGRAM), str(package), str(count), *urls]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        assert json.loads(self._process.stdout.readline()) == {"connected": count}
+    `count` are JavaScript's, of a `package`, and as many as `python` are python-socketio's, each kind in a process.
+    """
+
+    def __init__(self, package: Path, count: int, urls: list[str], *, python: int = 0) -> None:
+        programs = [(["node", str(JAVASCRIPT), str(package)], count), ([sys.executable, str(PYTHON)], python)]
+        self._processes = [
+            subprocess.Popen([*program, str(number), *urls], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for program, number in programs
+            if number
+        ]
+        for process in self._processes:
+            assert process.stdout is not None
+            assert "connected" in process.stdout.readline()
 
     def lose(self, count: int) -> None:
-        """Have some of them lose their connections."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{count}\n")
-        self._process.stdin.flush()
+        """Have some of each kind lose their connections."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{count}\n")
+            process.stdin.flush()
 
     def end(self, *, until: int = 0) -> History:
         """End them; return what they have heard, of `until` events if this is known."""
-        output, _ = self._process.communicate(timeout=20)
         history = History()
-        for line in output.splitlines():
-            history.add(json.loads(line), until=until)
+        for process in self._processes:
+            output, _ = process.communicate(timeout=20)
+            for line in output.splitlines():
+                history.add(json.loads(line), until=until)
         return history
 
 

@@ -308,9 +308,9 @@ ROOMS = {"all": None, "0": "0", "1": "1"}
 
 
 def three_nodes_with_users(node: Node, client: Connect, javascript: Path) -> tuple[list[ServeProcess], Crowd]:
-    """Starts three nodes, of which one emits numbered events too, and thirty users."""
+    """Starts three nodes, of which one emits numbered events too, and users."""
     nodes = [node(name) for name in ("first", "second", "third")]
-    crowd = Crowd(javascript, 30, [one.url for one in nodes])
+    crowd = Crowd(javascript, 24, [one.url for one in nodes], python=6)
     client(nodes[1]).do("emit", "begin_to_count")
     return nodes, crowd
 
