@@ -1,4 +1,4 @@
-"""Does what `listening_crowd.mjs` does, with python-socketio's asyncio client: python listening_crowd.py COUNT URL..."""
+"""As `listening_crowd.mjs`, with the asyncio client of python-socketio: python listening_crowd.py COUNT URL..."""
 
 from __future__ import annotations
 
