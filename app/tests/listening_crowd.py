@@ -30,7 +30,7 @@ class User:
 
     async def connect(self) -> None:
         url = f"{self.urls[self.number % len(self.urls)]}?client_id=python-{self.number}"
-        await self.client.connect(url, transports=TRANSPORTS[self.number % 3], wait_timeout=10)
+        await self.client.connect(url, transports=TRANSPORTS[self.number % 3])
 
     async def _joined(self) -> None:
         self.heard.append(["connect", self.recovering.recovered()])

@@ -17,7 +17,7 @@ import bus_fleet
 import pytest
 import socketio.packet
 from bus_crowd import Crowd, History, Speaking
-from bus_fleet import Bus, Connect, Node, worker_of
+from bus_fleet import Bus, Client, Connect, Node, worker_of
 from bus_trio import Trio
 from conftest import ServeProcess, wait_until
 
@@ -89,6 +89,34 @@ def test_a_client_that_is_lost_again_while_it_gets_what_it_missed_gets_it_once(
     bob.ask("say", None, "after")
     assert ann.said(6) == [*range(5), "after"]
     assert ann.until("connect")[1:] == [sid, True, pid]
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["at the same node", "at another"])
+def test_the_newest_of_several_connections_of_a_client_goes_on(
+    bus: Bus, node: Node, client: Connect, *, same: bool
+) -> None:
+    first, second = node("first"), node("second")
+    ann, bob = client(first), client(second)
+    _, sid, _, pid = ann.until("connect")
+    ann.away(first)
+    bob.ask("say", None, "missed")
+    assert bob.said(1) == ["missed"]
+    bus.freeze()
+    for one in (first, first, first if same else second):
+        connect_again(ann, one)
+    bus.freeze(frozen=False)
+    assert ann.until("connect")[1:] == [sid, True, pid]
+    assert ann.said(1) == ["missed"]
+    assert ann.ask("noted") == {}
+
+
+def connect_again(client: Client, node: ServeProcess) -> None:
+    """Has a client lose its connection, which may not be complete, and waits until it has another one."""
+    handshakes = 'stickyring_handshakes_accepted_total{transport="websocket"}'
+    before = node.metric(handshakes)
+    client.do("away", node.url)
+    client.do("back")
+    wait_until(lambda: node.metric(handshakes) > before, "it connects")
 
 
 def test_a_client_that_has_got_no_event_goes_on_too(node: Node, client: Connect) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import socketio
@@ -10,6 +11,9 @@ import socketio.packet
 
 from stickyring.bus.offset import Offset
 from stickyring.bus.waiting import AsyncWaiting, GreenWaiting, settle
+
+CONNECT_SECONDS = 15.0
+"""How long a client waits for the answer to its CONNECT, if its `connect` is not given another time."""
 
 
 @dataclass
@@ -31,6 +35,8 @@ class Recovering:
         self._sessions: dict[str, _Session] = {}
         self._connect, self._event, self._send = client._handle_connect, client._handle_event, client._send_packet
         waiting = AsyncWaiting() if client.is_asyncio_based() else GreenWaiting(client.start_background_task)
+        # While another host of the bus takes over, it takes longer than the second that they wait when they reconnect.
+        client.connect = partial(client.connect, wait_timeout=CONNECT_SECONDS)
         client._handle_connect = waiting.function(self._on_connect)
         client._handle_event = waiting.function(self._on_event)
         client._send_packet = waiting.function(self._on_send)

@@ -87,6 +87,10 @@ class Saving:
         self.replaced += [other, *other.replaced]
 
 
+class _FasterError(Exception):
+    """An older connection of the same client, which has left it, has got its session."""
+
+
 class Recovery:
     """Goes on with sessions whose clients were away for at most so many `seconds`; with 0, with none."""
 
@@ -98,6 +102,8 @@ class Recovery:
         self._saving: dict[str, Saving] = {}
         self._offsets: dict[tuple[str, str], Offset | None] = {}
         self._by_pid: dict[str, Kept] = {}
+        self._claiming: dict[str, str] = {}
+        """The newest connection that claims a session: the client has left the others, which may not be known yet."""
 
     @property
     def kept_seconds(self) -> float:
@@ -235,21 +241,30 @@ class Recovery:
         """Return the session that a client claims, with what it has missed; None if it cannot go on."""
         # A new session of this client does not get what it has, if the bus has that later.
         self._offsets[eio_sid, namespace] = claim.offset
-        until = (self._stream.away_since or time.monotonic()) + FAILOVER_SECONDS
-        while True:
-            try:
-                kept, reason = await self._find(claim, eio_sid, namespace)
-                break
-            except (redis.RedisError, OSError, TimeoutError):
-                kept, reason = None, "bus"
-                if time.monotonic() > until:
-                    break
-                await self._stream.wait.sleep(LOOK_SECONDS / 2)
+        self._claiming[claim.pid] = eio_sid
+        try:
+            kept, reason = await self._find_in_time(claim, eio_sid, namespace)
+        finally:
+            if self._claiming.get(claim.pid) == eio_sid:
+                del self._claiming[claim.pid]
         if kept is None:
             self._count_lost(reason)
         else:
             del self._offsets[eio_sid, namespace]
         return kept
+
+    async def _find_in_time(self, claim: Claim, eio_sid: str, namespace: str) -> tuple[Kept | None, str]:
+        """Return the claimed session, or None and the reason, also if the bus is away for a while."""
+        until = (self._stream.away_since or time.monotonic()) + FAILOVER_SECONDS
+        while True:
+            try:
+                return await self._find(claim, eio_sid, namespace)
+            except _FasterError:
+                pass
+            except (redis.RedisError, OSError, TimeoutError):
+                if time.monotonic() > until:
+                    return None, "bus"
+                await self._stream.wait.sleep(LOOK_SECONDS / 2)
 
     def _count_lost(self, reason: str) -> None:
         counts = self._router.counts.not_recovered
@@ -283,13 +298,16 @@ class Recovery:
         if (namespace, kept.sid) in router.kept:
             # Given away, and not ended yet.
             await stream.end(kept.sid, namespace)
-        await stream.publish(MOVED, {"n": namespace, "s": kept.sid})
-        if (reason := await self._catch_up(kept)) == "ended":
+        moved = await stream.publish(MOVED, {"n": namespace, "s": kept.sid})
+        if (reason := await self._catch_up(kept, eio_sid, moved)) == "ended":
             await settle(stream.redis.delete(address.session(kept.pid)))
         return (None, reason) if reason else (kept, "")
 
-    async def _catch_up(self, kept: Kept) -> str:
-        """Give a session what its client has missed; return why that is not possible, or nothing."""
+    async def _catch_up(self, kept: Kept, eio_sid: str, moved: int) -> str:
+        """Give a session what its client has missed; return why that is not possible, or nothing.
+
+        `moved` is the number of the entry by which this process has said that it goes on with the session.
+        """
         stream, router = self._stream, self._router
         address = stream.address
         # Its rooms may have changed after what is known of them, and before what it has missed.
@@ -315,14 +333,25 @@ class Recovery:
                 return "history"
             entries += parsed(page)
             reached = max(end, entries[-1][0]) if entries else end
-            if kept.pid in self._by_pid:
-                # Another connection of this client was faster.
+            if self._claiming.get(kept.pid) != eio_sid or self._moved_on(kept, entries, moved):
                 return "taken"
+            if kept.pid in self._by_pid:
+                raise _FasterError
             if len(page) < size and reached >= router.now:
                 router.go_on(kept, entries, reached, int(written or 0))
                 return "ended" if kept.disconnected else ""
             if not page:
                 await stream.wait.sleep(WAIT_SECONDS)
+
+    def _moved_on(self, kept: Kept, entries: list[tuple[Position, Entry]], moved: int) -> bool:
+        """Return whether another process goes on with a session, and has said so after this one."""
+        origin = self._stream.outbox.origin
+        moves = [one for _, one in entries if one.kind == MOVED and one.header["s"] == kept.sid]
+        return (
+            bool(moves)
+            and moves[-1].origin != origin
+            and (origin, moved) in {(one.origin, one.number) for one in moves}
+        )
 
     # Saving.
 
