@@ -303,7 +303,9 @@ def node(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..
         folder = tmp_path / name
         folder.mkdir()
         (folder / "app.py").write_text(application(manager, hello=hello, goodbye=goodbye, pings=pings))
-        return stack.enter_context(serving(folder, "app:application", STICKYRING_BUS_URL=bus.url))
+        return stack.enter_context(
+            serving(folder, "app:application", "--control", "control", STICKYRING_BUS_URL=bus.url)
+        )
 
     with ExitStack() as stack:
         yield start

@@ -28,6 +28,7 @@ from stickyring.bus.kept import Kept, Stay, recover
 from stickyring.bus.offset import Offset, Position
 from stickyring.bus.outbox import Outbox
 from stickyring.bus.router import Router
+from stickyring.node.operate import ask
 
 
 @pytest.mark.parametrize("transport", ["websocket", "polling"])
@@ -238,6 +239,16 @@ def test_without_recovery_clients_get_what_the_application_sends(node: Node, cli
     assert ann.until("connect")[3] is None
     ann.ask("say", None, "text")
     assert ann.until("said") == ["said", "text"]
+
+
+def test_an_operator_sees_which_sessions_the_bus_has(node: Node, client: Connect, tmp_path: Path) -> None:
+    for one in (node("first"), node("second", "stickyring.bus.manager()")):
+        client(one).until("connect")
+    assert [kept_ones(tmp_path / name / "control") for name in ("first", "second")] == [[True], [False]]
+
+
+def kept_ones(control: Path) -> list[bool]:
+    return [session["kept"] for session in ask(control, "GET", "/sessions")["sessions"]]
 
 
 @pytest.mark.parametrize("asyncio_client", [True, False], ids=["AsyncClient", "Client"])

@@ -86,6 +86,7 @@ def test_sessions_lists_the_open_sessions(node: ServeProcess, folder: Path) -> N
     assert [session["key"] for session in found["sessions"]] == ["alice", "alice", "a%20b&c", None, "café"]
     assert [session["cluster"] for session in found["sessions"]] == ["nodes", None, None, None, None]
     assert {session["transport"] for session in found["sessions"]} == {"polling"}
+    assert {session["kept"] for session in found["sessions"]} == {False}
     assert all(0 <= session["seconds"] < DEADLINE_SECONDS for session in found["sessions"])
     for key, count in (("alice", 2), ("a%20b&c", 1), ("café", 1), ("a b&c", 0)):
         one = json.loads(invoke("sessions", "--control", folder / "control", "--key", key).stdout)

@@ -84,9 +84,13 @@ def test_edges_that_disagree_are_named(found: Any) -> None:
 
 def test_sessions_on_the_assigned_node_are_listed(found: Any) -> None:
     nodes = {"host1": [holding(HOME, ("websocket", 12.3), ("polling", 3)), holding(OTHER)]}
+    nodes["host1"][0]["sessions"][1]["kept"] = True
     result = found({"edge1": THREE}, nodes)("--live")
     assert result.exit_code == 0
-    assert result.output.splitlines()[1:] == [f"  {HOME}: websocket, open for 12 s", f"  {HOME}: polling, open for 3 s"]
+    assert result.output.splitlines()[1:] == [
+        f"  {HOME}: websocket, open for 12 s",
+        f"  {HOME}: polling, open for 3 s, kept by the bus",
+    ]
 
 
 def test_a_session_on_another_node_is_reported(found: Any) -> None:

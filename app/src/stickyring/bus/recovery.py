@@ -167,6 +167,12 @@ class Recovery:
             self.save(kept, gone=True)
             self._stream.wait.spawn(self._stream.end(sid, namespace))
 
+    def is_saved(self, eio_sid: str) -> bool:
+        """Return whether the bus has a session of this connection."""
+        manager, kept = self._stream.manager, self._router.kept
+        sessions = [kept.get((name, manager.sid_from_eio_sid(eio_sid, name))) for name in [*manager.get_namespaces()]]
+        return any(one is not None and one.saved_at for one in sessions)
+
     def forget_before(self, floor: Position) -> None:
         """Forget what is only about events that the stream does not have any more."""
         for kept in self._router.kept.values():

@@ -4,7 +4,8 @@ It serves the commands of `stickyring.node.operate` and cannot be reached over t
 object; an error has `error`, a line of text.
 
     GET  /sessions[?key=KEY]  200 {"node": name, "sessions": [{"key": "alice" | null, "cluster": "nodes" | null,
-                              "transport": "polling" | "websocket", "seconds": open for so long}]}
+                              "transport": "polling" | "websocket", "seconds": open for so long, "kept": whether the
+                              bus has it, so that its client can go on with it anywhere}]}
     POST /rebalance           body {"ring": ring document, "rate": sessions per second, optional}
                               202 as GET /rebalance; 400 invalid body; 409 a rebalance is running
     GET  /rebalance           200 {"running", "rate", "seconds" since the start; numbers of sessions: "to_move",
@@ -32,7 +33,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingMixIn, UnixStreamServer
@@ -73,12 +74,15 @@ class Control:
         metrics: MoveMetrics,
         drain: Drain,
         incumbent: Incumbent,
+        *,
+        is_kept: Callable[[str], bool] = lambda sid: False,
     ) -> None:
         self._node_name = node_name
         self._drain = drain
         self._sessions = sessions
         self._metrics = metrics
         self._incumbent = incumbent
+        self._is_kept = is_kept
         self._rebalance: Rebalance | None = None
         self._known_ring: tuple[str, Ring] | None = None
 
@@ -123,8 +127,9 @@ class Control:
                 "cluster": session.cluster,
                 "transport": session.transport,
                 "seconds": round(session.seconds, 3),
+                "kept": self._is_kept(sid),
             }
-            for session in [*self._sessions.values()]
+            for sid, session in [*self._sessions.items()]
             if not session.ended and wanted in {None, session.key}
         ]
         return {"node": self._node_name, "sessions": found}

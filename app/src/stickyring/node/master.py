@@ -175,7 +175,9 @@ class Node(BaseApplication):
         runtime.heed(lambda: getattr(worker, "exhausted", False))
         incumbent = Incumbent(worker, runtime.drain, self._retired)
         if self._control is not None:
-            control = Control(name, runtime.sessions, runtime.move_metrics, runtime.drain, incumbent)
+            control = Control(
+                name, runtime.sessions, runtime.move_metrics, runtime.drain, incumbent, is_kept=runtime.is_kept
+            )
             server = ControlServer(self._control.listener, control)
             threading.Thread(target=server.run, daemon=True).start()
         self.draining = threading.Thread(target=self._drain_when_told, args=(runtime.drain,), daemon=True)

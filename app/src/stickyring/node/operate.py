@@ -44,7 +44,8 @@ def sessions(*, key: str | None, path: Path) -> None:
     """Print the open sessions of a node on this host as JSON.
 
     {"node": NAME, "sessions": [{"key": KEY or null, "cluster": CLUSTER or null, "transport": "polling" or "websocket",
-    "seconds": OPEN_FOR}]}. CLUSTER is the edge's cluster that routes the user.
+    "seconds": OPEN_FOR, "kept": KEPT}]}. CLUSTER is the edge's cluster that routes the user. KEPT: whether the bus has
+    the session, so that its client can go on with it on any node.
 
     \b
     Examples:

@@ -59,6 +59,10 @@ class Runtime:
             SocketIOGate(server, metrics, max_connections, self.sessions, self.drain) for server in servers if metrics
         ]
 
+    def is_kept(self, sid: str) -> bool:
+        """Return whether the bus has a session, so that its client can go on with it anywhere."""
+        return any(stream.recovery.is_saved(sid) for stream in self._streams)
+
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request."""
         self._edges.tell(environ)

@@ -135,7 +135,8 @@ def _tell_sessions(nodes: list[dict[str, Any]], owners: list[str], clusters: set
             elif answer["node"] not in owners:
                 astray += 1
                 mark = ", not the assigned node"
-            click.echo(f"  {answer['node']}: {session['transport']}, open for {session['seconds']:.0f} s{mark}")
+            kept = ", kept by the bus" if session.get("kept") else ""
+            click.echo(f"  {answer['node']}: {session['transport']}, open for {session['seconds']:.0f} s{kept}{mark}")
     if astray:
         click.echo(f"{astray} of these sessions are not on the assigned node: run playbooks/rebalance.yml")
     return not astray

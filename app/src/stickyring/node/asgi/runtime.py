@@ -51,6 +51,10 @@ class AsyncRuntime:
             if metrics
         ]
 
+    def is_kept(self, sid: str) -> bool:
+        """Return whether the bus has a session, so that its client can go on with it anywhere."""
+        return any(stream.recovery.is_saved(sid) for stream in self._streams)
+
     async def __call__(self, scope: "Scope", receive: "ASGIReceiveCallable", send: "ASGISendCallable") -> None:
         """Serve one request, WebSocket or lifespan."""
         if scope["type"] == "lifespan":
