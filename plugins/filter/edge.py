@@ -9,6 +9,7 @@ from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_resources im
     cluster_of,
     edge_files,
     edge_pem_paths,
+    edge_prefixes,
     edge_private_keys,
     endpoints_of,
     policy_of,
@@ -109,6 +110,7 @@ class FilterModule:
         """Name to function."""
         return {
             "edge_pem_paths": edge_pem_paths,
+            "edge_prefixes": edge_prefixes,
             "edge_private_keys": edge_private_keys,
             "edge_problems": edge_problems,
             "edge_duration": edge_duration,

@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import Any
 
+from ansible.module_utils.parsing.convert_bool import boolean
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.addresses import network
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_routes import TYPE, routes
 
 Data = dict[str, Any]
@@ -21,6 +23,17 @@ def edge_pem_paths(listeners: list[Data]) -> list[str]:
     """Paths on the controller of the certificates and keys of all listeners, each once."""
     paths = [item["tls"][kind] for item in listeners if item.get("tls") for kind in ("certificate", "key")]
     return list(dict.fromkeys(paths))
+
+
+def edge_prefixes(networks: list[str]) -> list[Data]:
+    """Networks, and addresses, as Envoy's CidrRange."""
+    found = [one for one in map(network, networks) if one is not None]
+    return [{"address_prefix": str(one.network_address), "prefix_len": one.prefixlen} for one in found]
+
+
+def takes_proxy_protocol(item: Data) -> bool:
+    """Whether a listener is for proxies that send a PROXY protocol header."""
+    return bool(boolean(item.get("proxy_protocol", False), strict=False))
 
 
 def _config_source(directory: str, path: str) -> Data:
@@ -40,16 +53,47 @@ def _listener(item: Data, common: Data) -> Data:
             "config_source": _config_source(common["directory"], f"routes/{item['name']}.json"),
         },
     }
-    chain: Data = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
     if item.get("tls"):
-        chain |= _tls(item, common)
+        manager["http_filters"] = [*common["hsts"], *manager["http_filters"]]
+        manager["upgrade_configs"] = [
+            {**one, "filters": [*common["hsts"], *one["filters"]]} for one in manager["upgrade_configs"]
+        ]
+    if "redirect_port" in item:
+        # The port that a client has used is not that of https.
+        manager["strip_any_host_port"] = True
+    address = item.get("address", "0.0.0.0")
+    place: Data = {"address": address, "port_value": int(item["port"])}
+    if address == "::":
+        place["ipv4_compat"] = True
     return {
         "@type": TYPE + "envoy.config.listener.v3.Listener",
         "name": item["name"],
-        "address": {"socket_address": {"address": item.get("address", "0.0.0.0"), "port_value": int(item["port"])}},
+        "address": {"socket_address": place},
         **common["listener"],
-        "filter_chains": [chain],
+        **({"listener_filters": common["proxy_protocol"]} if takes_proxy_protocol(item) else {}),
+        "filter_chains": _filter_chains(item, manager, common),
     }
+
+
+def _filter_chains(item: Data, manager: Data, common: Data) -> list[Data]:
+    """One chain for trusted proxies, whose X-Forwarded-* headers count, and one for everybody else.
+
+    The source is the peer of the connection, or whom a PROXY protocol header names: one that a user of the proxy
+    cannot choose. Only trusted peers find a chain where that header is read, so nobody else can name a source.
+    """
+    trusted = common["trusted_proxies"]
+    peers = {"direct_source_prefix_ranges": trusted} if takes_proxy_protocol(item) else {}
+    kinds = [(peers | {"source_prefix_ranges": trusted}, common["forwarded"])] if trusted else []
+    return [
+        {
+            **({"filter_chain_match": match} if match else {}),
+            "filters": [
+                {"name": "envoy.filters.network.http_connection_manager", "typed_config": {**manager, **client}}
+            ],
+            **(_tls(item, common) if item.get("tls") else {}),
+        }
+        for match, client in [*kinds, (peers, common["direct"])]
+    ]
 
 
 def _certificate_path(item: Data) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 Data = dict[str, Any]
 
+HTTPS_PORT = 443
 TYPE = "type.googleapis.com/"
 # Set by the edge only: the key that was hashed, the cluster whose ring it was hashed for, the client's address.
 NODE_HEADERS = ("x-stickyring-key", "x-stickyring-cluster", "x-stickyring-client")
@@ -153,8 +154,29 @@ def _to_nodes(item: Data, common: Data) -> list[Data]:
     return [*special, everything]
 
 
+def _redirect(item: Data) -> Data:
+    """Routes that send every request to https, with the same host, path and query.
+
+    308, because a client repeats a POST that gets a 301 as a GET, without its body.
+    """
+    port = int(item["redirect_port"])
+    redirect = {
+        "https_redirect": True,
+        **({} if port == HTTPS_PORT else {"port_redirect": port}),
+        "response_code": "PERMANENT_REDIRECT",
+    }
+    everything = {"match": {"prefix": "/"}, "redirect": redirect}
+    return {
+        "@type": TYPE + "envoy.config.route.v3.RouteConfiguration",
+        "name": item["name"],
+        "virtual_hosts": [{"name": item["name"], "domains": ["*"], "routes": [everything]}],
+    }
+
+
 def routes(item: Data, common: Data) -> Data:
     """The RouteConfiguration of a listener."""
+    if "redirect_port" in item:
+        return _redirect(item)
     policies: list[Data] = item["hash_policies"] if "hash_policies" in item else common["hash_policies"]
     resource = {
         "@type": TYPE + "envoy.config.route.v3.RouteConfiguration",

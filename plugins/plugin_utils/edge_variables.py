@@ -7,9 +7,14 @@ import re
 from collections import Counter
 from typing import Any
 
-from ansible_collections.stickyring.fleet.plugins.plugin_utils.addresses import is_address
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.addresses import is_address, network
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.certificates import certificate_problems
-from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_resources import LARGEST_RING, NOBODY, policy_of
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_resources import (
+    LARGEST_RING,
+    NOBODY,
+    policy_of,
+    takes_proxy_protocol,
+)
 
 Data = dict[str, Any]
 
@@ -27,6 +32,10 @@ PREFIX = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)+")
 SOCKET_IO = "socket.io"
 # What a path may set, with the lowest and the highest value.
 PATH_SETTINGS: dict[str, tuple[float, float]] = {"timeout": (0.0, 86400.0), "body_limit": (1, 2**32 - 1)}
+# RFC 6797, section 6.1.
+HSTS = re.compile(r"max-age=[0-9]+(; includeSubDomains)?(; preload)?")
+# What str(value) of a boolean may be, in any case.
+BOOLEANS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 LOG_LEVELS = ("trace", "debug", "info", "warning", "error", "critical", "off")
 # The lowest and the highest value of every variable that is a number; a float where fractions are meant.
 RANGES: dict[str, tuple[float, float]] = {
@@ -54,7 +63,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "limit_nofile": (1024, 2**30),
     "connection_buffer_kib": (1, 2**20),
     "max_request_body_bytes": (1, 2**32 - 1),
-    "trusted_hops": (0, 100),
     "load_timeout": (1, 3600),
     "healthy_timeout": (0, 86400),
 }
@@ -107,8 +115,50 @@ def _text_problems(settings: Data, clusters: list[Data]) -> list[str]:
         problems.append(f"stickyring_edge_log_level is {level!r}: give one of {', '.join(LOG_LEVELS)}, in quotes.")
     for name in ("access_log", "may_end_websockets"):
         value = settings[f"stickyring_edge_{name}"]
-        if str(value).lower() not in {"true", "false", "yes", "no", "on", "off", "1", "0"}:
+        if str(value).lower() not in BOOLEANS:
             problems.append(f"stickyring_edge_{name} is {value!r}: give true or false.")
+    hsts = settings["stickyring_edge_hsts"]
+    if hsts and not HSTS.fullmatch(str(hsts)):
+        problems.append(
+            f"stickyring_edge_hsts is {hsts!r}: give max-age=SECONDS, with `; includeSubDomains` and `; preload` behind"
+            " it if you want these, or an empty text for none."
+        )
+    return problems
+
+
+def _proxy_problems(proxies: object) -> list[str]:
+    """What is wrong with the list of trusted proxies."""
+    where = "stickyring_edge_trusted_proxies"
+    if not isinstance(proxies, list):
+        return [f"{where} is {proxies!r}: give a list, [192.0.2.0/24] for example."]
+    networks = [network(proxy) for proxy in proxies]
+    problems = [
+        f"{where}: {proxy!r} is no IP address and no network such as 192.0.2.0/24 or 2001:db8::/32."
+        for proxy, found in zip(proxies, networks, strict=True)
+        if found is None
+    ]
+    return problems + [f"{where}: {one} is listed twice." for one in _repeated([one for one in networks if one])]
+
+
+def _target_problems(item: Data, clusters: set[str], proxies: list[Any]) -> list[str]:
+    """What is wrong with where a listener leads, and with who may connect to it."""
+    where = f"listener {item['name']}"
+    problems = []
+    if "redirect_port" in item:
+        problems += _range_problem(f"{where}: redirect_port", item["redirect_port"], 1, 65535)
+        problems += [
+            f"{where}: {key} and redirect_port exclude each other: it only redirects to https."
+            for key in ("cluster", "tls")
+            if key in item
+        ]
+    elif "cluster" not in item:
+        problems.append(f"{where}: give a cluster, or a redirect_port.")
+    elif item["cluster"] not in clusters:
+        problems.append(f"{where}: there is no cluster {item['cluster']} in stickyring_edge_clusters.")
+    if str(item.get("proxy_protocol", False)).lower() not in BOOLEANS:
+        problems.append(f"{where}: proxy_protocol is {item['proxy_protocol']!r}: give true or false.")
+    elif takes_proxy_protocol(item) and not proxies:
+        problems.append(f"{where}: proxy_protocol needs the proxies in stickyring_edge_trusted_proxies.")
     return problems
 
 
@@ -167,10 +217,12 @@ def _number_problems(settings: Data) -> list[str]:
 def _place_problems(listeners: list[Data]) -> list[str]:
     problems = []
     places = [(_canonical(item.get("address", "0.0.0.0")), int(item["port"])) for item in listeners]
+    both = {port for address, port in places if address == "::"}
+    places = [("::" if address == "0.0.0.0" and port in both else address, port) for address, port in places]
     for item, (address, port) in zip(listeners, places, strict=True):
         where = f"listener {item['name']}"
-        if not 1024 <= port <= 65535:
-            problems.append(f"{where}: port {port} is not from 1024 to 65535; Envoy has no privilege for lower ports.")
+        if not 1 <= port <= 65535:
+            problems.append(f"{where}: port {port} is not from 1 to 65535.")
         if not is_address(address):
             problems.append(f"{where}: {address!r} is no IP address, and Envoy resolves no names here.")
     return problems + [f"port {port} on {address} has two listeners." for address, port in _repeated(places)]
@@ -195,7 +247,8 @@ def edge_problems(settings: Data, pems: dict[str, str], sha256: str | None = Non
     clusters: list[Data] = settings["stickyring_edge_clusters"]
     hash_policies: list[Data] = settings["stickyring_edge_hash_policies"]
     # The checks below calculate with these values.
-    if problems := _range_problems(settings) + _text_problems(settings, clusters):
+    proxies = settings["stickyring_edge_trusted_proxies"]
+    if problems := _range_problems(settings) + _text_problems(settings, clusters) + _proxy_problems(proxies):
         return problems
     points = int(settings["stickyring_edge_ring_points_per_weight"])
     problems = _number_problems(settings)
@@ -211,11 +264,7 @@ def edge_problems(settings: Data, pems: dict[str, str], sha256: str | None = Non
         problems.append("stickyring_edge_listeners is empty: the edge would listen nowhere.")
     problems += _place_problems(listeners)
     known = {item["name"] for item in clusters}
-    problems += [
-        f"listener {item['name']}: there is no cluster {item['cluster']} in stickyring_edge_clusters."
-        for item in listeners
-        if item["cluster"] not in known
-    ]
+    problems += [problem for item in listeners for problem in _target_problems(item, known, proxies)]
     problems += [problem for item in listeners if "tls" in item for problem in _tls_problems(item, pems)]
     for cluster in clusters:
         endpoints = cluster["endpoints"]

@@ -94,7 +94,13 @@ def compose(
     (folder / "templates").symlink_to(PROJECT / "roles" / "stickyring_edge" / "templates")
     ports = free_ports(len(names))
     listeners: list[dict[str, Any]] = [
-        {"name": name, "port": port, "cluster": "nodes", "address": "127.0.0.1", **settings.get(name, {})}
+        {
+            "name": name,
+            "port": port,
+            "address": "127.0.0.1",
+            **({} if "redirect_port" in settings.get(name, {}) else {"cluster": "nodes"}),
+            **settings.get(name, {}),
+        }
         for name, port in zip(names, ports, strict=True)
     ]
     listeners[-1]["tls"] = {"certificate": str(certificate.chain_path), "key": str(certificate.key_path)}
@@ -195,14 +201,16 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
     server.server_close()
 
 
-def handshake(port: int, *protocols: str, **options: Any) -> ssl.SSLSocket:
+def handshake(where: int | socket.socket, *protocols: str, **options: Any) -> ssl.SSLSocket:
+    """TLS on a new connection to a port, or on one that exists."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     for name, value in options.items():
         setattr(context, name, value)
     if protocols:
         context.set_alpn_protocols(list(protocols))
-    return context.wrap_socket(socket.create_connection(("127.0.0.1", port), 5))
+    connected = socket.create_connection(("127.0.0.1", where), 5) if isinstance(where, int) else where
+    return context.wrap_socket(connected)
 
 
 class Websocket:

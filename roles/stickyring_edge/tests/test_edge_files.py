@@ -36,7 +36,15 @@ COMMON: dict[str, Any] = {
     "listener": {},
     "tls_context": {"alpn_protocols": ["h2"]},
     "tls_filter_chain": {"transport_socket_connect_timeout": "5s"},
-    "http_connection_manager": {"use_remote_address": True},
+    "http_connection_manager": {
+        "http_filters": [{"name": "router"}],
+        "upgrade_configs": [{"upgrade_type": "websocket", "filters": [{"name": "router"}]}],
+    },
+    "trusted_proxies": [],
+    "direct": {"use_remote_address": True},
+    "forwarded": {"use_remote_address": False},
+    "proxy_protocol": [{"name": "proxy_protocol"}],
+    "hsts": [],
     "route_configuration": {},
     "route": {"timeout": "60s"},
     "cluster": {},
@@ -423,10 +431,17 @@ def test_good_variables_have_no_problem() -> None:
     assert check(hash_policies=POLICIES) == ""
     assert check(hash_policies=[{"connection_properties": {"source_ip": True}}]) == ""
     assert check(limit_nofile="20000", max_connections="9000", route_timeout="25.5") == ""
+    assert check(trusted_proxies=["192.0.2.0/24", "192.0.2.1", "2001:db8::/32"]) == ""
+    for hsts in ("max-age=0", "max-age=31536000; includeSubDomains; preload"):
+        assert check(hsts=hsts) == ""
+    assert check([LISTENERS[0] | {"proxy_protocol": "yes"}], trusted_proxies=["192.0.2.1"]) == ""
+    assert check([LISTENERS[0] | {"proxy_protocol": "no"}]) == ""
+    assert check([LISTENERS[0], {"name": "redirect", "port": 80, "redirect_port": "443"}]) == ""
+    assert "listener lost: give a cluster, or a redirect_port." in check([{"name": "lost", "port": 80}])
     # An address of its own, and both families.
     places: tuple[dict[str, Any], ...] = (
         {"address": "192.0.2.9", "port": 9901},
-        {"address": "::", "port": 9002},
+        {"address": "::", "port": 443},
         {"port": 65535},
     )
     others = [{"name": f"more{i}", "cluster": "nodes", **place} for i, place in enumerate(places)]
@@ -440,7 +455,13 @@ def test_good_variables_have_no_problem() -> None:
         ({"sha256": "0" * 63}, "is not 64 hexadecimal digits in lower case"),
         ({"limit_nofile": 39999}, "stickyring_edge_limit_nofile 39999 is too low"),
         ({"route_timeout": 25}, "stickyring_edge_route_timeout 25 would end long polls"),
-        ({"trusted_hops": -1}, "stickyring_edge_trusted_hops is -1: give a whole number from 0 to 100."),
+        ({"trusted_proxies": "192.0.2.1"}, "stickyring_edge_trusted_proxies is '192.0.2.1': give a list"),
+        ({"trusted_proxies": ["proxy.example"]}, "stickyring_edge_trusted_proxies: 'proxy.example' is no IP address"),
+        ({"trusted_proxies": ["192.0.2.1/24"]}, "'192.0.2.1/24' is no IP address and no network such as 192.0.2.0/24"),
+        ({"trusted_proxies": ["::1", "0::1/128"]}, "stickyring_edge_trusted_proxies: ::1/128 is listed twice."),
+        ({"hsts": True}, "stickyring_edge_hsts is True: give max-age=SECONDS"),
+        ({"hsts": "31536000"}, "stickyring_edge_hsts is '31536000': give max-age=SECONDS"),
+        ({"hsts": "max-age=1; preload; x"}, "stickyring_edge_hsts is 'max-age=1; preload; x': give max-age=SECONDS"),
         ({"private_paths": "/metrics"}, "stickyring_edge_private_paths is '/metrics': give a list"),
         ({"private_paths": ["metrics"]}, "stickyring_edge_private_paths: 'metrics' is no path"),
         ({"health_check_path": "healthz"}, "stickyring_edge_health_check_path 'healthz' is no path"),
@@ -528,8 +549,19 @@ def test_a_duration_is_the_same_for_every_spelling(seconds: float | str, duratio
         ({"name": "a.b"}, {}, {}, "listener a.b: a name is letters"),
         ({"cluster": "none"}, {}, {}, "listener sticky: there is no cluster none"),
         ({"port": 9003}, {}, {}, "port 9003 on 0.0.0.0 has two listeners"),
-        ({"port": 1023}, {}, {}, "listener sticky: port 1023 is not from 1024 to 65535"),
-        ({"port": 65536}, {}, {}, "listener sticky: port 65536 is not from 1024 to 65535"),
+        ({"port": 9003, "address": "::"}, {}, {}, "port 9003 on :: has two listeners"),
+        ({"port": 0}, {}, {}, "listener sticky: port 0 is not from 1 to 65535"),
+        ({"port": 65536}, {}, {}, "listener sticky: port 65536 is not from 1 to 65535"),
+        ({"redirect_port": 443}, {}, {}, "listener sticky: cluster and redirect_port exclude each other"),
+        ({"redirect_port": 443, "tls": {}}, {}, {}, "listener sticky: tls and redirect_port exclude each other"),
+        ({"redirect_port": 0}, {}, {}, "listener sticky: redirect_port is 0: give a whole number from 1 to 65535."),
+        ({"proxy_protocol": "v2"}, {}, {}, "listener sticky: proxy_protocol is 'v2': give true or false."),
+        (
+            {"proxy_protocol": True},
+            {},
+            {},
+            "listener sticky: proxy_protocol needs the proxies in stickyring_edge_trusted_proxies.",
+        ),
         ({"address": "edge.example"}, {}, {}, "listener sticky: 'edge.example' is no IP address"),
         ({"tls": None}, {}, {}, "listener sticky: tls is empty: give certificate and key, or leave it out."),
         ({"tls": {}}, {}, {}, "listener sticky: tls is empty"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import socket
 import ssl
 import subprocess
@@ -25,12 +26,13 @@ import socketio
 from ansible_collections.stickyring.fleet.plugins.filter import edge as filters
 from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin
 from certificates import Certificate, make_certificate
-from running_envoy import START_SECONDS, Edge, compose, free_ports, running
+from running_envoy import PROJECT, START_SECONDS, Edge, compose, free_ports, running
 from stickyring.ring import Ring
 
 PROGRAMS = Path(sys.executable).parent
-NODES = ("node1-1", "node2-1", "node3-1")
-LISTENERS = ("sticky", "unkeyed", "safe")
+# One node has only IPv6.
+NODES = {"node1-1": "127.0.0.1", "node2-1": "127.0.0.1", "node3-1": "::1"}
+LISTENERS = ("sticky", "unkeyed", "redirect", "safe")
 # The role's are 30, 10, 300 and 30 s.
 TIMEOUTS = ("request_timeout", "request_headers_timeout", "downstream_idle_timeout", "upstream_idle_timeout")
 TIMEOUT_SECONDS = 1
@@ -51,9 +53,10 @@ application = socketio.WSGIApp(server, other)
 
 @dataclass(frozen=True)
 class Node:
-    """A `stickyring serve`: its port and its control socket."""
+    """A `stickyring serve`: its address, its port and its control socket."""
 
     name: str
+    address: str
     port: int
     control: Path
 
@@ -76,15 +79,15 @@ class Node:
 
 
 @contextmanager
-def serving(folder: Path, name: str, port: int) -> Iterator[Node]:
+def serving(folder: Path, name: str, address: str, port: int) -> Iterator[Node]:
     (folder / "echoing.py").write_text(APPLICATION)
-    node = Node(name, port, folder / f"{name}.sock")
+    node = Node(name, address, port, folder / f"{name}.sock")
     command: list[str | Path] = [
         PROGRAMS / "stickyring",
         "serve",
         "echoing:application",
         "--listen",
-        f"127.0.0.1:{port}",
+        f"[{address}]:{port}" if ":" in address else f"{address}:{port}",
     ]
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
@@ -119,18 +122,23 @@ def certificate(folder: Path) -> Certificate:
 def nodes(folder: Path) -> Iterator[dict[str, Node]]:
     with ExitStack() as stack:
         yield {
-            name: stack.enter_context(serving(folder, name, port))
-            for name, port in zip(NODES, free_ports(len(NODES)), strict=True)
+            name: stack.enter_context(serving(folder, name, address, port))
+            for (name, address), port in zip(NODES.items(), free_ports(len(NODES)), strict=True)
         }
 
 
 @pytest.fixture(scope="module")
 def edge(folder: Path, certificate: Certificate, nodes: dict[str, Node]) -> Iterator[Edge]:
     """With short timeouts, and everything logged at once."""
-    endpoints = [{"name": one.name, "address": "127.0.0.1", "port": one.port} for one in nodes.values()]
+    endpoints = [{"name": one.name, "address": one.address, "port": one.port} for one in nodes.values()]
     variables: dict[str, Any] = {f"stickyring_edge_{name}": TIMEOUT_SECONDS for name in TIMEOUTS}
     variables["stickyring_edge_clusters"] = [{"name": "nodes", "endpoints": endpoints}]
-    composed = compose(folder, LISTENERS, certificate, variables, unkeyed={"hash_policies": []})
+    settings: dict[str, dict[str, Any]] = {
+        "sticky": {"address": "::"},
+        "unkeyed": {"address": "::", "hash_policies": []},
+        "redirect": {"redirect_port": 443},
+    }
+    composed = compose(folder, LISTENERS, certificate, variables, **settings)
     with running(folder, composed, "--file-flush-interval-msec", "50") as running_edge:
         yield running_edge
 
@@ -285,7 +293,7 @@ def test_a_rebalance_does_not_move_users_on_their_assigned_node(
             assert (done["asked"], done["returned"]) == (0, 0)
             assert done["staying"] > 0
     without = document | {"members": document["members"][:-1]}
-    assert nodes[NODES[-1]].ask("rebalance", "--ring", "-", text=json.dumps(without))["to_move"] > 0
+    assert nodes["node3-1"].ask("rebalance", "--ring", "-", text=json.dumps(without))["to_move"] > 0
 
 
 @pytest.mark.parametrize(
@@ -447,6 +455,94 @@ def test_the_application_sees_scheme_and_address_of_the_client(edge: Edge, liste
     assert asyncio.run(look()) == f"{scheme} 127.0.0.1"
 
 
+def test_a_client_with_ipv6_only_is_sticky_on_every_node(edge: Edge, ring: Ring) -> None:
+    """Also on the node that has only IPv6. The control is a listener without hash policies."""
+
+    async def look(listener: str, user: str, transport: str) -> tuple[str, str]:
+        """The user's node, and what its application knows of the client."""
+        url = f"http://[::1]:{edge.ports[listener]}"
+        async with socketio.AsyncSimpleClient(reconnection=False) as client:
+            await client.connect(f"{url}?client_id={user}", transports=[transport], wait_timeout=2)
+            assert await client.call("message", "hello", timeout=10) == "hello"
+        async with aiohttp.ClientSession() as session, session.get(f"{url}/page?client_id={user}") as answer:
+            return answer.headers["x-served-by"], await answer.text()
+
+    for node in NODES:
+        user = next(name for name in map("v6-{}".format, range(100)) if ring.owner(name) == node)
+        for transport in ("polling", "websocket"):
+            assert asyncio.run(look("sticky", user, transport)) == (node, "http ::1")
+    with pytest.raises(socketio.exceptions.ConnectionError):
+        for _ in range(8):
+            asyncio.run(look("unkeyed", user, "polling"))
+
+
+# Prints "connected" or the error. Its arguments: a folder with the client in node_modules, the URL, the transport.
+JAVASCRIPT = """
+const [folder, url, transport] = process.argv.slice(1);
+const { io } = require(`${folder}/node_modules/socket.io-client`);
+const socket = io(url, { transports: [transport], reconnection: false, rejectUnauthorized: false });
+socket.on("connect", () => { console.log("connected"); socket.disconnect(); });
+socket.on("connect_error", (error) => console.log(error.message));
+"""
+
+
+@pytest.fixture(scope="module")
+def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pinned JavaScript client in node_modules."""
+    folder = tmp_path_factory.mktemp("javascript")
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(PROJECT / "app" / name, folder)
+    subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=60)
+    return folder
+
+
+@contextmanager
+def redirecting(edge: Edge, status: str = "PERMANENT_REDIRECT") -> Iterator[str]:
+    """Redirects to the listener with TLS; yields the URL that clients are given."""
+    files = deepcopy(edge.files)
+    redirect = files["routes/redirect.json"][0]["virtual_hosts"][0]["routes"][0]["redirect"]
+    assert redirect["response_code"] == "PERMANENT_REDIRECT"
+    redirect |= {"port_redirect": edge.ports["safe"], "response_code": status}
+    assert "failed" not in edge.give(files)
+    try:
+        yield f"http://127.0.0.1:{edge.ports['redirect']}?client_id=alice"
+    finally:
+        assert "failed" not in edge.give(edge.files)
+
+
+def test_the_python_client_follows_the_redirect_with_its_posts(edge: Edge) -> None:
+    """The control is a 301, after which it sends a GET instead of a POST."""
+
+    async def say(url: str, transport: str) -> str:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=False)) as session:
+            client = socketio.AsyncClient(http_session=session, reconnection=False)
+            await client.connect(url, transports=[transport], wait_timeout=2)
+            answer: str = await client.call("message", "hello", timeout=10)
+            await client.disconnect()
+            return answer
+
+    with redirecting(edge) as url:
+        assert [asyncio.run(say(url, transport)) for transport in ("polling", "websocket")] == ["hello"] * 2
+    with redirecting(edge, "MOVED_PERMANENTLY") as url, pytest.raises(socketio.exceptions.ConnectionError):
+        asyncio.run(say(url, "polling"))
+
+
+@pytest.mark.parametrize("transport", ["polling", "websocket"])
+def test_the_javascript_client_in_nodejs_fails_at_once_instead(edge: Edge, javascript: Path, transport: str) -> None:
+    """Whatever the status of the redirect is, so it must be given the https URL, which is the control."""
+
+    def connect(url: str) -> str:
+        command = ["node", "-e", JAVASCRIPT, str(javascript), url, transport]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return str(done.stdout)
+
+    said = {"polling": "xhr poll error", "websocket": "websocket error"}[transport]
+    for status in ("PERMANENT_REDIRECT", "TEMPORARY_REDIRECT", "MOVED_PERMANENTLY"):
+        with redirecting(edge, status) as url:
+            assert connect(url) == f"{said}\n", status
+    assert connect(f"https://127.0.0.1:{edge.ports['safe']}?client_id=alice") == "connected\n"
+
+
 async def connected(edge: Edge, listener: str, drops: list[str]) -> socketio.AsyncClient:
     """A WebSocket of a user; `drops` gets the reason of each disconnect."""
     context = ssl.create_default_context()
@@ -587,7 +683,7 @@ async def user_without_cookies(edge: Edge) -> socketio.AsyncClient:
 
 def test_a_rebalance_does_not_ask_a_client_again_and_again(edge: Edge, nodes: dict[str, Node], ring: Ring) -> None:
     """Neither a client without cookies, nor one that changes its id."""
-    first = next(f"first-{number}" for number in range(100) if ring.owner(f"first-{number}") == NODES[0])
+    first = next(f"first-{number}" for number in range(100) if ring.owner(f"first-{number}") == "node1-1")
     others = [f"other-{number}" for number in range(20)]
     for number, other in enumerate(others):
         sid = json.loads(handshake(edge, f"changing-{number}", f"&client_id={first}").body[1:])["sid"]
@@ -606,5 +702,5 @@ def test_a_rebalance_does_not_ask_a_client_again_and_again(edge: Edge, nodes: di
 
     assert asyncio.run(asked()) == [(0, 0)] * len(NODES)
     known: dict[str, set[Any]] = {name: set(node.users()) for name, node in nodes.items()}
-    assert first in known[NODES[0]]
+    assert first in known["node1-1"]
     assert not set(others) & set.union(*known.values())

@@ -1,0 +1,329 @@
+"""An edge that the internet reaches: addresses of both families, proxies in front, http beside https.
+
+A real Envoy with the role's files; everything is on the loopback addresses. The node returns the headers that it got.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from certificates import Certificate, make_certificate
+from running_envoy import START_SECONDS, Edge, Node, compose, free_ports, handshake, running, serving
+
+# Proxies and clients are at addresses of their own. 127.0.0.4 is a proxy behind the other two.
+PROXY, INNER_PROXY, CLIENT = "127.0.0.2", "127.0.0.4", "127.0.0.9"
+TRUSTED = ["127.0.0.2/31", INNER_PROXY, "2001:db8::/32"]
+USER, FORGED = "203.0.113.9", "198.51.100.66"
+HSTS = "max-age=31536000; includeSubDomains"
+LISTENERS = ("plain", "dual", "proxied", "proxied_tls", "redirect", "safe")
+MAX_BODY = 1000
+EXPOSURE_LIMIT = 2.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("edge")
+
+
+@pytest.fixture(scope="module")
+def certificate(folder: Path) -> Certificate:
+    return make_certificate(folder)
+
+
+@pytest.fixture(scope="module")
+def edge(folder: Path, certificate: Certificate) -> Iterator[Edge]:
+    """All its ports are above 1024."""
+    tls = {"certificate": str(certificate.chain_path), "key": str(certificate.key_path)}
+    settings: dict[str, dict[str, Any]] = {
+        "dual": {"address": "::"},
+        "proxied": {"proxy_protocol": True},
+        "proxied_tls": {"proxy_protocol": True, "tls": tls},
+        "redirect": {"redirect_port": 443},
+    }
+    with serving(Node) as node:
+        variables = {
+            "stickyring_edge_trusted_proxies": TRUSTED,
+            "stickyring_edge_hsts": HSTS,
+            "stickyring_edge_max_request_body_bytes": MAX_BODY,
+            "stickyring_edge_clusters": [
+                {"name": "nodes", "endpoints": [{"name": "node", "address": "127.0.0.1", "port": node}]}
+            ],
+        }
+        composed = compose(folder, LISTENERS, certificate, variables, **settings)
+        with running(folder, composed, "--file-flush-interval-msec", "50") as running_edge:
+            yield running_edge
+
+
+def receive(client: socket.socket) -> bytes:
+    """One answer, or what the edge sends until it closes the connection; a reset counts as closing."""
+    received = b""
+    with suppress(ConnectionResetError):
+        while not is_complete(received) and (more := client.recv(65536)):
+            received += more
+    return received
+
+
+def is_complete(answer: bytes) -> bool:
+    head, end, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"^content-length: (\d+)", head, re.MULTILINE)
+    return bool(end and length) and len(body) >= int(length[1] if length else 0)
+
+
+def send(port: int, text: str | bytes, source: str = CLIENT, preamble: bytes = b"", *, tls: bool = False) -> bytes:
+    """What comes back for a request, sent from this address of the loopback network."""
+    raw = text.encode().replace(b"\n", b"\r\n") if isinstance(text, str) else text
+    with (
+        socket.create_connection(("127.0.0.1", port), 5, source_address=(source, 0)) as connected,
+        suppress(BrokenPipeError, ConnectionResetError),
+    ):
+        connected.sendall(preamble)
+        with handshake(connected) if tls else connected as client:
+            client.sendall(raw)
+            return receive(client)
+    return b""
+
+
+def headers_of(answer: bytes) -> dict[str, str]:
+    """Name, in lower case, to value."""
+    lines = answer.partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
+    return {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+
+
+def told(answer: bytes) -> dict[str, str]:
+    """The headers that the node got."""
+    assert answer.startswith(b"HTTP/1.1 200"), answer
+    found: dict[str, str] = json.loads(answer.partition(b"\r\n\r\n")[2])
+    return {name.lower(): value for name, value in found.items()}
+
+
+def request(*lines: str) -> str:
+    return "\n".join(["GET /page HTTP/1.1", "Host: edge", "Connection: close", *lines, "", ""])
+
+
+def forwarded(*addresses: str) -> str:
+    """A request with what proxies write, and clients forge."""
+    return request(
+        *(f"X-Forwarded-For: {address}" for address in addresses),
+        "X-Forwarded-Proto: https",
+        "x-forwarded-HOST: chat.example.com",
+        "X-Forwarded-Port: 443",
+        "Forwarded: for=198.51.100.66",
+        "X-Real-IP: 198.51.100.66",
+    )
+
+
+@pytest.mark.parametrize("listener", ["plain", "dual"])
+def test_a_client_cannot_forge_its_address_scheme_or_host(edge: Edge, listener: str) -> None:
+    """The control is the same request of a trusted proxy."""
+    seen = told(send(edge.ports[listener], forwarded(FORGED), CLIENT))
+    assert (seen["x-stickyring-client"], seen["x-forwarded-proto"]) == (CLIENT, "http")
+    assert FORGED not in json.dumps(seen)
+    assert not seen.keys() & {"x-forwarded-host", "x-forwarded-port", "forwarded", "x-real-ip"}
+    seen = told(send(edge.ports[listener], forwarded(USER), PROXY))
+    assert (seen["x-stickyring-client"], seen["x-forwarded-proto"]) == (USER, "https")
+    assert seen["x-forwarded-host"] == "chat.example.com"
+
+
+@pytest.mark.parametrize(
+    ("addresses", "client"),
+    [
+        ([], PROXY),
+        ([USER], USER),
+        ([f"{FORGED}, {USER}"], USER),
+        ([FORGED, USER], USER),
+        ([f"{FORGED}, {USER}, {INNER_PROXY}"], USER),
+        (["2001:db8::1, 2001:DB9::1"], "2001:db9::1"),
+        ([f"{USER}, 2001:db8::1"], USER),
+        (["unknown"], PROXY),
+    ],
+)
+def test_the_client_is_the_last_address_that_is_no_trusted_proxy(edge: Edge, addresses: list[str], client: str) -> None:
+    assert told(send(edge.ports["plain"], forwarded(*addresses), PROXY))["x-stickyring-client"] == client
+
+
+def test_key_log_and_node_have_the_same_client(edge: Edge, folder: Path) -> None:
+    files = deepcopy(edge.files)
+    for value in files["routes/plain.json"][0]["typed_per_filter_config"]["stickyring.key"]["on_request_headers"]:
+        value["format_string"]["text_format_source"]["inline_string"] = "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"
+    assert "failed" not in edge.give(files)
+    try:
+        seen = told(send(edge.ports["plain"], forwarded("192.0.2.55"), PROXY))
+    finally:
+        assert "failed" not in edge.give(edge.files)
+    assert seen["x-stickyring-client"] == seen["x-stickyring-key"] == "192.0.2.55"
+    deadline = time.monotonic() + START_SECONDS
+    while '"client":"192.0.2.55"' not in (folder / "log").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def version_1(source: str) -> bytes:
+    family = "TCP6" if ":" in source else "TCP4"
+    return f"PROXY {family} {source} {'::1' if ':' in source else '127.0.0.1'} 40000 443\r\n".encode()
+
+
+def version_2(source: str) -> bytes:
+    """A header of version 2 for a connection over IPv4."""
+    addresses = socket.inet_aton(source) + socket.inet_aton("127.0.0.1") + struct.pack("!HH", 40000, 443)
+    return b"\r\n\r\n\x00\r\nQUIT\n\x21\x11" + struct.pack("!H", len(addresses)) + addresses
+
+
+@pytest.mark.parametrize(("listener", "scheme"), [("proxied", "http"), ("proxied_tls", "https")])
+@pytest.mark.parametrize(
+    ("preamble", "client"),
+    [(version_1(USER), USER), (version_2(USER), USER), (version_1("2001:db9::7"), "2001:db9::7")],
+)
+def test_a_trusted_proxy_names_its_client_by_proxy_protocol(
+    edge: Edge, listener: str, scheme: str, preamble: bytes, client: str
+) -> None:
+    """And the client's own X-Forwarded-* still count for nothing."""
+    answer = send(edge.ports[listener], forwarded(FORGED), PROXY, preamble, tls=scheme == "https")
+    seen = told(answer)
+    assert (seen["x-stickyring-client"], seen["x-forwarded-proto"]) == (client, scheme)
+    assert FORGED not in json.dumps(seen)
+
+
+def test_headers_of_a_trusted_proxy_behind_another_count(edge: Edge) -> None:
+    seen = told(send(edge.ports["proxied"], forwarded(USER), PROXY, version_1(INNER_PROXY)))
+    assert (seen["x-stickyring-client"], seen["x-forwarded-proto"]) == (USER, "https")
+
+
+@pytest.mark.parametrize(
+    ("listener", "source", "preamble"),
+    [
+        ("proxied", CLIENT, version_1(USER)),
+        ("proxied", CLIENT, version_2(USER)),
+        ("proxied", CLIENT, version_1(PROXY)),
+        ("proxied", CLIENT, b""),
+        ("proxied", PROXY, b""),
+        ("proxied_tls", CLIENT, version_1(USER)),
+    ],
+)
+def test_a_proxied_listener_refuses_everything_else(edge: Edge, listener: str, source: str, preamble: bytes) -> None:
+    """Others than the proxies, whatever they say, and connections without the header."""
+    try:
+        answer = send(edge.ports[listener], forwarded(FORGED), source, preamble, tls=listener == "proxied_tls")
+    except OSError:
+        answer = b""
+    assert answer == b""
+
+
+@pytest.mark.parametrize("source", [CLIENT, PROXY])
+def test_other_listeners_refuse_a_proxy_protocol_header(edge: Edge, source: str) -> None:
+    answer = send(edge.ports["plain"], request(), source, version_1(USER))
+    assert answer.startswith(b"HTTP/1.1 400"), answer
+
+
+@pytest.mark.parametrize(("address", "family"), [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)])
+def test_a_listener_serves_both_families(edge: Edge, address: str, family: int) -> None:
+    """And a client over IPv4 has its usual address. The control is a listener at 127.0.0.1."""
+    with closing(socket.create_connection((address, edge.ports["dual"]), 5)) as client:
+        assert client.family == family
+        client.sendall(request().replace("\n", "\r\n").encode())
+        assert told(receive(client))["x-stickyring-client"] == address
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("::1", edge.ports["plain"]), 5)
+
+
+UPGRADE = (
+    "Connection: Upgrade\nUpgrade: websocket\nSec-WebSocket-Version: 13\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
+)
+# A request, and its status.
+REQUESTS: dict[str, tuple[str, int]] = {
+    "a node": (request(), 200),
+    "a private path": (request().replace("/page", "/metrics"), 404),
+    "an invalid key": (request().replace("/page", "/page?client_id=%00"), 400),
+    "a body beyond the limit": (request(f"Content-Length: {MAX_BODY + 1}").replace("GET", "POST"), 413),
+    "a head beyond the limit": (request(f"x-token: {'t' * 33_000}"), 431),
+    "a redirect of Envoy's own": (request().replace("/page", "/a%2Fb"), 307),
+    "a head that is not HTTP": ("nonsense\n\n", 400),
+    "no host": ("GET / HTTP/1.1\nConnection: close\n\n", 400),
+}
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_every_answer_over_tls_has_hsts(edge: Edge, case: str) -> None:
+    """The control is the same request without TLS."""
+    text, status = REQUESTS[case]
+    secure, plain = (send(edge.ports[name], text, tls=name == "safe") for name in ("safe", "plain"))
+    for answer in (secure, plain):
+        assert answer.startswith(f"HTTP/1.1 {status}".encode()), answer
+    assert headers_of(secure).get("strict-transport-security") == HSTS
+    assert b"strict-transport-security" not in plain.lower()
+
+
+def test_a_websocket_and_an_answer_without_a_node_have_hsts(edge: Edge) -> None:
+    opening = request().replace("Connection: close", UPGRADE).replace("\n", "\r\n").encode()
+    with handshake(edge.ports["safe"]) as client:
+        client.sendall(opening)
+        answer = client.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 101"), answer
+    assert headers_of(answer)["strict-transport-security"] == HSTS
+    files = deepcopy(edge.files)
+    (path,) = [name for name in files if name.startswith("endpoints/")]
+    (port,) = free_ports(1)
+    files[path][0]["endpoints"][0]["lb_endpoints"][-1]["endpoint"]["address"]["socket_address"]["port_value"] = port
+    assert "failed" not in edge.give(files)
+    try:
+        answer = send(edge.ports["safe"], request(), tls=True)
+    finally:
+        assert "failed" not in edge.give(edge.files)
+    assert answer.startswith(b"HTTP/1.1 503"), answer
+    assert headers_of(answer)["strict-transport-security"] == HSTS
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "OPTIONS"])
+def test_a_redirect_keeps_host_path_and_query(edge: Edge, method: str) -> None:
+    target = "/socket.io/?EIO=4&transport=polling&client_id=a%40b&x=%2F"
+    for host, wanted in (("chat.example.com", "chat.example.com"), ("[::1]:80", "[::1]"), ("edge:8080", "edge")):
+        text = f"{method} {target} HTTP/1.1\nHost: {host}\nConnection: close\nContent-Length: 1\n\n3"
+        answer = send(edge.ports["redirect"], text)
+        assert answer.startswith(b"HTTP/1.1 308"), answer
+        assert headers_of(answer)["location"] == f"https://{wanted}{target}"
+
+
+def test_another_port_is_in_the_redirect(edge: Edge) -> None:
+    files = deepcopy(edge.files)
+    files["routes/redirect.json"][0]["virtual_hosts"][0]["routes"][0]["redirect"]["port_redirect"] = 8443
+    assert "failed" not in edge.give(files)
+    try:
+        answer = send(edge.ports["redirect"], request())
+    finally:
+        assert "failed" not in edge.give(edge.files)
+    assert headers_of(answer)["location"] == "https://edge:8443/page"
+
+
+def look_at(unit: Path) -> dict[str, str]:
+    """What systemd makes of a unit: some of its settings, and its exposure."""
+    command = ["systemd-analyze", "security", "--offline=yes", "--no-pager", str(unit)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    settings = dict(line.split("=", 1) for line in unit.read_text().splitlines() if re.match(r"\w+=", line))
+    (exposure,) = re.findall(r"Overall exposure level for \S+: ([0-9.]+)", text)
+    return settings | {"exposure": exposure}
+
+
+def test_only_a_port_below_1024_gives_the_unit_a_capability(
+    edge: Edge, folder: Path, certificate: Certificate, tmp_path: Path
+) -> None:
+    endpoints = [{"name": "node", "address": "127.0.0.1", "port": 8001}]
+    variables = {"stickyring_edge_clusters": [{"name": "nodes", "endpoints": endpoints}]}
+    compose(tmp_path, ("plain", "safe"), certificate, variables, plain={"port": 1023})
+    found = []
+    for place in (folder, tmp_path):
+        unit = (place / "stickyring-edge.service.j2").rename(place / "stickyring-edge.service")
+        unit.write_text(re.sub("^ExecStart=.*", "ExecStart=/bin/true", unit.read_text(), flags=re.MULTILINE))
+        seen = look_at(unit)
+        assert float(seen["exposure"]) <= EXPOSURE_LIMIT, seen
+        found.append([seen[name] for name in ("CapabilityBoundingSet", "AmbientCapabilities", "PrivateUsers")])
+    assert found == [["", "", "yes"], ["CAP_NET_BIND_SERVICE", "CAP_NET_BIND_SERVICE", "no"]]
