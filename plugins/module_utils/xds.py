@@ -169,7 +169,8 @@ class XdsFile:
         problems = []
         for listener in self.resources if self.type == LISTENER else []:
             where = listener["address"]["socket_address"]
-            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(where["address"], where["address"])
+            # The socket at :: is for both families, and a host without IPv6 addresses has no ::1.
+            host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(where["address"], where["address"])
             port = where["port_value"]
             try:
                 socket.create_connection((host, port), timeout=5).close()

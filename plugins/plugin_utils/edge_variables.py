@@ -137,6 +137,7 @@ def _proxy_problems(proxies: object) -> list[str]:
         for proxy, found in zip(proxies, networks, strict=True)
         if found is None
     ]
+    problems += [f"{where}: {one} is everybody; name the proxies." for one in networks if one and not one.prefixlen]
     return problems + [f"{where}: {one} is listed twice." for one in _repeated([one for one in networks if one])]
 
 
@@ -148,7 +149,7 @@ def _target_problems(item: Data, clusters: set[str], proxies: list[Any]) -> list
         problems += _range_problem(f"{where}: redirect_port", item["redirect_port"], 1, 65535)
         problems += [
             f"{where}: {key} and redirect_port exclude each other: it only redirects to https."
-            for key in ("cluster", "tls")
+            for key in ("cluster", "tls", "hash_policies", "paths")
             if key in item
         ]
     elif "cluster" not in item:

@@ -459,6 +459,10 @@ def test_good_variables_have_no_problem() -> None:
         ({"trusted_proxies": ["proxy.example"]}, "stickyring_edge_trusted_proxies: 'proxy.example' is no IP address"),
         ({"trusted_proxies": ["192.0.2.1/24"]}, "'192.0.2.1/24' is no IP address and no network such as 192.0.2.0/24"),
         ({"trusted_proxies": ["::1", "0::1/128"]}, "stickyring_edge_trusted_proxies: ::1/128 is listed twice."),
+        (
+            {"trusted_proxies": ["0.0.0.0/0"]},
+            "_proxies: 0.0.0.0/0 is everybody; name the proxies.",
+        ),
         ({"hsts": True}, "stickyring_edge_hsts is True: give max-age=SECONDS"),
         ({"hsts": "31536000"}, "stickyring_edge_hsts is '31536000': give max-age=SECONDS"),
         ({"hsts": "max-age=1; preload; x"}, "stickyring_edge_hsts is 'max-age=1; preload; x': give max-age=SECONDS"),
@@ -554,6 +558,7 @@ def test_a_duration_is_the_same_for_every_spelling(seconds: float | str, duratio
         ({"port": 65536}, {}, {}, "listener sticky: port 65536 is not from 1 to 65535"),
         ({"redirect_port": 443}, {}, {}, "listener sticky: cluster and redirect_port exclude each other"),
         ({"redirect_port": 443, "tls": {}}, {}, {}, "listener sticky: tls and redirect_port exclude each other"),
+        ({"redirect_port": 443, "paths": []}, {}, {}, "listener sticky: paths and redirect_port exclude each other"),
         ({"redirect_port": 0}, {}, {}, "listener sticky: redirect_port is 0: give a whole number from 1 to 65535."),
         ({"proxy_protocol": "v2"}, {}, {}, "listener sticky: proxy_protocol is 'v2': give true or false."),
         (
