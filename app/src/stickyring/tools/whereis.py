@@ -1,8 +1,6 @@
 """`stickyring whereis`: a user's assigned node, and the nodes that hold their sessions now."""
 
 import json
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,13 +10,8 @@ from typing import Any
 import click
 
 from stickyring.ring import Ring, RingError
+from stickyring.tools.playbook import Unknown, play, with_options
 
-BANNER = re.compile(r"^REASON \*+$", re.MULTILINE)
-"""The line before the reasons at the end of a failed run, by plugins/callback/reason.py."""
-PLAYBOOK = Path("playbooks/whereis.yml")
-"""In a clone."""
-INSTALLED_PLAYBOOK = "stickyring.fleet.whereis"
-"""In the installed collection."""
 EPILOG = """\b
 Examples:
   stickyring whereis alice
@@ -32,22 +25,10 @@ or a host did not answer; 2 the answer is not known.
 """
 
 
-class Unknown(click.ClickException):
-    """The answer cannot be found."""
-
-    exit_code = 2
-
-
 @click.command(epilog=EPILOG)
 @click.argument("user", metavar="ID")
-@click.argument("options", metavar="[-- OPTIONS]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--live", is_flag=True, help="Also ask all nodes for sessions of this user.")
-@click.option(
-    "-i",
-    "--inventory",
-    type=click.Path(exists=True),
-    help="As for ansible-playbook. [default: ANSIBLE_INVENTORY, else that of ansible.cfg]",
-)
+@with_options
 def whereis(*, user: str, options: tuple[str, ...], live: bool, inventory: str | None) -> None:
     """Show the assigned node of user ID, from the rings of all edges.
 
@@ -82,27 +63,15 @@ def _ask(user: str, live: bool, inventory: str | None, options: Sequence[str], f
     Raises:
         Unknown: the playbook is not found or has failed, or the inventory has no edge.
     """
-    playbook = str(PLAYBOOK) if PLAYBOOK.is_file() else INSTALLED_PLAYBOOK
     # Ansible's copy does not create a file's folder.
     for kind in ("rings", "sessions"):
         (folder / kind).mkdir()
-    command = [str(Path(sys.executable).with_name("ansible-playbook")), playbook]
-    variables = {"stickyring_id": user, "stickyring_live": live, "stickyring_directory": str(folder)}
-    command += ["--extra-vars", json.dumps(variables)]
-    command += ["--inventory", inventory] if inventory else []
-    command += options
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise Unknown(f"cannot run {command[0]}: {error.strerror}") from None
-    if done.returncode and f"{INSTALLED_PLAYBOOK} could not be found" in done.stderr:
-        raise Unknown(
-            f"there is no {PLAYBOOK} here, and the collection stickyring.fleet is not installed: run this in the"
-            " clone's folder, or install the collection"
-        )
-    if done.returncode:
-        said = (done.stdout + done.stderr).strip()
-        raise Unknown(f"{playbook} failed:\n{BANNER.split(said)[-1].strip() or said}")
+    play(
+        "whereis",
+        {"stickyring_id": user, "stickyring_live": live, "stickyring_directory": str(folder)},
+        inventory,
+        options,
+    )
     rings = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("rings/*.json"))}
     if not rings:
         raise Unknown("the inventory has no edge")
