@@ -67,6 +67,33 @@ def longest_restart(
     return -(-max(map(seconds, nodes), default=0) // 60)
 
 
+def status_answers(
+    hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """What each host has answered to playbooks/status.yml: dicts with `host` and `answer`.
+
+    app/src/stickyring/tools/status/fleet.py describes an answer.
+
+    hosts: those of the groups edge, nodes and bus; hostvars: the variables of all hosts by name; defaults: the node
+    role's defaults. Variables of a host are computed at each access, which takes milliseconds: so here, once.
+    """
+    found = []
+    for host in hosts:
+        variables = hostvars[host]
+        groups = [group for group in variables["group_names"] if group in {"edge", "nodes", "bus"}]
+        own = endpoints([host], hostvars, defaults) if "nodes" in groups else []
+        answer = {
+            "groups": groups,
+            "ring": variables.get("stickyring_edge_result_ring", {}),
+            "edge": variables.get("__stickyring_edge_answer", {}).get("msg", "not asked"),
+            "node": variables.get("stickyring_node_result_summary", {}),
+            "bus": variables.get("stickyring_bus_result_state", {}),
+            "instances": [one["name"] for one in own],
+        }
+        found.append({"host": host, "answer": answer})
+    return found
+
+
 def problems(
     groups: Mapping[str, Sequence[str]],
     hostvars: Mapping[str, Mapping[str, Any]],
@@ -215,4 +242,5 @@ class FilterModule:
             "endpoints": endpoints,
             "inventory_problems": problems,
             "longest_restart": longest_restart,
+            "status_answers": status_answers,
         }

@@ -11,7 +11,9 @@ COMMANDS = {
     "probe": "stickyring.tools.probe.command",
     "plan": "stickyring.tools.plan.command",
     "whereis": "stickyring.tools.whereis",
+    "status": "stickyring.tools.status.command",
     "sessions": "stickyring.node.operate",
+    "summary": "stickyring.node.operate",
     "rebalance": "stickyring.node.operate",
     "drain": "stickyring.node.operate",
     "undrain": "stickyring.node.operate",
@@ -64,8 +66,8 @@ def main() -> None:
     """Serve Socket.IO applications behind a sticky edge, and prove that the edge is sticky.
 
     \b
-    On a node: serve, sessions, rebalance, drain, undrain.
-    On the controller: probe, plan, whereis.
+    On a node: serve, sessions, summary, rebalance, drain, undrain.
+    On the controller: probe, plan, whereis, status.
 
     \b
     Examples:

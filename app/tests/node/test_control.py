@@ -283,7 +283,11 @@ def test_the_socket_is_private_and_removed_with_the_node(serve: Callable[..., Se
     # The socket of a killed process is replaced. Any application and worker class works.
     node = serve("plain:application", "--worker-class", "gthread", "--control", str(control))
     assert control.stat().st_mode & 0o777 == 0o600
-    assert json.loads(invoke("sessions", "--control", control).stdout) == {"node": "node1-1", "sessions": []}
+    assert json.loads(invoke("sessions", "--control", control).stdout) == {
+        "node": "node1-1",
+        "release": "",
+        "sessions": [],
+    }
     assert refusal(tmp_path, "control").endswith("control: another process serves it\n")
     assert control.is_socket(), "the refused process must not remove it"
     assert node.stop() == 0
@@ -306,3 +310,38 @@ def refusal(directory: Path, control: str) -> str:
     assert len(run.stderr.splitlines()) == 1, run.stderr
     assert run.stderr.startswith(f"Error: cannot make the control socket {control}: ")
     return run.stderr
+
+
+def test_summary_counts_users_beside_a_ring(node: ServeProcess, folder: Path) -> None:
+    """A user without a key is on no ring, a user of another cluster does not count, and an empty ring has no owner."""
+    users = [("alice", "nodes"), ("alice", "nodes"), ("bob", None), (None, None), ("carol", "first_node")]
+    sids = [connect(node, key, cluster) for key, cluster in users]
+    counted = {}
+    for name, document in (("here", RING), ("elsewhere", ELSEWHERE), ("none", {})):
+        (folder / f"{name}.json").write_text(json.dumps(document))
+        said = invoke("summary", "--ring", folder / f"{name}.json", "--control", folder / "control")
+        assert said.exit_code == 0, said.output
+        counted[name] = json.loads(said.output)
+    assert {one["node"] for one in counted.values()} == {"node1-1"}
+    assert {one["sessions"] for one in counted.values()} == {5}
+    assert {name: (one["users"], one["off_ring"]) for name, one in counted.items()} == {
+        "here": (3, 0),
+        "elsewhere": (3, 2),
+        "none": (4, 0),
+    }
+    assert counted["here"]["drain"]["draining"] is False
+    for sid in sids:
+        close(node, sid)
+
+
+def test_summary_says_which_instance_does_not_answer(node: ServeProcess, folder: Path) -> None:
+    (folder / "ring.json").write_text(json.dumps(RING))
+    controls = ("--control", folder / "nobody", "--control", folder / "control")
+    said = invoke("summary", "--ring", folder / "ring.json", *controls)
+    silent, answer = map(json.loads, said.output.splitlines())
+    assert (silent["control"], answer["node"]) == (str(folder / "nobody"), "node1-1")
+    assert "does the node run" in silent["error"]
+    (folder / "ring.json").write_text('{"cluster": "nodes"}')
+    refused = invoke("summary", "--ring", folder / "ring.json", *controls)
+    assert refused.exit_code == 1
+    assert "ring.json is not a ring: policy: None" in refused.output

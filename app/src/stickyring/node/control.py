@@ -3,9 +3,10 @@
 It serves the commands of `stickyring.node.operate` and cannot be reached over the network. Every answer is a JSON
 object; an error has `error`, a line of text.
 
-    GET  /sessions[?key=KEY]  200 {"node": name, "sessions": [{"key": "alice" | null, "cluster": "nodes" | null,
-                              "transport": "polling" | "websocket", "seconds": open for so long, "kept": whether the
-                              bus has it, so that its client can go on with it anywhere}]}
+    GET  /sessions[?key=KEY]  200 {"node": name, "release": name of the deployed release, "sessions": [{"key": "alice" |
+                              null, "cluster": "nodes" | null, "transport": "polling" | "websocket", "seconds": open
+                              for so long, "kept": whether the bus has it, so that its client can go on with it
+                              anywhere}]}
     POST /rebalance           body {"ring": ring document, "rate": sessions per second, optional}
                               202 as GET /rebalance; 400 invalid body; 409 a rebalance is running
     GET  /rebalance           200 {"running", "rate", "seconds" since the start; numbers of sessions: "to_move",
@@ -41,7 +42,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from stickyring.node.drain import Drain
-from stickyring.node.metrics import MoveMetrics
+from stickyring.node.metrics import RELEASE, MoveMetrics
 from stickyring.node.rebalance import Rebalance, default_rate
 from stickyring.node.sessions import Session
 from stickyring.node.takeover import CannotRetireError, Incumbent
@@ -132,7 +133,7 @@ class Control:
             for sid, session in [*self._sessions.items()]
             if not session.ended and wanted in {None, session.key}
         ]
-        return {"node": self._node_name, "sessions": found}
+        return {"node": self._node_name, "release": RELEASE, "sessions": found}
 
     def _start_rebalance(self, body: bytes) -> dict[str, Any]:
         try:

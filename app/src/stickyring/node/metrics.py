@@ -4,8 +4,10 @@ A message is one Engine.IO message packet (protocol revision 4): a Socket.IO eve
 disconnect, or a binary attachment. Pings and the handshake itself are not messages.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info, PlatformCollector, ProcessCollector
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 TRANSPORTS = ("polling", "websocket")
+VERSION = version("stickyring")
+_ENVIRONMENT = Path(sys.prefix).resolve()
+RELEASE = _ENVIRONMENT.name if _ENVIRONMENT.parent.name == "releases" else ""
+"""The name of the deployed release that this process runs, a folder below releases; empty elsewhere."""
 
 
 class Queue(Protocol):
@@ -104,8 +110,8 @@ def node_registry(node_name: str) -> CollectorRegistry:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
-    Info("stickyring_node", "The endpoint's name at the edge and the version of stickyring.", registry=registry).info(
-        {"node": node_name, "version": version("stickyring")}
+    Info("stickyring_node", "The endpoint's name, its release, the version of stickyring.", registry=registry).info(
+        {"node": node_name, "version": VERSION, "release": RELEASE}
     )
     return registry
 

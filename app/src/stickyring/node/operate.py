@@ -1,10 +1,14 @@
-"""The operator's commands on a node's host: `sessions`, `rebalance`, `drain` and `undrain`, over the control socket."""
+"""The operator's commands on a node's host, over the control socket.
+
+They are `sessions`, `summary`, `rebalance`, `drain` and `undrain`.
+"""
 
 import json
 import socket
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -16,7 +20,11 @@ import click
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+    from stickyring.ring import Ring
+
 ANSWER_SECONDS = 30
+SUMMARY_SECONDS = 3
+"""An instance that hangs must not hold up the summary of the others."""
 POLL_SECONDS = 0.2
 FEWEST_RETURNED = 2
 RETURNED_SHARE = 0.25
@@ -43,9 +51,9 @@ with_control = click.option(
 def sessions(*, key: str | None, path: Path) -> None:
     """Print the open sessions of a node on this host as JSON.
 
-    {"node": NAME, "sessions": [{"key": KEY or null, "cluster": CLUSTER or null, "transport": "polling" or "websocket",
-    "seconds": OPEN_FOR, "kept": KEPT}]}. CLUSTER is the edge's cluster that routes the user. KEPT: whether the bus has
-    the session, so that its client can go on with it on any node.
+    {"node": NAME, "release": RELEASE, "sessions": [{"key": KEY or null, "cluster": CLUSTER or null, "transport":
+    "polling" or "websocket", "seconds": OPEN_FOR, "kept": KEPT}]}. CLUSTER is the edge's cluster that routes the user.
+    KEPT: whether the bus has the session, so that its client can go on with it on any node.
 
     \b
     Examples:
@@ -56,14 +64,74 @@ def sessions(*, key: str | None, path: Path) -> None:
     click.echo(json.dumps(ask(path, "GET", target)))
 
 
-@click.command()
-@click.option(
+with_ring = click.option(
     "--ring",
     "document",
     type=click.File(),
     required=True,
     help="File with the ring document that all edges serve; - for standard input.",
 )
+
+
+@click.command()
+@with_ring
+@click.option(
+    "--control",
+    "paths",
+    type=click.Path(path_type=Path),
+    required=True,
+    multiple=True,
+    help="An instance's control socket; once for each instance.",
+)
+def summary(*, document: TextIO, paths: tuple[Path, ...]) -> None:
+    """Count the users of instances on this host beside a ring, as one line of JSON for each instance.
+
+    {"node": NAME, "release": RELEASE, "sessions": number of them, "users": with a session here, "off_ring": users who
+    are assigned to another node, "drain": {"draining", "drained", numbers of sessions}}. A session without a key counts
+    as a user. Users of another cluster than the ring's do not count, nor is anybody off an empty ring, {}.
+    An instance that does not answer has {"control": PATH, "error": why}.
+
+    \b
+    Examples:
+      stickyring summary --ring ring.json --control /run/stickyring-node/1/control.sock
+      stickyring summary --ring - --control 1/control.sock --control 2/control.sock < ring.json
+    """
+    from stickyring.ring import Ring, RingError  # noqa: PLC0415 - the other commands of this module do not need it
+
+    try:
+        described = json.load(document)
+        ring = Ring.load(described) if described else None
+    except ValueError as error:  # not JSON, or not UTF-8
+        text = f"not a ring: {error}" if isinstance(error, RingError) else f"not JSON: {error}"
+        raise click.ClickException(f"{document.name} is {text}") from None
+    with ThreadPoolExecutor(len(paths)) as asking:
+        for line in asking.map(lambda path: _summary_of(path, ring), paths):
+            click.echo(json.dumps(line))
+
+
+def _summary_of(path: Path, ring: "Ring | None") -> dict[str, Any]:
+    try:
+        answer = ask(path, "GET", "/sessions", seconds=SUMMARY_SECONDS)
+        drain = ask(path, "GET", "/drain", seconds=SUMMARY_SECONDS)
+    except click.ClickException as error:
+        return {"control": str(path), "error": error.message}
+    # Without a ring, all clusters count.
+    clusters = {None, *([ring.cluster] if ring else [])}
+    counted = [one for one in answer["sessions"] if ring is None or one["cluster"] in clusters]
+    keys = list({one["key"] for one in counted} - {None})
+    owners = ring.owners(keys) if ring else []
+    return {
+        "node": answer["node"],
+        "release": answer["release"],
+        "sessions": len(answer["sessions"]),
+        "users": len(keys) + sum(one["key"] is None for one in counted),
+        "off_ring": sum(owner != answer["node"] for owner in owners),
+        "drain": drain,
+    }
+
+
+@click.command()
+@with_ring
 @click.option(
     "--rate",
     type=click.FloatRange(min=0, min_open=True),
