@@ -152,6 +152,7 @@ class Control:
         if self._rebalance is not None and self._rebalance.running:
             raise Refusal(HTTPStatus.CONFLICT, "a rebalance is running")
         self._rebalance = Rebalance(self._node_name, self._sessions, ring, rate, self._metrics)
+        self._metrics.off_ring.count = self._rebalance.count_elsewhere
         if self._rebalance.progress()["to_move"]:
             threading.Thread(target=self._rebalance.run, daemon=True).start()
         else:

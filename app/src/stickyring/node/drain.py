@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Set
+from functools import partial
 from typing import Any
 
 from stickyring.node.metrics import MoveMetrics
@@ -39,6 +40,8 @@ class Drain:
         self._final = False
         self.active = False
         metrics.draining.set_function(lambda: self.active)
+        for state in ("to_move", "asked", "left"):
+            metrics.drain_sessions.labels(state).set_function(partial(self._sum, state))
 
     @property
     def final(self) -> bool:
@@ -99,10 +102,13 @@ class Drain:
             "drained": self.empty,
             "sessions": self._open(),
             "requests": len(self._requests),
-            "to_move": sum(move.to_move for move in self._moves),
-            "asked": sum(move.asked for move in self._moves),
-            "left": sum(move.left for move in self._moves),
+            "to_move": self._sum("to_move"),
+            "asked": self._sum("asked"),
+            "left": self._sum("left"),
         }
+
+    def _sum(self, state: str) -> int:
+        return sum(getattr(move, state) for move in self._moves)
 
     def _add_move(self, moves: list[Move], rate: float) -> None:
         # Each drain has a list of its own, so the moves of a cancelled drain ask nobody any more.

@@ -14,7 +14,7 @@ from urllib.parse import unquote_plus
 import socketio
 
 from stickyring.node.drain import Drain
-from stickyring.node.metrics import TRANSPORTS, Engine, EngineMetrics, Packet
+from stickyring.node.metrics import LAG_INTERVAL, TRANSPORTS, Engine, EngineMetrics, Packet
 from stickyring.node.packets import HandlerError, body_of, check_packets
 from stickyring.node.sessions import ISSUED_VARIABLE, SESSION_VARIABLE, Session, SessionWebSocket, key_of
 from stickyring.node.takeover import ELSEWHERE_HEADER, Predecessor
@@ -57,6 +57,7 @@ class Gate:
         self._sessions = sessions
         self._drain = drain
         self._engine: Engine = server.eio
+        self._measures_lag = False
         self.predecessor: Predecessor | None = None
         self.exhausted: Callable[[], bool] = lambda: False
 
@@ -95,6 +96,13 @@ class Gate:
     def _end_who_has_not_joined(self, sid: str) -> None:
         if (session := self._sessions.get(sid)) is not None and not self._has_joined(sid):
             session.fail("unjoined")
+
+    def _handled(self, eio_sid: str, namespace: str, id: int) -> None:
+        """Count the acknowledgement of an event that `_watch_acknowledgements` has seen."""
+        if (session := self._sessions.get(eio_sid)) is not None:
+            session.handled()
+            if (asked := session.asked_at.pop((namespace, id), None)) is not None:
+                self._metrics.answered.observe(time.monotonic() - asked)
 
     def _has_joined(self, sid: str) -> bool:
         manager = self._server.manager
@@ -256,6 +264,12 @@ class SocketIOGate(Gate):
             self._metrics.refused.labels(transport, reason if supported else "protocol").inc()
         return _answer(start_response, status, headers, body)
 
+    def _measure_lag(self) -> None:
+        while True:
+            due = time.monotonic() + LAG_INTERVAL
+            self._engine.sleep(LAG_INTERVAL)
+            self._metrics.lag.observe(max(0.0, time.monotonic() - due))
+
     def _ping(self, sid: str) -> None:
         if (session := self._sessions.get(sid)) is not None:
             session.ping()
@@ -280,6 +294,9 @@ class SocketIOGate(Gate):
                 session.stand_in()
                 sessions[sid] = environ[SESSION_VARIABLE] = session
                 self._arrivals.add(sid)
+                if not self._measures_lag:
+                    self._measures_lag = True
+                    engine.start_background_task(self._measure_lag)
                 log.debug("connected", extra={"sid": sid, "transport": transport})
             return answer
 
@@ -295,7 +312,8 @@ class SocketIOGate(Gate):
                 return None
 
         def on_disconnect(sid: str, *reason: str) -> object:
-            session = sessions.pop(sid, None)
+            if (session := sessions.pop(sid, None)) is not None:
+                metrics.count_end(session, *reason)
             log.debug("disconnected", extra={"sid": sid, "reason": " ".join(reason)})
             try:
                 return disconnect(sid, *reason)
@@ -331,16 +349,19 @@ class SocketIOGate(Gate):
             inside = namespace or "/"
             if not manager.is_connected(manager.sid_from_eio_sid(eio_sid, inside), inside):
                 raise ValueError("an event for a namespace that the client has not joined")
-            if (session := sessions.get(eio_sid)) is None or session.takes(owing=id is not None):
+            session = sessions.get(eio_sid)
+            if session is None or session.takes(owing=id is not None):
+                if session is not None and id is not None:
+                    session.asked_at[inside, id] = time.monotonic()
                 handle(eio_sid, namespace, id, data)
 
-        def handle_and_count(*event: object) -> None:
+        def handle_and_count(*event: Any) -> None:  # noqa: ANN401
             try:
                 handle_and_answer(*event)
             finally:
-                eio_sid, id = str(event[2]), event[5]
-                if id is not None and (session := sessions.get(eio_sid)) is not None:
-                    session.handled()
+                _, _, eio_sid, _, namespace, id = event
+                if id is not None:
+                    self._handled(eio_sid, namespace, id)
 
         server._handle_event = count_and_handle
         server._handle_event_internal = handle_and_count

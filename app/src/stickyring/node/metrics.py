@@ -5,12 +5,12 @@ disconnect, or a binary attachment. Pings and the handshake itself are not messa
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Info, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -121,16 +121,54 @@ FAILURES = ("packet", "too_long", "unread", "unjoined", "handler")
 does not read; a client that joins no namespace; a connect handler that fails."""
 
 
+DISCONNECTS = {
+    "client disconnect": "client",
+    "server disconnect": "server",
+    "ping timeout": "ping_timeout",
+    "transport close": "transport_close",
+    "transport error": "transport_error",
+}
+"""What python-engineio gives applications as the reason of a disconnect, as a label."""
+ANSWER_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+LAG_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+SESSION_SECONDS = (1, 10, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 7 * 24 * 3600)
+LAG_INTERVAL = 0.5
+"""Seconds between two measurements of the event loop's lag."""
+
+
+class OpenSession(Protocol):
+    """The used part of a session of `stickyring.node.sessions`."""
+
+    moved: bool
+    failed: str
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been open, in seconds."""
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that wait for the client."""
+
+
 class EngineMetrics:
-    """The counters of a node's Engine.IO servers together; the gates increment them.
+    """The metrics of a node's Engine.IO servers together; the gates count.
 
     Labels: `transport` is polling, websocket or other (a transport that the client made up); `direction` is received or
     sent; `reason` of a failed session is one of FAILURES; `reason` of a refused handshake is capacity, draining or
-    descriptors (503), protocol (400: older than Engine.IO 4), unauthorized (401) or bad_request (400).
+    descriptors (503), protocol (400: older than Engine.IO 4), unauthorized (401) or bad_request (400); `reason` of a
+    disconnect is moved, failed, one of DISCONNECTS or other.
     """
 
-    def __init__(self, engines: Sequence[Engine], max_connections: int, registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        max_connections: int,
+        registry: CollectorRegistry,
+        sessions: Mapping[str, OpenSession],
+    ) -> None:
         registry.register(_ConnectionsCollector(engines))
+        registry.register(_QueuesCollector(sessions))
         Gauge("stickyring_connections_limit", "Connections above which new handshakes get 503.", registry=registry).set(
             max_connections
         )
@@ -151,11 +189,32 @@ class EngineMetrics:
             "stickyring_sessions_failed", "Sessions that the node ended for an error.", ["reason"], registry=registry
         )
         messages = Counter("stickyring_messages", "Engine.IO messages.", ["transport", "direction"], registry=registry)
+        disconnects = Counter("stickyring_disconnects", "Sessions that have ended.", ["reason"], registry=registry)
+        self._durations = Histogram(
+            "stickyring_session_duration_seconds",
+            "Duration of ended sessions.",
+            buckets=SESSION_SECONDS,
+            registry=registry,
+        )
+        self.answered = Histogram(
+            "stickyring_acknowledgement_seconds",
+            "From the arrival of an event that asks for an acknowledgement until it is given.",
+            buckets=ANSWER_SECONDS,
+            registry=registry,
+        )
+        self.lag = Histogram(
+            "stickyring_loop_lag_seconds",
+            f"How late the event loop ran a task that was due, each {LAG_INTERVAL:g} s from the first session on.",
+            buckets=LAG_SECONDS,
+            registry=registry,
+        )
         # Looked up once, because these are incremented often. Samples that begin at 0 also make rates right.
         self.accepted = {transport: accepted.labels(transport) for transport in TRANSPORTS}
         self.received = {transport: messages.labels(transport, "received") for transport in TRANSPORTS}
         self.sent = {transport: messages.labels(transport, "sent") for transport in TRANSPORTS}
         self._failed = {reason: failed.labels(reason) for reason in FAILURES}
+        reasons = ("moved", "failed", *DISCONNECTS.values(), "other")
+        self._disconnects = {reason: disconnects.labels(reason) for reason in reasons}
         for transport in TRANSPORTS:
             self.refused.labels(transport, "capacity")
             self.refused.labels(transport, "draining")
@@ -165,6 +224,12 @@ class EngineMetrics:
     def count_failure(self, reason: str) -> None:
         """Count a session that the node ended for `reason`, one of FAILURES."""
         self._failed[reason].inc()
+
+    def count_end(self, session: OpenSession, reason: str = "") -> None:
+        """Count a session that has ended; `reason` is the engine's."""
+        label = "moved" if session.moved else "failed" if session.failed else DISCONNECTS.get(reason, "other")
+        self._disconnects[label].inc()
+        self._durations.observe(session.seconds)
 
 
 class MoveMetrics:
@@ -176,6 +241,44 @@ class MoveMetrics:
         )
         self.moved = Counter("stickyring_sessions_moved", "Sessions asked to reconnect elsewhere.", registry=registry)
         self.draining = Gauge("stickyring_draining", "1 while the node drains or is drained.", registry=registry)
+        self.drain_sessions = Gauge(
+            "stickyring_drain_sessions",
+            "Sessions of the drain: to move, found so far; asked to reconnect; left, of those.",
+            ["state"],
+            registry=registry,
+        )
+        self.off_ring = OffRing(registry)
+
+
+class OffRing(Collector):
+    """The number of sessions whose users are assigned to another node; `count` is None until a ring is known."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.count: Callable[[], int] | None = None
+        registry.register(self)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Count at each scrape."""
+        if self.count is not None:
+            text = "Sessions whose users the ring of the last rebalance assigns to another node."
+            yield GaugeMetricFamily("stickyring_sessions_off_ring", text, self.count())
+
+
+class _QueuesCollector(Collector):
+    """Sums up at each scrape what waits for clients."""
+
+    def __init__(self, sessions: Mapping[str, OpenSession]) -> None:
+        self._sessions = sessions
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        waiting = [session.waiting for session in [*self._sessions.values()]]
+        text = "Bytes queued or under way to clients"
+        yield GaugeMetricFamily("stickyring_send_queue_bytes", f"{text}.", sum(waiting))
+        yield GaugeMetricFamily(
+            "stickyring_send_queue_largest_bytes",
+            f"{text}, for the client for which the most wait.",
+            max(waiting, default=0),
+        )
 
 
 class _ConnectionsCollector(Collector):

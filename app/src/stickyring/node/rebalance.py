@@ -50,6 +50,7 @@ class Rebalance:
         self, name: str, sessions: Mapping[str, Session], ring: Ring, rate: float, metrics: MoveMetrics
     ) -> None:
         self._name = name
+        self._sessions = sessions
         self._ring = ring
         present = [session for session in [*sessions.values()] if not session.ended]
         self._without_key = sum(self._concerns(session) and session.key is None for session in present)
@@ -91,6 +92,12 @@ class Rebalance:
             "users_asked": move.users_asked,
             "users_returned": move.users_returned,
         }
+
+    def count_elsewhere(self) -> int:
+        """Return the number of sessions that are here now, but belong to another node."""
+        present = [session for session in [*self._sessions.values()] if not session.ended and self._concerns(session)]
+        owners = self._ring.owners(session.key for session in present if session.key is not None)
+        return sum(owner != self._name for owner in owners)
 
     def _concerns(self, session: Session) -> bool:
         return session.cluster in {None, self._ring.cluster}

@@ -53,7 +53,11 @@ class Runtime:
         self._application: WSGIApplication = application.call
         self._paths = application.paths
         servers = application.servers
-        metrics = EngineMetrics([server.eio for server in servers], max_connections, registry) if servers else None
+        metrics = (
+            EngineMetrics([server.eio for server in servers], max_connections, registry, self.sessions)
+            if servers
+            else None
+        )
         self._streams = register_bus(servers, registry)
         self._gates = [
             SocketIOGate(server, metrics, max_connections, self.sessions, self.drain) for server in servers if metrics

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from stickyring.node.gate import (
     parameter,
     transport_label,
 )
-from stickyring.node.metrics import EngineMetrics, Packet
+from stickyring.node.metrics import LAG_INTERVAL, EngineMetrics, Packet
 from stickyring.node.packets import HandlerError, checked_body
 from stickyring.node.sessions import SESSION_VARIABLE, Session
 from stickyring.node.takeover import Predecessor
@@ -236,7 +237,11 @@ class AsyncSocketIOGate(Gate):
                 session.note(environ)
                 session.stand_in()
                 sessions[sid] = environ[SESSION_VARIABLE] = session
-                asyncio.get_running_loop().call_later(JOIN_SECONDS, self._end_who_has_not_joined, sid)
+                loop = asyncio.get_running_loop()
+                loop.call_later(JOIN_SECONDS, self._end_who_has_not_joined, sid)
+                if not self._measures_lag:
+                    self._measures_lag = True
+                    loop.call_later(LAG_INTERVAL, self._measure_lag, loop, loop.time() + LAG_INTERVAL)
                 log.debug("connected", extra={"sid": sid, "transport": transport})
             return answer
 
@@ -252,7 +257,8 @@ class AsyncSocketIOGate(Gate):
                 await session.end_for("handler" if isinstance(error, HandlerError) else "packet", error)
 
         async def on_disconnect(sid: str, *reason: str) -> None:
-            session = sessions.pop(sid, None)
+            if (session := sessions.pop(sid, None)) is not None:
+                metrics.count_end(session, *reason)
             log.debug("disconnected", extra={"sid": sid, "reason": " ".join(reason)})
             try:
                 await disconnect(sid, *reason)  # type: ignore[misc]
@@ -271,6 +277,11 @@ class AsyncSocketIOGate(Gate):
         engine.send_packet = counting_send_packet  # type: ignore[assignment]
         self._watch_acknowledgements()
 
+    def _measure_lag(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        now = loop.time()
+        self._metrics.lag.observe(max(0.0, now - due))
+        loop.call_at(now + LAG_INTERVAL, self._measure_lag, loop, now + LAG_INTERVAL)
+
     def _watch_acknowledgements(self) -> None:
         """Count pending acknowledgements after events are decoded, as `SocketIOGate._watch_acknowledgements`."""
         server, manager, sessions = self._server, self._server.manager, self._sessions
@@ -280,16 +291,19 @@ class AsyncSocketIOGate(Gate):
             inside = namespace or "/"
             if not manager.is_connected(manager.sid_from_eio_sid(eio_sid, inside), inside):
                 raise ValueError("an event for a namespace that the client has not joined")
-            if (session := sessions.get(eio_sid)) is None or session.takes(owing=id is not None):
+            session = sessions.get(eio_sid)
+            if session is None or session.takes(owing=id is not None):
+                if session is not None and id is not None:
+                    session.asked_at[inside, id] = time.monotonic()
                 await handle(eio_sid, namespace, id, data)
 
-        async def handle_and_count(*event: object) -> None:
+        async def handle_and_count(*event: Any) -> None:  # noqa: ANN401
             try:
                 await handle_and_answer(*event)
             finally:
-                eio_sid, id = str(event[2]), event[5]
-                if id is not None and (session := sessions.get(eio_sid)) is not None:
-                    session.handled()
+                _, _, eio_sid, _, namespace, id = event
+                if id is not None:
+                    self._handled(eio_sid, namespace, id)
 
         server._handle_event = count_and_handle
         server._handle_event_internal = handle_and_count

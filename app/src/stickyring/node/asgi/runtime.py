@@ -42,7 +42,9 @@ class AsyncRuntime:
         self._paths = application.paths
         servers = application.servers
         metrics = (
-            EngineMetrics([server.eio for server in servers], max_connections, self._registry) if servers else None
+            EngineMetrics([server.eio for server in servers], max_connections, self._registry, self.sessions)
+            if servers
+            else None
         )
         self._streams = register_bus(servers, self._registry)
         self._gates = [

@@ -84,6 +84,11 @@ class AsyncSession(Session):
             raise SocketIsClosedError
         self.push(packet)
 
+    @property
+    def waiting(self) -> int:
+        """Bytes that wait for the client: queued, under way, or in the WebSocket's buffer."""
+        return self._waiting + (self._carrier.transport.get_write_buffer_size() if self._carrier is not None else 0)
+
     def push(self, packet: Packet) -> None:
         """Send a packet, or queue it for the next poll; a client that does not read loses its session."""
         websocket = self._carrier
