@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_plus
 
@@ -96,13 +96,6 @@ class Gate:
     def _end_who_has_not_joined(self, sid: str) -> None:
         if (session := self._sessions.get(sid)) is not None and not self._has_joined(sid):
             session.fail("unjoined")
-
-    def _handled(self, eio_sid: str, namespace: str, id: int) -> None:
-        """Count the acknowledgement of an event that `_watch_acknowledgements` has seen."""
-        if (session := self._sessions.get(eio_sid)) is not None:
-            session.handled()
-            if (asked := session.asked_at.pop((namespace, id), None)) is not None:
-                self._metrics.answered.observe(time.monotonic() - asked)
 
     def _has_joined(self, sid: str) -> bool:
         manager = self._server.manager
@@ -266,9 +259,9 @@ class SocketIOGate(Gate):
 
     def _measure_lag(self) -> None:
         while True:
-            due = time.monotonic() + LAG_INTERVAL
+            due = monotonic() + LAG_INTERVAL
             self._engine.sleep(LAG_INTERVAL)
-            self._metrics.lag.observe(max(0.0, time.monotonic() - due))
+            self._metrics.lag.observe(max(0.0, monotonic() - due))
 
     def _ping(self, sid: str) -> None:
         if (session := self._sessions.get(sid)) is not None:
@@ -343,25 +336,26 @@ class SocketIOGate(Gate):
         The two replaced names are private; python-socketio's version is pinned.
         """
         server, manager, sessions = self._server, self._server.manager, self._sessions
+        observe = self._metrics.answers.observe
         handle, handle_and_answer = server._handle_event, server._handle_event_internal
 
         def count_and_handle(eio_sid: str, namespace: str | None, id: int | None, data: object) -> None:
             inside = namespace or "/"
             if not manager.is_connected(manager.sid_from_eio_sid(eio_sid, inside), inside):
                 raise ValueError("an event for a namespace that the client has not joined")
-            session = sessions.get(eio_sid)
-            if session is None or session.takes(owing=id is not None):
-                if session is not None and id is not None:
-                    session.asked_at[inside, id] = time.monotonic()
+            if (session := sessions.get(eio_sid)) is None or session.takes(owing=id is not None):
                 handle(eio_sid, namespace, id, data)
 
         def handle_and_count(*event: Any) -> None:  # noqa: ANN401
+            began = monotonic()
             try:
                 handle_and_answer(*event)
             finally:
-                _, _, eio_sid, _, namespace, id = event
+                _, _, eio_sid, _, _, id = event
                 if id is not None:
-                    self._handled(eio_sid, namespace, id)
+                    observe(monotonic() - began)
+                    if (session := sessions.get(eio_sid)) is not None:
+                        session.handled()
 
         server._handle_event = count_and_handle
         server._handle_event_internal = handle_and_count
@@ -377,14 +371,14 @@ class Timetable:
 
     def add(self, sid: str) -> None:
         """Add a session."""
-        self._due.append((time.monotonic() + self._seconds, sid))
+        self._due.append((monotonic() + self._seconds, sid))
         if not self._runs:
             self._runs = True
             self._engine.start_background_task(self._run)
 
     def _run(self) -> None:
         while True:
-            now = time.monotonic()
+            now = monotonic()
             # Whoever is added meanwhile is due later.
             due = self._due[0][0] if self._due else now + self._seconds
             if due > now:

@@ -73,7 +73,6 @@ class Session:
     - `key`: the user, as the key of the handshake that the edge hashed; None without a key.
     - `cluster`: the edge's cluster of the handshake; None without an edge.
     - `websocket`: the WebSocket that carries the session; None while it polls.
-    - `asked_at`: by namespace and id, when events arrived whose acknowledgement the application has not given yet.
     - `unanswered`: number of events whose acknowledgement the application has not given yet.
     - `taking`: if false, the application gets no more events that ask for an acknowledgement.
     - `refused`: such an event was dropped; everything that the client sent after it is dropped too.
@@ -89,7 +88,6 @@ class Session:
     cluster: str | None = None
     websocket: "SessionWebSocket | None" = None
     began: float = field(default_factory=time.monotonic)
-    asked_at: dict[tuple[str, int], float] = field(default_factory=dict)
     unanswered: int = 0
     taking: bool = True
     refused: bool = False

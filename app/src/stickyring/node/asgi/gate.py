@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Awaitable, Callable
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import socketio
@@ -285,25 +285,26 @@ class AsyncSocketIOGate(Gate):
     def _watch_acknowledgements(self) -> None:
         """Count pending acknowledgements after events are decoded, as `SocketIOGate._watch_acknowledgements`."""
         server, manager, sessions = self._server, self._server.manager, self._sessions
+        observe = self._metrics.answers.observe
         handle, handle_and_answer = server._handle_event, server._handle_event_internal
 
         async def count_and_handle(eio_sid: str, namespace: str | None, id: int | None, data: object) -> None:
             inside = namespace or "/"
             if not manager.is_connected(manager.sid_from_eio_sid(eio_sid, inside), inside):
                 raise ValueError("an event for a namespace that the client has not joined")
-            session = sessions.get(eio_sid)
-            if session is None or session.takes(owing=id is not None):
-                if session is not None and id is not None:
-                    session.asked_at[inside, id] = time.monotonic()
+            if (session := sessions.get(eio_sid)) is None or session.takes(owing=id is not None):
                 await handle(eio_sid, namespace, id, data)
 
         async def handle_and_count(*event: Any) -> None:  # noqa: ANN401
+            began = monotonic()
             try:
                 await handle_and_answer(*event)
             finally:
-                _, _, eio_sid, _, namespace, id = event
+                _, _, eio_sid, _, _, id = event
                 if id is not None:
-                    self._handled(eio_sid, namespace, id)
+                    observe(monotonic() - began)
+                    if (session := sessions.get(eio_sid)) is not None:
+                        session.handled()
 
         server._handle_event = count_and_handle
         server._handle_event_internal = handle_and_count
