@@ -32,7 +32,11 @@ def config_dump(*names: str) -> dict[str, Any]:
         "ClustersConfigDump": {"dynamic_active_clusters": [{"cluster": CLUSTER}]},
         "EndpointsConfigDump": {"dynamic_endpoint_configs": [{"endpoint_config": endpoints}]},
     }
-    return {"configs": [{"@type": f"type.googleapis.com/envoy.admin.v3.{name}", **section} for name, section in sections.items()]}
+    return {
+        "configs": [
+            {"@type": f"type.googleapis.com/envoy.admin.v3.{name}", **section} for name, section in sections.items()
+        ]
+    }
 
 
 class Envoy(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):

@@ -106,7 +106,11 @@ def test_all_is_well(told: Any) -> None:
     [
         (changed("node2", node=UNREACHABLE), "node2: Failed to connect to the host via ssh."),
         (changed("node2", node={"rc": 0, "stdout": ""}), "node2: does not run."),
-        (changed("node2", node={"rc": 1, "stderr": "no stickyring"}), "node2: no stickyring."),
+        (changed("node2", node={"rc": 1, "stderr": "no stickyring."}), "node2: no stickyring."),
+        (
+            changed("node2", node={"rc": 2, "stderr": "Error: No such command 'summary'."}),
+            "node2: its release is older than `stickyring status`; run site.yml.",
+        ),
         (changed("edge2", ring={}, edge="timed out"), "edge2: timed out."),
         (changed("edge2", ring={}), "edge2: serves no ring."),
         (changed("edge2", ring=ring(members=NODES[:2])), "The edges do not serve the same ring: "),

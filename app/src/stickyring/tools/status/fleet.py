@@ -151,13 +151,15 @@ def _error_of(said: Mapping[str, Any]) -> str:
         return "not asked"
     if said.get("unreachable"):
         return _one_line(said.get("msg", "")) or SILENT
+    if "No such command 'summary'" in said.get("stderr", ""):
+        return "its release is older than `stickyring status`; run site.yml"
     if said.get("rc"):
         return _one_line(said.get("stderr") or said.get("stdout") or said.get("msg", "")) or SILENT
     return ""
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split()).removeprefix("Task failed: ")
+    return " ".join(text.split()).removeprefix("Task failed: ").rstrip(".")
 
 
 def _problems(fleet: Fleet) -> Iterator[str]:
