@@ -304,16 +304,13 @@ class Recovery:
         if (namespace, kept.sid) in router.kept:
             # Given away, and not ended yet.
             await stream.end(kept.sid, namespace)
-        moved = await stream.publish(MOVED, {"n": namespace, "s": kept.sid})
-        if (reason := await self._catch_up(kept, eio_sid, moved)) == "ended":
+        await stream.publish(MOVED, {"n": namespace, "s": kept.sid})
+        if (reason := await self._catch_up(kept, eio_sid)) == "ended":
             await settle(stream.redis.delete(address.session(kept.pid)))
         return (None, reason) if reason else (kept, "")
 
-    async def _catch_up(self, kept: Kept, eio_sid: str, moved: int) -> str:
-        """Give a session what its client has missed; return why that is not possible, or nothing.
-
-        `moved` is the number of the entry by which this process has said that it goes on with the session.
-        """
+    async def _catch_up(self, kept: Kept, eio_sid: str) -> str:
+        """Give a session what its client has missed; return why that is not possible, or nothing."""
         stream, router = self._stream, self._router
         address = stream.address
         # Its rooms may have changed after what is known of them, and before what it has missed.
@@ -339,7 +336,7 @@ class Recovery:
                 return "history"
             entries += parsed(page)
             reached = max(end, entries[-1][0]) if entries else end
-            if self._claiming.get(kept.pid) != eio_sid or self._moved_on(kept, entries, moved):
+            if self._claiming.get(kept.pid) != eio_sid:
                 return "taken"
             if kept.pid in self._by_pid:
                 raise _FasterError
@@ -348,16 +345,6 @@ class Recovery:
                 return "ended" if kept.disconnected else ""
             if not page:
                 await stream.wait.sleep(WAIT_SECONDS)
-
-    def _moved_on(self, kept: Kept, entries: list[tuple[Position, Entry]], moved: int) -> bool:
-        """Return whether another process goes on with a session, and has said so after this one."""
-        origin = self._stream.outbox.origin
-        moves = [one for _, one in entries if one.kind == MOVED and one.header["s"] == kept.sid]
-        return (
-            bool(moves)
-            and moves[-1].origin != origin
-            and (origin, moved) in {(one.origin, one.number) for one in moves}
-        )
 
     # Saving.
 

@@ -107,8 +107,8 @@ class Stream:
 
     async def publish(
         self, kind: str, header: dict[str, Any], text: str = "", attachments: tuple[bytes, ...] = ()
-    ) -> int:
-        """Publish an entry; return its number.
+    ) -> None:
+        """Publish an entry.
 
         Raises:
             BusFullError: the bus is away, and too many entries wait for it.
@@ -117,7 +117,7 @@ class Stream:
         if len(self.outbox) > MOST_WAITING and self.away_since is None:
             await self.deliver_own()
         try:
-            number = self.outbox.put(kind, header, text, attachments).number
+            self.outbox.put(kind, header, text, attachments)
         except BusFullError:
             self.router.counts.refused += 1
             raise
@@ -125,7 +125,6 @@ class Stream:
         self._written.set()
         if self.router.alone:
             await self._go_ahead()
-        return number
 
     async def deliver_own(self) -> None:
         """Wait until what this process has published is delivered to its own sessions."""
