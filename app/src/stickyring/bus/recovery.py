@@ -12,6 +12,7 @@ import socketio.packet
 
 from stickyring.bus.connection import SAVE, end_of, parsed
 from stickyring.bus.entry import MOVED, Entry
+from stickyring.bus.history import MOST_ENTRIES, History
 from stickyring.bus.kept import Kept, new_pid, recover
 from stickyring.bus.offset import BEGIN, Offset, Position
 from stickyring.bus.waiting import Event, settle
@@ -102,6 +103,7 @@ class Recovery:
         self._saving: dict[str, Saving] = {}
         self._offsets: dict[tuple[str, str], Offset | None] = {}
         self._by_pid: dict[str, Kept] = {}
+        self._history, self._reading = History(), stream.wait.lock()
         self._claiming: dict[str, str] = {}
         """The newest connection that claims a session: the client has left the others, which may not be known yet."""
 
@@ -172,6 +174,15 @@ class Recovery:
         manager, kept = self._stream.manager, self._router.kept
         sessions = [kept.get((name, manager.sid_from_eio_sid(eio_sid, name))) for name in [*manager.get_namespaces()]]
         return any(one is not None and one.saved_at for one in sessions)
+
+    def remember(self, position: Position, entry: Entry) -> None:
+        """Keep an entry that this process has read, for those who come back."""
+        if self.seconds:
+            self._history.add(position, entry)
+
+    def begin_at(self, position: Position) -> None:
+        """Note where this process begins to read."""
+        self._history.restart(position)
 
     def forget_before(self, floor: Position) -> None:
         """Forget what is only about events that the stream does not have any more."""
@@ -315,7 +326,7 @@ class Recovery:
         address = stream.address
         # Its rooms may have changed after what is known of them, and before what it has missed.
         begin, end = sorted((kept.start, kept.seen))
-        entries: list[tuple[Position, Entry]] = []
+        entries = await self._remembered(begin)
         while True:
             reached = entries[-1][0] if entries else begin
             # In this order, what changes in between is seen. A server does not wait for replicas in a transaction.
@@ -345,6 +356,22 @@ class Recovery:
                 return "ended" if kept.disconnected else ""
             if not page:
                 await stream.wait.sleep(WAIT_SECONDS)
+
+    async def _remembered(self, begin: Position) -> list[tuple[Position, Entry]]:
+        """Return the first entries after a position, which this process has, or reads once for all who come back."""
+        stream, history = self._stream, self._history
+        async with self._reading:
+            missing: list[tuple[Position, Entry]] = []
+            while begin < (since := history.since):
+                reached, size = missing[-1][0] if missing else begin, stream.page
+                read = stream.redis.xrange(stream.address.stream, f"({reached}", str(since), count=size)
+                page = parsed(await settle(read))
+                missing += page
+                if len(missing) >= MOST_ENTRIES:
+                    return missing
+                if len(page) < size and history.since == since and not history.extend(begin, missing):
+                    return missing + history.after(since)
+            return history.after(begin)
 
     # Saving.
 

@@ -213,6 +213,7 @@ class Stream:
                         # Meanwhile, another task has found that the stream has lost entries.
                         break
                     before = position
+                    self.recovery.remember(position, entry)
                     if router.arrives(position, entry):
                         self._handle(entry, position)
                 await self._send_out()
@@ -251,6 +252,7 @@ class Stream:
             whole = written is None or int(written) >= read_back
             if asked is None:
                 router.position, router.epoch = end_of(last), epoch.decode()
+                self.recovery.begin_at(router.now)
                 for kept in router.kept.values():
                     kept.began, kept.epoch = router.now, router.epoch
             elif epoch.decode() != router.epoch or (not place and asked != BEGIN) or not whole:
@@ -270,6 +272,7 @@ class Stream:
         router.counts.holes += 1
         log.error("the bus has lost events", extra={"position": str(router.now), "end": str(end)})
         router.position, router.epoch = end, epoch.decode()
+        self.recovery.begin_at(end)
         self.recovery.give_up()
         if self.manager.on_loss is not None:
             self.wait.spawn(self._tell_of_loss())
