@@ -299,13 +299,13 @@ def node(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..
         hello: bool = True,
         goodbye: bool = False,
         pings: int = 20,
+        port: int = 0,
     ) -> ServeProcess:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "app.py").write_text(application(manager, hello=hello, goodbye=goodbye, pings=pings))
-        return stack.enter_context(
-            serving(folder, "app:application", "--control", "control", STICKYRING_BUS_URL=bus.url)
-        )
+        arguments = ("app:application", "--control", "control", "--listen", f"127.0.0.1:{port}")
+        return stack.enter_context(serving(folder, *arguments, STICKYRING_BUS_URL=bus.url))
 
     with ExitStack() as stack:
         yield start

@@ -18,15 +18,16 @@ import pytest
 import socketio.packet
 from bus_crowd import Crowd, History, Speaking
 from bus_fleet import Bus, Client, Connect, Node, worker_of
-from bus_trio import Trio
+from bus_trio import Trio, free_port
 from conftest import ServeProcess, wait_until
 
 from stickyring.bus.connection import TRIM, parsed
 from stickyring.bus.emitter import BusAwayError, Emitter
 from stickyring.bus.entry import CLOSE, ENTER, EVENT, MOVED, Entry
 from stickyring.bus.kept import Kept, Stay, recover
-from stickyring.bus.offset import Offset, Position
+from stickyring.bus.offset import BEGIN, Offset, Position
 from stickyring.bus.outbox import Outbox
+from stickyring.bus.recent import MOST_ENTRIES, Recent
 from stickyring.bus.router import Router
 from stickyring.node.operate import ask
 
@@ -219,6 +220,37 @@ def test_what_is_kept_is_bounded_by_number(bus: Bus, node: Node, client: Connect
     assert ann.said(missed, 1) == ([*range(missed)] if missed == 300 else [])
     reason = 'stickyring_sessions_not_recovered_total{reason="trimmed"}'
     assert first.metric(reason) == (missed == 3000)
+
+
+def test_users_who_come_back_at_a_time_share_what_the_node_reads(bus: Bus, node: Node, javascript: Path) -> None:
+    first, port = node("first"), free_port()
+    crowd = Crowd(javascript, 30, [first.url, f"http://127.0.0.1:{port}"])
+    speaker = Emitter(bus.url)
+    for number in range(1000):
+        speaker.emit("numbered", ("all", number, "x" * 1000))
+    second = node("second", port=port)
+    before = bus.client.info()["total_net_output_bytes"]
+    os.kill(worker_of(first), signal.SIGKILL)
+    first.stop()
+    wait_until(lambda: second.metric("stickyring_sessions_recovered_total") == 30, "all are back")
+    # What each may have missed is 1 MB.
+    assert 1e6 < bus.client.info()["total_net_output_bytes"] - before < 5e6
+    assert crowd.end().faults == []
+
+
+def test_what_a_process_has_read_is_kept_in_order_and_bounded() -> None:
+    recent, numbers = Recent(), [*range(1, MOST_ENTRIES + 2)]
+    for number in numbers:
+        recent.add(*of_room(EVENT, number))
+    kept = [at.ms for at, _ in recent.after(recent.since)]
+    assert kept == numbers[-len(kept) :]
+    assert recent.since == Position(kept[0] - 1, 0)
+    assert 0 < len(numbers) - len(kept) < len(numbers) / 5
+    assert [at.ms for at, _ in recent.after(Position(numbers[-3], 5))] == numbers[-2:]
+    older = [of_room(EVENT, number) for number in range(1, kept[0])]
+    assert not recent.extend(BEGIN, older)
+    assert recent.extend(Position(kept[0] - 3, 0), older[-2:])
+    assert [at.ms for at, _ in recent.after(recent.since)] == [kept[0] - 2, kept[0] - 1, *kept]
 
 
 def test_a_process_that_lags_behind_does_not_hide_that_entries_were_removed(bus: Bus) -> None:

@@ -12,9 +12,9 @@ import socketio.packet
 
 from stickyring.bus.connection import SAVE, end_of, parsed
 from stickyring.bus.entry import MOVED, Entry
-from stickyring.bus.history import MOST_ENTRIES, History
 from stickyring.bus.kept import Kept, new_pid, recover
 from stickyring.bus.offset import BEGIN, Offset, Position
+from stickyring.bus.recent import MOST_ENTRIES, Recent
 from stickyring.bus.waiting import Event, settle
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Recovery:
         self._saving: dict[str, Saving] = {}
         self._offsets: dict[tuple[str, str], Offset | None] = {}
         self._by_pid: dict[str, Kept] = {}
-        self._history, self._reading = History(), stream.wait.lock()
+        self._recent, self._reading = Recent(), stream.wait.lock()
         self._claiming: dict[str, str] = {}
         """The newest connection that claims a session: the client has left the others, which may not be known yet."""
 
@@ -178,11 +178,11 @@ class Recovery:
     def remember(self, position: Position, entry: Entry) -> None:
         """Keep an entry that this process has read, for those who come back."""
         if self.seconds:
-            self._history.add(position, entry)
+            self._recent.add(position, entry)
 
     def begin_at(self, position: Position) -> None:
         """Note where this process begins to read."""
-        self._history.restart(position)
+        self._recent.restart(position)
 
     def forget_before(self, floor: Position) -> None:
         """Forget what is only about events that the stream does not have any more."""
@@ -359,19 +359,19 @@ class Recovery:
 
     async def _remembered(self, begin: Position) -> list[tuple[Position, Entry]]:
         """Return the first entries after a position, which this process has, or reads once for all who come back."""
-        stream, history = self._stream, self._history
+        stream, recent = self._stream, self._recent
         async with self._reading:
             missing: list[tuple[Position, Entry]] = []
-            while begin < (since := history.since):
+            while begin < (since := recent.since):
                 reached, size = missing[-1][0] if missing else begin, stream.page
                 read = stream.redis.xrange(stream.address.stream, f"({reached}", str(since), count=size)
                 page = parsed(await settle(read))
                 missing += page
                 if len(missing) >= MOST_ENTRIES:
                     return missing
-                if len(page) < size and history.since == since and not history.extend(begin, missing):
-                    return missing + history.after(since)
-            return history.after(begin)
+                if len(page) < size and recent.since == since and not recent.extend(begin, missing):
+                    return missing + recent.after(since)
+            return recent.after(begin)
 
     # Saving.
 

@@ -13,7 +13,7 @@ MOST_ENTRIES = 10_000
 MOST_BYTES = 16 * 1024 * 1024
 
 
-class History:
+class Recent:
     """All entries after the position `since`, in order and bounded: the oldest go first."""
 
     def __init__(self) -> None:
