@@ -377,9 +377,11 @@ def numbered(*numbers: int) -> list[list[Any]]:
 ROOMS = {"all": None, "0": "0", "1": "1"}
 
 
-def three_nodes_with_users(node: Node, client: Connect, javascript: Path) -> tuple[list[ServeProcess], Crowd]:
+def three_nodes_with_users(
+    node: Node, client: Connect, javascript: Path, manager: str = "stickyring.bus.manager(recovery=True)"
+) -> tuple[list[ServeProcess], Crowd]:
     """Starts three nodes, of which one emits numbered events too, and users."""
-    nodes = [node(name) for name in ("first", "second", "third")]
+    nodes = [node(name, manager) for name in ("first", "second", "third")]
     crowd = Crowd(javascript, 24, [one.url for one in nodes], python=6)
     client(nodes[1]).do("emit", "begin_to_count")
     return nodes, crowd
@@ -437,6 +439,20 @@ def test_nobody_misses_an_event_unknowingly_whatever_fails(
     if fault is not empty_bus:
         assert history.recovered > 0
         assert history.not_recovered <= history.recovered / 10
+
+
+def test_without_recovery_the_checker_finds_what_users_have_missed(
+    bus: Bus, node: Node, client: Connect, javascript: Path
+) -> None:
+    nodes, crowd = three_nodes_with_users(node, client, javascript, "stickyring.bus.manager()")
+    with Speaking(bus.url, ROOMS) as speaking:
+        wait_until(lambda: speaking.number > 20, "it emits")
+        kill_worker(bus, nodes[0])
+        wait_until(lambda: speaking.number > 80, "it emits")
+    history = crowd.end()
+    assert history.told > 0
+    assert history.recovered == 0
+    assert history.not_recovered > 0
 
 
 def kill_primary(trio: Trio, primary: int) -> None:
