@@ -471,7 +471,7 @@ def test_a_client_with_ipv6_only_is_sticky_on_every_node(edge: Edge, ring: Ring)
         user = next(name for name in map("v6-{}".format, range(100)) if ring.owner(name) == node)
         for transport in ("polling", "websocket"):
             assert asyncio.run(look("sticky", user, transport)) == (node, "http ::1")
-    with pytest.raises(socketio.exceptions.ConnectionError):
+    with pytest.raises(socketio.exceptions.SocketIOError):
         for _ in range(8):
             asyncio.run(look("unkeyed", user, "polling"))
 
