@@ -363,6 +363,9 @@ class Recovery:
         async with self._reading:
             missing: list[tuple[Position, Entry]] = []
             while begin < (since := recent.since):
+                if stream.away_since is not None:
+                    # Else each of them would wait for it here, one after another.
+                    raise redis.ConnectionError("the bus is away")
                 reached, size = missing[-1][0] if missing else begin, stream.page
                 read = stream.redis.xrange(stream.address.stream, f"({reached}", str(since), count=size)
                 page = parsed(await settle(read))
