@@ -3,7 +3,10 @@
 import json
 from typing import Any
 
+import pytest
 
+
+@pytest.mark.once
 def test_status_shows_the_fleet_and_names_a_drained_instance(
     ansible: Any, inventory: Any, nodes: Any, machine: Any
 ) -> None:
