@@ -37,9 +37,19 @@ class Recovering:
         waiting = AsyncWaiting() if client.is_asyncio_based() else GreenWaiting(client.start_background_task)
         # While another host of the bus takes over, it takes longer than the second that they wait when they reconnect.
         client.connect = partial(client.connect, wait_timeout=CONNECT_SECONDS)
+        self._engine, self._request = client.eio, client.eio._send_request
+        if client.is_asyncio_based():
+            client.eio._send_request = self._on_request
         client._handle_connect = waiting.function(self._on_connect)
         client._handle_event = waiting.function(self._on_event)
         client._send_packet = waiting.function(self._on_send)
+
+    async def _on_request(self, *request: Any, **more: Any) -> Any:  # noqa: ANN401 - python-engineio's
+        # aiohttp repeats a GET whose connection ends before the answer. The answer to another poll has other messages,
+        # and those of the first one would be missing, unnoticed.
+        if self._engine.http is not None:
+            self._engine.http._retry_connection = False
+        return await self._request(*request, **more)
 
     def recovered(self, namespace: str = "/") -> bool:
         """Return whether the last connection went on with the session before it, and nothing is missing."""
