@@ -1,4 +1,4 @@
-"""Fixtures of the module's tests."""
+"""Fixtures of the tests of the role, its module and a running Envoy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from certificates import Certificate, make_certificate
 from fake_envoy import FakeEnvoy
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a running Envoy and its nodes have their files."""
+    return tmp_path_factory.mktemp("edge")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import platform
 import re
 import socket
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +26,8 @@ from fake_envoy import run_module
 PROJECT = Path(__file__).parents[3]
 ARTIFACTS = PROJECT / "roles" / "stickyring_artifacts" / "files"
 START_SECONDS = 20
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = iter(range(20_000 + 1000 * WORKER, 21_000 + 1000 * WORKER))
 # Writes what the role composes for these variables: its two start files and its xDS files.
 PLAY = """
 - hosts: localhost
@@ -53,9 +56,13 @@ PLAY = """
 
 
 def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in sockets]
+    """Ports on which nothing listens; other processes of a parallel run get others, because Envoys can share a port."""
+    found: list[int] = []
+    while len(found) < count:
+        port = next(PORTS)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+    return found
 
 
 class Edge:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certificates import Certificate, make_certificate
+from certificates import Certificate
 from running_envoy import START_SECONDS, Edge, Node, compose, free_ports, handshake, running, serving
 
 # Proxies and clients are at addresses of their own. 127.0.0.4 is a proxy behind the other two.
@@ -29,16 +29,6 @@ HSTS = "max-age=31536000; includeSubDomains"
 LISTENERS = ("plain", "dual", "proxied", "proxied_tls", "redirect", "safe")
 MAX_BODY = 1000
 EXPOSURE_LIMIT = 2.0
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("edge")
-
-
-@pytest.fixture(scope="module")
-def certificate(folder: Path) -> Certificate:
-    return make_certificate(folder)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ import pytest
 import socketio
 from ansible_collections.stickyring.fleet.plugins.filter import edge as filters
 from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin
-from certificates import Certificate, make_certificate
+from certificates import Certificate
 from running_envoy import PROJECT, START_SECONDS, Edge, compose, free_ports, running
 from stickyring.ring import Ring
 
@@ -106,16 +106,6 @@ def serving(folder: Path, name: str, address: str, port: int) -> Iterator[Node]:
     finally:
         process.terminate()
         process.wait(START_SECONDS)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("edge")
-
-
-@pytest.fixture(scope="module")
-def certificate(folder: Path) -> Certificate:
-    return make_certificate(folder)
 
 
 @pytest.fixture(scope="module")

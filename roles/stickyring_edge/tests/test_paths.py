@@ -87,11 +87,6 @@ class DrainingNode(SlowNode):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("edge")
-
-
-@pytest.fixture(scope="module")
 def composed(folder: Path) -> Iterator[dict[str, Any]]:
     with serving(SlowNode) as serves, serving(DrainingNode) as drains:
         ports = {"whole": [("node", serves)], "draining": [("node", serves), ("draining", drains)]}

@@ -125,12 +125,7 @@ def test_users_miss_nothing_unknowingly_whatever_fails_or_changes(
         ):
             change()
             wait_until_all_are_back(nodes)
-    history = crowd.end()
-    print(history)
-    assert history.faults == []
-    assert history.recovered >= USERS
-    assert history.not_recovered <= history.recovered / 1000
-    assert history.heard >= speaking.number * USERS
+    check_that_nobody_missed_anything(crowd, speaking)
 
 
 @pytest.mark.once("operations")
@@ -169,12 +164,7 @@ def test_users_miss_nothing_while_a_host_of_it_is_replaced_and_all_passwords_cha
         fleet.exchange_passwords()
         play("site.yml")
         wait_until_all_are_back(nodes)
-    history = crowd.end()
-    print(history)
-    assert history.faults == []
-    assert history.recovered >= USERS
-    assert history.not_recovered <= history.recovered / 1000
-    assert history.heard >= speaking.number * USERS
+    check_that_nobody_missed_anything(crowd, speaking)
 
 
 @pytest.mark.soak
@@ -189,6 +179,16 @@ def test_it_is_removed_once_no_node_uses_it(fleet: LabBus, play: Any) -> None:
 def connect_users(javascript: Path, url: str) -> Crowd:
     """Connects them; one of six is python-socketio's client."""
     return Crowd(javascript, USERS - USERS // 6, [url], python=USERS // 6)
+
+
+def check_that_nobody_missed_anything(crowd: Crowd, speaking: Speaking) -> None:
+    """Ends users who have all lost their connections at least once."""
+    history = crowd.end()
+    print(history)
+    assert history.faults == []
+    assert history.recovered >= USERS
+    assert history.not_recovered <= history.recovered / 1000
+    assert history.heard >= speaking.number * USERS
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
