@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -15,12 +16,14 @@ from typing import Any
 
 import bus_fleet
 import pytest
+import socketio
 import socketio.packet
 from bus_crowd import Crowd, History, Speaking
 from bus_fleet import Bus, Client, Connect, Node, worker_of
 from bus_trio import Trio, free_port
 from conftest import ServeProcess, wait_until
 
+from stickyring.bus.client import Recovering
 from stickyring.bus.connection import TRIM, parsed
 from stickyring.bus.emitter import BusAwayError, Emitter
 from stickyring.bus.entry import CLOSE, ENTER, EVENT, MOVED, Entry
@@ -302,6 +305,42 @@ def test_clients_of_python_socketio_go_on_with_the_helper(node: Node, client: Co
         print(file=ann.stdin, flush=True)
         # In this order, but the handlers of `Client` run in threads.
         assert {line for line in lines if line.startswith(("connect", "said"))} == {"connect True\n", "said (2,)\n"}
+
+
+@pytest.mark.parametrize("recovering", [True, False], ids=["Recovering", "without"])
+def test_a_poll_whose_answer_was_lost_is_not_repeated(*, recovering: bool) -> None:
+    polls = asyncio.run(polls_of_a_client_that_loses_an_answer(recovering=recovering))
+    assert polls == (2 if recovering else 3)
+
+
+async def polls_of_a_client_that_loses_an_answer(*, recovering: bool) -> int:
+    """The first poll is answered; each connection that another one comes from ends without an answer."""
+    polls = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal polls
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            if head.startswith(b"POST"):
+                await reader.readexactly(len("40"))
+                text = "OK"
+            elif b"sid=" not in head:
+                text = '0{"sid":"session","upgrades":[],"pingInterval":25000,"pingTimeout":20000}'
+            else:
+                polls += 1
+                text = '40{"sid":"any"}'
+            if polls > 1:
+                break
+            writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        client = socketio.AsyncClient(reconnection=False)
+        if recovering:
+            Recovering(client)
+        await client.connect("http://{}:{}".format(*server.sockets[0].getsockname()), transports=["polling"])
+        await asyncio.wait_for(client.wait(), 10)
+    return polls
 
 
 SYNC_CLIENT = """

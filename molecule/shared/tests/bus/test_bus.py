@@ -191,19 +191,22 @@ def check_that_nobody_missed_anything(crowd: Crowd, speaking: Speaking) -> None:
     assert history.heard >= speaking.number * USERS
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
+def wait_until(condition: Callable[[], object], what: str, seen: Callable[[], object] = lambda: "") -> None:
     deadline = time.monotonic() + BACK_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, f"not within {BACK_SECONDS} s: {what}"
+        assert time.monotonic() < deadline, f"not within {BACK_SECONDS} s: {what} {seen()}"
         time.sleep(0.2)
 
 
 def wait_until_all_are_back(nodes: list[Any]) -> None:
-    def are_back() -> bool:
-        seen = [*map(metrics, nodes)]
-        return sum(users for users, _ in seen) == USERS and all(up for _, up in seen)
+    def seen() -> list[tuple[float, float]]:
+        return [*map(metrics, nodes)]
 
-    wait_until(are_back, "all users are connected, and all nodes read from the bus")
+    def are_back() -> bool:
+        users, up = zip(*seen(), strict=True)
+        return sum(users) == USERS and all(up)
+
+    wait_until(are_back, "all users are connected, and all nodes read from the bus", seen)
 
 
 def metrics(node: Any) -> tuple[float, float]:
