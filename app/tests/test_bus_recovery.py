@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -309,38 +311,85 @@ def test_clients_of_python_socketio_go_on_with_the_helper(node: Node, client: Co
 
 @pytest.mark.parametrize("recovering", [True, False], ids=["Recovering", "without"])
 def test_a_poll_whose_answer_was_lost_is_not_repeated(*, recovering: bool) -> None:
-    polls = asyncio.run(polls_of_a_client_that_loses_an_answer(recovering=recovering))
+    polls = 0
+
+    async def answer(kind: str) -> str | None:
+        nonlocal polls
+        polls += kind == "poll"
+        return ANSWERS[kind] if polls < 2 else None
+
+    async def lose_an_answer() -> None:
+        async with engineio_server(answer) as url:
+            client = socketio.AsyncClient(reconnection=False)
+            if recovering:
+                Recovering(client)
+            await client.connect(url, transports=["polling"])
+            await asyncio.wait_for(client.wait(), 10)
+
+    asyncio.run(lose_an_answer())
     assert polls == (2 if recovering else 3)
 
 
-async def polls_of_a_client_that_loses_an_answer(*, recovering: bool) -> int:
-    """The first poll is answered; each connection that another one comes from ends without an answer."""
-    polls = 0
+@pytest.mark.parametrize("recovering", [True, False], ids=["Recovering", "without"])
+def test_a_client_that_loses_its_connection_while_it_reconnects_reconnects_again(*, recovering: bool) -> None:
+    sessions = polls = 0
+    client: Any = None
+
+    async def answer(kind: str) -> str | None:
+        nonlocal sessions, polls
+        sessions += kind == "open"
+        polls = polls + 1 if kind == "poll" else 0
+        if kind == "post" and sessions == 2:
+            return None
+        if kind == "poll" and sessions == 2:
+            while client.eio.write_loop_task is not None:
+                await asyncio.sleep(0.01)
+        while polls == 2 and sessions == 3 and client.eio.state == "connected":
+            await asyncio.sleep(0.01)
+        return ANSWERS[kind] if polls < 2 else None
+
+    async def connect() -> None:
+        nonlocal client
+        client = socketio.AsyncClient(reconnection_delay=0.1, reconnection_delay_max=0.1)
+        if recovering:
+            Recovering(client)
+        async with engineio_server(answer) as url, asyncio.timeout(10):
+            await client.connect(url, transports=["polling"])
+            while sessions < 2 or client._reconnect_task is not None:
+                await asyncio.sleep(0.01)
+            assert client.connected
+            assert client.eio.state == ("connected" if recovering else "disconnected")
+            await client.shutdown()
+
+    asyncio.run(connect())
+    assert sessions == (3 if recovering else 2)
+
+
+ANSWERS = {
+    "open": '0{"sid":"session","upgrades":[],"pingInterval":25000,"pingTimeout":20000}',
+    "post": "OK",
+    "poll": '40{"sid":"any"}',
+}
+
+
+@contextlib.asynccontextmanager
+async def engineio_server(answer: Callable[[str], Awaitable[str | None]]) -> AsyncIterator[str]:
+    """Serves polls and POSTs by the kinds of `ANSWERS`; if there is no answer, the connection ends."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal polls
-        while True:
-            head = await reader.readuntil(b"\r\n\r\n")
-            if head.startswith(b"POST"):
-                await reader.readexactly(len("40"))
-                text = "OK"
-            elif b"sid=" not in head:
-                text = '0{"sid":"session","upgrades":[],"pingInterval":25000,"pingTimeout":20000}'
-            else:
-                polls += 1
-                text = '40{"sid":"any"}'
-            if polls > 1:
-                break
-            writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                kind = "post" if head.startswith(b"POST") else "poll" if b"sid=" in head else "open"
+                if length := re.search(rb"Content-Length: (\d+)", head):
+                    await reader.readexactly(int(length[1]))
+                if (text := await answer(kind)) is None:
+                    break
+                writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
         writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        client = socketio.AsyncClient(reconnection=False)
-        if recovering:
-            Recovering(client)
-        await client.connect("http://{}:{}".format(*server.sockets[0].getsockname()), transports=["polling"])
-        await asyncio.wait_for(client.wait(), 10)
-    return polls
+        yield "http://{}:{}".format(*server.sockets[0].getsockname())
 
 
 SYNC_CLIENT = """

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import socketio
+import socketio.exceptions
 import socketio.packet
 
 from stickyring.bus.offset import Offset
 from stickyring.bus.waiting import AsyncWaiting, GreenWaiting, settle
 
 CONNECT_SECONDS = 15.0
-"""How long a client waits for the answer to its CONNECT, if its `connect` is not given another time."""
+"""How long a client waits for the answer to its CONNECT, if its `connect` is not given another time.
+
+While another host of the bus takes over, this takes longer than python-socketio's defaults: a second when a client
+reconnects, and five for the POST that has the CONNECT.
+"""
 
 
 @dataclass
@@ -35,14 +39,26 @@ class Recovering:
         self._sessions: dict[str, _Session] = {}
         self._connect, self._event, self._send = client._handle_connect, client._handle_event, client._send_packet
         waiting = AsyncWaiting() if client.is_asyncio_based() else GreenWaiting(client.start_background_task)
-        # While another host of the bus takes over, it takes longer than the second that they wait when they reconnect.
-        client.connect = partial(client.connect, wait_timeout=CONNECT_SECONDS)
-        self._engine, self._request = client.eio, client.eio._send_request
+        self._client, self._engine = client, client.eio
+        self._open, client.connect = client.connect, waiting.function(self._on_open)
+        self._engine.request_timeout = max(self._engine.request_timeout, CONNECT_SECONDS)
+        self._request = self._engine._send_request
         if client.is_asyncio_based():
-            client.eio._send_request = self._on_request
+            self._engine._send_request = self._on_request
         client._handle_connect = waiting.function(self._on_connect)
         client._handle_event = waiting.function(self._on_event)
         client._send_packet = waiting.function(self._on_send)
+
+    async def _on_open(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - `connect`'s
+        reconnects = self._client._reconnect_task is not None
+        await settle(self._open(*arguments, **{"wait_timeout": CONNECT_SECONDS, **options}))
+        if self._engine.state == "connected":
+            return
+        # The connection ended just before the answer to CONNECT was handled. python-socketio takes it for connected,
+        # and does not reconnect: its task still runs, or finds that the client is connected.
+        self._client.connected = False
+        if reconnects or self._client._reconnect_task is None:
+            raise socketio.exceptions.ConnectionError("The connection was lost while it was made.")
 
     async def _on_request(self, *request: Any, **more: Any) -> Any:  # noqa: ANN401 - python-engineio's
         # aiohttp repeats a GET whose connection ends before the answer. The answer to another poll has other messages,
