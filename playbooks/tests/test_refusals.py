@@ -51,6 +51,7 @@ def first_import(playbook: str) -> list[str]:
     [
         "site",
         "edge",
+        "firewall",
         "nodes",
         "plan",
         "rebalance",
@@ -115,6 +116,16 @@ def test_a_bus_that_cannot_serve_is_refused(
     status, said = run(tmp_path, "playbooks/preflight.yml", "-i", str(tmp_path / "bus" / "hosts.json"))
     assert status != 0
     assert words in said
+
+
+def test_a_firewall_with_a_mistake_is_refused(tmp_path: Path) -> None:
+    """Only where it is on."""
+    wrong = ("-e", "{stickyring_firewall_admitted: [monitor1]}")
+    assert run(tmp_path, "playbooks/preflight.yml", *wrong)[0] == 0
+    status, said = run(tmp_path, "playbooks/preflight.yml", *wrong, "-e", "stickyring_firewall=true")
+    assert status != 0
+    assert "stickyring_firewall_admitted: monitor1 is no address and no network" in said
+    assert "Nothing was changed." in said
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""With the firewall, only edges reach nodes, and only nodes the bus; rules that would shut one out are undone."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab_bus import ADDRESSES, LabBus
+from test_bus import connect_users, wait_until, wait_until_all_are_back
+
+pytestmark = pytest.mark.once("operations")
+FIREWALL = "playbooks/firewall.yml"
+CLOSED_SECONDS = 2
+TRIAL_SECONDS = 30
+ELSEWHERE = "198.51.100.99"
+"""Another address of the edge, which the inventory does not know."""
+
+
+@pytest.fixture(scope="module")
+def doors(nodes: list[Any]) -> list[tuple[str, int]]:
+    """The addresses and ports that only some hosts may reach."""
+    of_nodes = [
+        (node.variables["stickyring_address"], int(node.variables["stickyring_node_port"]) + number)
+        for node in nodes
+        for number in range(int(node.variables["stickyring_node_instances"]))
+    ]
+    return [*of_nodes, *((address, port) for address in ADDRESSES.values() for port in (6379, 26379))]
+
+
+def reached(doors: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Those that this machine reaches, which is neither an edge nor a node."""
+    found = []
+    for door in doors:
+        try:
+            socket.create_connection(door, timeout=CLOSED_SECONDS).close()
+        except TimeoutError:
+            continue
+        found.append(door)
+    return found
+
+
+def reaches(fleet: LabBus, host: str, door: tuple[str, int]) -> bool:
+    address, port = door
+    command = f"timeout {CLOSED_SECONDS} bash -c '</dev/tcp/{address}/{port}' && echo reached || echo closed"
+    return fleet.do(host, command).strip() == "reached"
+
+
+def test_it_closes_the_ports_to_all_but_edges_and_nodes_and_nobody_is_disconnected(
+    fleet: LabBus, play: Any, nodes: list[Any], edge: Any, edge_url: Any, javascript: Path, doors: list[tuple[str, int]]
+) -> None:
+    assert reached(doors) == doors
+    crowd = connect_users(javascript, edge_url("sticky"))
+    wait_until_all_are_back(nodes)
+    play(FIREWALL, "-e", "stickyring_firewall=true")
+    assert reached(doors) == []
+    of_node, *_, of_bus = doors
+    assert reaches(fleet, edge.name, of_node)
+    assert not reaches(fleet, edge.name, of_bus)
+    assert reaches(fleet, nodes[0].name, of_bus)
+    assert not reaches(fleet, "bus1", of_node)
+    play("playbooks/verify.yml", "-e", "stickyring_firewall=true")
+    history = crowd.end()
+    assert (history.faults, history.recovered, history.not_recovered) == ([], 0, 0)
+    assert set(re.findall(r"changed=(\d+)", play(FIREWALL, "-e", "stickyring_firewall=true"))) == {"0"}
+
+
+def test_rules_come_back_after_debians_service_has_deleted_all(fleet: LabBus, doors: list[tuple[str, int]]) -> None:
+    for command in ("restart", "reload", "stop", "start"):
+        fleet.do("node1", f"systemctl {command} nftables.service")
+        wait_until(lambda command=command: reached(doors[:1]) == (doors[:1] if command == "stop" else []), command)
+
+
+@pytest.fixture
+def from_elsewhere(fleet: LabBus, edge: Any, doors: list[tuple[str, int]]) -> Iterator[None]:
+    """The edge's packets to the first node come from another address, as behind some routers."""
+    (address, _), *_ = doors
+    link = fleet.do(edge.name, f"ip -o route get {address}").split("dev ")[1].split()[0]
+    fleet.do(edge.name, f"ip address add {ELSEWHERE}/32 dev {link}; ip route add {address} dev {link} src {ELSEWHERE}")
+    yield
+    fleet.do(edge.name, f"ip route del {address}; ip address del {ELSEWHERE}/32 dev {link}")
+
+
+def test_rules_that_shut_out_an_edge_are_undone(
+    fleet: LabBus, play: Any, edge: Any, doors: list[tuple[str, int]], from_elsewhere: None
+) -> None:
+    play(FIREWALL, "-e", "stickyring_firewall=false")
+    assert reached(doors) == doors
+    trial = ("-e", "stickyring_firewall=true", "-e", f"stickyring_firewall_trial_seconds={TRIAL_SECONDS}")
+    told = " ".join(play(FIREWALL, *trial, check=False).split())
+    assert f"{edge.name} does not reach node1 with the new rules, so they are undone within {TRIAL_SECONDS} s" in told
+    wait_until(lambda: reached(doors) == doors, "the rules are undone")
+    play(FIREWALL, *trial, "-e", f"{{stickyring_firewall_admitted: [{ELSEWHERE}]}}")
+    assert reached(doors) == []
+    assert reaches(fleet, edge.name, doors[0])
+
+
+def test_it_is_removed(fleet: LabBus, play: Any, doors: list[tuple[str, int]]) -> None:
+    play(FIREWALL, "-e", "stickyring_firewall=false")
+    assert reached(doors) == doors
+    for host in ("node1", "bus1"):
+        assert fleet.do(host, "nft list tables | grep stickyring || :").strip() == ""
+        assert "stickyring-firewall" not in fleet.do(host, "systemctl list-unit-files; ls /etc")
