@@ -17,6 +17,9 @@ ISSUED_HEADER = "x-stickyring-issued"
 GIVEN, KEY = "stickyring.given", "stickyring.key"
 # The filter that limits bodies, and the name of the limit in it.
 BODY_FILTER, BODY_LIMIT = "stickyring.body", "limit"
+# The filter that limits handshakes, how many addresses it remembers, and the bits of an IPv6 address that count.
+HANDSHAKE_FILTER, ADDRESSES, IPV6_PREFIX = "stickyring.handshakes", 10_000, 64
+MOST_TOKENS = 2**32 - 1
 # A key is UTF-8 without control characters (C0, DEL, C1), and without a blank at either end, which headers would lose.
 # Envoy matches byte by byte, hence the forms of UTF-8 (RFC 3629, section 4).
 KEY_CHARACTER = (
@@ -133,6 +136,49 @@ def _body_limit(limit: int) -> Data:
     }
 
 
+def _handshake_limit(limit: Data) -> Data:
+    """Per-route settings of the limit for new sessions of one address; empty for none.
+
+    They are in the routes because a changed listener would drop its WebSockets. Envoy takes nothing from the filter
+    itself then, so the number of addresses, which is 20 by default, has to be here too.
+    """
+    if not limit["rate"]:
+        return {}
+    # Requests of Engine.IO without a session.
+    parts = [
+        {
+            "query_parameter_value_match": {
+                "descriptor_value": name,
+                "expect_match": expected,
+                "query_parameters": [given],
+            }
+        }
+        for name, expected in (("EIO", True), ("sid", False))
+        for given in [{"name": name, "present_match": True}]
+    ]
+    address = {"masked_remote_address": {"v4_prefix_mask_len": 32, "v6_prefix_mask_len": IPV6_PREFIX}}
+    # A value that is left out stands for any, each with tokens of its own.
+    entries = [*({"key": "query_match", "value": name} for name in ("EIO", "sid")), {"key": "masked_remote_address"}]
+    tokens = {"max_tokens": limit["burst"], "tokens_per_fill": limit["rate"], "fill_interval": "1s"}
+    # For all other requests. Envoy requires it.
+    enough = {"max_tokens": MOST_TOKENS, "tokens_per_fill": MOST_TOKENS, "fill_interval": "1s"}
+    always = {"default_value": {"numerator": 100}}
+    return {
+        HANDSHAKE_FILTER: {
+            "@type": TYPE + "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
+            "stat_prefix": HANDSHAKE_FILTER,
+            "filter_enabled": always,
+            "filter_enforced": always if limit["enforced"] else {"default_value": {"numerator": 0}},
+            "token_bucket": enough,
+            "rate_limits": [{"actions": [*parts, address]}],
+            "descriptors": [{"entries": entries, "token_bucket": tokens}],
+            "max_dynamic_descriptors": ADDRESSES,
+            "always_consume_default_token_bucket": False,
+            "response_headers_to_add": [{"header": {"key": "retry-after", "value": "1"}}],
+        }
+    }
+
+
 def _to_nodes(item: Data, common: Data) -> list[Data]:
     """The routes of a listener that lead to its cluster, the longest prefix first; all requests match the last one."""
     # A body is kept for a retry until it exceeds this. Envoy's own limit is the connection's buffer, far below what is
@@ -196,7 +242,7 @@ def routes(item: Data, common: Data) -> Data:
     ]
     private = [{"match": {"path": path}, "direct_response": {"status": 404}} for path in common["private_paths"]]
     routes = _to_nodes(item, common)
-    resource["typed_per_filter_config"] = _body_limit(common["largest_body"])
+    resource["typed_per_filter_config"] = _body_limit(common["largest_body"]) | _handshake_limit(common["handshakes"])
     if policies:
         resource["typed_per_filter_config"] |= _key_filters(policies)
         for route in routes:

@@ -63,6 +63,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "limit_nofile": (1024, 2**30),
     "connection_buffer_kib": (1, 2**20),
     "max_request_body_bytes": (1, 2**32 - 1),
+    "handshakes_per_second": (0, 2**32 - 1),
+    "handshakes_burst": (1, 2**32 - 1),
     "load_timeout": (1, 3600),
     "healthy_timeout": (0, 86400),
 }
@@ -113,7 +115,7 @@ def _text_problems(settings: Data, clusters: list[Data]) -> list[str]:
     level = settings["stickyring_edge_log_level"]
     if level not in LOG_LEVELS:
         problems.append(f"stickyring_edge_log_level is {level!r}: give one of {', '.join(LOG_LEVELS)}, in quotes.")
-    for name in ("access_log", "may_end_websockets"):
+    for name in ("access_log", "handshakes_enforced", "may_end_websockets"):
         value = settings[f"stickyring_edge_{name}"]
         if str(value).lower() not in BOOLEANS:
             problems.append(f"stickyring_edge_{name} is {value!r}: give true or false.")

@@ -32,6 +32,7 @@ COMMON: dict[str, Any] = {
     "private_paths": ["/metrics"],
     "paths": [],
     "largest_body": 1000,
+    "handshakes": {"rate": 0, "burst": 1, "enforced": True},
     "ring_points_per_weight": 100,
     "listener": {},
     "tls_context": {"alpn_protocols": ["h2"]},
@@ -389,9 +390,11 @@ def test_under_a_prefix_users_are_found_as_everywhere() -> None:
     assert refusals == [1 + 1 + len(PATHS)]
 
 
-def test_paths_and_the_body_limit_are_only_in_the_routes() -> None:
+def test_paths_and_limits_are_only_in_the_routes() -> None:
     before = compose()
-    after = edge_resources.edge_files(LISTENERS, CLUSTERS, COMMON | {"paths": PATHS, "largest_body": 2000}, PEMS)
+    handshakes = {"rate": 10, "burst": 20, "enforced": False}
+    changes = {"paths": PATHS, "largest_body": 2000, "handshakes": handshakes}
+    after = edge_resources.edge_files(LISTENERS, CLUSTERS, COMMON | changes, PEMS)
     assert {path for path in before if before[path] != after[path]} == {
         f"routes/{item['name']}.json" for item in LISTENERS
     }

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin
 from certificates import Certificate
 from running_envoy import START_SECONDS, Edge, Node, compose, free_ports, handshake, running, serving
 
@@ -29,6 +30,9 @@ HSTS = "max-age=31536000; includeSubDomains"
 LISTENERS = ("plain", "dual", "proxied", "proxied_tls", "redirect", "safe")
 MAX_BODY = 1000
 EXPOSURE_LIMIT = 2.0
+BURST = 3
+MANY_ADDRESSES = 40
+"""More than Envoy remembers by default."""
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +50,20 @@ def edge(folder: Path, certificate: Certificate) -> Iterator[Edge]:
             "stickyring_edge_trusted_proxies": TRUSTED,
             "stickyring_edge_hsts": HSTS,
             "stickyring_edge_max_request_body_bytes": MAX_BODY,
+            "stickyring_edge_handshakes_per_second": 1,
+            "stickyring_edge_handshakes_burst": BURST,
             "stickyring_edge_clusters": [
                 {"name": "nodes", "endpoints": [{"name": "node", "address": "127.0.0.1", "port": node}]}
             ],
         }
         composed = compose(folder, LISTENERS, certificate, variables, **settings)
         with running(folder, composed, "--file-flush-interval-msec", "50") as running_edge:
+            # Sessions that an address may begin again would make the tests depend on their speed.
+            for path, (resource, *_) in running_edge.files.items():
+                if limit := resource.get("typed_per_filter_config", {}).get("stickyring.handshakes"):
+                    assert limit["descriptors"][0]["token_bucket"].pop("fill_interval") == "1s", path
+                    limit["descriptors"][0]["token_bucket"]["fill_interval"] = "3600s"
+            assert "failed" not in running_edge.give(running_edge.files)
             yield running_edge
 
 
@@ -255,6 +267,77 @@ def test_every_answer_over_tls_has_hsts(edge: Edge, case: str) -> None:
         assert answer.startswith(f"HTTP/1.1 {status}".encode()), answer
     assert headers_of(secure).get("strict-transport-security") == HSTS
     assert b"strict-transport-security" not in plain.lower()
+
+
+def begun(edge: Edge, count: int, source: str, *lines: str, query: str = "EIO=4&transport=polling") -> list[int]:
+    """The statuses of so many handshakes, one after the other."""
+    text = request(*lines).replace("/page", f"/socket.io/?{query}")
+    return [int(send(edge.ports["plain"], text, source).split()[1]) for _ in range(count)]
+
+
+def test_an_address_begins_only_so_many_sessions_and_its_open_ones_go_on(edge: Edge) -> None:
+    source = "127.0.1.1"
+    assert begun(edge, BURST + 1, source) == [200] * BURST + [429]
+    refused = send(edge.ports["plain"], request().replace("/page", "/socket.io/?transport=polling&EIO=4"), source)
+    assert refused.startswith(b"HTTP/1.1 429"), refused
+    assert headers_of(refused)["retry-after"] == "1"
+    opening = request().replace("Connection: close", UPGRADE).replace("/page", "/socket.io/?EIO=4&transport=websocket")
+    assert send(edge.ports["plain"], opening, source).startswith(b"HTTP/1.1 429")
+    assert begun(edge, BURST, source, query="EIO=4&transport=polling&sid=any") == [200] * BURST
+    assert send(edge.ports["plain"], request(), source).startswith(b"HTTP/1.1 200")
+    assert begun(edge, 1, "127.0.1.2") == [200], "the limit is not for each address"
+
+
+def test_websockets_count_as_well(edge: Edge) -> None:
+    source = "127.0.1.3"
+    opening = request().replace("Connection: close", UPGRADE).replace("/page", "/socket.io/?EIO=4&transport=websocket")
+    for _ in range(BURST):
+        with socket.create_connection(("127.0.0.1", edge.ports["plain"]), 5, source_address=(source, 0)) as client:
+            client.sendall(opening.replace("\n", "\r\n").encode())
+            assert client.recv(65536).startswith(b"HTTP/1.1 101")
+    assert begun(edge, 1, source) == [429]
+
+
+def test_behind_a_proxy_each_user_counts_and_behind_others_only_the_proxy(edge: Edge) -> None:
+    for user in ("203.0.113.1", "203.0.113.2"):
+        assert begun(edge, BURST + 1, PROXY, f"X-Forwarded-For: {user}") == [200] * BURST + [429]
+    forged = [
+        status for user in range(BURST + 1) for status in begun(edge, 1, "127.0.1.4", f"X-Forwarded-For: 1.2.3.{user}")
+    ]
+    assert forged == [200] * BURST + [429]
+
+
+def test_the_addresses_of_an_ipv6_network_count_together(edge: Edge) -> None:
+    together = [f"X-Forwarded-For: 2001:db9::{host}" for host in range(BURST + 1)]
+    assert [begun(edge, 1, PROXY, line) for line in together] == [[200]] * BURST + [[429]]
+    assert begun(edge, 1, PROXY, "X-Forwarded-For: 2001:db9:0:1::1") == [200]
+
+
+def test_it_remembers_many_addresses(edge: Edge) -> None:
+    users = [f"X-Forwarded-For: 192.0.2.{number}" for number in range(MANY_ADDRESSES)]
+    begun(edge, BURST, PROXY, users[0])
+    for line in users:
+        begun(edge, 1, PROXY, line)
+    assert begun(edge, 1, PROXY, users[0]) == [429]
+
+
+def test_a_limit_that_is_not_enforced_only_counts(edge: Edge) -> None:
+    source, counter = "127.0.1.5", "stickyring.handshakes.http_local_rate_limit.rate_limited"
+
+    def counted() -> int:
+        answer = Admin(edge.admin_socket).get(f"/stats?format=json&filter=^{counter}$")
+        return int(answer["stats"][0]["value"])
+
+    files = deepcopy(edge.files)
+    limit = files["routes/plain.json"][0]["typed_per_filter_config"]["stickyring.handshakes"]
+    limit["filter_enforced"]["default_value"]["numerator"] = 0
+    assert "failed" not in edge.give(files)
+    try:
+        before = counted()
+        assert begun(edge, BURST + 2, source) == [200] * (BURST + 2)
+        assert counted() == before + 2
+    finally:
+        assert "failed" not in edge.give(edge.files)
 
 
 def test_a_websocket_and_an_answer_without_a_node_have_hsts(edge: Edge) -> None:
