@@ -126,14 +126,20 @@ def test_a_bad_release_stops_at_the_first_share(
 @pytest.mark.parametrize(
     ("application", "reason"),
     [
-        ("stickyring.echo:create_asgi_application()", "it is an ASGI application, which EventletWorker does not serve"),
         ("faulty:crashes_when_loaded()", "RuntimeError: this release cannot be loaded"),
-        ("faulty:crashes_when_loaded", "if it makes the application, write faulty:crashes_when_loaded()"),
-        ("faulty:absent", "Failed to find attribute 'absent' in 'faulty'"),
-        ("absent:application", "ModuleNotFoundError: No module named 'absent'"),
-        ("faulty:lacks_a_package()", "ModuleNotFoundError: No module named 'database'"),
-        ("faulty:has_another_async_mode()", "it asks for an async_mode whose package is not installed"),
         ("faulty:never_loads()", "was not loaded within 8 s (stickyring_node_start_timeout)"),
+        # app/tests/node/test_application.py has these reasons too.
+        *(
+            pytest.param(application, reason, marks=pytest.mark.soak)
+            for application, reason in (
+                ("stickyring.echo:create_asgi_application()", "it is an ASGI application, which EventletWorker does not"),
+                ("faulty:crashes_when_loaded", "if it makes the application, write faulty:crashes_when_loaded()"),
+                ("faulty:absent", "Failed to find attribute 'absent' in 'faulty'"),
+                ("absent:application", "ModuleNotFoundError: No module named 'absent'"),
+                ("faulty:lacks_a_package()", "ModuleNotFoundError: No module named 'database'"),
+                ("faulty:has_another_async_mode()", "it asks for an async_mode whose package is not installed"),
+            )
+        ),
     ],
 )
 def test_an_application_that_cannot_be_served_stops_at_the_first_node_before_any_restart(
