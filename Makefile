@@ -79,7 +79,7 @@ lint-ansible: .venv/.tools
 SANITY := action-plugin-docs empty-init ignores line-endings no-assert no-get-exception no-illegal-filenames \
 	no-smart-quotes replace-urlopen runtime-metadata shebang symlinks use-argspec-type-path validate-modules
 
-unit: .venv/.tools ## Unit tests, without root and without the lab
+unit: .venv/.tools .venv/.prometheus ## Unit tests, without root and without the lab
 	@# The package has the Redis server too, and unlike redis-server it starts none.
 	@$(call need,redis-check-rdb:redis-tools node:nodejs)
 	cd app && pytest $(SIDE_BY_SIDE)
@@ -168,6 +168,18 @@ tools: .venv/.tools ## Install molecule, pytest and the linters into .venv
 .venv/.tools: .venv/.installed requirements-test.lock
 	@$(call say,Installing the test tools (half a minute))
 	@pip install --quiet --no-compile --require-hashes --requirement requirements-test.lock
+	@touch $@
+
+PROMETHEUS := roles/stickyring_monitor/tests/debian-packages.txt
+
+# Unpacked, because the packages start servers. apt checks the hash of what it downloads.
+.venv/.prometheus: .venv/.installed $(PROMETHEUS)
+	@$(call say,Fetching Prometheus for the tests of its rules)
+	@folder=$$(mktemp -d); trap 'rm -r "$$folder"' EXIT; cd "$$folder"; \
+	  get() { apt-get download -qq $$(cat $(CURDIR)/$(PROMETHEUS)); }; \
+	  get 2>/dev/null || { [ "$$(id -u)" != 0 ] || apt-get update -qq; get; }; \
+	  for package in *.deb; do dpkg-deb --extract "$$package" .; done; \
+	  install --target-directory=$(CURDIR)/.venv/bin usr/bin/prometheus usr/bin/promtool usr/bin/prometheus-blackbox-exporter
 	@touch $@
 
 # These targets must never touch the hosts of an exported ANSIBLE_INVENTORY.

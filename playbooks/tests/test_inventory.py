@@ -146,6 +146,43 @@ def test_endpoints_are_named_by_host_and_instance() -> None:
     ]
 
 
+def test_prometheus_watches_every_instance() -> None:
+    hostvars = deepcopy(HOSTVARS)
+    hostvars["node2"] |= {"stickyring_node_instances": 2, "stickyring_weight": 3}
+    assert inventory.watched_nodes(["node1", "node2"], hostvars, DEFAULTS) == [
+        {"name": "node1-1", "address": "198.51.100.11", "port": 8001},
+        {"name": "node2-1", "address": "198.51.100.12", "port": 8001},
+        {"name": "node2-2", "address": "198.51.100.12", "port": 8002},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "urls"),
+    [
+        ({}, ["http://198.51.100.10:9002"]),
+        ({"stickyring_address": "2001:db8::1"}, ["http://[2001:db8::1]:9002"]),
+        (
+            {
+                "stickyring_cluster": "chat",
+                "stickyring_edge_listeners": [
+                    {"name": "to_https", "port": 80, "redirect_port": 443},
+                    {"name": "other", "port": 9002, "cluster": "nodes"},
+                    {"name": "proxied", "port": 444, "cluster": "chat", "proxy_protocol": True},
+                    {"name": "chat", "port": 443, "cluster": "chat", "tls": {"certificate": "a", "key": "b"}},
+                    {"name": "more", "port": 8443, "cluster": "chat"},
+                ],
+            },
+            ["https://198.51.100.10:443"],
+        ),
+        ({"stickyring_probe_urls": ["https://chat.example.com"]}, ["https://chat.example.com"]),
+        ({"stickyring_probe_urls": []}, []),
+    ],
+)
+def test_prometheus_watches_edges_where_they_are_probed(variables: dict[str, Any], urls: list[str]) -> None:
+    hostvars = {"edge1": HOSTVARS["edge1"] | variables}
+    assert inventory.watched_edges(["edge1"], hostvars, DEFAULTS) == [{"name": "edge1", "urls": urls}]
+
+
 @pytest.mark.parametrize(
     ("variables", "minutes"),
     [

@@ -94,3 +94,15 @@ def test_every_serial_play_stops_if_a_host_was_lost() -> None:
         plays = [one.get("ansible.builtin.import_playbook") for one in yaml.safe_load(path.read_text())]
         after = [Path(imported).name for imported in plays[plays.index(None) :] if imported]
         assert "require_every_host.yml" in after, path
+
+
+def test_a_dead_host_that_watches_does_not_stop_a_deployment() -> None:
+    """Nobody contacts it before everything else is deployed and proven."""
+    plays = yaml.safe_load((PLAYBOOKS / "site.yml").read_text())
+    parts = [Path(play["ansible.builtin.import_playbook"]).name for play in plays]
+    assert parts[-2:] == ["deploy_monitor.yml", "unlock.yml"]
+    for part in parts[: parts.index("deploy_monitor.yml")]:
+        (found,) = [*PLAYBOOKS.glob(part), *PLAYBOOKS.glob(f"parts/{part}")]
+        for play in yaml.safe_load(found.read_text()):
+            # preflight.yml contacts no host.
+            assert "monitor" not in play.get("hosts", "").split(":") or part == "preflight.yml", part

@@ -52,6 +52,8 @@ def first_import(playbook: str) -> list[str]:
         "site",
         "edge",
         "firewall",
+        "monitor",
+        "monitor_files",
         "nodes",
         "plan",
         "rebalance",
@@ -148,6 +150,7 @@ def test_a_description_has_no_secrets_and_no_logins(tmp_path: Path) -> None:
     secrets = {
         "stickyring_bus_password": "hush-4",
         "stickyring_bus_replication_password": "hush-6",
+        "stickyring_monitor_alertmanager": {"url": "hush-7"},
         "stickyring_node_bus_url": "hush-5",
         "stickyring_node_secrets": {"KEY": "hush-1"},
         "stickyring_probe_auth": {"token": "hush-2"},

@@ -53,6 +53,38 @@ def endpoints(
     return found
 
 
+def watched_nodes(
+    hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the instances of these hosts, for Prometheus: as `endpoints`, without weights."""
+    return [{key: one[key] for key in ("name", "address", "port")} for one in endpoints(hosts, hostvars, defaults)]
+
+
+def watched_edges(
+    hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return dicts with `name` and `urls` for these edges: where site.yml probes them, as users would reach them.
+
+    The role `stickyring` composes the same URLs for the probe, of one host.
+    """
+    return [{"name": host, "urls": _urls(hostvars[host], defaults)} for host in hosts]
+
+
+def _urls(variables: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    if (given := variables.get("stickyring_probe_urls")) is not None:
+        return list(given)
+    cluster = variables.get("stickyring_cluster", "nodes")
+    listeners = variables.get("stickyring_edge_listeners", defaults["stickyring_edge_listeners"])
+    address = str(variables["stickyring_address"])
+    host = f"[{address}]" if ":" in address else address
+    return [
+        f"{'https' if 'tls' in one else 'http'}://{host}:{one['port']}"
+        for one in listeners
+        # Not a listener for proxies, which would refuse others.
+        if one.get("cluster") == cluster and "proxy_protocol" not in one
+    ][:1]
+
+
 def longest_restart(
     nodes: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> int:
@@ -243,4 +275,6 @@ class FilterModule:
             "inventory_problems": problems,
             "longest_restart": longest_restart,
             "status_answers": status_answers,
+            "watched_edges": watched_edges,
+            "watched_nodes": watched_nodes,
         }

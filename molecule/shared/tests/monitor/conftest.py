@@ -1,0 +1,48 @@
+"""The lab with a host that watches it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import testinfra
+
+ADDRESS = "198.51.100.40"
+RECEIVER = {"name": "team", "webhook_configs": [{"url": "http://192.0.2.99/a-secret-path"}]}
+ASK = "import sys, urllib.request; sys.stdout.write(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())"
+
+
+@pytest.fixture(scope="session")
+def fleet(inventory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The inventory with the group `monitor`, whose host does not exist yet."""
+    folder = tmp_path_factory.mktemp("monitor") / "inventory"
+    shutil.copytree(inventory, folder)
+    group = {
+        "hosts": {"monitor1": {"ansible_host": ADDRESS}},
+        "vars": {"stickyring_monitor_alertmanager": {"route": {"receiver": "team"}, "receivers": [RECEIVER]}},
+    }
+    (folder / "monitor.json").write_text(json.dumps({"monitor": group}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def play(fleet: Path, ansible: Any) -> Callable[..., str]:
+    """Runs a playbook on the hosts of the lab and on the one that watches; returns its output."""
+    return lambda *arguments: str(ansible("ansible-playbook", "-i", fleet, *arguments).stdout)
+
+
+@pytest.fixture(scope="session")
+def host(fleet: Path) -> testinfra.host.Host:
+    """The host that watches, as root."""
+    return testinfra.get_host("ansible://monitor1?sudo=true", ansible_inventory=str(fleet))
+
+
+@pytest.fixture(scope="session")
+def ask(host: testinfra.host.Host) -> Callable[[str], Any]:
+    """The decoded answer to a URL of a service on that host, which only its own users reach."""
+    return lambda url: json.loads(host.check_output("python3 -c %s %s", ASK, quote(url, safe=":/?=&")))

@@ -1,0 +1,114 @@
+"""Prometheus as `site.yml` deploys it: it watches the fleet, and says when an instance is away."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import environment
+import pytest
+import testinfra
+import yaml
+
+RULES = environment.PROJECT / "roles" / "stickyring_monitor" / "files" / "stickyring.rules.yml"
+ADDRESS = "198.51.100.40"
+PROMETHEUS = "http://127.0.0.1:9090/api/v1"
+ALERTS = "http://127.0.0.1:9093/api/v2/alerts?silenced=false"
+# Two scrapes, the rule's minute, and Prometheus' way to Alertmanager.
+NOTICED_SECONDS = 150
+
+
+def wait_for(question: Callable[[], bool], seconds: float = NOTICED_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not question():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(2)
+
+
+def test_it_is_deployed_after_a_check_and_a_second_run_changes_nothing(play: Any) -> None:
+    play("molecule/shared/create.yml")
+    play("site.yml", "--check")
+    said = play("site.yml", "--diff")
+    assert "a-secret-path" not in said
+    assert set(re.findall(r"changed=(\d+)", play("site.yml"))) == {"0"}
+
+
+def test_it_watches_every_instance_and_edge(ask: Any, hosts: Any) -> None:
+    targets = ask(f"{PROMETHEUS}/targets?state=active")["data"]["activeTargets"]
+    assert {one["labels"]["instance"]: one["health"] for one in targets} == {
+        **{name: "up" for name, host in hosts.items() if "edge" in host.groups},
+        **{
+            f"{name}-{number}": "up"
+            for name, host in hosts.items()
+            if "nodes" in host.groups
+            for number in range(1, int(host.variables["stickyring_node_instances"]) + 1)
+        },
+    }
+    probes = ask(f"{PROMETHEUS}/query?query=probe_success")["data"]["result"]
+    assert {one["metric"]["instance"] for one in probes if one["value"][1] == "1"} == {
+        name for name, host in hosts.items() if "edge" in host.groups
+    }
+
+
+def test_only_users_of_the_host_reach_it(host: testinfra.host.Host) -> None:
+    for port in 9090, 9093, 9094, 9115:
+        with pytest.raises(OSError), socket.create_connection((ADDRESS, port), timeout=2):
+            pass
+    assert host.file("/etc/prometheus/alertmanager.yml").mode == 0o640
+
+
+def test_a_setting_changes_while_it_runs_and_an_invalid_one_changes_nothing(
+    play: Any, ansible: Any, fleet: Any, host: testinfra.host.Host, ask: Any
+) -> None:
+    before = host.check_output("systemctl show --property=MainPID --value prometheus")
+    play("playbooks/monitor.yml", "-e", "stickyring_monitor_scrape_interval=5")
+    assert host.check_output("systemctl show --property=MainPID --value prometheus") == before, "a reload is enough"
+    text = ask(f"{PROMETHEUS}/status/config")["data"]["yaml"]
+    assert {job["scrape_interval"] for job in yaml.safe_load(text)["scrape_configs"]} == {"5s"}
+    play("playbooks/monitor.yml", "-e", "stickyring_monitor_retention_size=2GB")
+    assert ask(f"{PROMETHEUS}/status/flags")["data"]["storage.tsdb.retention.size"] in {"2GB", "2GiB"}
+    kept = host.file("/etc/prometheus/alertmanager.yml").content_string
+    wrong = '{"stickyring_monitor_alertmanager": {"route": {"receiver": "nobody"}, "receivers": [{"name": "other"}]}}'
+    refused = ansible("ansible-playbook", "-i", fleet, "playbooks/monitor.yml", "-e", wrong, check=False)
+    assert refused.returncode != 0
+    assert "undefined receiver" in refused.stdout
+    assert host.file("/etc/prometheus/alertmanager.yml").content_string == kept
+    play("playbooks/monitor.yml")
+
+
+def test_somebody_elses_prometheus_is_left_alone(ansible: Any, fleet: Any, host: testinfra.host.Host) -> None:
+    """Without the rules of stickyring, the host looks like one that another team has set up."""
+    before = host.file("/etc/prometheus/prometheus.yml").content_string
+    host.check_output("mv /etc/prometheus/stickyring.rules.yml /root/")
+    try:
+        refused = ansible("ansible-playbook", "-i", fleet, "playbooks/monitor.yml", check=False)
+    finally:
+        host.check_output("mv /root/stickyring.rules.yml /etc/prometheus/")
+    assert refused.returncode != 0
+    assert "monitor1 has a Prometheus already, which may be somebody else's." in " ".join(refused.stdout.split())
+    assert host.file("/etc/prometheus/prometheus.yml").content_string == before
+
+
+def test_an_instance_that_is_away_is_the_only_alert_and_it_ends(ask: Any, nodes: Any, machine: Any) -> None:
+    """Its users are served by others, so neither the edge nor anything else is wrong."""
+
+    def firing() -> list[tuple[str, str]]:
+        return [(one["labels"]["alertname"], one["labels"]["instance"]) for one in ask(ALERTS)]
+
+    assert firing() == []
+    node = machine(nodes[-1].name)
+    node.check_output("systemctl stop stickyring-node@1")
+    try:
+        wait_for(lambda: firing() != [])
+        assert firing() == [("StickyringNodeDown", f"{nodes[-1].name}-1")]
+    finally:
+        node.check_output("systemctl start stickyring-node@1")
+    wait_for(lambda: firing() == [])
+    rules = [rule for group in ask(f"{PROMETHEUS}/rules")["data"]["groups"] for rule in group["rules"]]
+    groups = yaml.safe_load(RULES.read_text())["groups"]
+    assert {rule["name"]: rule["health"] for rule in rules} == {
+        rule.get("alert") or rule["record"]: "ok" for group in groups for rule in group["rules"]
+    }
