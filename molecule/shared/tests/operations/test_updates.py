@@ -132,7 +132,7 @@ def test_a_bad_release_stops_at_the_first_share(
         *(
             pytest.param(application, reason, marks=pytest.mark.soak)
             for application, reason in (
-                ("stickyring.echo:create_asgi_application()", "it is an ASGI application, which EventletWorker does not"),
+                ("stickyring.echo:create_asgi_application()", "it is an ASGI application, which EventletWorker"),
                 ("faulty:crashes_when_loaded", "if it makes the application, write faulty:crashes_when_loaded()"),
                 ("faulty:absent", "Failed to find attribute 'absent' in 'faulty'"),
                 ("absent:application", "ModuleNotFoundError: No module named 'absent'"),
