@@ -46,7 +46,7 @@ def test_networks_are_sorted_by_family_each_once() -> None:
 
 
 def test_only_rules_on_trial_have_ways_and_only_for_those_whom_they_let_in() -> None:
-    hostvars = {
+    hostvars: dict[str, dict[str, Any]] = {
         "node1": {"stickyring_address": "192.0.2.21", "stickyring_firewall_result_doors": DOORS},
         "node2": {"stickyring_address": "192.0.2.22"},
     }
