@@ -15,7 +15,7 @@ from test_bus import connect_users, wait_until, wait_until_all_are_back
 pytestmark = pytest.mark.once("operations")
 FIREWALL = "playbooks/firewall.yml"
 CLOSED_SECONDS = 2
-TRIAL_SECONDS = 30
+TRIAL_SECONDS = 20
 ELSEWHERE = "198.51.100.99"
 """Another address of the edge, which the inventory does not know."""
 

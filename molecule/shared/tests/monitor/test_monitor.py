@@ -30,10 +30,10 @@ def wait_for(question: Callable[[], bool], seconds: float = NOTICED_SECONDS) -> 
 
 def test_it_is_deployed_after_a_check_and_a_second_run_changes_nothing(play: Any) -> None:
     play("molecule/shared/create.yml")
-    play("site.yml", "--check")
+    play("playbooks/monitor.yml", "--check")
     said = play("site.yml", "--diff")
     assert "a-secret-path" not in said
-    assert set(re.findall(r"changed=(\d+)", play("site.yml"))) == {"0"}
+    assert set(re.findall(r"changed=(\d+)", play("playbooks/monitor.yml"))) == {"0"}
 
 
 def test_it_watches_every_instance_and_edge(ask: Any, hosts: Any) -> None:
@@ -60,6 +60,7 @@ def test_only_users_of_the_host_reach_it(host: testinfra.host.Host) -> None:
     assert host.file("/etc/prometheus/alertmanager.yml").mode == 0o640
 
 
+@pytest.mark.soak
 def test_a_setting_changes_while_it_runs_and_an_invalid_one_changes_nothing(
     play: Any, ansible: Any, fleet: Any, host: testinfra.host.Host, ask: Any
 ) -> None:
@@ -92,6 +93,7 @@ def test_somebody_elses_prometheus_is_left_alone(ansible: Any, fleet: Any, host:
     assert host.file("/etc/prometheus/prometheus.yml").content_string == before
 
 
+@pytest.mark.soak
 def test_an_instance_that_is_away_is_the_only_alert_and_it_ends(ask: Any, nodes: Any, machine: Any) -> None:
     """Its users are served by others, so neither the edge nor anything else is wrong."""
 
