@@ -138,6 +138,8 @@ def _composed(place: Path, number: int, *, access_log: bool) -> dict[str, Any]:
         "__stickyring_edge_directory": str(place),
         "stickyring_edge_envoy_sha256": "0" * 64,
         "stickyring_edge_access_log": access_log,
+        # All clients of a measurement have one address.
+        "stickyring_edge_handshakes_per_second": 0,
         "stickyring_edge_listeners": [
             {"name": "sticky", "port": LISTENER_PORT, "cluster": "nodes", "address": "127.0.0.1"}
         ],
