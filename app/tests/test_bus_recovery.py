@@ -365,6 +365,35 @@ def test_a_client_that_loses_its_connection_while_it_reconnects_reconnects_again
     assert sessions == (3 if recovering else 2)
 
 
+def test_a_client_that_ends_itself_when_it_is_back_does_not_reconnect_again() -> None:
+    sessions = polls = 0
+
+    async def answer(kind: str) -> str | None:
+        nonlocal sessions, polls
+        sessions += kind == "open"
+        polls = polls + 1 if kind == "poll" else 0
+        return ANSWERS[kind] if polls < 2 else None
+
+    async def connect() -> None:
+        client = socketio.AsyncClient(reconnection_delay=0.1, reconnection_delay_max=0.1)
+        recovering = Recovering(client)
+
+        async def end_the_second_session() -> None:
+            if sessions == 2:
+                assert not recovering.recovered()
+                await client.disconnect()
+
+        client.on("connect", end_the_second_session)
+        async with engineio_server(answer) as url, asyncio.timeout(10):
+            await client.connect(url, transports=["polling"])
+            while sessions < 2 or client._reconnect_task is not None:
+                await asyncio.sleep(0.01)
+            assert (client.connected, client.eio.state) == (False, "disconnected")
+
+    asyncio.run(connect())
+    assert sessions == 2
+
+
 ANSWERS = {
     "open": '0{"sid":"session","upgrades":[],"pingInterval":25000,"pingTimeout":20000}',
     "post": "OK",

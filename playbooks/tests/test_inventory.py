@@ -60,6 +60,13 @@ def test_an_address_twice_names_both_hosts() -> None:
     ]
 
 
+@pytest.mark.parametrize(("firewall", "count"), [("yes", 1), (False, 0)])
+def test_with_the_firewall_a_machine_has_one_name_in_nodes_and_bus(*, firewall: object, count: int) -> None:
+    bus = {"stickyring_address": "198.51.100.11", "stickyring_firewall": firewall}
+    found = check(GROUPS | {"bus": ["bus1"]}, bus1=bus)
+    assert found == ["node1 and bus1 have the same address 198.51.100.11: list each host once."] * count
+
+
 def test_a_name_twice_names_both_hosts() -> None:
     (message,) = check(node2={"stickyring_node_name": "node1"})
     assert message.startswith("node1 and node2 have the same name node1 on the ring")

@@ -20,13 +20,19 @@ def firewall_mistakes(doors: Sequence[Mapping[str, Any]], admitted: Sequence[str
 
 
 def _mistakes(doors: Sequence[Mapping[str, Any]], admitted: Sequence[str], ssh_port: int) -> Iterator[str]:
+    if not isinstance(admitted, list):
+        yield f"stickyring_firewall_admitted: {admitted!r} is no list: give [192.0.2.10], for example"
+        admitted = []
     for name, sources in (
         ("stickyring_firewall_admitted", admitted),
         *(("stickyring_firewall_doors", door["sources"]) for door in doors),
     ):
         for source in sources:
             if network(source) is None:
-                yield f"{name}: {source} is no address and no network: give 192.0.2.10 or 192.0.2.0/24, for example"
+                yield (
+                    f"{name}: {source} is no address and no network: give 192.0.2.10 or 192.0.2.0/24, for example, or"
+                    " the stickyring_address of the host of this name"
+                )
     ports = [int(port) for door in doors for port in door["ports"]]
     for port, count in Counter(ports).items():
         if not 1 <= port <= HIGHEST_PORT:
@@ -47,20 +53,25 @@ def firewall_sets(sources: Sequence[str]) -> dict[str, list[str]]:
 
 
 def firewall_ways(
-    hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], address: str
-) -> list[dict[str, object]]:
-    """Return the ways that rules on trial have to leave open for the host at this address.
+    doors: Sequence[Mapping[str, Any]], hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return which hosts have to get through the doors of a host: dicts with `host` and `ports`.
 
-    hosts: those that may have such rules; hostvars: the variables of all hosts by name. Each way is a dict with `host`,
-    `address` and `port`.
+    hosts: those that may have to; hostvars: the variables of all hosts by name.
     """
-    return [
-        {"host": host, "address": hostvars[host]["stickyring_address"], "port": int(port)}
-        for host in hosts
-        for door in hostvars[host].get("stickyring_firewall_result_doors", [])
-        if any(_has(source, address) for source in door["sources"])
-        for port in door["ports"]
-    ]
+    found = []
+    # The variables of a host are computed at each access, which takes milliseconds.
+    for host in hosts if doors else ():
+        address = hostvars[host]["stickyring_address"]
+        ports = [
+            int(port)
+            for door in doors
+            if any(_has(source, address) for source in door["sources"])
+            for port in door["ports"]
+        ]
+        if ports:
+            found.append({"host": host, "ports": ports})
+    return found
 
 
 def _has(source: str, address: str) -> bool:

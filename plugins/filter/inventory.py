@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ansible.errors import AnsibleUndefinedVariable
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible_collections.stickyring.fleet.plugins.module_utils.instances import instance_name, instance_port
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.addresses import is_address
 from jinja2 import UndefinedError
@@ -182,7 +183,13 @@ def problems(
     if found:
         return found
     both = [host for host in nodes if host in edges]
-    return [*_repeated(hosts, nodes, hostvars), *_shared_ports(both, hostvars, defaults)]
+    # With the firewall, two names of one machine would take turns with its rules.
+    walled = [host for host in groups.get("bus", []) if _is_on(hostvars[host].get("stickyring_firewall", False))]
+    return [*_repeated([*dict.fromkeys([*hosts, *walled])], nodes, hostvars), *_shared_ports(both, hostvars, defaults)]
+
+
+def _is_on(value: object) -> bool:
+    return bool(boolean(value, strict=False))
 
 
 def _address(variables: Mapping[str, Any]) -> str:

@@ -144,21 +144,32 @@ def _handshake_limit(limit: Data) -> Data:
     """
     if not limit["rate"]:
         return {}
-    # Requests of Engine.IO without a session.
+    # GETs of Engine.IO without a session; an empty sid is none.
     parts = [
         {
-            "query_parameter_value_match": {
-                "descriptor_value": name,
-                "expect_match": expected,
-                "query_parameters": [given],
+            "header_value_match": {
+                "descriptor_value": "GET",
+                "headers": [{"name": ":method", "string_match": {"exact": "GET"}}],
             }
-        }
-        for name, expected in (("EIO", True), ("sid", False))
-        for given in [{"name": name, "present_match": True}]
+        },
+        *(
+            {
+                "query_parameter_value_match": {
+                    "descriptor_value": name,
+                    "expect_match": expected,
+                    "query_parameters": [{"name": name, "string_match": {"safe_regex": {"regex": "(?s).+"}}}],
+                }
+            }
+            for name, expected in (("EIO", True), ("sid", False))
+        ),
     ]
     address = {"masked_remote_address": {"v4_prefix_mask_len": 32, "v6_prefix_mask_len": IPV6_PREFIX}}
     # A value that is left out stands for any, each with tokens of its own.
-    entries = [*({"key": "query_match", "value": name} for name in ("EIO", "sid")), {"key": "masked_remote_address"}]
+    entries = [
+        {"key": "header_match", "value": "GET"},
+        *({"key": "query_match", "value": name} for name in ("EIO", "sid")),
+        {"key": "masked_remote_address"},
+    ]
     tokens = {"max_tokens": limit["burst"], "tokens_per_fill": limit["rate"], "fill_interval": "1s"}
     # For all other requests. Envoy requires it.
     enough = {"max_tokens": MOST_TOKENS, "tokens_per_fill": MOST_TOKENS, "fill_interval": "1s"}

@@ -286,6 +286,7 @@ def test_an_address_begins_only_so_many_sessions_and_its_open_ones_go_on(edge: E
     assert begun(edge, BURST, source, query="EIO=4&transport=polling&sid=any") == [200] * BURST
     assert send(edge.ports["plain"], request(), source).startswith(b"HTTP/1.1 200")
     assert begun(edge, 1, "127.0.1.2") == [200], "the limit is not for each address"
+    assert begun(edge, 1, source, query="EIO=4&transport=polling&sid=") == [429], "this begins a session"
 
 
 def test_websockets_count_as_well(edge: Edge) -> None:

@@ -26,6 +26,7 @@ def test_good_variables_are_taken(admitted: list[str]) -> None:
     ("doors", "admitted", "words"),
     [
         (DOORS, ["monitor1"], "admitted: monitor1 is no address and no network: give 192.0.2.10 or"),
+        (DOORS, "192.0.2.1", "admitted: '192.0.2.1' is no list: give [192.0.2.10]"),
         (DOORS, ["192.0.2.1/24"], "admitted: 192.0.2.1/24 is no address and no network"),
         ([{"ports": [1], "sources": ["edge1"]}], [], "doors: edge1 is no address and no network"),
         ([{"ports": [0], "sources": []}], [], "doors: 0 is no port"),
@@ -33,7 +34,7 @@ def test_good_variables_are_taken(admitted: list[str]) -> None:
         ([{"ports": [2222], "sources": []}], [], "doors: Ansible connects to port 2222"),
     ],
 )
-def test_mistakes_are_named(doors: list[dict[str, Any]], admitted: list[str], words: str) -> None:
+def test_mistakes_are_named(doors: list[dict[str, Any]], admitted: Any, words: str) -> None:
     (found,) = firewall_mistakes(doors, admitted, 2222)
     assert found.startswith(f"stickyring_firewall_{words}")
 
@@ -45,12 +46,9 @@ def test_networks_are_sorted_by_family_each_once() -> None:
     }
 
 
-def test_only_rules_on_trial_have_ways_and_only_for_those_whom_they_let_in() -> None:
-    hostvars: dict[str, dict[str, Any]] = {
-        "node1": {"stickyring_address": "192.0.2.21", "stickyring_firewall_result_doors": DOORS},
-        "node2": {"stickyring_address": "192.0.2.22"},
-    }
-    ways = [{"host": "node1", "address": "192.0.2.21", "port": port} for port in (8001, 8002)]
-    assert firewall_ways(["node1", "node2"], hostvars, "192.0.2.10") == ways
-    assert firewall_ways(["node1", "node2"], hostvars, "2001:db8::1") == ways
-    assert firewall_ways(["node1", "node2"], hostvars, "192.0.2.11") == []
+def test_who_has_to_get_through_follows_from_the_sources() -> None:
+    addresses = {"edge1": "192.0.2.10", "edge2": "2001:db8::1", "node1": "192.0.2.21"}
+    hostvars: dict[str, dict[str, Any]] = {host: {"stickyring_address": one} for host, one in addresses.items()}
+    ways = [{"host": host, "ports": [8001, 8002]} for host in ("edge1", "edge2")]
+    assert firewall_ways(DOORS, [*addresses], hostvars) == ways
+    assert firewall_ways([], [*addresses], {}) == [], "the variables of hosts are computed for nothing"

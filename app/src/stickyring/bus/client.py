@@ -42,6 +42,8 @@ class Recovering:
         self._client, self._engine = client, client.eio
         self._open, client.connect = client.connect, waiting.function(self._on_open)
         self._engine.request_timeout = max(self._engine.request_timeout, CONNECT_SECONDS)
+        self._reason, self._lose = "", self._engine.handlers["disconnect"]
+        self._engine.on("disconnect", waiting.function(self._on_lost))
         self._request = self._engine._send_request
         if client.is_asyncio_based():
             self._engine._send_request = self._on_request
@@ -57,8 +59,15 @@ class Recovering:
         # The connection ended just before the answer to CONNECT was handled. python-socketio takes it for connected,
         # and does not reconnect: its task still runs, or finds that the client is connected.
         self._client.connected = False
+        reasons = self._engine.reason
+        if self._reason in {reasons.CLIENT_DISCONNECT, reasons.SERVER_DISCONNECT}:
+            return
         if reconnects or self._client._reconnect_task is None:
             raise socketio.exceptions.ConnectionError("The connection was lost while it was made.")
+
+    async def _on_lost(self, reason: str) -> None:
+        self._reason = reason
+        await settle(self._lose(reason))
 
     async def _on_request(self, *request: Any, **more: Any) -> Any:  # noqa: ANN401 - python-engineio's
         # aiohttp repeats a GET whose connection ends before the answer. The answer to another poll has other messages,

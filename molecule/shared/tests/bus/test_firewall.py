@@ -16,6 +16,11 @@ pytestmark = pytest.mark.once("operations")
 FIREWALL = "playbooks/firewall.yml"
 CLOSED_SECONDS = 2
 TRIAL_SECONDS = 20
+ON = ("-e", "stickyring_firewall=true")
+LIMITED = ("--limit", "node1")
+RULES = "nft list table inet stickyring"
+OTHERS = "inet of_others"
+"""A table that is not ours."""
 ELSEWHERE = "198.51.100.99"
 """Another address of the edge, which the inventory does not know."""
 
@@ -52,26 +57,38 @@ def reaches(fleet: LabBus, host: str, door: tuple[str, int]) -> bool:
 def test_it_closes_the_ports_to_all_but_edges_and_nodes_and_nobody_is_disconnected(
     fleet: LabBus, play: Any, nodes: list[Any], edge: Any, edge_url: Any, javascript: Path, doors: list[tuple[str, int]]
 ) -> None:
+    fleet.do("node1", f"nft add table {OTHERS}")
     assert reached(doors) == doors
     crowd = connect_users(javascript, edge_url("sticky"))
     wait_until_all_are_back(nodes)
-    play(FIREWALL, "-e", "stickyring_firewall=true")
+    play(FIREWALL, *ON)
     assert reached(doors) == []
     of_node, *_, of_bus = doors
     assert reaches(fleet, edge.name, of_node)
     assert not reaches(fleet, edge.name, of_bus)
     assert reaches(fleet, nodes[0].name, of_bus)
     assert not reaches(fleet, "bus1", of_node)
-    play("playbooks/verify.yml", "-e", "stickyring_firewall=true")
+    play("playbooks/verify.yml", *ON)
     history = crowd.end()
     assert (history.faults, history.recovered, history.not_recovered) == ([], 0, 0)
-    assert set(re.findall(r"changed=(\d+)", play(FIREWALL, "-e", "stickyring_firewall=true"))) == {"0"}
+    assert set(re.findall(r"changed=(\d+)", play(FIREWALL, *ON, *LIMITED))) == {"0"}
 
 
 def test_rules_come_back_after_debians_service_has_deleted_all(fleet: LabBus, doors: list[tuple[str, int]]) -> None:
     for command in ("restart", "reload", "stop", "start"):
         fleet.do("node1", f"systemctl {command} nftables.service")
         wait_until(lambda command=command: reached(doors[:1]) == (doors[:1] if command == "stop" else []), command)
+    fleet.do("node1", f"nft add table {OTHERS}")
+
+
+def test_a_run_that_was_killed_before_the_rules_were_kept_is_completed(
+    fleet: LabBus, play: Any, doors: list[tuple[str, int]]
+) -> None:
+    """Such a run leaves rules that are loaded and will not be after a boot."""
+    fleet.do("node1", "systemctl disable stickyring-firewall")
+    play(FIREWALL, *ON, *LIMITED)
+    assert fleet.do("node1", "systemctl is-enabled stickyring-firewall").strip() == "enabled"
+    assert reached(doors[:1]) == []
 
 
 @pytest.fixture
@@ -84,23 +101,30 @@ def from_elsewhere(fleet: LabBus, edge: Any, doors: list[tuple[str, int]]) -> It
     fleet.do(edge.name, f"ip route del {address}; ip address del {ELSEWHERE}/32 dev {link}")
 
 
-def test_rules_that_shut_out_an_edge_are_undone(
+def test_rules_that_shut_out_an_edge_are_undone_also_if_it_is_not_part_of_the_run(
     fleet: LabBus, play: Any, edge: Any, doors: list[tuple[str, int]], from_elsewhere: None
 ) -> None:
-    play(FIREWALL, "-e", "stickyring_firewall=false")
-    assert reached(doors) == doors
-    trial = ("-e", "stickyring_firewall=true", "-e", f"stickyring_firewall_trial_seconds={TRIAL_SECONDS}")
-    told = " ".join(play(FIREWALL, *trial, check=False).split())
+    changed = (*ON, *LIMITED, "-e", f"stickyring_firewall_trial_seconds={TRIAL_SECONDS}")
+    other = "{stickyring_firewall_admitted: [192.0.2.77]}"
+    told = " ".join(play(FIREWALL, *changed, "-e", other, check=False).split())
     assert f"{edge.name} does not reach node1 with the new rules, so they are undone within {TRIAL_SECONDS} s" in told
-    wait_until(lambda: reached(doors) == doors, "the rules are undone")
-    play(FIREWALL, *trial, "-e", f"{{stickyring_firewall_admitted: [{ELSEWHERE}]}}")
-    assert reached(doors) == []
+    assert "192.0.2.77" in fleet.do("node1", RULES)
+    wait_until(lambda: "192.0.2.77" not in fleet.do("node1", RULES), "the rules are undone")
+    play(FIREWALL, *changed, "-e", f"{{stickyring_firewall_admitted: [{ELSEWHERE}]}}")
+    assert reached(doors[:1]) == []
     assert reaches(fleet, edge.name, doors[0])
+
+
+def test_rules_that_are_confirmed_too_late_are_not_kept(fleet: LabBus, play: Any) -> None:
+    late = ("-e", "stickyring_firewall_trial_seconds=1", "-e", "{stickyring_firewall_admitted: [192.0.2.78]}")
+    told = " ".join(play(FIREWALL, *ON, *LIMITED, *late, check=False).split())
+    assert "node1: the new rules were undone before they could be confirmed" in told
+    assert "192.0.2.78" not in fleet.do("node1", RULES)
 
 
 def test_it_is_removed(fleet: LabBus, play: Any, doors: list[tuple[str, int]]) -> None:
     play(FIREWALL, "-e", "stickyring_firewall=false")
     assert reached(doors) == doors
     for host in ("node1", "bus1"):
-        assert fleet.do(host, "nft list tables | grep stickyring || :").strip() == ""
         assert "stickyring-firewall" not in fleet.do(host, "systemctl list-unit-files; ls /etc")
+    assert fleet.do("node1", "nft list tables").strip() == f"table {OTHERS}"
