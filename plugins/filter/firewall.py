@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -75,10 +76,8 @@ def firewall_ways(
 
 
 def _has(source: str, address: str) -> bool:
-    of_source, of_address = network(source), network(address)
-    if of_source is None or of_address is None or of_source.version != of_address.version:
-        return False
-    return of_address.network_address in of_source
+    found = network(source)
+    return found is not None and ipaddress.ip_address(address) in found
 
 
 class FilterModule:
