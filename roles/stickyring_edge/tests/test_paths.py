@@ -244,7 +244,10 @@ def test_a_large_body_reaches_the_next_node_if_the_first_one_refuses_it_in_time(
         statuses = {upload(port, f"/upload?client_id=user-{user}", 200_000, 100_000, 0.3)[0] for user in range(8)}
     finally:
         assert "failed" not in edge.give(edge.files)
-    assert statuses == {200, 503}
+    # The refusal itself, or Envoy's own answer if the rest of the body comes while it sends the request again.
+    assert 200 in statuses
+    assert statuses - {200}
+    assert statuses <= {200, 503, 507}
 
 
 def test_a_changed_path_changes_only_routes_and_ends_no_websocket(
