@@ -154,3 +154,19 @@ def test_certificates_can_be_kept_in_the_inventory(tmp_path: Path) -> None:
     (inventory / "tls" / "key.pem").unlink()
     refused = run(PROGRAMS / "ansible-playbook", "-i", inventory, "playbooks/preflight.yml")
     assert f"tls.key {inventory}/tls/key.pem is no file on the controller" in " ".join(refused.stdout.split())
+
+
+def test_certificates_can_come_from_an_acme_directory(tmp_path: Path) -> None:
+    """The README's example, and the command beside it."""
+    inventory = tmp_path / "production"
+    shutil.copytree(PROJECT / "inventory" / "example", inventory)
+    (inventory / "tls").mkdir()
+    (example,) = re.findall(r"^```yaml\n# group_vars/edge.yml\n(stickyring_edge_acme.*?)^```", README, re.M | re.S)
+    with (inventory / "group_vars" / "edge.yml").open("a") as file:
+        file.write(example)
+    preflight = (PROGRAMS / "ansible-playbook", "-i", inventory, "playbooks/preflight.yml")
+    (command,) = re.findall(r"^openssl genpkey .*$", README, re.M)
+    assert command.removesuffix("production/tls/account.pem") in " ".join(run(*preflight).stdout.split())
+    subprocess.run(command.split(), cwd=tmp_path, check=True)
+    done = run(*preflight)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -187,7 +187,16 @@ def test_prometheus_watches_every_instance() -> None:
 )
 def test_prometheus_watches_edges_where_they_are_probed(variables: dict[str, Any], urls: list[str]) -> None:
     hostvars = {"edge1": HOSTVARS["edge1"] | variables}
-    assert inventory.watched_edges(["edge1"], hostvars, DEFAULTS) == [{"name": "edge1", "urls": urls}]
+    assert inventory.watched_edges(["edge1"], hostvars, DEFAULTS) == [{"name": "edge1", "urls": urls, "metrics": ""}]
+
+
+@pytest.mark.parametrize(
+    ("address", "metrics"), [("192.0.2.1", "192.0.2.1:9902"), ("2001:db8::1", "[2001:db8::1]:9902")]
+)
+def test_prometheus_gets_the_metrics_of_edges_at_their_port(address: str, metrics: str) -> None:
+    variables = {"stickyring_address": address, "stickyring_edge_metrics_port": "9902", "stickyring_probe_urls": []}
+    found = inventory.watched_edges(["edge1"], {"edge1": variables}, DEFAULTS)
+    assert found == [{"name": "edge1", "urls": [], "metrics": metrics}]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,11 @@ PROGRAMS = Path(sys.executable).parent
 RULES = PROJECT / "roles" / "stickyring_monitor" / "files" / "stickyring.rules.yml"
 # No host answers at these addresses, and no task may contact them.
 EDGES: dict[str, dict[str, Any]] = {
-    "edge1": {"stickyring_address": "192.0.2.1"},
+    "edge1": {
+        "stickyring_address": "192.0.2.1",
+        "stickyring_edge_metrics_port": 9902,
+        "stickyring_edge_metrics_readers": ["192.0.2.30"],
+    },
     "edge2": {"stickyring_address": "192.0.2.2", "stickyring_probe_urls": ["https://chat.example.com?app=1"]},
 }
 NODES: dict[str, dict[str, Any]] = {
@@ -80,13 +84,14 @@ def test_targets_and_jobs_are_those_of_the_inventory(home: Path) -> None:
     made = files_in(home / "made")
     assert made.pop("stickyring.rules.yml") == yaml.safe_load(RULES.read_text())
     jobs = made.pop("stickyring.scrape.yml")["scrape_configs"]
-    assert [job["job_name"] for job in jobs] == ["stickyring_nodes", "stickyring_edges"]
+    assert [job["job_name"] for job in jobs] == ["stickyring_nodes", "stickyring_envoys", "stickyring_edges"]
     assert made == {
         "stickyring.nodes.yml": [
             {"targets": ["192.0.2.11:8001"], "labels": {"instance": "node1-1"}},
             {"targets": ["192.0.2.11:8002"], "labels": {"instance": "node1-2"}},
             {"targets": ["[2001:db8::12]:7000"], "labels": {"instance": "node2-1"}},
         ],
+        "stickyring.envoys.yml": [{"targets": ["192.0.2.1:9902"], "labels": {"instance": "edge1"}}],
         "stickyring.edges.yml": [
             {"targets": ["http://192.0.2.1:9002/healthz"], "labels": {"instance": "edge1"}},
             {"targets": ["https://chat.example.com/healthz?app=1"], "labels": {"instance": "edge2"}},
@@ -126,8 +131,8 @@ def test_check_mode_writes_nothing(tmp_path: Path) -> None:
 def test_without_a_blackbox_exporter_edges_are_not_scraped(tmp_path: Path) -> None:
     status, said = run(tmp_path, "-e", "stickyring_directory=made", stickyring_monitor_blackbox="")
     assert status == 0, said
-    (job,) = files_in(tmp_path / "made")["stickyring.scrape.yml"]["scrape_configs"]
-    assert job["job_name"] == "stickyring_nodes"
+    jobs = files_in(tmp_path / "made")["stickyring.scrape.yml"]["scrape_configs"]
+    assert [job["job_name"] for job in jobs] == ["stickyring_nodes", "stickyring_envoys"]
 
 
 @pytest.mark.parametrize(

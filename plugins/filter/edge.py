@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.certificates import acme_thumbprint
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_resources import (
     cluster_of,
+    edge_acme_listeners,
     edge_files,
     edge_pem_paths,
     edge_prefixes,
@@ -109,6 +111,8 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         """Name to function."""
         return {
+            "acme_thumbprint": acme_thumbprint,
+            "edge_acme_listeners": edge_acme_listeners,
             "edge_pem_paths": edge_pem_paths,
             "edge_prefixes": edge_prefixes,
             "edge_private_keys": edge_private_keys,

@@ -64,11 +64,19 @@ def watched_nodes(
 def watched_edges(
     hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return dicts with `name` and `urls` for these edges: where site.yml probes them, as users would reach them.
+    """Return dicts for these edges: `name`; `urls`, where site.yml probes them, as users would reach them; `metrics`,
+    address and port of Envoy's metrics, empty if they have none.
 
     The role `stickyring` composes the same URLs for the probe, of one host.
     """
-    return [{"name": host, "urls": _urls(hostvars[host], defaults)} for host in hosts]
+    return [
+        {"name": host, "urls": _urls(hostvars[host], defaults), "metrics": _metrics(hostvars[host])} for host in hosts
+    ]
+
+
+def _metrics(variables: Mapping[str, Any]) -> str:
+    port, address = variables.get("stickyring_edge_metrics_port", 0), str(variables["stickyring_address"])
+    return f"{f'[{address}]' if ':' in address else address}:{port}" if int(port) else ""
 
 
 def _urls(variables: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:

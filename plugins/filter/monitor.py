@@ -40,6 +40,11 @@ def monitor_edges(edges: Sequence[Mapping[str, Any]], path: str) -> list[dict[st
     ]
 
 
+def monitor_envoys(edges: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the target groups of the edges' own metrics, for those that have `metrics`, an address with a port."""
+    return [{"targets": [one["metrics"]], "labels": {"instance": one["name"]}} for one in edges if one.get("metrics")]
+
+
 def monitor_mistakes(variables: Mapping[str, Any]) -> list[str]:
     """Return the mistakes in the role's variables, one sentence each without full stop.
 
@@ -79,6 +84,7 @@ class FilterModule:
         """Name to function."""
         return {
             "monitor_edges": monitor_edges,
+            "monitor_envoys": monitor_envoys,
             "monitor_mistakes": monitor_mistakes,
             "monitor_nodes": monitor_nodes,
         }

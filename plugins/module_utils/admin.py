@@ -10,6 +10,7 @@ import json
 import re
 import socket
 import urllib.parse
+from datetime import datetime
 
 from ansible_collections.stickyring.fleet.plugins.module_utils.xds import Dump, Resource, Stats, place_of
 
@@ -69,6 +70,15 @@ class Admin:
         found = {item["name"]: item["value"] for item in stats if "name" in item}
         return {match[1]: count for name, count in found.items() if (match := re.search(pattern, name)) and count}
 
+    def certificates(self) -> dict[str, datetime]:
+        """The names of each certificate that Envoy serves, in one text, to when it expires."""
+        served = [one["cert_chain"][0] for one in self.get("/certs")["certificates"] if one.get("cert_chain")]
+        return {
+            ", ".join(str(name) for one in item.get("subject_alt_names", []) for name in one.values())
+            or f"serial number {item['serial_number']}": datetime.fromisoformat(item["expiration_time"])
+            for item in served
+        }
+
     def dump(self) -> Dump:
         """Envoy's running configuration, by the last part of each section's type."""
         return {part["@type"].rpartition(".")[2]: part for part in self.get("/config_dump?include_eds")["configs"]}
@@ -78,5 +88,7 @@ class Admin:
         found = {}
         for cluster in self.get("/clusters?format=json").get("cluster_statuses", []):
             for host in cluster.get("host_statuses", []):
+                if "pipe" in host["address"]:
+                    continue
                 found[(cluster["name"], *place_of(host["address"]))] = host["health_status"]
         return found

@@ -6,6 +6,7 @@ import http.client
 import re
 import time
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
@@ -14,6 +15,7 @@ from ansible_collections.stickyring.fleet.plugins.module_utils.unit import Unit
 from ansible_collections.stickyring.fleet.plugins.module_utils.xds import (
     CLUSTER,
     ENDPOINTS,
+    SECRET,
     Resource,
     Stats,
     XdsFile,
@@ -24,6 +26,8 @@ POLL_SECONDS = 0.1
 JOURNAL_SECONDS = 3
 HEALTH_SECONDS = 5
 REASON_LENGTH = 500
+EXPIRES_SOON = timedelta(days=14)
+"""Time enough to find out why a certificate was not renewed."""
 
 
 class NotApplied(Exception):
@@ -126,6 +130,20 @@ class Envoy:
             return []
         hosts = self.admin.hosts()
         return [line for file in self.files for line in file.health_problems(hosts)]
+
+    def expiring(self) -> tuple[list[str], list[str]]:
+        """Certificates that Envoy serves, one sentence each: those that have expired, and those that will soon."""
+        expired: list[str] = []
+        soon: list[str] = []
+        if not any(file.type == SECRET for file in self.files):
+            return expired, soon
+        now = datetime.now(UTC)
+        for names, end in self.admin.certificates().items():
+            if end <= now:
+                expired.append(f"the certificate for {names} expired on {end:%F}")
+            elif end - now < EXPIRES_SOON:
+                soon.append(f"the certificate for {names} expires on {end:%F}")
+        return expired, soon
 
     def prove(self) -> None:
         """Waits until Envoy has loaded the files and its ports are open."""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.stickyring.fleet.plugins.module_utils.host import PROC
+
+CAP_NET_BIND_SERVICE = 1 << 10
+FIRST_FREE_PORT = 1024
 
 
 class Unit:
@@ -20,7 +25,7 @@ class Unit:
     def look(self) -> None:
         """Asks systemd."""
         if self.name:
-            properties = "ActiveState,UnitFileState,NeedDaemonReload"
+            properties = "ActiveState,UnitFileState,NeedDaemonReload,MainPID"
             command = ["systemctl", "show", f"--property={properties}", self.name]
             output = self.module.run_command(command, check_rc=True)[1]
             self.shown = dict(line.split("=", 1) for line in output.splitlines())
@@ -28,6 +33,14 @@ class Unit:
     def active(self) -> bool:
         """Whether it runs."""
         return self.shown.get("ActiveState") == "active"
+
+    def may_open(self, port: int) -> bool:
+        """Whether its process may listen on this port; True if it does not run."""
+        if port >= FIRST_FREE_PORT or not self.active():
+            return True
+        status = (PROC / self.shown["MainPID"] / "status").read_text()
+        capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+        return bool(capabilities and int(capabilities[1], 16) & CAP_NET_BIND_SERVICE)
 
     def enabled(self) -> bool:
         """Whether it starts at boot."""

@@ -191,10 +191,12 @@ class XdsFile:
 
 
 def endpoints_of(assignment: Resource) -> dict[tuple[str, int], str]:
-    """Address and port to name, for a ClusterLoadAssignment."""
+    """Address and port to name, for a ClusterLoadAssignment; without Envoy's own admin interface, which is no node."""
     found = {}
     for locality in assignment.get("endpoints", []):
         for item in locality.get("lb_endpoints", []):
+            if "pipe" in item["endpoint"]["address"]:
+                continue
             found[place_of(item["endpoint"]["address"])] = item["endpoint"].get("hostname", "")
     return found
 

@@ -108,6 +108,10 @@ options:
     type: list
     elements: path
     default: []
+  texts:
+    description: Further files that must have this text for RV(in_order), by path.
+    type: dict
+    default: {}
   account:
     description: Account that must exist for RV(in_order).
     type: str
@@ -185,6 +189,14 @@ start_digest:
   description: SHA-256 of O(start_files).
   returned: success
   type: str
+expired:
+  description: Certificates that Envoy serves and that have expired, one sentence each. Warnings name the next ones.
+  returned: success with V(proven)
+  type: list
+forbidden:
+  description: Ports of O(files) below 1024 that O(unit), which runs, was not started with the capability for.
+  returned: success
+  type: list
 enabled:
   description: Whether O(unit) starts at boot.
   returned: success
@@ -195,9 +207,9 @@ differing:
   type: list
 in_order:
   description:
-    - Whether files, directories, owners and modes are as wanted, O(needed) and O(account) exist, and Envoy starts at
-      boot, was started from O(start_files), has loaded the files, and has open ports and, if checked, healthy
-      endpoints.
+    - Whether files, directories, owners and modes are as wanted, O(needed) and O(account) exist, O(texts) are as
+      wanted, and Envoy starts at boot, was started from O(start_files), has loaded the files, and has open ports and,
+      if checked, healthy endpoints.
   returned: success with V(compared)
   type: bool
 config_dump:
@@ -313,6 +325,12 @@ class Change:
         except OSError:
             return True
 
+    def forbidden_ports(self) -> list[int]:
+        """Ports that Envoy can open only after a restart with another unit."""
+        listeners = [one for file in self.files if file.type == LISTENER for one in file.resources]
+        ports = {int(one["address"]["socket_address"]["port_value"]) for one in listeners}
+        return sorted(port for port in ports if not self.envoy.unit.may_open(port))
+
     def changing_listeners(self) -> dict[str, str]:
         """Names of listeners that change or are removed, and which of the two."""
         file = next((file for file in self.files if file.type == LISTENER), None)
@@ -420,6 +438,8 @@ class Change:
             return False
         if not all(Path(path).is_file() for path in self.module.params["needed"]) or self.changed or self.surplus:
             return False
+        if any(Path(path).read_text(encoding="utf-8") != text for path, text in self.module.params["texts"].items()):
+            return False
         folders = [Path(self.module.params["start_record"]).parent, *self.directory.folders()]
         owned = any(self.directory.would_own(folder, "0755") for folder in folders)
         return not owned and not self.directory.wrongly_owned()
@@ -454,6 +474,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         "recorded": envoy.unit.recorded(),
         "start_digest": envoy.unit.start_digest(),
         "differing": change.differing,
+        "forbidden": change.forbidden_ports(),
     }
     if module.params["state"] == "compared":
         in_order = change.in_order()
@@ -464,7 +485,10 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         envoy.expect_answer()
         envoy.prove()
         envoy.prove_healthy()
-        return result | {"proven": True}
+        expired, soon = envoy.expiring()
+        for sentence in soon:
+            module.warn(sentence)
+        return result | {"proven": True, "expired": expired}
 
     texts = change.texts()
     # Before WebSockets are counted, because users may connect during this wait.
@@ -520,6 +544,7 @@ def main() -> None:
             },
             "start_record": {"type": "path"},
             "needed": {"type": "list", "elements": "path", "default": []},
+            "texts": {"type": "dict", "default": {}},
             "account": {"type": "str"},
             "open_files": {"type": "int", "default": 0},
             "may_end_websockets": {"type": "bool", "default": False},

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
+import json
+from base64 import urlsafe_b64encode
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import PurePath
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+
+# Of an account's key: the name in cryptography, and that in RFC 7518.
+CURVES = {"secp256r1": "P-256", "secp384r1": "P-384"}
 
 
 def certificate_problems(where: str, paths: Mapping[str, str], pems: Mapping[str, str], address: str = "") -> list[str]:
@@ -49,6 +57,36 @@ def certificate_problems(where: str, paths: Mapping[str, str], pems: Mapping[str
             " server's own."
         )
     return problems
+
+
+def acme_thumbprint(account_key: str) -> str:
+    """The thumbprint of an ACME account, from its private key in PEM; ValueError for another text."""
+    try:
+        public = load_pem_private_key(account_key.encode(), password=None).public_key()
+    except TypeError as error:
+        raise ValueError("it is encrypted") from error
+    return jwk_thumbprint(public)
+
+
+def jwk_thumbprint(public: object) -> str:
+    """The thumbprint (RFC 7638) of a public key on P-256 or P-384, or of RSA; ValueError for another one."""
+    numbers: dict[str, int]
+    if isinstance(public, EllipticCurvePublicKey) and public.curve.name in CURVES:
+        point = public.public_numbers()
+        size, numbers = public.key_size // 8, {"x": point.x, "y": point.y}
+        named = {"kty": "EC", "crv": CURVES[public.curve.name]}
+    elif isinstance(public, RSAPublicKey):
+        rsa = public.public_numbers()
+        size, numbers, named = 0, {"e": rsa.e, "n": rsa.n}, {"kty": "RSA"}
+    else:
+        raise ValueError("it is no key on P-256 or P-384, and none of RSA")
+    texts = {name: _base64(number.to_bytes(size or (number.bit_length() + 7) // 8)) for name, number in numbers.items()}
+    key = json.dumps(named | texts, sort_keys=True, separators=(",", ":"))
+    return _base64(hashlib.sha256(key.encode()).digest())
+
+
+def _base64(value: bytes) -> str:
+    return urlsafe_b64encode(value).decode().rstrip("=")
 
 
 def _addresses_of(certificate: x509.Certificate) -> list[str]:

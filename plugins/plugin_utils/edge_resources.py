@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from typing import Any
+from urllib.parse import quote
 
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.addresses import network
@@ -19,10 +20,18 @@ LARGEST_RING = 8 * 1024 * 1024
 NOBODY: Data = {"name": "nobody", "address": "127.0.0.1", "port": 1, "weight": 1}
 
 
-def edge_pem_paths(listeners: list[Data]) -> list[str]:
-    """Paths on the controller of the certificates and keys of all listeners, each once."""
-    paths = [item["tls"][kind] for item in listeners if item.get("tls") for kind in ("certificate", "key")]
-    return list(dict.fromkeys(paths))
+def edge_pem_paths(listeners: list[Data], account_key: str) -> list[str]:
+    """Paths on the controller of the certificates and keys of all listeners, and of the ACME account's; each once."""
+    tls = [item["tls"] for item in listeners if item.get("tls")]
+    paths = [one[kind] for one in tls for kind in ("certificate", "key") if kind in one]
+    return list(dict.fromkeys([*paths, *([account_key] if account_key and edge_acme_listeners(listeners) else [])]))
+
+
+def edge_acme_listeners(listeners: list[Data]) -> list[Data]:
+    """Name and `names` of each listener whose certificate comes from an ACME directory."""
+    return [
+        {"name": item["name"], "names": item["tls"]["acme"]} for item in listeners if "acme" in (item.get("tls") or {})
+    ]
 
 
 def edge_prefixes(networks: list[str]) -> list[Data]:
@@ -120,18 +129,31 @@ def _tls(item: Data, common: Data) -> Data:
     }
 
 
-def _certificate(item: Data, pems: dict[str, str]) -> Data:
-    """The secret of a listener without its private key, which edge_private_keys returns."""
+def _certificate(item: Data, common: Data, pems: dict[str, str]) -> Data:
+    """The secret of a listener without its private key, which edge_private_keys returns.
+
+    What comes from an ACME directory is in files on the edge, which Envoy reads again when `served` is replaced.
+    """
+    certificate: Data
+    if "acme" in item["tls"]:
+        folder = f"{common['acme_directory']}/{item['name']}"
+        certificate = {
+            "certificate_chain": {"filename": f"{folder}/served/chain.pem"},
+            "private_key": {"filename": f"{folder}/served/key.pem"},
+            "watched_directory": {"path": folder},
+        }
+    else:
+        certificate = {"certificate_chain": {"inline_string": pems[item["tls"]["certificate"]]}}
     return {
         "@type": TYPE + "envoy.extensions.transport_sockets.tls.v3.Secret",
         "name": item["name"],
-        "tls_certificate": {"certificate_chain": {"inline_string": pems[item["tls"]["certificate"]]}},
+        "tls_certificate": certificate,
     }
 
 
 def edge_private_keys(listeners: list[Data], pems: dict[str, str]) -> dict[str, str]:
     """Path to private key, for each file of edge_files that needs one."""
-    return {_certificate_path(item): pems[item["tls"]["key"]] for item in listeners if item.get("tls")}
+    return {_certificate_path(item): pems[item["tls"]["key"]] for item in listeners if "key" in (item.get("tls") or {})}
 
 
 def _endpoints_path(cluster: Data, common: Data) -> str:
@@ -206,6 +228,77 @@ def endpoints_of(cluster: Data, common: Data) -> Data:
     }
 
 
+# The listener and the cluster that give Prometheus Envoy's metrics.
+METRICS = "stickyring-metrics"
+# Those of docs/operations.md: all of Envoy's would be ten times as many.
+METRICS_FILTER = (
+    r"^(cluster\..+\.(membership_(healthy|total)|upstream_(cx_active|cx_connect_fail|rq_active|rq_retry|rq_timeout|rq_[1-5]xx))"
+    r"|http\..+\.downstream_(cx_active|cx_upgrades_active|rq_[1-5]xx)|http_local_rate_limiter\..+|.+\.http_local_rate_limit\..+"
+    r"|server\.(days_until_first_cert_expiring|memory_allocated|uptime)|listener\..+\.downstream_global_cx_overflow"
+    r"|overload\..+\.active)$"
+)
+
+
+def _metrics_cluster(metrics: Data) -> Data:
+    """Envoy's own admin interface, of which a route reaches only the metrics."""
+    endpoint = {"endpoint": {"address": {"pipe": {"path": metrics["admin_socket"]}}}}
+    return {
+        "@type": TYPE + "envoy.config.cluster.v3.Cluster",
+        "name": METRICS,
+        "type": "STATIC",
+        "load_assignment": {"cluster_name": METRICS, "endpoints": [{"lb_endpoints": [endpoint]}]},
+    }
+
+
+def _metrics_listener(metrics: Data) -> Data:
+    """Answers GET /metrics to the readers; connections of all others are closed."""
+    readers = [{"direct_remote_ip": prefix} for prefix in metrics["readers"]]
+    asked = {"name": ":method", "string_match": {"exact": "GET"}}
+    route = {
+        "match": {"path": "/metrics", "headers": [asked]},
+        "route": {
+            "cluster": METRICS,
+            "regex_rewrite": {
+                "pattern": {"regex": ".*"},
+                "substitution": f"/stats/prometheus?filter={quote(METRICS_FILTER)}".replace("\\", r"\\"),
+            },
+        },
+    }
+    manager = {
+        "@type": TYPE + "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": METRICS,
+        "route_config": {"name": METRICS, "virtual_hosts": [{"name": METRICS, "domains": ["*"], "routes": [route]}]},
+        "http_filters": [
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": {"@type": TYPE + "envoy.extensions.filters.http.router.v3.Router"},
+            }
+        ],
+    }
+    rules = {"policies": {"readers": {"permissions": [{"any": True}], "principals": readers}}}
+    return {
+        "@type": TYPE + "envoy.config.listener.v3.Listener",
+        "name": METRICS,
+        "address": {"socket_address": {"address": metrics["address"], "port_value": metrics["port"]}},
+        "ignore_global_conn_limit": True,
+        "filter_chains": [
+            {
+                "filters": [
+                    {
+                        "name": "envoy.filters.network.rbac",
+                        "typed_config": {
+                            "@type": TYPE + "envoy.extensions.filters.network.rbac.v3.RBAC",
+                            "stat_prefix": METRICS,
+                            "rules": rules,
+                        },
+                    },
+                    {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager},
+                ]
+            }
+        ],
+    }
+
+
 def edge_files(
     listeners: list[Data], clusters: list[Data], common: Data, pems: dict[str, str]
 ) -> dict[str, list[Data]]:
@@ -217,6 +310,9 @@ def edge_files(
     files: dict[str, list[Data]] = {"clusters.json": [cluster_of(item, common) for item in clusters]}
     files |= {_endpoints_path(item, common): [endpoints_of(item, common)] for item in clusters}
     files |= {f"routes/{item['name']}.json": [routes(item, common)] for item in listeners}
-    files |= {_certificate_path(item): [_certificate(item, pems)] for item in listeners if item.get("tls")}
+    files |= {_certificate_path(item): [_certificate(item, common, pems)] for item in listeners if item.get("tls")}
     files["listeners.json"] = [_listener(item, common) for item in listeners]
+    if common["metrics"]["port"]:
+        files["clusters.json"].append(_metrics_cluster(common["metrics"]))
+        files["listeners.json"].append(_metrics_listener(common["metrics"]))
     return files

@@ -20,6 +20,8 @@ BODY_FILTER, BODY_LIMIT = "stickyring.body", "limit"
 # The filter that limits handshakes, how many addresses it remembers, and the bits of an IPv6 address that count.
 HANDSHAKE_FILTER, ADDRESSES, IPV6_PREFIX = "stickyring.handshakes", 10_000, 64
 MOST_TOKENS = 2**32 - 1
+# The filter that takes the token out of the path of an ACME challenge (RFC 8555, section 8.3).
+CHALLENGE_FILTER, CHALLENGE_PATH = "stickyring.cookies", r"/\.well-known/acme-challenge/([A-Za-z0-9_-]+)"
 # A key is UTF-8 without control characters (C0, DEL, C1), and without a blank at either end, which headers would lose.
 # Envoy matches byte by byte, hence the forms of UTF-8 (RFC 3629, section 4).
 KEY_CHARACTER = (
@@ -211,7 +213,35 @@ def _to_nodes(item: Data, common: Data) -> list[Data]:
     return [*special, everything]
 
 
-def _redirect(item: Data) -> Data:
+def _challenge(thumbprint: str) -> Data:
+    """The route that answers ACME challenges of an account, whichever edge has asked for the certificate.
+
+    The answer is the token of the request and the thumbprint of the account's key, so no edge needs to know of another.
+    """
+    answer = {
+        "metadata_namespace": "stickyring.acme",
+        "key": "answer",
+        "regex_value_rewrite": {"pattern": {"regex": f"{CHALLENGE_PATH}.*"}, "substitution": rf"\1.{thumbprint}"},
+    }
+    return {
+        "match": {"safe_regex": {"regex": CHALLENGE_PATH}},
+        "typed_per_filter_config": {
+            CHALLENGE_FILTER: {
+                "@type": TYPE + "envoy.extensions.filters.http.header_to_metadata.v3.Config",
+                "request_rules": [{"header": ":path", "on_header_present": answer}],
+            }
+        },
+        "direct_response": {
+            "status": 200,
+            "body_format": {
+                "text_format_source": {"inline_string": "%DYNAMIC_METADATA(stickyring.acme:answer)%"},
+                "content_type": "application/octet-stream",
+            },
+        },
+    }
+
+
+def _redirect(item: Data, common: Data) -> Data:
     """Routes that send every request to https, with the same host, path and query.
 
     308, because a client repeats a POST that gets a 301 as a GET, without its body.
@@ -223,17 +253,18 @@ def _redirect(item: Data) -> Data:
         "response_code": "PERMANENT_REDIRECT",
     }
     everything = {"match": {"prefix": "/"}, "redirect": redirect}
+    challenges = [_challenge(common["acme_thumbprint"])] if common["acme_thumbprint"] else []
     return {
         "@type": TYPE + "envoy.config.route.v3.RouteConfiguration",
         "name": item["name"],
-        "virtual_hosts": [{"name": item["name"], "domains": ["*"], "routes": [everything]}],
+        "virtual_hosts": [{"name": item["name"], "domains": ["*"], "routes": [*challenges, everything]}],
     }
 
 
 def routes(item: Data, common: Data) -> Data:
     """The RouteConfiguration of a listener."""
     if "redirect_port" in item:
-        return _redirect(item)
+        return _redirect(item, common)
     policies: list[Data] = item["hash_policies"] if "hash_policies" in item else common["hash_policies"]
     resource = {
         "@type": TYPE + "envoy.config.route.v3.RouteConfiguration",

@@ -5,13 +5,19 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import Counter
+from pathlib import PurePath
 from typing import Any
 
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.addresses import is_address, network
-from ansible_collections.stickyring.fleet.plugins.plugin_utils.certificates import certificate_problems
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.certificates import (
+    acme_thumbprint,
+    certificate_problems,
+)
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_resources import (
     LARGEST_RING,
+    METRICS,
     NOBODY,
+    edge_acme_listeners,
     policy_of,
     takes_proxy_protocol,
 )
@@ -32,6 +38,9 @@ PREFIX = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)+")
 SOCKET_IO = "socket.io"
 # What a path may set, with the lowest and the highest value.
 PATH_SETTINGS: dict[str, tuple[float, float]] = {"timeout": (0.0, 86400.0), "body_limit": (1, 2**32 - 1)}
+# Host names that an ACME challenge over HTTP can be for: with a dot, and without a wildcard.
+HOST_NAME = re.compile(r"(?=.{1,253}\Z)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.I)
+MAKE_ACCOUNT_KEY = "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out PATH"
 # RFC 6797, section 6.1.
 HSTS = re.compile(r"max-age=[0-9]+(; includeSubDomains)?(; preload)?")
 # What str(value) of a boolean may be, in any case.
@@ -65,6 +74,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_request_body_bytes": (1, 2**32 - 1),
     "handshakes_per_second": (0, 2**32 - 1),
     "handshakes_burst": (1, 2**32 - 1),
+    "metrics_port": (0, 65535),
     "load_timeout": (1, 3600),
     "healthy_timeout": (0, 86400),
 }
@@ -231,12 +241,77 @@ def _place_problems(listeners: list[Data]) -> list[str]:
     return problems + [f"port {port} on {address} has two listeners." for address, port in _repeated(places)]
 
 
+def _metrics_problems(settings: Data) -> list[str]:
+    """What is wrong with who reads Envoy's metrics."""
+    where, readers = "stickyring_edge_metrics_readers", settings.get("stickyring_edge_metrics_readers") or []
+    if not isinstance(readers, list):
+        return [f"{where} is {readers!r}: give a list, [192.0.2.30] for example."]
+    if int(settings["stickyring_edge_metrics_port"]) and not readers:
+        return [f"{where} is empty, and so nobody could read at stickyring_edge_metrics_port: name your Prometheus."]
+    return [f"{where}: {one!r} is no IP address and no network." for one in readers if network(one) is None]
+
+
 def _tls_problems(item: Data, pems: dict[str, str]) -> list[str]:
     """What is wrong with the certificate and the key of a listener; ``pems`` has the text of each file that exists."""
-    where = f"listener {item['name']}"
-    if not item["tls"]:
-        return [f"{where}: tls is empty: give certificate and key, or leave it out."]
-    return certificate_problems(f"{where}: tls.", item["tls"], pems)
+    where, tls = f"listener {item['name']}", item["tls"]
+    if not tls:
+        return [f"{where}: tls is empty: give certificate and key, or acme, or leave it out."]
+    if "acme" not in tls:
+        missing = [kind for kind in ("certificate", "key") if kind not in tls]
+        problems = [f"{where}: tls.{kind} is missing." for kind in missing]
+        return problems or certificate_problems(f"{where}: tls.", tls, pems)
+    problems = [
+        f"{where}: tls.{kind} and tls.acme exclude each other." for kind in ("certificate", "key") if kind in tls
+    ]
+    names = tls["acme"]
+    if not isinstance(names, list) or not names:
+        return [
+            *problems,
+            f"{where}: tls.acme is {names!r}: give a list of host names, [chat.example.com] for example.",
+        ]
+    return problems + [
+        f"{where}: tls.acme: {name!r} is no host name that an authority can check over HTTP, such as chat.example.com."
+        for name in names
+        if not HOST_NAME.fullmatch(str(name))
+    ]
+
+
+def _acme_problems(settings: Data, pems: dict[str, str]) -> list[str]:
+    """What is wrong with the settings of ACME, if a listener needs them."""
+    listeners: list[Data] = settings["stickyring_edge_listeners"]
+    if not edge_acme_listeners(listeners):
+        return []
+    directory, path, contact, agreed = (
+        str(settings[f"stickyring_edge_acme_{name}"])
+        for name in ("directory", "account_key", "contact", "terms_agreed")
+    )
+    problems = []
+    if not any("redirect_port" in item for item in listeners):
+        problems.append(
+            "tls.acme needs a listener with redirect_port, which users reach at port 80: the authority asks there."
+        )
+    if not re.fullmatch(r"https://[!-~]+", directory):
+        problems.append(f"stickyring_edge_acme_directory is {directory!r}: give the https URL of the directory.")
+    if not re.fullmatch(r"([!-~]+@[!-~]+)?", contact):
+        problems.append(f"stickyring_edge_acme_contact is {contact!r}: give an e-mail address, or an empty text.")
+    if agreed.lower() not in {"true", "yes", "on", "1"}:
+        problems.append(
+            f"stickyring_edge_acme_terms_agreed is {agreed}: read the terms of service of {directory}, and set it to"
+            " true."
+        )
+    where = "stickyring_edge_acme_account_key"
+    if not path:
+        problems.append(f"{where} is empty: make one with `{MAKE_ACCOUNT_KEY}`, and give its path.")
+    elif not PurePath(path).is_absolute():
+        problems.append(f"{where} {path} is no absolute path on the controller.")
+    elif path not in pems:
+        problems.append(f"{where} {path} is no file on the controller: make one with `{MAKE_ACCOUNT_KEY}`.")
+    else:
+        try:
+            acme_thumbprint(pems[path])
+        except ValueError as error:
+            problems.append(f"{where} {path} is no account key in PEM: {error}.")
+    return problems
 
 
 def edge_problems(settings: Data, pems: dict[str, str], sha256: str | None = None) -> list[str]:
@@ -257,18 +332,25 @@ def edge_problems(settings: Data, pems: dict[str, str], sha256: str | None = Non
     problems = _number_problems(settings)
     if sha256 is not None and not SHA256.fullmatch(sha256):
         problems.append(f"stickyring_edge_envoy_sha256 {sha256!r} is not 64 hexadecimal digits in lower case.")
+    metrics = {
+        "name": METRICS,
+        "port": settings["stickyring_edge_metrics_port"],
+        "address": settings["stickyring_edge_metrics_address"],
+    }
     for kind, items in (("listener", listeners), ("cluster", clusters)):
-        names = [item["name"] for item in items]
+        names = [METRICS, *(item["name"] for item in items)]
         problems += [f"{kind} {name}: the name is used twice." for name in _repeated(names)]
         problems += [
             f"{kind} {name}: a name is letters, digits, _ and -." for name in names if not NAME.fullmatch(name)
         ]
     if not listeners:
         problems.append("stickyring_edge_listeners is empty: the edge would listen nowhere.")
-    problems += _place_problems(listeners)
+    problems += _place_problems([*listeners, metrics] if int(metrics["port"]) else listeners)
+    problems += _metrics_problems(settings)
     known = {item["name"] for item in clusters}
     problems += [problem for item in listeners for problem in _target_problems(item, known, proxies)]
     problems += [problem for item in listeners if "tls" in item for problem in _tls_problems(item, pems)]
+    problems += _acme_problems(settings, pems)
     for cluster in clusters:
         endpoints = cluster["endpoints"]
         where = f"cluster {cluster['name']}"

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
+import environment
 import redis.sentinel
 import testinfra
 from stickyring.bus.connection import Address
 
+sys.path.insert(0, str(environment.PROJECT / "app" / "tests"))
+from bus_crowd import Crowd  # of the application's tests
+
+USERS = 300 if environment.SOAK else 60
+BACK_SECONDS = 90 if environment.SOAK else 40
 ADDRESSES = {"bus1": "198.51.100.30", "bus2": "198.51.100.31", "bus3": "198.51.100.32"}
 PASSWORDS = {
     "nodes": "of-the-nodes-of-the-lab",
@@ -132,3 +142,41 @@ class LabBus:
         assert primary is not None
         self.do(primary, command)
         return primary
+
+
+def connect_users(javascript: Path, url: str) -> Crowd:
+    """Connects them; one of six is python-socketio's client."""
+    return Crowd(javascript, USERS - USERS // 6, [url], python=USERS // 6)
+
+
+def wait_until(condition: Callable[[], object], what: str, seen: Callable[[], object] = lambda: "") -> None:
+    deadline = time.monotonic() + BACK_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {BACK_SECONDS} s: {what} {seen()}"
+        time.sleep(0.2)
+
+
+def wait_until_all_are_back(nodes: list[Any]) -> None:
+    def seen() -> list[tuple[float, float]]:
+        return [*map(metrics, nodes)]
+
+    def are_back() -> bool:
+        users, up = zip(*seen(), strict=True)
+        return sum(users) == USERS and all(up)
+
+    wait_until(are_back, "all users are connected, and all nodes read from the bus", seen)
+
+
+def metrics(node: Any) -> tuple[float, float]:
+    """How many sessions a node has, and whether all its instances read from the bus."""
+    variables, users, up = node.variables, 0.0, 1.0
+    for number in range(int(variables["stickyring_node_instances"])):
+        port = int(variables["stickyring_node_port"]) + number
+        try:
+            with urlopen(f"http://{variables['stickyring_address']}:{port}/metrics", timeout=5) as answer:
+                text = answer.read().decode()
+        except OSError:
+            return 0, 0
+        users += sum(float(found) for found in re.findall(r"^stickyring_connections{.*} (.*)$", text, re.MULTILINE))
+        up = min(up, float(re.findall(r"^stickyring_bus_up (.*)$", text, re.MULTILINE)[0]))
+    return users, up

@@ -9,6 +9,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 
@@ -28,6 +29,15 @@ class Certificate:
         return x509.load_der_x509_certificate(der).serial_number
 
 
+def private_pem(key: PrivateKeyTypes) -> str:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+
+
+def make_key() -> str:
+    """A private key on P-256 in PEM."""
+    return private_pem(ec.generate_private_key(ec.SECP256R1()))
+
+
 def make_certificate(folder: Path, days: int = 30) -> Certificate:
     """A certificate for localhost, valid for so many days from yesterday."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -40,7 +50,7 @@ def make_certificate(folder: Path, days: int = 30) -> Certificate:
         .sign(key, hashes.SHA256())
     )
     chain = certificate.public_bytes(Encoding.PEM).decode()
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    private = private_pem(key)
     (folder / "chain.pem").write_text(chain)
     (folder / "key.pem").write_text(private)
     return Certificate(chain, private, certificate.serial_number, folder / "chain.pem", folder / "key.pem")

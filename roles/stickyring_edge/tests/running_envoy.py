@@ -225,7 +225,9 @@ class Websocket:
 
     def __init__(self, edge: Edge, listener: str) -> None:
         port = edge.ports[listener]
-        self.socket = handshake(port) if listener == "safe" else socket.create_connection(("127.0.0.1", port), 5)
+        self.socket = (
+            handshake(port) if listener in {"safe", "issued"} else socket.create_connection(("127.0.0.1", port), 5)
+        )
         key = base64.b64encode(bytes(16)).decode()
         self.socket.sendall(
             f"GET /socket.io/ HTTP/1.1\r\nHost: edge\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

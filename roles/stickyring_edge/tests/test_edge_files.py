@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import urlsafe_b64decode
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,15 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.stickyring.fleet.plugins.filter import edge
-from ansible_collections.stickyring.fleet.plugins.plugin_utils import edge_resources, edge_routes, edge_variables
-from certificates import Certificate, make_certificate
+from ansible_collections.stickyring.fleet.plugins.plugin_utils import (
+    certificates,
+    edge_resources,
+    edge_routes,
+    edge_variables,
+)
+from certificates import Certificate, make_certificate, make_key, private_pem
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicNumbers
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -35,6 +43,9 @@ COMMON: dict[str, Any] = {
     "handshakes": {"rate": 0, "burst": 1, "enforced": True},
     "ring_points_per_weight": 100,
     "listener": {},
+    "metrics": {"port": 0},
+    "acme_directory": "/var/lib/acme",
+    "acme_thumbprint": "",
     "tls_context": {"alpn_protocols": ["h2"]},
     "tls_filter_chain": {"transport_socket_connect_timeout": "5s"},
     "http_connection_manager": {
@@ -318,7 +329,22 @@ def test_a_certificate_is_in_a_file_of_its_own_and_its_key_is_not_in_it() -> Non
     # A new certificate does not change the listener, so WebSockets stay open.
     renewed = edge_resources.edge_files(listeners, CLUSTERS, COMMON, PEMS | {"/tls/chain.pem": "NEW"})
     assert [path for path in after if after[path] != renewed[path]] == ["certificates/unkeyed.json"]
-    assert edge_resources.edge_pem_paths(listeners) == list(PEMS)
+    assert edge_resources.edge_pem_paths(listeners, "/account.pem") == list(PEMS)
+
+
+def test_a_certificate_by_acme_is_read_from_files_that_are_replaced_together() -> None:
+    listeners = [LISTENERS[0] | {"tls": {"acme": ["chat.example.com", "www.example.com"]}}]
+    [secret] = compose(listeners)["certificates/sticky.json"]
+    assert secret["tls_certificate"] == {
+        "certificate_chain": {"filename": "/var/lib/acme/sticky/served/chain.pem"},
+        "private_key": {"filename": "/var/lib/acme/sticky/served/key.pem"},
+        "watched_directory": {"path": "/var/lib/acme/sticky"},
+    }
+    assert edge_resources.edge_private_keys(listeners, {}) == {}
+    assert edge_resources.edge_acme_listeners([*LISTENERS, *listeners]) == [
+        {"name": "sticky", "names": ["chat.example.com", "www.example.com"]}
+    ]
+    assert edge_resources.edge_pem_paths(listeners, "/account.pem") == ["/account.pem"]
 
 
 def test_private_paths_are_answered_before_any_node() -> None:
@@ -548,6 +574,83 @@ def test_a_duration_is_the_same_for_every_spelling(seconds: float | str, duratio
     assert edge_routes.edge_duration(seconds) == duration
 
 
+def test_metrics_have_a_port_of_their_own_for_those_who_read_them() -> None:
+    assert check(metrics_port=9902, metrics_readers=["192.0.2.30", "2001:db8::/64"]) == ""
+    assert "stickyring_edge_metrics_readers is empty, and so nobody" in check(metrics_port=9902, metrics_readers=[])
+    assert "stickyring_edge_metrics_readers: 'prometheus' is no IP" in check(metrics_readers=["prometheus"])
+    assert "stickyring_edge_metrics_readers is '192.0.2.30': give a list" in check(metrics_readers="192.0.2.30")
+    assert "port 9002 on 0.0.0.0 has two listeners" in check(metrics_port=9002, metrics_readers=["192.0.2.30"])
+    assert "listener stickyring-metrics: the name is used twice" in check(
+        [LISTENERS[0] | {"name": "stickyring-metrics"}]
+    )
+
+
+ACME = LISTENERS[0] | {"tls": {"acme": ["chat.example.com"]}}
+REDIRECT: dict[str, Any] = {"name": "http", "port": 80, "redirect_port": 443}
+
+
+def check_acme(listener: dict[str, Any] = ACME, others: list[dict[str, Any]] | None = None, **settings: object) -> str:
+    pems = {
+        "/account.pem": make_key(),
+        "/chain.pem": "no key",
+        "/ed25519.pem": private_pem(Ed25519PrivateKey.generate()),
+    }
+    settings = {
+        f"acme_{name}": value for name, value in {"account_key": "/account.pem", "terms_agreed": True}.items()
+    } | {f"acme_{name}": value for name, value in settings.items()}
+    return check([listener, *([REDIRECT] if others is None else others)], pems=pems, **settings)
+
+
+def test_certificates_by_acme_have_no_problem() -> None:
+    assert check_acme() == ""
+    assert check_acme(directory="https://acme.example.com:14000/dir", contact="ops@example.com") == ""
+
+
+@pytest.mark.parametrize(
+    ("tls", "settings", "words"),
+    [
+        ({"key": "/account.pem"}, {}, "listener sticky: tls.key and tls.acme exclude each other."),
+        (
+            {"acme": "chat.example.com"},
+            {},
+            "listener sticky: tls.acme is 'chat.example.com': give a list of host names",
+        ),
+        ({"acme": []}, {}, "listener sticky: tls.acme is []: give a list of host names"),
+        ({"acme": ["*.example.com"]}, {}, "tls.acme: '*.example.com' is no host name that an authority can check"),
+        ({"acme": ["edge"]}, {}, "tls.acme: 'edge' is no host name"),
+        ({"acme": ["a.example; reboot"]}, {}, "tls.acme: 'a.example; reboot' is no host name"),
+        ({"acme": ["192.0.2.1 "]}, {}, "tls.acme: '192.0.2.1 ' is no host name"),
+        ({}, {"others": []}, "tls.acme needs a listener with redirect_port, which users reach at port 80"),
+        (
+            {},
+            {"directory": "http://acme.example.com"},
+            "stickyring_edge_acme_directory is 'http://acme.example.com': give",
+        ),
+        ({}, {"contact": "a b"}, "stickyring_edge_acme_contact is 'a b': give an e-mail address"),
+        ({}, {"terms_agreed": False}, "stickyring_edge_acme_terms_agreed is False: read the terms of service of https"),
+        ({}, {"account_key": ""}, "stickyring_edge_acme_account_key is empty: make one with `openssl genpkey"),
+        ({}, {"account_key": "account.pem"}, "stickyring_edge_acme_account_key account.pem is no absolute path"),
+        ({}, {"account_key": "/none.pem"}, "stickyring_edge_acme_account_key /none.pem is no file on the controller"),
+        ({}, {"account_key": "/chain.pem"}, "stickyring_edge_acme_account_key /chain.pem is no account key in PEM: "),
+        ({}, {"account_key": "/ed25519.pem"}, "/ed25519.pem is no account key in PEM: it is no key on P-256 or P-384"),
+    ],
+)
+def test_each_fault_of_acme_is_reported(tls: dict[str, Any], settings: dict[str, Any], words: str) -> None:
+    assert words in check_acme(ACME | {"tls": ACME["tls"] | tls}, **settings)
+
+
+def test_the_thumbprint_of_an_account_is_that_of_the_rfc() -> None:
+    """RFC 7638, section 3.1."""
+    modulus = (
+        "0vx7agoebGcQSuuPiLJXZptN9nndrQmbXEps2aiAFbWhM78LhWx4cbbfAAtVT86zwu1RK7aPFFxuhDR1L6tSoc_BJECPebWKRXjBZCiFV4n3oknj"
+        "hMstn64tZ_2W-5JsGY4Hc5n9yBXArwl93lqt7_RN5w6Cf0h4QyQ5v-65YGjQR0_FDW2QvzqY368QQMicAtaSqzs8KJZgnYb9c7d0zgdAZHzu6qMQ"
+        "vRL5hajrn1n91CbOpbISD08qNLyrdkt-bFTWhAI4vMQFh6WeZu0fM4lFd2NcRwr3XPksINHaQ-G_xBniIqbw0Ls1jF44-csFCur-kEgU8awapJzK"
+        "nqDKgw"
+    )
+    numbers = RSAPublicNumbers(65537, int.from_bytes(urlsafe_b64decode(modulus + "==")))
+    assert certificates.jwk_thumbprint(numbers.public_key()) == "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs"
+
+
 @pytest.mark.parametrize(
     ("listener", "cluster", "endpoint", "words"),
     [
@@ -571,7 +674,7 @@ def test_a_duration_is_the_same_for_every_spelling(seconds: float | str, duratio
             "listener sticky: proxy_protocol needs the proxies in stickyring_edge_trusted_proxies.",
         ),
         ({"address": "edge.example"}, {}, {}, "listener sticky: 'edge.example' is no IP address"),
-        ({"tls": None}, {}, {}, "listener sticky: tls is empty: give certificate and key, or leave it out."),
+        ({"tls": None}, {}, {}, "listener sticky: tls is empty: give certificate and key, or acme, or leave it out."),
         ({"tls": {}}, {}, {}, "listener sticky: tls is empty"),
         ({}, {"endpoints": []}, {}, "cluster nodes: the endpoint list is empty"),
         ({}, {"endpoints": ENDPOINTS * 700}, {}, "are more than Envoy's 8388608"),
@@ -668,4 +771,6 @@ def test_defaults_and_argument_specs_agree() -> None:
     defaults = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
     specs = yaml.safe_load((ROLE / "meta" / "argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
     assert {name: spec["default"] for name, spec in specs.items() if "default" in spec} == defaults
-    assert set(specs) - set(defaults) == {name for name, spec in specs.items() if spec.get("required")}
+    required = {name for name, spec in specs.items() if spec.get("required")}
+    # A default here would win over what the playbooks compose.
+    assert set(specs) - set(defaults) == required | {"stickyring_edge_metrics_readers"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import ssl
 import struct
 import subprocess
 import time
@@ -19,18 +20,22 @@ from typing import Any
 
 import pytest
 from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin
-from certificates import Certificate
-from running_envoy import START_SECONDS, Edge, Node, compose, free_ports, handshake, running, serving
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.certificates import acme_thumbprint
+from certificates import Certificate, make_certificate, make_key
+from cryptography import x509
+from running_envoy import START_SECONDS, Edge, Node, Websocket, compose, free_ports, handshake, running, serving
 
 # Proxies and clients are at addresses of their own. 127.0.0.4 is a proxy behind the other two.
 PROXY, INNER_PROXY, CLIENT = "127.0.0.2", "127.0.0.4", "127.0.0.9"
 TRUSTED = ["127.0.0.2/31", INNER_PROXY, "2001:db8::/32"]
 USER, FORGED = "203.0.113.9", "198.51.100.66"
 HSTS = "max-age=31536000; includeSubDomains"
-LISTENERS = ("plain", "dual", "proxied", "proxied_tls", "redirect", "safe")
+LISTENERS = ("plain", "dual", "proxied", "proxied_tls", "redirect", "issued", "safe")
 MAX_BODY = 1000
 EXPOSURE_LIMIT = 2.0
 BURST = 3
+MOST_METRICS = 50_000
+"""Bytes of a scrape."""
 MANY_ADDRESSES = 40
 """More than Envoy remembers by default."""
 
@@ -44,7 +49,12 @@ def edge(folder: Path, certificate: Certificate) -> Iterator[Edge]:
         "proxied": {"proxy_protocol": True},
         "proxied_tls": {"proxy_protocol": True, "tls": tls},
         "redirect": {"redirect_port": 443},
+        "issued": {"tls": {"acme": ["chat.example.com"]}},
     }
+    issue(folder / "acme" / "issued", certificate)
+    account = folder / "account.pem"
+    account.write_text(make_key())
+    [metrics_port] = free_ports(1)
     with serving(Node) as node:
         variables = {
             "stickyring_edge_trusted_proxies": TRUSTED,
@@ -52,6 +62,12 @@ def edge(folder: Path, certificate: Certificate) -> Iterator[Edge]:
             "stickyring_edge_max_request_body_bytes": MAX_BODY,
             "stickyring_edge_handshakes_per_second": 1,
             "stickyring_edge_handshakes_burst": BURST,
+            "stickyring_edge_acme_account_key": str(account),
+            "stickyring_edge_metrics_port": metrics_port,
+            "stickyring_edge_metrics_address": "127.0.0.1",
+            "stickyring_edge_metrics_readers": [PROXY],
+            "stickyring_edge_acme_terms_agreed": True,
+            "__stickyring_edge_acme_directory": str(folder / "acme"),
             "stickyring_edge_clusters": [
                 {"name": "nodes", "endpoints": [{"name": "node", "address": "127.0.0.1", "port": node}]}
             ],
@@ -64,7 +80,18 @@ def edge(folder: Path, certificate: Certificate) -> Iterator[Edge]:
                     assert limit["descriptors"][0]["token_bucket"].pop("fill_interval") == "1s", path
                     limit["descriptors"][0]["token_bucket"]["fill_interval"] = "3600s"
             assert "failed" not in running_edge.give(running_edge.files)
+            running_edge.ports["metrics"] = metrics_port
             yield running_edge
+
+
+def issue(folder: Path, certificate: Certificate) -> None:
+    """Have Envoy read another certificate, as the script of the role does."""
+    version = folder / f"version.{certificate.serial}"
+    version.mkdir(parents=True)
+    (version / "chain.pem").write_text(certificate.chain)
+    (version / "key.pem").write_text(certificate.key)
+    (folder / "served.new").symlink_to(version.name)
+    (folder / "served.new").rename(folder / "served")
 
 
 def receive(client: socket.socket) -> bytes:
@@ -371,9 +398,70 @@ def test_a_redirect_keeps_host_path_and_query(edge: Edge, method: str) -> None:
         assert headers_of(answer)["location"] == f"https://{wanted}{target}"
 
 
+def test_metrics_are_for_their_readers_and_nothing_else_is_at_their_port(edge: Edge, certificate: Certificate) -> None:
+    send(edge.ports["plain"], request())
+    asked = "GET /metrics HTTP/1.1\nHost: edge\nConnection: close\n\n"
+    read = send(edge.ports["metrics"], asked, PROXY)
+    assert read.startswith(b"HTTP/1.1 200"), read
+    assert b'envoy_http_downstream_rq_xx{envoy_response_code_class="2",envoy_http_conn_manager_prefix="plain"}' in read
+    assert b'envoy_cluster_membership_healthy{envoy_cluster_name="nodes"}' in read
+    days = int(re.findall(rb"^envoy_server_days_until_first_cert_expiring{} (\d+)$", read, re.MULTILINE)[0])
+    assert 0 < days <= 30
+    assert len(read) < MOST_METRICS
+    # The control: another address.
+    assert send(edge.ports["metrics"], asked, CLIENT) == b""
+    for other in (
+        "GET /",
+        "GET /config_dump",
+        "GET /metrics/x",
+        "GET /stats/prometheus",
+        "POST /metrics",
+        "POST /quitquitquit",
+    ):
+        assert send(edge.ports["metrics"], asked.replace("GET /metrics", other), PROXY).startswith(b"HTTP/1.1 404"), (
+            other
+        )
+    # A query chooses no other metrics.
+    assert b"envoy_server_live" not in send(
+        edge.ports["metrics"], asked.replace("/metrics", "/metrics?filter=."), PROXY
+    )
+
+
+def test_a_challenge_of_acme_is_answered_where_everything_else_is_redirected(edge: Edge, folder: Path) -> None:
+    token = "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0"
+    asked = f"/.well-known/acme-challenge/{token}"
+    answer = send(edge.ports["redirect"], request().replace("/page", f"{asked}?x=1"))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    thumbprint = acme_thumbprint((folder / "account.pem").read_text())
+    assert body == f"{token}.{thumbprint}".encode()
+    for other in (f"{asked}/x", f"{asked}.txt", "/.well-known/acme-challenge/", "/x" + asked):
+        assert b" 308 " in send(edge.ports["redirect"], request().replace("/page", other)).splitlines()[0]
+    # Only where it is redirected: over TLS, and on other ports, the path is the application's.
+    assert thumbprint.encode() not in send(edge.ports["plain"], request().replace("/page", asked))
+
+
+def test_a_renewed_certificate_is_served_at_once_and_websockets_stay(
+    edge: Edge, folder: Path, tmp_path: Path, certificate: Certificate
+) -> None:
+    def serial() -> int:
+        text = ssl.get_server_certificate(("127.0.0.1", edge.ports["issued"]))
+        return x509.load_pem_x509_certificate(text.encode()).serial_number
+
+    assert serial() == certificate.serial
+    with Websocket(edge, "issued") as websocket:
+        renewed = make_certificate(tmp_path)
+        issue(folder / "acme" / "issued", renewed)
+        deadline = time.monotonic() + 5
+        while serial() != renewed.serial:
+            assert time.monotonic() < deadline
+        assert websocket.is_open()
+        assert not edge.give(edge.files)["changed"], "the next run has nothing to do"
+
+
 def test_another_port_is_in_the_redirect(edge: Edge) -> None:
     files = deepcopy(edge.files)
-    files["routes/redirect.json"][0]["virtual_hosts"][0]["routes"][0]["redirect"]["port_redirect"] = 8443
+    files["routes/redirect.json"][0]["virtual_hosts"][0]["routes"][-1]["redirect"]["port_redirect"] = 8443
     assert "failed" not in edge.give(files)
     try:
         answer = send(edge.ports["redirect"], request())

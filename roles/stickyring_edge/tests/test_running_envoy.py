@@ -6,6 +6,7 @@ Everything is on the loopback address; the node behind it only opens WebSockets 
 from __future__ import annotations
 
 import json
+import re
 import socket
 import ssl
 import time
@@ -159,6 +160,23 @@ def test_new_connections_get_a_new_certificate_and_websockets_stay(edge: Edge, w
     assert serial(edge.ports["safe"]) == new.serial
     time_to_drain()
     assert all(one.is_open() for one in here)
+
+
+def test_a_certificate_that_expires_soon_is_told(edge: Edge, certificate: Certificate, tmp_path: Path) -> None:
+    def proven(days: int) -> tuple[list[str], list[str]]:
+        files, keys = edge.with_certificate(make_certificate(tmp_path, days=days))
+        edge.give(files, private_keys=keys)
+        result = edge.give(files, private_keys=keys, state="proven")
+        return result["expired"], result.get("warnings", [])
+
+    assert proven(30) == ([], [])
+    expired, soon = proven(10)
+    assert expired == []
+    assert re.fullmatch(r"the certificate for serial number [0-9a-f]+ expires on 20\d\d-\d\d-\d\d", soon[0])
+    expired, soon = proven(0)
+    assert re.fullmatch(r"the certificate for serial number [0-9a-f]+ expired on 20\d\d-\d\d-\d\d", expired[0])
+    assert soon == []
+    assert edge.give(edge.files)["proven"]
 
 
 def time_to_drain() -> None:

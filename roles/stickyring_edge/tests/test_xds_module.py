@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.stickyring.fleet.plugins.module_utils import admin, host, xds
+from ansible_collections.stickyring.fleet.plugins.module_utils import admin, host, unit, xds
 from ansible_collections.stickyring.fleet.plugins.module_utils.envoy import Envoy
 from fake_envoy import FakeEnvoy, run_module
 
@@ -635,6 +635,42 @@ def test_each_fault_of_the_process_is_not_in_order(
 ) -> None:
     fault(envoy, systemd)
     assert not compare()["in_order"]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "port", "forbidden"),
+    [(0, 443, [443]), (0, 1024, []), (unit.CAP_NET_BIND_SERVICE, 443, [])],
+)
+def test_a_port_that_the_process_may_not_open_is_told(
+    directory: Path,
+    files: Files,
+    envoy: FakeEnvoy,
+    systemd: Systemd,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capabilities: int,
+    port: int,
+    forbidden: list[int],
+) -> None:
+    files["listeners.json"][0]["address"]["socket_address"]["port_value"] = port
+    process = tmp_path / "proc" / str(os.getpid())
+    process.mkdir(parents=True)
+    (process / "status").write_text(f"Name:\tenvoy\nCapEff:\t{capabilities:016x}\n")
+    monkeypatch.setattr(unit, "PROC", tmp_path / "proc")
+    systemd.start()
+    assert run(directory, files, envoy.socket, unit="edge.service", state="compared")["forbidden"] == forbidden
+    systemd.show()
+    assert run(directory, files, envoy.socket, unit="edge.service", state="compared")["forbidden"] == []
+
+
+@pytest.mark.parametrize(("text", "in_order"), [("wanted", True), ("other", False), (None, False)])
+def test_a_further_file_with_another_text_is_not_in_order(
+    compare: Callable[..., dict[str, Any]], tmp_path: Path, text: str | None, in_order: bool
+) -> None:
+    further = tmp_path / "further"
+    if text is not None:
+        further.write_text(text)
+    assert compare(texts={str(further): "wanted"})["in_order"] == in_order
 
 
 def test_a_port_that_is_closed_is_not_in_order(

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ansible_collections.stickyring.fleet.plugins.filter.monitor import monitor_edges, monitor_mistakes, monitor_nodes
+from ansible_collections.stickyring.fleet.plugins.filter.monitor import (
+    monitor_edges,
+    monitor_envoys,
+    monitor_mistakes,
+    monitor_nodes,
+)
 
 GOOD: dict[str, Any] = {
     "directory": "/etc/prometheus/stickyring",
@@ -33,6 +38,11 @@ def test_an_edge_is_asked_at_all_its_urls_and_one_without_urls_is_not_watched() 
             "labels": {"instance": "edge1"},
         }
     ]
+
+
+def test_an_edge_without_a_port_for_metrics_has_no_target() -> None:
+    edges = [{"name": "edge1", "urls": [], "metrics": "192.0.2.10:9902"}, {"name": "edge2", "urls": [], "metrics": ""}]
+    assert monitor_envoys(edges) == [{"targets": ["192.0.2.10:9902"], "labels": {"instance": "edge1"}}]
 
 
 @pytest.mark.parametrize(

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import re
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import environment
 import pytest
 import redis
 import redis.exceptions
-from lab_bus import ADDRESSES, ROOMS, SENTINEL, UNIT, LabBus
+from bus_crowd import Crowd, Speaking
+from lab_bus import (
+    ADDRESSES,
+    ROOMS,
+    SENTINEL,
+    UNIT,
+    USERS,
+    LabBus,
+    connect_users,
+    metrics,
+    wait_until,
+    wait_until_all_are_back,
+)
 from stickyring.bus.emitter import BusAwayError, Emitter
 
-PROJECT = Path(__file__).parents[4]
-sys.path.insert(0, str(PROJECT / "app" / "tests"))
-from bus_crowd import Crowd, Speaking  # noqa: E402 - of the application's tests
-
 NODE_UNIT = "stickyring-node@1.service"
-USERS, ROUNDS = (300, 4) if environment.SOAK else (60, 1)
+ROUNDS = 4 if environment.SOAK else 1
 MOST_EXPOSED = 2.0
-BACK_SECONDS = 90 if environment.SOAK else 40
 
 
 @pytest.mark.once("operations")
@@ -176,11 +180,6 @@ def test_it_is_removed_once_no_node_uses_it(fleet: LabBus, play: Any) -> None:
         assert "stickyring" not in fleet.do(host, "systemctl list-units --all 'stickyring-bus*'")
 
 
-def connect_users(javascript: Path, url: str) -> Crowd:
-    """Connects them; one of six is python-socketio's client."""
-    return Crowd(javascript, USERS - USERS // 6, [url], python=USERS // 6)
-
-
 def check_that_nobody_missed_anything(crowd: Crowd, speaking: Speaking) -> None:
     """Ends users who have all lost their connections at least once."""
     history = crowd.end()
@@ -189,36 +188,3 @@ def check_that_nobody_missed_anything(crowd: Crowd, speaking: Speaking) -> None:
     assert history.recovered >= USERS
     assert history.not_recovered <= history.recovered / 1000
     assert history.heard >= speaking.number * USERS
-
-
-def wait_until(condition: Callable[[], object], what: str, seen: Callable[[], object] = lambda: "") -> None:
-    deadline = time.monotonic() + BACK_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {BACK_SECONDS} s: {what} {seen()}"
-        time.sleep(0.2)
-
-
-def wait_until_all_are_back(nodes: list[Any]) -> None:
-    def seen() -> list[tuple[float, float]]:
-        return [*map(metrics, nodes)]
-
-    def are_back() -> bool:
-        users, up = zip(*seen(), strict=True)
-        return sum(users) == USERS and all(up)
-
-    wait_until(are_back, "all users are connected, and all nodes read from the bus", seen)
-
-
-def metrics(node: Any) -> tuple[float, float]:
-    """How many sessions a node has, and whether all its instances read from the bus."""
-    variables, users, up = node.variables, 0.0, 1.0
-    for number in range(int(variables["stickyring_node_instances"])):
-        port = int(variables["stickyring_node_port"]) + number
-        try:
-            with urlopen(f"http://{variables['stickyring_address']}:{port}/metrics", timeout=5) as answer:
-                text = answer.read().decode()
-        except OSError:
-            return 0, 0
-        users += sum(float(found) for found in re.findall(r"^stickyring_connections{.*} (.*)$", text, re.MULTILINE))
-        up = min(up, float(re.findall(r"^stickyring_bus_up (.*)$", text, re.MULTILINE)[0]))
-    return users, up

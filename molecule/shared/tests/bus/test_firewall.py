@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab_bus import ADDRESSES, LabBus
-from test_bus import connect_users, wait_until, wait_until_all_are_back
+from lab_bus import ADDRESSES, LabBus, connect_users, wait_until, wait_until_all_are_back
 
 pytestmark = pytest.mark.once("operations")
 FIREWALL = "playbooks/firewall.yml"

@@ -13,6 +13,7 @@ import pytest
 import testinfra
 
 ADDRESS = "198.51.100.40"
+METRICS_PORT = 9902
 RECEIVER = {"name": "team", "webhook_configs": [{"url": "http://192.0.2.99/a-secret-path"}]}
 ASK = "import sys, urllib.request; sys.stdout.write(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())"
 
@@ -26,7 +27,8 @@ def fleet(inventory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hosts": {"monitor1": {"ansible_host": ADDRESS}},
         "vars": {"stickyring_monitor_alertmanager": {"route": {"receiver": "team"}, "receivers": [RECEIVER]}},
     }
-    (folder / "monitor.json").write_text(json.dumps({"monitor": group}))
+    of_edges = {"vars": {"stickyring_edge_metrics_port": METRICS_PORT}}
+    (folder / "monitor.json").write_text(json.dumps({"monitor": group, "edge": of_edges}))
     return folder
 
 

@@ -6,6 +6,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import environment
@@ -14,7 +15,7 @@ import testinfra
 import yaml
 
 RULES = environment.PROJECT / "roles" / "stickyring_monitor" / "files" / "stickyring.rules.yml"
-ADDRESS = "198.51.100.40"
+ADDRESS, METRICS_PORT = "198.51.100.40", 9902
 PROMETHEUS = "http://127.0.0.1:9090/api/v1"
 ALERTS = "http://127.0.0.1:9093/api/v2/alerts?silenced=false"
 # Two scrapes, the rule's minute, and Prometheus' way to Alertmanager.
@@ -38,14 +39,17 @@ def test_it_is_deployed_after_a_check_and_a_second_run_changes_nothing(play: Any
 
 def test_it_watches_every_instance_and_edge(ask: Any, hosts: Any) -> None:
     targets = ask(f"{PROMETHEUS}/targets?state=active")["data"]["activeTargets"]
-    assert {one["labels"]["instance"]: one["health"] for one in targets} == {
-        **{name: "up" for name, host in hosts.items() if "edge" in host.groups},
-        **{
-            f"{name}-{number}": "up"
-            for name, host in hosts.items()
-            if "nodes" in host.groups
-            for number in range(1, int(host.variables["stickyring_node_instances"]) + 1)
-        },
+    edges = {name for name, host in hosts.items() if "edge" in host.groups}
+    instances = {
+        f"{name}-{number}"
+        for name, host in hosts.items()
+        if "nodes" in host.groups
+        for number in range(1, int(host.variables["stickyring_node_instances"]) + 1)
+    }
+    assert {(one["labels"]["job"], one["labels"]["instance"], one["health"]) for one in targets} == {
+        *(("stickyring_edges", name, "up") for name in edges),
+        *(("stickyring_envoys", name, "up") for name in edges),
+        *(("stickyring_nodes", name, "up") for name in instances),
     }
     probes = ask(f"{PROMETHEUS}/query?query=probe_success")["data"]["result"]
     assert {one["metric"]["instance"] for one in probes if one["value"][1] == "1"} == {
@@ -53,10 +57,23 @@ def test_it_watches_every_instance_and_edge(ask: Any, hosts: Any) -> None:
     }
 
 
-def test_only_users_of_the_host_reach_it(host: testinfra.host.Host) -> None:
+def test_an_edge_has_the_metrics_of_the_rules(ask: Any) -> None:
+    """Otherwise an alert would never fire."""
+    named = set(re.findall(r"\benvoy_\w+(?={)", RULES.read_text()))
+    known = set(ask(f"{PROMETHEUS}/label/__name__/values")["data"])
+    assert len(named) == 6
+    assert named - known == set()
+
+
+def test_only_those_who_may_reach_it_and_the_metrics_of_edges(host: testinfra.host.Host, edge: Any) -> None:
     for port in 9090, 9093, 9094, 9115:
         with pytest.raises(OSError), socket.create_connection((ADDRESS, port), timeout=2):
             pass
+    # Envoy closes connections of all others.
+    with socket.create_connection((edge.variables["stickyring_address"], METRICS_PORT), timeout=2) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: edge\r\n\r\n")
+        with suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
     assert host.file("/etc/prometheus/alertmanager.yml").mode == 0o640
 
 
