@@ -70,14 +70,18 @@ class Admin:
         found = {item["name"]: item["value"] for item in stats if "name" in item}
         return {match[1]: count for name, count in found.items() if (match := re.search(pattern, name)) and count}
 
-    def certificates(self) -> dict[str, datetime]:
-        """The names of each certificate that Envoy serves, in one text, to when it expires."""
+    def certificates(self) -> list[tuple[list[str], datetime]]:
+        """The names of each certificate that Envoy serves, or its serial number, and when it expires; each once."""
         served = [one["cert_chain"][0] for one in self.get("/certs")["certificates"] if one.get("cert_chain")]
-        return {
-            ", ".join(str(name) for one in item.get("subject_alt_names", []) for name in one.values())
-            or f"serial number {item['serial_number']}": datetime.fromisoformat(item["expiration_time"])
+        found = {
+            item["serial_number"]: (
+                [str(name) for one in item.get("subject_alt_names", []) for name in one.values()]
+                or [f"serial number {item['serial_number']}"],
+                datetime.fromisoformat(item["expiration_time"]),
+            )
             for item in served
         }
+        return [*found.values()]
 
     def dump(self) -> Dump:
         """Envoy's running configuration, by the last part of each section's type."""

@@ -26,6 +26,8 @@ POLL_SECONDS = 0.1
 JOURNAL_SECONDS = 3
 HEALTH_SECONDS = 5
 REASON_LENGTH = 500
+STAND_IN = "stand-in.invalid"
+"""The first name of a certificate that the edge has made itself (templates/acme_certificates.sh.j2)."""
 EXPIRES_SOON = timedelta(days=14)
 """Time enough to find out why a certificate was not renewed."""
 
@@ -132,18 +134,21 @@ class Envoy:
         return [line for file in self.files for line in file.health_problems(hosts)]
 
     def expiring(self) -> tuple[list[str], list[str]]:
-        """Certificates that Envoy serves, one sentence each: those that have expired, and those that will soon."""
-        expired: list[str] = []
+        """Certificates that Envoy serves, one sentence each: those that no client takes, and those that expire soon."""
+        invalid: list[str] = []
         soon: list[str] = []
         if not any(file.type == SECRET for file in self.files):
-            return expired, soon
+            return invalid, soon
         now = datetime.now(UTC)
-        for names, end in self.admin.certificates().items():
-            if end <= now:
-                expired.append(f"the certificate for {names} expired on {end:%F}")
+        for names, end in self.admin.certificates():
+            certificate = f"the certificate for {', '.join(name for name in names if name != STAND_IN)}"
+            if STAND_IN in names:
+                invalid.append(f"{certificate} is a stand-in, because the ACME directory has given none yet")
+            elif end <= now:
+                invalid.append(f"{certificate} expired on {end:%F}")
             elif end - now < EXPIRES_SOON:
-                soon.append(f"the certificate for {names} expires on {end:%F}")
-        return expired, soon
+                soon.append(f"{certificate} expires on {end:%F}")
+        return invalid, soon
 
     def prove(self) -> None:
         """Waits until Envoy has loaded the files and its ports are open."""

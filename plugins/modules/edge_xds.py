@@ -108,6 +108,11 @@ options:
     type: list
     elements: path
     default: []
+  unwanted:
+    description: Files and folders that must not exist for RV(in_order).
+    type: list
+    elements: path
+    default: []
   texts:
     description: Further files that must have this text for RV(in_order), by path.
     type: dict
@@ -189,8 +194,8 @@ start_digest:
   description: SHA-256 of O(start_files).
   returned: success
   type: str
-expired:
-  description: Certificates that Envoy serves and that have expired, one sentence each. Warnings name the next ones.
+invalid_certificates:
+  description: Certificates that no client accepts, one sentence each. Warnings name those that expire soon.
   returned: success with V(proven)
   type: list
 forbidden:
@@ -208,8 +213,8 @@ differing:
 in_order:
   description:
     - Whether files, directories, owners and modes are as wanted, O(needed) and O(account) exist, O(texts) are as
-      wanted, and Envoy starts at boot, was started from O(start_files), has loaded the files, and has open ports and,
-      if checked, healthy endpoints.
+      wanted, O(unwanted) do not exist, and Envoy starts at boot, was started from O(start_files), has loaded the files,
+      and has open ports and, if checked, healthy endpoints.
   returned: success with V(compared)
   type: bool
 config_dump:
@@ -306,6 +311,7 @@ class Change:
     def restart_reasons(self) -> list[str]:
         """Why Envoy has to be restarted."""
         reasons = [f"the {name} changes" for name in self.differing]
+        reasons += [f"Envoy may not open port {port} yet" for port in self.forbidden_ports()]
         if not reasons and self.envoy.unit.active() and not self.envoy.unit.up_to_date():
             reasons = ["Envoy's process is older than its files"]
         return reasons
@@ -438,6 +444,8 @@ class Change:
             return False
         if not all(Path(path).is_file() for path in self.module.params["needed"]) or self.changed or self.surplus:
             return False
+        if any(Path(path).exists() for path in self.module.params["unwanted"]):
+            return False
         if any(Path(path).read_text(encoding="utf-8") != text for path, text in self.module.params["texts"].items()):
             return False
         folders = [Path(self.module.params["start_record"]).parent, *self.directory.folders()]
@@ -485,10 +493,10 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         envoy.expect_answer()
         envoy.prove()
         envoy.prove_healthy()
-        expired, soon = envoy.expiring()
+        invalid, soon = envoy.expiring()
         for sentence in soon:
             module.warn(sentence)
-        return result | {"proven": True, "expired": expired}
+        return result | {"proven": True, "invalid_certificates": invalid}
 
     texts = change.texts()
     # Before WebSockets are counted, because users may connect during this wait.
@@ -544,6 +552,7 @@ def main() -> None:
             },
             "start_record": {"type": "path"},
             "needed": {"type": "list", "elements": "path", "default": []},
+            "unwanted": {"type": "list", "elements": "path", "default": []},
             "texts": {"type": "dict", "default": {}},
             "account": {"type": "str"},
             "open_files": {"type": "int", "default": 0},

@@ -53,6 +53,12 @@ def _config_source(directory: str, path: str) -> Data:
     }
 
 
+def _place(item: Data) -> Data:
+    """The socket address of a listener: :: is for both families."""
+    address = item.get("address", "0.0.0.0")
+    return {"address": address, "port_value": int(item["port"]), **({"ipv4_compat": True} if address == "::" else {})}
+
+
 def _listener(item: Data, common: Data) -> Data:
     manager = {
         **common["http_connection_manager"],
@@ -70,14 +76,10 @@ def _listener(item: Data, common: Data) -> Data:
     if "redirect_port" in item:
         # The port that a client has used is not that of https.
         manager["strip_any_host_port"] = True
-    address = item.get("address", "0.0.0.0")
-    place: Data = {"address": address, "port_value": int(item["port"])}
-    if address == "::":
-        place["ipv4_compat"] = True
     return {
         "@type": TYPE + "envoy.config.listener.v3.Listener",
         "name": item["name"],
-        "address": {"socket_address": place},
+        "address": {"socket_address": _place(item)},
         **common["listener"],
         **({"listener_filters": common["proxy_protocol"]} if takes_proxy_protocol(item) else {}),
         "filter_chains": _filter_chains(item, manager, common),
@@ -136,7 +138,7 @@ def _certificate(item: Data, common: Data, pems: dict[str, str]) -> Data:
     """
     certificate: Data
     if "acme" in item["tls"]:
-        folder = f"{common['acme_directory']}/{item['name']}"
+        folder = f"{common['acme_state']}/{item['name']}"
         certificate = {
             "certificate_chain": {"filename": f"{folder}/served/chain.pem"},
             "private_key": {"filename": f"{folder}/served/key.pem"},
@@ -251,22 +253,26 @@ def _metrics_cluster(metrics: Data) -> Data:
 
 
 def _metrics_listener(metrics: Data) -> Data:
-    """Answers GET /metrics to the readers; connections of all others are closed."""
-    readers = [{"direct_remote_ip": prefix} for prefix in metrics["readers"]]
-    asked = {"name": ":method", "string_match": {"exact": "GET"}}
+    """Answers GET /metrics to the readers; connections of all others are closed at once, before a request."""
+    # With a query, which would become a part of the filter, the path is another one.
+    asked = [
+        {"name": name, "string_match": {"exact": text}} for name, text in ((":method", "GET"), (":path", "/metrics"))
+    ]
     route = {
-        "match": {"path": "/metrics", "headers": [asked]},
+        "match": {"prefix": "/", "headers": asked},
         "route": {
             "cluster": METRICS,
             "regex_rewrite": {
                 "pattern": {"regex": ".*"},
-                "substitution": f"/stats/prometheus?filter={quote(METRICS_FILTER)}".replace("\\", r"\\"),
+                "substitution": f"/stats/prometheus?filter={quote(METRICS_FILTER)}",
             },
         },
     }
     manager = {
         "@type": TYPE + "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": METRICS,
+        "common_http_protocol_options": {"idle_timeout": metrics["idle_timeout"]},
+        "request_headers_timeout": metrics["headers_timeout"],
         "route_config": {"name": METRICS, "virtual_hosts": [{"name": METRICS, "domains": ["*"], "routes": [route]}]},
         "http_filters": [
             {
@@ -275,25 +281,16 @@ def _metrics_listener(metrics: Data) -> Data:
             }
         ],
     }
-    rules = {"policies": {"readers": {"permissions": [{"any": True}], "principals": readers}}}
     return {
         "@type": TYPE + "envoy.config.listener.v3.Listener",
         "name": METRICS,
-        "address": {"socket_address": {"address": metrics["address"], "port_value": metrics["port"]}},
+        "address": {"socket_address": _place(metrics)},
+        # Prometheus sees the edge also when users hold all connections.
         "ignore_global_conn_limit": True,
         "filter_chains": [
             {
-                "filters": [
-                    {
-                        "name": "envoy.filters.network.rbac",
-                        "typed_config": {
-                            "@type": TYPE + "envoy.extensions.filters.network.rbac.v3.RBAC",
-                            "stat_prefix": METRICS,
-                            "rules": rules,
-                        },
-                    },
-                    {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager},
-                ]
+                "filter_chain_match": {"direct_source_prefix_ranges": metrics["readers"]},
+                "filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}],
             }
         ],
     }

@@ -33,6 +33,7 @@ OTHER_FIELDS = {"cookie": {"ttl", "path", "attributes"}, "connection_properties"
 TTL = re.compile(r"[0-9]+s")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PING_INTERVAL = 25
+FIRST_FREE_PORT = 1024
 PREFIX = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)+")
 # The path of Socket.IO, unless an application chooses another.
 SOCKET_IO = "socket.io"
@@ -246,9 +247,15 @@ def _metrics_problems(settings: Data) -> list[str]:
     where, readers = "stickyring_edge_metrics_readers", settings.get("stickyring_edge_metrics_readers") or []
     if not isinstance(readers, list):
         return [f"{where} is {readers!r}: give a list, [192.0.2.30] for example."]
+    if 0 < int(settings["stickyring_edge_metrics_port"]) < FIRST_FREE_PORT:
+        return [f"stickyring_edge_metrics_port {settings['stickyring_edge_metrics_port']} is below {FIRST_FREE_PORT}."]
     if int(settings["stickyring_edge_metrics_port"]) and not readers:
         return [f"{where} is empty, and so nobody could read at stickyring_edge_metrics_port: name your Prometheus."]
-    return [f"{where}: {one!r} is no IP address and no network." for one in readers if network(one) is None]
+    return [
+        f"{where}: {one!r} of the group monitor, or named there, is no IP address and no network."
+        for one in readers
+        if network(one) is None
+    ]
 
 
 def _tls_problems(item: Data, pems: dict[str, str]) -> list[str]:

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 from stickyring.node.drain import Drain
 from stickyring.node.master import GRACEFUL_SECONDS
 from stickyring.node.metrics import MoveMetrics
-from stickyring.node.sessions import PATIENCE_SECONDS
+from stickyring.node.sessions import PATIENCE_SECONDS, SETTLING_SECONDS
 
 APPLICATION = """
 import os
@@ -180,6 +180,26 @@ def test_no_acknowledgement_is_lost(node: Any, tmp_path: Path, how: str, seriali
     if how == "drain":
         serve.process.send_signal(signal.SIGTERM)
     assert serve.process.wait(20) == 0
+
+
+def test_a_session_lasts_until_its_client_has_read_what_it_has_polled(node: Any, tmp_path: Path) -> None:
+    """A client polls again once it has. A POST that was refused before that would make it drop the answer unread."""
+    serve, began = node(20), time.monotonic()
+    session = f"{HANDSHAKE}&sid={json.loads(serve.get(HANDSHAKE).read()[1:])['sid']}"
+    assert serve.get(session, None, "POST", '40\x1e421["slow",0]').status == 200
+    while '431["done"]' not in serve.get(session).read().decode():
+        pass
+    wait_until(lambda: time.monotonic() - began > SETTLING_SECONDS, "it is no new session")
+    draining = command(serve, tmp_path, "drain")
+    wait_until(lambda: serve.get("/readyz").status == 503, "it drains")
+    unread = time.monotonic()
+    while time.monotonic() - unread < PATIENCE_SECONDS / 2:
+        assert serve.get(session, None, "POST", '42["mark",1]').status == 200
+        time.sleep(0.1)  # a client that writes now and then
+    assert serve.get(session).status == 410
+    draining.communicate(timeout=20)
+    assert draining.returncode == 0
+    assert time.monotonic() - unread < 2 * PATIENCE_SECONDS, "it does not wait for more"
 
 
 @pytest.mark.parametrize("acknowledged", [True, False], ids=["with acknowledgement", "without"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -38,17 +39,20 @@ def make_key() -> str:
     return private_pem(ec.generate_private_key(ec.SECP256R1()))
 
 
-def make_certificate(folder: Path, days: int = 30) -> Certificate:
-    """A certificate for localhost, valid for so many days from yesterday."""
+def make_certificate(folder: Path, days: int = 30, names: Sequence[str] = (), age: int = 1) -> Certificate:
+    """A certificate for localhost and these names, which began `age` days ago, valid for so many days from then."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    begin = datetime.now(UTC) - timedelta(days=1)
-    certificate = (
+    begin = datetime.now(UTC) - timedelta(days=age)
+    builder = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(min(begin, begin + timedelta(days=days - 1)))
         .not_valid_after(begin + timedelta(days=days))
-        .sign(key, hashes.SHA256())
     )
+    if names:
+        alternatives = x509.SubjectAlternativeName([x509.DNSName(one) for one in names])
+        builder = builder.add_extension(alternatives, critical=False)
+    certificate = builder.sign(key, hashes.SHA256())
     chain = certificate.public_bytes(Encoding.PEM).decode()
     private = private_pem(key)
     (folder / "chain.pem").write_text(chain)

@@ -44,7 +44,7 @@ COMMON: dict[str, Any] = {
     "ring_points_per_weight": 100,
     "listener": {},
     "metrics": {"port": 0},
-    "acme_directory": "/var/lib/acme",
+    "acme_state": "/var/lib/acme",
     "acme_thumbprint": "",
     "tls_context": {"alpn_protocols": ["h2"]},
     "tls_filter_chain": {"transport_socket_connect_timeout": "5s"},
@@ -450,6 +450,8 @@ def check(
     """The problems of these variables; all others have their defaults."""
     settings = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
     settings |= {"stickyring_edge_listeners": listeners, "stickyring_edge_clusters": clusters}
+    # A template.
+    settings |= {"stickyring_edge_metrics_address": "0.0.0.0"}
     settings |= {f"stickyring_edge_{name}": value for name, value in others.items()}
     return " ".join(edge_variables.edge_problems(settings, pems or {}, sha256))
 
@@ -577,19 +579,34 @@ def test_a_duration_is_the_same_for_every_spelling(seconds: float | str, duratio
 def test_metrics_have_a_port_of_their_own_for_those_who_read_them() -> None:
     assert check(metrics_port=9902, metrics_readers=["192.0.2.30", "2001:db8::/64"]) == ""
     assert "stickyring_edge_metrics_readers is empty, and so nobody" in check(metrics_port=9902, metrics_readers=[])
-    assert "stickyring_edge_metrics_readers: 'prometheus' is no IP" in check(metrics_readers=["prometheus"])
-    assert "stickyring_edge_metrics_readers is '192.0.2.30': give a list" in check(metrics_readers="192.0.2.30")
+    port = {"metrics_port": 9902}
+    assert "stickyring_edge_metrics_readers: 'prometheus' of the group monitor" in check(
+        metrics_readers=["prometheus"], **port
+    )
+    assert "stickyring_edge_metrics_readers is '192.0.2.30': give a list" in check(metrics_readers="192.0.2.30", **port)
+    assert "stickyring_edge_metrics_port 902 is below 1024." in check(metrics_readers=["192.0.2.30"], metrics_port=902)
     assert "port 9002 on 0.0.0.0 has two listeners" in check(metrics_port=9002, metrics_readers=["192.0.2.30"])
     assert "listener stickyring-metrics: the name is used twice" in check(
         [LISTENERS[0] | {"name": "stickyring-metrics"}]
     )
 
 
-ACME = LISTENERS[0] | {"tls": {"acme": ["chat.example.com"]}}
+@pytest.mark.parametrize(
+    ("address", "place"),
+    [("0.0.0.0", {"address": "0.0.0.0"}), ("::", {"address": "::", "ipv4_compat": True})],
+)
+def test_metrics_can_be_for_both_families(address: str, place: dict[str, Any]) -> None:
+    metrics = {"port": 9902, "address": address, "readers": [], "admin_socket": "/x", "idle_timeout": "1s"}
+    common = COMMON | {"metrics": metrics | {"headers_timeout": "1s"}}
+    files = edge_resources.edge_files(LISTENERS, CLUSTERS, common, PEMS)
+    assert files["listeners.json"][-1]["address"]["socket_address"] == place | {"port_value": 9902}
+
+
+ACME: dict[str, Any] = LISTENERS[0] | {"tls": {"acme": ["chat.example.com"]}}
 REDIRECT: dict[str, Any] = {"name": "http", "port": 80, "redirect_port": 443}
 
 
-def check_acme(listener: dict[str, Any] = ACME, others: list[dict[str, Any]] | None = None, **settings: object) -> str:
+def check_acme(listener: dict[str, Any] = ACME, others: list[dict[str, Any]] | None = None, **settings: Any) -> str:
     pems = {
         "/account.pem": make_key(),
         "/chain.pem": "no key",

@@ -67,7 +67,7 @@ def edge(folder: Path, certificate: Certificate) -> Iterator[Edge]:
             "stickyring_edge_metrics_address": "127.0.0.1",
             "stickyring_edge_metrics_readers": [PROXY],
             "stickyring_edge_acme_terms_agreed": True,
-            "__stickyring_edge_acme_directory": str(folder / "acme"),
+            "__stickyring_edge_acme_state": str(folder / "acme"),
             "stickyring_edge_clusters": [
                 {"name": "nodes", "endpoints": [{"name": "node", "address": "127.0.0.1", "port": node}]}
             ],
@@ -408,8 +408,10 @@ def test_metrics_are_for_their_readers_and_nothing_else_is_at_their_port(edge: E
     days = int(re.findall(rb"^envoy_server_days_until_first_cert_expiring{} (\d+)$", read, re.MULTILINE)[0])
     assert 0 < days <= 30
     assert len(read) < MOST_METRICS
-    # The control: another address.
+    # The control: another address. It is closed before it asks, so strangers cannot hold connections.
     assert send(edge.ports["metrics"], asked, CLIENT) == b""
+    with socket.create_connection(("127.0.0.1", edge.ports["metrics"]), 5, source_address=(CLIENT, 0)) as silent:
+        assert silent.recv(1) == b""
     for other in (
         "GET /",
         "GET /config_dump",
@@ -421,10 +423,11 @@ def test_metrics_are_for_their_readers_and_nothing_else_is_at_their_port(edge: E
         assert send(edge.ports["metrics"], asked.replace("GET /metrics", other), PROXY).startswith(b"HTTP/1.1 404"), (
             other
         )
-    # A query chooses no other metrics.
-    assert b"envoy_server_live" not in send(
-        edge.ports["metrics"], asked.replace("/metrics", "/metrics?filter=."), PROXY
-    )
+    # A query would widen the filter.
+    for query in ("?filter=.", "?%7C.", "?|."):
+        assert send(edge.ports["metrics"], asked.replace("/metrics", "/metrics" + query), PROXY).startswith(
+            b"HTTP/1.1 4"
+        )
 
 
 def test_a_challenge_of_acme_is_answered_where_everything_else_is_redirected(edge: Edge, folder: Path) -> None:

@@ -162,20 +162,26 @@ def test_new_connections_get_a_new_certificate_and_websockets_stay(edge: Edge, w
     assert all(one.is_open() for one in here)
 
 
-def test_a_certificate_that_expires_soon_is_told(edge: Edge, certificate: Certificate, tmp_path: Path) -> None:
+def test_a_certificate_that_no_client_will_accept_is_reported(
+    edge: Edge, certificate: Certificate, tmp_path: Path
+) -> None:
     def proven(days: int) -> tuple[list[str], list[str]]:
         files, keys = edge.with_certificate(make_certificate(tmp_path, days=days))
         edge.give(files, private_keys=keys)
         result = edge.give(files, private_keys=keys, state="proven")
-        return result["expired"], result.get("warnings", [])
+        return result["invalid_certificates"], result.get("warnings", [])
 
     assert proven(30) == ([], [])
-    expired, soon = proven(10)
-    assert expired == []
-    assert re.fullmatch(r"the certificate for serial number [0-9a-f]+ expires on 20\d\d-\d\d-\d\d", soon[0])
-    expired, soon = proven(0)
-    assert re.fullmatch(r"the certificate for serial number [0-9a-f]+ expired on 20\d\d-\d\d-\d\d", expired[0])
+    invalid, soon = proven(10)
+    assert invalid == []
+    assert re.search(r"the certificate for serial number [0-9a-f]+ expires on 20\d\d-\d\d-\d\d", json.dumps(soon))
+    invalid, soon = proven(0)
+    assert re.fullmatch(r"the certificate for serial number [0-9a-f]+ expired on 20\d\d-\d\d-\d\d", invalid[0])
     assert soon == []
+    files, keys = edge.with_certificate(make_certificate(tmp_path, names=["stand-in.invalid", "chat.example.com"]))
+    edge.give(files, private_keys=keys)
+    (told,) = edge.give(files, private_keys=keys, state="proven")["invalid_certificates"]
+    assert told.startswith("the certificate for chat.example.com is a stand-in, because")
     assert edge.give(edge.files)["proven"]
 
 

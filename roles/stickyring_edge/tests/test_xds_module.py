@@ -659,8 +659,19 @@ def test_a_port_that_the_process_may_not_open_is_told(
     monkeypatch.setattr(unit, "PROC", tmp_path / "proc")
     systemd.start()
     assert run(directory, files, envoy.socket, unit="edge.service", state="compared")["forbidden"] == forbidden
+    # Only a restart helps, which ends open WebSockets.
+    envoy.stats["http.sticky.downstream_cx_upgrades_active"] = 3
+    ends = run(directory, files, envoy.socket, unit="edge.service", _ansible_check_mode=True)["ends"]
+    assert ("Envoy may not open port 443 yet" in ends) == bool(forbidden)
     systemd.show()
     assert run(directory, files, envoy.socket, unit="edge.service", state="compared")["forbidden"] == []
+
+
+def test_a_leftover_is_not_in_order(compare: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    leftover = tmp_path / "leftover"
+    assert compare(unwanted=[str(leftover)])["in_order"]
+    leftover.mkdir()
+    assert not compare(unwanted=[str(leftover)])["in_order"]
 
 
 @pytest.mark.parametrize(("text", "in_order"), [("wanted", True), ("other", False), (None, False)])

@@ -126,7 +126,9 @@ class Session:
         """Whether it can end without losing anything: no acknowledgement, queued packet, upgrade or join is pending."""
         return (
             self.unanswered <= 0
-            and (self.socket.upgraded or self.socket.queue.empty())
+            # What a poll was answered with has arrived when the client polls again. Before that, a POST that meets the
+            # end could be refused first: then clients drop the connection, with the acknowledgement that is in it.
+            and (self.socket.upgraded or (self.socket.queue.empty() and not self._under_way))
             and not self.socket.upgrading
             and self.seconds >= SETTLING_SECONDS
         )
