@@ -579,7 +579,7 @@ def test_a_duration_is_the_same_for_every_spelling(seconds: float | str, duratio
 def test_metrics_have_a_port_of_their_own_for_those_who_read_them() -> None:
     assert check(metrics_port=9902, metrics_readers=["192.0.2.30", "2001:db8::/64"]) == ""
     assert "stickyring_edge_metrics_readers is empty, and so nobody" in check(metrics_port=9902, metrics_readers=[])
-    port = {"metrics_port": 9902}
+    port: dict[str, Any] = {"metrics_port": 9902}
     assert "stickyring_edge_metrics_readers: 'prometheus' of the group monitor" in check(
         metrics_readers=["prometheus"], **port
     )
@@ -612,10 +612,10 @@ def check_acme(listener: dict[str, Any] = ACME, others: list[dict[str, Any]] | N
         "/chain.pem": "no key",
         "/ed25519.pem": private_pem(Ed25519PrivateKey.generate()),
     }
-    settings = {
+    given: dict[str, Any] = {
         f"acme_{name}": value for name, value in {"account_key": "/account.pem", "terms_agreed": True}.items()
     } | {f"acme_{name}": value for name, value in settings.items()}
-    return check([listener, *([REDIRECT] if others is None else others)], pems=pems, **settings)
+    return check([listener, *([REDIRECT] if others is None else others)], pems=pems, **given)
 
 
 def test_certificates_by_acme_have_no_problem() -> None:

@@ -18,6 +18,7 @@ testinfra_hosts = ["ansible://edge?sudo=true"]
 WEBSOCKETS = 200
 RENEWALS = 3
 SERVED_SECONDS = 10
+DIRECTORY = "https://acme.example.test:14000/dir"
 SERVED = "/var/lib/stickyring-edge-acme/public/served"
 UNIT = "stickyring-edge-acme"
 CONNECT, CONNECTED, PING = "40", "40", "2"
@@ -123,7 +124,7 @@ def test_one_that_cannot_be_got_ends_the_run_and_the_former_one_is_served(host: 
     done = deploy_for(fleet.name, "nowhere.example.test", check=False)
     assert done.returncode != 0
     told = " ".join(done.stdout.split())
-    assert "https://acme.example.test:14000/dir has given no certificate for public, and the former one is served" in told
+    assert f"{DIRECTORY} has given no certificate for public, and the former one is served" in told
     assert "nowhere.example.test" in told
     assert serial(fleet) == before
     deploy_for(fleet.name, f"www.{fleet.name}")
