@@ -14,6 +14,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import yaml
 
 PROJECT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
+FLEET = PROJECT / "roles" / "stickyring_monitor" / "files" / "fleet.html"
 RULES = PROJECT / "roles" / "stickyring_monitor" / "files" / "stickyring.rules.yml"
 # No host answers at these addresses, and no task may contact them.
 EDGES: dict[str, dict[str, Any]] = {
@@ -77,11 +79,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files_in(folder: Path) -> dict[str, Any]:
-    return {path.name: yaml.safe_load(path.read_text()) for path in folder.iterdir()}
+    """Name to content, decoded if it is YAML."""
+    return {
+        path.name: path.read_text() if path.suffix == ".html" else yaml.safe_load(path.read_text())
+        for path in folder.iterdir()
+    }
 
 
 def test_targets_and_jobs_are_those_of_the_inventory(home: Path) -> None:
     made = files_in(home / "made")
+    assert made.pop("fleet.html") == FLEET.read_text()
     assert made.pop("stickyring.rules.yml") == yaml.safe_load(RULES.read_text())
     jobs = made.pop("stickyring.scrape.yml")["scrape_configs"]
     assert [job["job_name"] for job in jobs] == ["stickyring_nodes", "stickyring_envoys", "stickyring_edges"]
@@ -194,6 +201,47 @@ def wait_for(question: Callable[[], bool], folder: Path) -> None:
         time.sleep(0.1)
 
 
+class Page(HTMLParser):
+    """By the `id` of an element, its text, or the cells of a table's rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Any] = {}
+        self.name = ""
+        self.cell = False
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if name := dict(attributes).get("id"):
+            self.name = name
+            self.found[name] = [] if tag == "table" else ""
+        rows = self.found.get(self.name)
+        if isinstance(rows, list) and tag == "tr":
+            rows.append([])
+        if isinstance(rows, list) and tag in {"td", "th"}:
+            rows[-1].append("")
+            self.cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.cell &= tag not in {"td", "th"}
+        if tag in {"table", "dd", "p"}:
+            self.name = ""
+
+    def handle_data(self, data: str) -> None:
+        rows = self.found.get(self.name)
+        if isinstance(rows, str):
+            self.found[self.name] = " ".join(f"{rows} {data}".split())
+        elif rows and self.cell:
+            rows[-1][-1] = " ".join(f"{rows[-1][-1]} {data}".split())
+
+
+def console(port: int) -> dict[str, Any]:
+    """What the console of a Prometheus shows."""
+    page = Page()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/consoles/fleet.html", timeout=5) as response:
+        page.feed(response.read().decode())
+    return page.found
+
+
 def test_a_prometheus_with_them_sees_a_node_and_an_edge(tmp_path: Path) -> None:
     """And names what does not answer. The node itself stands for the edge: it answers /healthz too."""
     node, nobody, blackbox, prometheus = free_ports(4)
@@ -230,12 +278,18 @@ def test_a_prometheus_with_them_sees_a_node_and_an_edge(tmp_path: Path) -> None:
         running(
             tmp_path,
             *(PROGRAMS / "prometheus", f"{listen}:{prometheus}", "--config.file=prometheus.yml"),
-            "--storage.tsdb.path=data",
+            *("--storage.tsdb.path=data", "--web.console.templates=."),
         ),
     ):
         wait_for(lambda: values('up{job="stickyring_nodes"}') == {"node1-1": "1", "node2-1": "0"}, tmp_path)
         wait_for(lambda: values("probe_success") == {"edge1": "1", "edge2": "0"}, tmp_path)
         assert values("stickyring_connections_limit") == {"node1-1": "10000"}
+        page = console(prometheus)
+        assert page["sessions"] == "0"
+        assert (page["instances"], page["edges"]) == ("1 of 2", "1 of 2")
+        rows = [row[:4] for row in page["instance_table"][1:]]
+        assert rows == [["node1-1", "up", "0", "-"], ["node2-1", "down", "-", "-"]]
+        assert [row[:2] for row in page["edge_table"][1:]] == [["edge1", "yes"], ["edge2", "no"]]
         loaded = {rule["name"] for group in ask("rules")["groups"] for rule in group["rules"]}
         groups = yaml.safe_load(RULES.read_text())["groups"]
         assert loaded == {rule.get("alert") or rule["record"] for group in groups for rule in group["rules"]}

@@ -22,6 +22,18 @@ PROJECT = Path(__file__).parents[3]
 PROGRAMS = Path(sys.executable).parent
 SOAK = "STICKYRING_SOAK" in os.environ
 """Whether `make soak` runs, which runs every test."""
+CHROMIUM = "/usr/bin/chromium"
+"""Debian's browser, because Playwright's own cannot be downloaded from a package mirror."""
+# No sandbox, because Chromium has none for root. The rest keeps the browser from contacting anything but the page.
+SWITCHES = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 LONGEST_SECONDS = 900
 RUN_VARIABLE = "STICKYRING_TEST_RUN"
 """Tells to which run a process belongs, in its environment."""

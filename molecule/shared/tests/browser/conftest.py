@@ -2,28 +2,16 @@
 
 from collections.abc import Callable, Iterator
 
+import environment
 import pytest
 from playwright.sync_api import Browser, BrowserContext, sync_playwright
-
-# Debian's browser, because Playwright's own cannot be downloaded from a package mirror.
-CHROMIUM = "/usr/bin/chromium"
-# No sandbox, because Chromium has none for root. The rest keeps the browser from contacting anything but the edge.
-SWITCHES = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 # One browser per module: Playwright's event loop runs as long as the browser, and other modules use asyncio.run.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+        chromium = playwright.chromium.launch(executable_path=environment.CHROMIUM, args=environment.SWITCHES)
         yield chromium
         chromium.close()
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,6 +17,7 @@ import testinfra
 
 ADDRESS = "198.51.100.40"
 METRICS_PORT = 9902
+TUNNEL_SECONDS = 10
 RECEIVER = {"name": "team", "webhook_configs": [{"url": "http://192.0.2.99/a-secret-path"}]}
 ASK = "import sys, urllib.request; sys.stdout.write(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())"
 
@@ -42,6 +46,27 @@ def play(fleet: Path, ansible: Any) -> Callable[..., str]:
 def host(fleet: Path) -> testinfra.host.Host:
     """The host that watches, as root."""
     return testinfra.get_host("ansible://monitor1?sudo=true", ansible_inventory=str(fleet))
+
+
+@pytest.fixture
+def tunnel(fleet: Path, ansible: Any) -> Iterator[str]:
+    """The address of Prometheus for a browser on this machine, as docs/operations.md has it."""
+    known = json.loads(ansible("ansible-inventory", "-i", fleet, "--host", "monitor1").stdout)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ["-i", known["ansible_ssh_private_key_file"], *known["ansible_ssh_common_args"].split()]
+    place = f"{known['ansible_user']}@{ADDRESS}"
+    with subprocess.Popen(["ssh", "-N", "-L", f"{port}:127.0.0.1:9090", *options, place]) as process:
+        deadline = time.monotonic() + TUNNEL_SECONDS
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+        process.terminate()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import environment
 import pytest
 import testinfra
 import yaml
+from playwright.sync_api import sync_playwright
 
 RULES = environment.PROJECT / "roles" / "stickyring_monitor" / "files" / "stickyring.rules.yml"
 ADDRESS, METRICS_PORT = "198.51.100.40", 9902
@@ -75,6 +76,31 @@ def test_only_those_who_may_reach_it_and_the_metrics_of_edges(host: testinfra.ho
         with suppress(ConnectionResetError):
             assert connection.recv(1) == b""
     assert host.file("/etc/prometheus/alertmanager.yml").mode == 0o640
+
+
+def test_a_browser_shows_the_fleet_at_a_glance(tunnel: str, hosts: Any) -> None:
+    instances = {
+        f"{name}-{number}"
+        for name, host in hosts.items()
+        if "nodes" in host.groups
+        for number in range(1, int(host.variables["stickyring_node_instances"]) + 1)
+    }
+    edges = {name for name, host in hosts.items() if "edge" in host.groups}
+    complaints: list[str] = []
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=environment.CHROMIUM, args=environment.SWITCHES)
+        for width in 1280, 390:
+            page = chromium.new_page(viewport={"width": width, "height": 900})
+            page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+            page.goto(f"{tunnel}/consoles/fleet.html")
+            for table, names, state in (("edge", edges, "yes"), ("instance", instances, "up")):
+                rows = [row.split("\t")[:2] for row in page.locator(f"#{table}_table tr").all_inner_texts()[1:]]
+                assert {(name.strip(), found.strip()) for name, found in rows} == {(name, state) for name in names}
+            assert page.locator("#alerts").inner_text() == "No alert is firing."
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is as wide as it"
+            page.screenshot(path=environment.PROJECT / ".artifacts" / f"fleet-{width}.png")
+        chromium.close()
+    assert [one for one in complaints if "favicon" not in one] == []
 
 
 @pytest.mark.soak
