@@ -63,6 +63,7 @@ lint-python: .venv/.tools
 
 lint-ansible: .venv/.tools
 	docs/reference.py --check
+	docs/dashboards.py --check
 	yamllint --strict .
 	ansible-lint
 	antsibull-changelog lint
@@ -119,8 +120,9 @@ ifeq ($(origin INSTALL),command line)
 	  .artifacts/stickyring-fleet-$(shell sed -n 's/^version: //p' galaxy.yml).tar.gz
 endif
 
-reference: .venv/.installed ## Write the reference tables and the example inventory from the roles' variables
+reference: .venv/.tools ## Write the reference tables and the example inventory from the roles' variables, and the dashboards
 	docs/reference.py
+	docs/dashboards.py
 
 screenshot: .venv/.tools ## Take docs/demo.png of the running demo
 	@$(call need,chromium:chromium jq:jq)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import time
+import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import environment
 import pytest
@@ -15,6 +19,7 @@ import testinfra
 import yaml
 from playwright.sync_api import sync_playwright
 
+DASHBOARDS = environment.PROJECT / "roles" / "stickyring_monitor" / "files" / "dashboards"
 RULES = environment.PROJECT / "roles" / "stickyring_monitor" / "files" / "stickyring.rules.yml"
 ADDRESS, METRICS_PORT = "198.51.100.40", 9902
 PROMETHEUS = "http://127.0.0.1:9090/api/v1"
@@ -64,6 +69,20 @@ def test_an_edge_has_the_metrics_of_the_rules(ask: Any) -> None:
     known = set(ask(f"{PROMETHEUS}/label/__name__/values")["data"])
     assert len(named) == 6
     assert named - known == set()
+
+
+@pytest.mark.parametrize("dashboard", sorted(DASHBOARDS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_query_of_a_dashboard_returns_data(tunnel: str, dashboard: Path) -> None:
+    panels = json.loads(dashboard.read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    assert len(queries) >= len(panels) > 5
+    empty = []
+    for query in queries:
+        asked = query.replace("$instance", ".+").replace("$__rate_interval", "5m")
+        with urllib.request.urlopen(f"{tunnel}/api/v1/query?query={quote(asked)}", timeout=5) as answer:
+            if not json.load(answer)["data"]["result"]:
+                empty.append(query)
+    assert empty == []
 
 
 def test_only_those_who_may_reach_it_and_the_metrics_of_edges(host: testinfra.host.Host, edge: Any) -> None:
