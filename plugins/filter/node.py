@@ -40,10 +40,12 @@ RANGES = {
     "proving_time": (0, 3600),
     "releases_kept": (2, 1000),
     "max_connections": (1, 2**29),
+    "messages_per_second": (0, 2**31),
+    "bytes_per_second": (0, 2**40),
     "drain_timeout": (0, 86400),
     "limit_nofile": (1024, 2**30),
 }
-BOOLEANS = ("prove", "surge", "keep_surplus")
+BOOLEANS = ("prove", "surge", "keep_surplus", "enforce_limits")
 BUS_URL = r"rediss?(\+sentinel)?://[!-~]+|unix://[!-~]+|"
 VARIABLE = r"[A-Za-z_]\w*"
 SECRET_BYTES = 65536

@@ -64,7 +64,7 @@ def test_help_shows_examples_and_environment() -> None:
     result = CliRunner().invoke(main, ["serve", "--help"])
     assert result.exit_code == 0
     assert "stickyring serve --listen 0.0.0.0:8001 --node-name node1-1" in result.stdout
-    for name in ("LISTEN", "NODE_NAME", "WORKER_CLASS", "MAX_CONNECTIONS", "CONTROL", "LOG_LEVEL"):
+    for name in ("LISTEN", "NODE_NAME", "WORKER_CLASS", "MAX_CONNECTIONS", "ENFORCE_LIMITS", "CONTROL", "LOG_LEVEL"):
         assert f"STICKYRING_{name}" in result.stdout
 
 
@@ -77,6 +77,9 @@ def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.Mo
         "node_name": "node7-1",
         "worker_class": "eventlet",
         "max_connections": 10000,
+        "messages_per_second": 0,
+        "bytes_per_second": 0,
+        "enforce_limits": True,
         "drain_timeout": 30,
         "control_path": None,
         "edges_path": None,

@@ -14,6 +14,7 @@ from urllib.parse import unquote_plus
 import socketio
 
 from stickyring.node.drain import Drain
+from stickyring.node.limits import Allowance, Limits
 from stickyring.node.metrics import LAG_INTERVAL, TRANSPORTS, Engine, EngineMetrics, Packet
 from stickyring.node.packets import HandlerError, body_of, check_packets
 from stickyring.node.sessions import ISSUED_VARIABLE, SESSION_VARIABLE, Session, SessionWebSocket, key_of
@@ -50,12 +51,15 @@ class Gate:
         max_connections: int,
         sessions: dict[str, Session],
         drain: Drain,
+        *,
+        limits: Limits,
     ) -> None:
         self._server = server
         self._metrics = metrics
         self._max_connections = max_connections
         self._sessions = sessions
         self._drain = drain
+        self._limits = limits
         self._engine: Engine = server.eio
         self._measures_lag = False
         self.predecessor: Predecessor | None = None
@@ -92,6 +96,15 @@ class Gate:
     def _invalid_websocket(self, environ: WSGIEnvironment) -> tuple[str, list[tuple[str, str]]] | None:
         """Return status and headers for an invalid handshake of a WebSocket; else None."""
         raise NotImplementedError
+
+    def _allowance(self, sid: str) -> Allowance | None:
+        """Return what the client of a new session may send; None if it has no limit."""
+
+        def note(kind: str) -> None:
+            self._metrics.count_excess(kind)
+            log.info("over the limit", extra={"sid": sid, "limit": kind, "enforced": self._limits.enforced})
+
+        return Allowance(self._limits, note) if self._limits.messages or self._limits.size else None
 
     def _end_who_has_not_joined(self, sid: str) -> None:
         if (session := self._sessions.get(sid)) is not None and not self._has_joined(sid):
@@ -143,8 +156,10 @@ class SocketIOGate(Gate):
         max_connections: int,
         sessions: dict[str, Session],
         drain: Drain,
+        *,
+        limits: Limits,
     ) -> None:
-        super().__init__(server, metrics, max_connections, sessions, drain)
+        super().__init__(server, metrics, max_connections, sessions, drain, limits=limits)
         self._handle_request: WSGIApplication = self._engine.handle_request
         self._engine.handle_request = self._guard
         check_packets(server)
@@ -281,7 +296,12 @@ class SocketIOGate(Gate):
                 polling = None if transport == "websocket" else threading.Lock()
                 socket = engine.sockets[sid]
                 session = Session(
-                    engine, socket, polling=polling, on_failure=metrics.count_failure, await_ping=self._pings.add
+                    engine,
+                    socket,
+                    polling=polling,
+                    on_failure=metrics.count_failure,
+                    allowance=self._allowance(sid),
+                    await_ping=self._pings.add,
                 )
                 session.note(environ)
                 session.stand_in()

@@ -33,6 +33,7 @@ from stickyring.node.takeover import Incumbent, Successor
 if TYPE_CHECKING:
     from stickyring.node.asgi.runtime import AsyncRuntime
     from stickyring.node.drain import Drain
+    from stickyring.node.limits import Limits
     from stickyring.node.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Settings:
     edges: Path | None
     watchdog: float | None
     log_level: str
+    limits: "Limits"
     check: bool = False
 
 
@@ -169,7 +171,9 @@ class Node(BaseApplication):
         edges = Edges(self._settings.edges)
         limit = self._settings.max_connections
         make = self._runtime_class()
-        self._runtime = runtime = make(application, node_name=name, max_connections=limit, edges=edges)
+        self._runtime = runtime = make(
+            application, node_name=name, max_connections=limit, edges=edges, limits=self._settings.limits
+        )
         # Only our worker class has it: others let connections wait.
         worker = self._worker
         runtime.heed(lambda: getattr(worker, "exhausted", False))

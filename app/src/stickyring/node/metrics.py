@@ -17,6 +17,8 @@ from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from stickyring.node.limits import KINDS
+
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
@@ -119,9 +121,9 @@ def node_registry(node_name: str) -> CollectorRegistry:
     return registry
 
 
-FAILURES = ("packet", "too_long", "unread", "unjoined", "handler")
+FAILURES = ("packet", "too_long", "unread", "unjoined", "handler", "flooding")
 """Errors for which a node ends a session: an invalid packet; a body or attachments that are too long; a client that
-does not read; a client that joins no namespace; a connect handler that fails."""
+does not read; a client that joins no namespace; a connect handler that fails; a client that sends more than it may."""
 
 
 DISCONNECTS = {
@@ -191,6 +193,12 @@ class EngineMetrics:
         failed = Counter(
             "stickyring_sessions_failed", "Sessions that the node ended for an error.", ["reason"], registry=registry
         )
+        over = Counter(
+            "stickyring_sessions_over_limit",
+            "Sessions whose client has sent more than the limits, enforced or not.",
+            ["limit"],
+            registry=registry,
+        )
         messages = Counter("stickyring_messages", "Engine.IO messages.", ["transport", "direction"], registry=registry)
         disconnects = Counter("stickyring_disconnects", "Sessions that have ended.", ["reason"], registry=registry)
         self._durations = Histogram(
@@ -210,6 +218,7 @@ class EngineMetrics:
         self.accepted = {transport: accepted.labels(transport) for transport in TRANSPORTS}
         self.received = {transport: messages.labels(transport, "received") for transport in TRANSPORTS}
         self.sent = {transport: messages.labels(transport, "sent") for transport in TRANSPORTS}
+        self._over = {kind: over.labels(kind) for kind in KINDS}
         self._failed = {reason: failed.labels(reason) for reason in FAILURES}
         reasons = ("moved", "failed", *DISCONNECTS.values(), "other")
         self._disconnects = {reason: disconnects.labels(reason) for reason in reasons}
@@ -222,6 +231,10 @@ class EngineMetrics:
     def count_failure(self, reason: str) -> None:
         """Count a session that the node ended for `reason`, one of FAILURES."""
         self._failed[reason].inc()
+
+    def count_excess(self, kind: str) -> None:
+        """Count a session that has exceeded a limit for the first time; `kind` is one of `limits.KINDS`."""
+        self._over[kind].inc()
 
     def count_end(self, session: OpenSession, reason: str = "") -> None:
         """Count a session that has ended; `reason` is the engine's."""

@@ -12,6 +12,7 @@ from stickyring.node.application import Application, try_once
 from stickyring.node.drain import Drain
 from stickyring.node.forwarded import Edges
 from stickyring.node.gate import SocketIOGate, refuse
+from stickyring.node.limits import NO_LIMITS, Limits
 from stickyring.node.metrics import EngineMetrics, MoveMetrics, node_registry
 from stickyring.node.sessions import Session
 from stickyring.node.takeover import ELSEWHERE_HEADER, Predecessor
@@ -40,7 +41,13 @@ class Runtime:
     """
 
     def __init__(
-        self, application: Application, *, node_name: str, max_connections: int, edges: Edges | None = None
+        self,
+        application: Application,
+        *,
+        node_name: str,
+        max_connections: int,
+        edges: Edges | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         self._edges = edges or Edges()
         registry = node_registry(node_name)
@@ -60,7 +67,9 @@ class Runtime:
         )
         self._streams = register_bus(servers, registry)
         self._gates = [
-            SocketIOGate(server, metrics, max_connections, self.sessions, self.drain) for server in servers if metrics
+            SocketIOGate(server, metrics, max_connections, self.sessions, self.drain, limits=limits)
+            for server in servers
+            if metrics
         ]
 
     def is_kept(self, sid: str) -> bool:

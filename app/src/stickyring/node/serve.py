@@ -83,6 +83,32 @@ def default_node_name() -> str:
     help="Most Socket.IO connections; further ones get 503.",
 )
 @click.option(
+    "--messages-per-second",
+    type=click.FloatRange(min=0),
+    default=0,
+    show_default=True,
+    envvar="STICKYRING_MESSAGES_PER_SECOND",
+    show_envvar=True,
+    help="Most messages of one session on average, ten times as many at once; further ones end it. 0 for any number.",
+)
+@click.option(
+    "--bytes-per-second",
+    type=click.FloatRange(min=0),
+    default=0,
+    show_default=True,
+    envvar="STICKYRING_BYTES_PER_SECOND",
+    show_envvar=True,
+    help="The same for the bytes that it sends.",
+)
+@click.option(
+    "--enforce-limits/--count-limits",
+    default=True,
+    show_default=True,
+    envvar="STICKYRING_ENFORCE_LIMITS",
+    show_envvar=True,
+    help="Whether sessions above these two limits are ended, or only counted and logged.",
+)
+@click.option(
     "--drain-timeout",
     type=click.FloatRange(min=0),
     default=30,
@@ -141,6 +167,9 @@ def serve(
     node_name: str,
     worker_class: str,
     max_connections: int,
+    messages_per_second: float,
+    bytes_per_second: float,
+    enforce_limits: bool,
     drain_timeout: float,
     control_path: Path | None,
     edges_path: Path | None,
@@ -173,7 +202,7 @@ def serve(
       stickyring serve --listen 0.0.0.0:8001 --node-name node1-1
       stickyring serve --control /run/stickyring-node/1/control.sock
       stickyring serve --control /run/stickyring-node/1/control.sock --replace
-      stickyring serve chat.server:application --max-connections 20000
+      stickyring serve chat.server:application --max-connections 20000 --messages-per-second 100
       stickyring serve --worker-class asgi chat.main:app
       stickyring serve --check chat.server:application
       STICKYRING_LISTEN='[::1]:8001' stickyring serve 'chat.server:create(debug=False)'
@@ -181,6 +210,7 @@ def serve(
     with needing("node", "gunicorn", "eventlet", "prometheus_client", "pythonjsonlogger"):
         from stickyring.node import logs  # noqa: PLC0415
         from stickyring.node.control_socket import ControlSocket  # noqa: PLC0415
+        from stickyring.node.limits import Limits  # noqa: PLC0415
         from stickyring.node.listener import check_address, listen  # noqa: PLC0415
         from stickyring.node.master import Node, Settings, load_worker_class  # noqa: PLC0415
         from stickyring.node.takeover import Successor  # noqa: PLC0415
@@ -196,6 +226,7 @@ def serve(
         edges_path,
         watchdog,
         log_level,
+        Limits(messages_per_second, bytes_per_second, enforce_limits),
         check,
     )
     logs.configure(log_level, node_name)

@@ -20,9 +20,10 @@ from engineio.exceptions import EngineIOError, QueueEmpty, SocketIsClosedError
 from engineio.packet import NOOP, PING
 from engineio.packet import Packet as EnginePacket
 
+from stickyring.node.limits import Allowance
 from stickyring.node.metrics import Engine, EngineSession, Packet
 from stickyring.node.packets import FROM_CLIENT, TooLongError, body_of, packets_of
-from stickyring.node.websocket import PROTOCOL_ERROR, SOCKET_VARIABLE, Server, WebSocket
+from stickyring.node.websocket import POLICY_VIOLATION, PROTOCOL_ERROR, SOCKET_VARIABLE, Server, WebSocket
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -55,6 +56,8 @@ FAILED = "transport error"
 """The reason that applications get if the node ended the session for an error."""
 PACKETS_AT_ONCE = 16
 """Most packets in an answer to a poll: python-socketio's clients drop the connection if there are more."""
+CLOSING = {"packet": PROTOCOL_ERROR, "too_long": PROTOCOL_ERROR, "flooding": POLICY_VIOLATION}
+"""The status that closes the WebSocket of a session that failed for this."""
 TURN_PACKETS = 64
 """After this many packets of one payload, other green threads run."""
 WAITING_MESSAGES = 64
@@ -79,6 +82,7 @@ class Session:
     - `moved`: the node ended the session to move its user.
     - `failed`: the error for which the node ended it, one of `metrics.FAILURES`; `on_failure` is called with it.
     - `polling`: locked while a poll is answered; None if the session began as a WebSocket.
+    - `allowance`: what its client may send; None for no limit.
     - `await_ping`: called with the session's id to have `ping` called after the ping interval.
     """
 
@@ -95,6 +99,7 @@ class Session:
     failed: str = ""
     on_failure: Callable[[str], None] = lambda reason: None
     polling: "threading.Lock | None" = None
+    allowance: Allowance | None = None
     await_ping: Callable[[str], object] = lambda sid: None
     _theirs: Callable[..., Any] = field(default=lambda **_: None, init=False)  # the engine's close()
     _writing: bool = field(default=False, init=False)  # a green thread writes to the WebSocket what is queued
@@ -274,6 +279,14 @@ class Session:
         self.unanswered += owing
         return True
 
+    def admits(self, messages: int, size: int) -> bool:
+        """Return whether its client may send so many messages and bytes now; if not, the caller ends it."""
+        if self.allowance is None or self.allowance.admits(messages, size):
+            return True
+        if not self.failed:
+            self._note_failure("flooding")
+        return False
+
     def handled(self) -> None:
         """Count an acknowledgement that is queued or sent, or that the application does not give."""
         self.unanswered -= 1
@@ -294,8 +307,9 @@ class Session:
             self.fail("packet", error)
             raise EngineIOError from error
         try:
+            admitted = self.admits(0, int(environ.get("CONTENT_LENGTH") or len(body)))
             for number, packet in enumerate(packets_of(body), start=1):
-                if self.ended or self.refused:
+                if self.ended or self.refused or not (admitted and self.admits(1, 0)):
                     break
                 self.socket.receive(packet)
                 if number % TURN_PACKETS == 0:
@@ -410,8 +424,8 @@ class Session:
 
     def _note_failure(self, reason: str, error: BaseException | None = None) -> None:
         self.failed = reason
-        if self.websocket is not None and reason in {"packet", "too_long"}:
-            self.websocket.blame(PROTOCOL_ERROR)
+        if self.websocket is not None and reason in CLOSING:
+            self.websocket.blame(CLOSING[reason])
         self.on_failure(reason)
         log.debug("failed", extra={"sid": self.socket.sid, "reason": reason, "error": repr(error)})
 
@@ -484,6 +498,9 @@ class SessionWebSocket(WebSocket):
             if not socket.connected or self._upgrades():
                 self._carry()
                 while (packet := self.wait()) is not None:
+                    if not self._session.admits(1, len(packet)):
+                        self._session.fail("flooding")
+                        break
                     socket.receive(EnginePacket(encoded_packet=packet))
                     # A client that only sends has to answer pings too.
                     socket.check_ping_timeout()

@@ -32,6 +32,7 @@ from stickyring.node.gate import (
     parameter,
     transport_label,
 )
+from stickyring.node.limits import Limits
 from stickyring.node.metrics import LAG_INTERVAL, EngineMetrics, Packet
 from stickyring.node.packets import HandlerError, checked_body
 from stickyring.node.sessions import SESSION_VARIABLE, Session
@@ -64,8 +65,10 @@ class AsyncSocketIOGate(Gate):
         max_connections: int,
         sessions: dict[str, Session],
         drain: Drain,
+        *,
+        limits: Limits,
     ) -> None:
-        super().__init__(server, metrics, max_connections, sessions, drain)
+        super().__init__(server, metrics, max_connections, sessions, drain, limits=limits)
         engine = server.eio
         self._handle_request: Callable[[WSGIEnvironment], Awaitable[Answer | str]] = engine.handle_request
         self._translate = engine._async["translate_request"]
@@ -233,7 +236,7 @@ class AsyncSocketIOGate(Gate):
             if answer is None or answer is True:
                 transport = transport_label(environ["QUERY_STRING"])
                 metrics.accepted[transport].inc()
-                session = AsyncSession(engine, engine.sockets[sid], metrics.count_failure)
+                session = AsyncSession(engine, engine.sockets[sid], metrics.count_failure, self._allowance(sid))
                 session.note(environ)
                 session.stand_in()
                 sessions[sid] = environ[SESSION_VARIABLE] = session

@@ -11,6 +11,7 @@ from stickyring.node.application import Application, CannotBeServedError, descri
 from stickyring.node.asgi.gate import AsyncSocketIOGate
 from stickyring.node.drain import Drain
 from stickyring.node.forwarded import CLIENT_VARIABLE, LOOPBACK, SCHEME_VARIABLE, Edges
+from stickyring.node.limits import NO_LIMITS, Limits
 from stickyring.node.metrics import EngineMetrics, MoveMetrics, node_registry
 from stickyring.node.sessions import Session
 from stickyring.node.takeover import ELSEWHERE_HEADER, Predecessor
@@ -29,7 +30,13 @@ class AsyncRuntime:
     """
 
     def __init__(
-        self, application: Application, *, node_name: str, max_connections: int, edges: Edges | None = None
+        self,
+        application: Application,
+        *,
+        node_name: str,
+        max_connections: int,
+        edges: Edges | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         self._edges = edges or Edges()
         self._registry = node_registry(node_name)
@@ -48,7 +55,7 @@ class AsyncRuntime:
         )
         self._streams = register_bus(servers, self._registry)
         self._gates = [
-            AsyncSocketIOGate(server, metrics, max_connections, self.sessions, self.drain)
+            AsyncSocketIOGate(server, metrics, max_connections, self.sessions, self.drain, limits=limits)
             for server in servers
             if metrics
         ]

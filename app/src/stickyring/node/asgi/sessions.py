@@ -15,6 +15,7 @@ from engineio.packet import CLOSE, NOOP, PING
 from engineio.packet import Packet as EnginePacket
 
 from stickyring.node.asgi.websocket import WebSocket
+from stickyring.node.limits import Allowance
 from stickyring.node.metrics import Engine, EngineSession, Packet
 from stickyring.node.packets import FROM_CLIENT, TooLongError, checked_body, packets_of
 from stickyring.node.sessions import (
@@ -60,8 +61,14 @@ class AsyncSession(Session):
         "_tasks",
     )
 
-    def __init__(self, engine: Engine, socket: EngineSession, on_failure: Callable[[str], None]) -> None:
-        super().__init__(engine, socket, on_failure=on_failure)
+    def __init__(
+        self,
+        engine: Engine,
+        socket: EngineSession,
+        on_failure: Callable[[str], None],
+        allowance: Allowance | None = None,
+    ) -> None:
+        super().__init__(engine, socket, on_failure=on_failure, allowance=allowance)
         self._loop = asyncio.get_running_loop()
         self._incoming: deque[tuple[WebSocket, str | bytes | None]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -171,8 +178,9 @@ class AsyncSession(Session):
                 received = await environ["wsgi.input"].read(longest + 1)
             if environ[LOST]:
                 raise ConnectionResetError  # noqa: TRY301 - as those of the body
+            admitted = self.admits(0, len(received))
             for number, packet in enumerate(packets_of(checked_body(environ, received, longest)), start=1):
-                if self.ended or self.refused:
+                if self.ended or self.refused or not (admitted and self.admits(1, 0)):
                     break
                 await self.socket.receive(packet)  # type: ignore[func-returns-value,misc]
                 if number % TURN_PACKETS == 0:
@@ -261,6 +269,8 @@ class AsyncSession(Session):
             self._upgrade(self._applicant, message)
         elif isinstance(message, str) and message[:1] not in FROM_CLIENT:
             await self.end_for("packet")
+        elif not self.admits(1, len(message)):
+            await self.end_for("flooding")
         else:
             await self.socket.receive(EnginePacket(encoded_packet=message))  # type: ignore[func-returns-value,misc]
 
