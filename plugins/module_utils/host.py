@@ -6,8 +6,18 @@ import re
 from pathlib import Path
 
 PROC = Path("/proc")
+CAP_NET_BIND_SERVICE = 1 << 10
+"""With it, a process can listen on ports below FIRST_FREE_PORT."""
 CAP_SYS_RESOURCE = 1 << 24
 """With it, systemd can raise the limit above its own."""
+FIRST_FREE_PORT = 1024
+
+
+def has_capability(process: str, capability: int) -> bool:
+    """Return whether a process, by its id, has one of the capabilities above."""
+    status = (PROC / process / "status").read_text()
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return bool(found and int(found[1], 16) & capability)
 
 
 def namespace_problem() -> str | None:
@@ -23,11 +33,10 @@ def namespace_problem() -> str | None:
 
 def files_problem(variable: str, files: int) -> str | None:
     """Return why a unit with LimitNOFILE=`files` would get fewer, which systemd does not report; or None."""
-    status, limits = PROC / "1/status", PROC / "1/limits"
-    if not (status.is_file() and limits.is_file()):
+    limits = PROC / "1/limits"
+    if not ((PROC / "1/status").is_file() and limits.is_file()):
         return None
-    capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)$", status.read_text(), re.MULTILINE)
     hard = re.search(r"^Max open files\s+\S+\s+([0-9]+)\s", limits.read_text(), re.MULTILINE)
-    if hard is None or files <= int(hard[1]) or (capabilities and int(capabilities[1], 16) & CAP_SYS_RESOURCE):
+    if hard is None or files <= int(hard[1]) or has_capability("1", CAP_SYS_RESOURCE):
         return None
     return f"systemd on this host can give a service at most {hard[1]} open files, but {variable} is {files}: lower it"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.stickyring.fleet.plugins.module_utils.host import PROC
-
-CAP_NET_BIND_SERVICE = 1 << 10
-FIRST_FREE_PORT = 1024
+from ansible_collections.stickyring.fleet.plugins.module_utils.host import (
+    CAP_NET_BIND_SERVICE,
+    FIRST_FREE_PORT,
+    has_capability,
+)
 
 
 class Unit:
@@ -36,11 +36,8 @@ class Unit:
 
     def may_open(self, port: int) -> bool:
         """Whether its process may listen on this port; True if it does not run."""
-        if port >= FIRST_FREE_PORT or not self.active():
-            return True
-        status = (PROC / self.shown["MainPID"] / "status").read_text()
-        capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
-        return bool(capabilities and int(capabilities[1], 16) & CAP_NET_BIND_SERVICE)
+        free = port >= FIRST_FREE_PORT or not self.active()
+        return free or has_capability(self.shown["MainPID"], CAP_NET_BIND_SERVICE)
 
     def enabled(self) -> bool:
         """Whether it starts at boot."""

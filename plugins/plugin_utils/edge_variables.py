@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import PurePath
 from typing import Any
 
+from ansible.module_utils.parsing.convert_bool import boolean
+from ansible_collections.stickyring.fleet.plugins.module_utils.host import FIRST_FREE_PORT
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.addresses import is_address, network
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.certificates import (
     acme_thumbprint,
@@ -33,7 +35,6 @@ OTHER_FIELDS = {"cookie": {"ttl", "path", "attributes"}, "connection_properties"
 TTL = re.compile(r"[0-9]+s")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PING_INTERVAL = 25
-FIRST_FREE_PORT = 1024
 PREFIX = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)+")
 # The path of Socket.IO, unless an application chooses another.
 SOCKET_IO = "socket.io"
@@ -301,7 +302,7 @@ def _acme_problems(settings: Data, pems: dict[str, str]) -> list[str]:
         problems.append(f"stickyring_edge_acme_directory is {directory!r}: give the https URL of the directory.")
     if not re.fullmatch(r"([!-~]+@[!-~]+)?", contact):
         problems.append(f"stickyring_edge_acme_contact is {contact!r}: give an e-mail address, or an empty text.")
-    if agreed.lower() not in {"true", "yes", "on", "1"}:
+    if not boolean(agreed, strict=False):
         problems.append(
             f"stickyring_edge_acme_terms_agreed is {agreed}: read the terms of service of {directory}, and set it to"
             " true."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.stickyring.fleet.plugins.module_utils import admin, host, unit, xds
+from ansible_collections.stickyring.fleet.plugins.module_utils import admin, host, xds
 from ansible_collections.stickyring.fleet.plugins.module_utils.envoy import Envoy
 from fake_envoy import FakeEnvoy, run_module
 
@@ -639,7 +639,7 @@ def test_each_fault_of_the_process_is_not_in_order(
 
 @pytest.mark.parametrize(
     ("capabilities", "port", "forbidden"),
-    [(0, 443, [443]), (0, 1024, []), (unit.CAP_NET_BIND_SERVICE, 443, [])],
+    [(0, 443, [443]), (0, 1024, []), (host.CAP_NET_BIND_SERVICE, 443, [])],
 )
 def test_a_port_that_the_process_may_not_open_is_told(
     directory: Path,
@@ -656,7 +656,7 @@ def test_a_port_that_the_process_may_not_open_is_told(
     process = tmp_path / "proc" / str(os.getpid())
     process.mkdir(parents=True)
     (process / "status").write_text(f"Name:\tenvoy\nCapEff:\t{capabilities:016x}\n")
-    monkeypatch.setattr(unit, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(host, "PROC", tmp_path / "proc")
     systemd.start()
     assert run(directory, files, envoy.socket, unit="edge.service", state="compared")["forbidden"] == forbidden
     # Only a restart helps, which ends open WebSockets.
