@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -18,8 +19,9 @@ import yaml
 
 PROJECT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
-TOKEN = "sesame-4711"
-APPLICATION = """
+# Of this process alone: the control below shows it to all who look at command lines meanwhile.
+TOKEN = f"sesame-{secrets.token_hex(8)}"
+APPLICATION = f"""
 import socketio
 
 server = socketio.Server(async_mode="eventlet")
@@ -27,8 +29,9 @@ inside = socketio.WSGIApp(server)
 
 @server.event
 def connect(sid, environ, auth=None):
-    if environ.get("HTTP_X_LOGIN") != "sesame-4711" and (auth or {}).get("token") != "sesame-4711":
-        raise socketio.exceptions.ConnectionRefusedError(f"bad token {(auth or {}).get('token')}")
+    token = dict(auth or ()).get("token")
+    if "{TOKEN}" not in (environ.get("HTTP_X_LOGIN"), token):
+        raise socketio.exceptions.ConnectionRefusedError("bad token " + str(token))
 
 def application(environ, start_response):
     if environ["PATH_INFO"] == "/health":
