@@ -7,12 +7,18 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
 PROJECT = Path(__file__).parents[1]
+running: set[int] = set()
+"""The process groups of the commands that `play` runs at the moment."""
+ending = threading.Event()
+"""Set by `interrupt`; what is begun after that is interrupted too."""
 JUDGED = ("plugins", "roles", "playbooks", "app/src")
 
 
@@ -36,11 +42,12 @@ def play(
     environment: Mapping[str, str],
     hear: Callable[[str], None],
     log: TextIO | None = None,
+    label: str = "",
 ) -> int:
     """Run a command at the project's root and return its status; its output is shown, and heard, line by line.
 
-    With a log, its errors too, and all is kept there. When this is interrupted, so is the command with all that it has
-    started.
+    With a log, its errors too, and all is kept there. The label stands before each line that is shown. When this is
+    interrupted, so is the command with all that it has started.
     """
     with subprocess.Popen(
         command,
@@ -51,21 +58,35 @@ def play(
         text=True,
         start_new_session=True,
     ) as process:
+        running.add(process.pid)
         try:
+            if ending.is_set():
+                interrupt()
             for line in process.stdout or ():
-                print(line, end="", flush=True)
+                print(f"{label}{line}", end="", flush=True)
                 if log:
-                    print(line, end="", file=log, flush=True)
+                    log.write(line)
+                    log.flush()
                 hear(line)
         except KeyboardInterrupt:
-            os.killpg(process.pid, signal.SIGINT)
+            interrupt()
             # Read to the end: subprocess would wait only a quarter of a second.
             for line in process.stdout or ():
                 if log:
                     log.write(line)
             process.wait()
             raise
+        finally:
+            running.discard(process.pid)
     return process.returncode
+
+
+def interrupt() -> None:
+    """Interrupt the commands that `play` runs, with all that they have started."""
+    ending.set()
+    for group in {*running}:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGINT)
 
 
 def committed() -> str:

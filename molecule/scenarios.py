@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Runs the scenarios, and writes what each suite proves and how long it takes into molecule/README.md.
 
+One that measures runs alone. Then two run at any time, each on a lab of its own: one by itself mostly waits.
+
 Of those that were not run, the table keeps the rows. In a soak (molecule/soak.py) the suites run every test, and the
 README is not changed.
 """
@@ -16,6 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -24,10 +27,16 @@ import longrun
 MOLECULE = Path(__file__).parent
 README = MOLECULE / "README.md"
 ARTIFACTS = MOLECULE.parent / ".artifacts"
-LOG, SUITES = ARTIFACTS / "molecule.log", ARTIFACTS / "suites.jsonl"
-SAME_HOSTS = ("default", "failover", "operations", "scale")
+SUITES = ARTIFACTS / "suites.jsonl"
+ALONE = ("failover",)
+"""Measures for how long users notice a fault: while other scenarios take the processors, that would be longer."""
+SAME_HOSTS = ("default", "scale", "gallery")
 """Scenarios that deploy inventory/lab, on the same hosts; each first brings them to the inventory's state."""
-OTHERS = ("debian12",)
+AFTER = ("debian12",)
+"""On the same lab, with hosts of its own."""
+BESIDE = ("operations",)
+"""On the second lab."""
+EVERY = (*ALONE, *SAME_HOSTS, *AFTER, *BESIDE)
 SLOWEST = 10
 MARKS = ("<!-- The table is written by `make molecule`. -->", "<!-- End of the table. -->")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -68,27 +77,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = (*SAME_HOSTS, *OTHERS)
-    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"{', '.join(known)}; without any, all")
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"{', '.join(EVERY)}; without any, all")
     chosen = parser.parse_args().scenarios
-    if unknown := set(chosen).difference(known):
-        parser.error(f"no scenario: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if unknown := set(chosen).difference(EVERY):
+        parser.error(f"no scenario: {', '.join(sorted(unknown))}; there are {', '.join(EVERY)}")
     longrun.heed_interrupts()
     ARTIFACTS.mkdir(exist_ok=True)
     SUITES.unlink(missing_ok=True)
-    rows: list[Row] = []
-    with LOG.open("w") as log:
-        every = [["test", "--shared-state", *named(SAME_HOSTS)], ["test", *named(OTHERS)]]
-        # A demo may be running on these hosts.
-        for command in [["destroy", *named(["default"])], *([["test", *named([one])] for one in chosen] or every)]:
-            status, found = play(["molecule", *command], log)
-            rows += found if command[0] == "test" else []
-            if status:
-                print("\n==> What failed:", *failures(LOG.read_text().splitlines()), sep="\n")
-                sys.exit(status)
+    first = Lab("first", [["test", "--shared-state", *named(SAME_HOSTS)], ["test", *named(AFTER)]])
+    second = Lab("second", [["test", *named(BESIDE)]])
+    # A demo may be running on these hosts.
+    alone = Lab("only", [["destroy", *named(["default"])], *(["test", *named([one])] for one in chosen or ALONE)])
+    try:
+        rows = play_side_by_side([alone])
+        rows += [] if chosen else play_side_by_side([first, second])
+    except Failed as failed:
+        print("\n==> What failed:", *failures(failed.log.read_text().splitlines()), sep="\n")
+        sys.exit(failed.status)
     tests = [json.loads(line) for line in SUITES.read_text().splitlines()]
     if "STICKYRING_SOAK" not in os.environ:
-        write(rows + [suite_row(one) for one in tests], chosen or known)
+        write(rows + [suite_row(one) for one in tests], chosen or EVERY)
     slowest = sorted((step for one in tests for step in one["steps"]), key=lambda step: -step[1])[:SLOWEST]
     print(f"\n==> The slowest {SLOWEST} tests, with their shared fixtures:")
     print(*(f"{seconds:6.1f} s  {name}" for name, seconds in slowest), sep="\n")
@@ -99,7 +107,57 @@ def named(scenarios: Iterable[str]) -> list[str]:
     return [word for scenario in scenarios for word in ("--scenario-name", scenario)]
 
 
-def play(command: list[str], log: TextIO) -> tuple[int, list[Row]]:
+class Failed(Exception):
+    """A command has ended with this status; its words are in the log."""
+
+    def __init__(self, status: int, log: Path) -> None:
+        super().__init__(status)
+        self.status, self.log = status, log
+
+
+class Lab(NamedTuple):
+    """Commands of Molecule for one lab, one after the other."""
+
+    name: str
+    commands: list[list[str]]
+
+    def play(self) -> list[Row]:
+        """Run them and return their rows.
+
+        Raises:
+            Failed: one has failed, or was interrupted; no further one is run.
+        """
+        rows: list[Row] = []
+        path = ARTIFACTS / f"molecule-{self.name}.log"
+        with path.open("w") as log:
+            for command in self.commands:
+                status, found = play(["molecule", *command], log, f"{self.name} lab | ")
+                rows += found if command[0] == "test" else []
+                if status:
+                    raise Failed(status, path)
+        return rows
+
+
+def play_side_by_side(labs: Sequence[Lab]) -> list[Row]:
+    """Run the commands of all labs at the same time; return their rows.
+
+    Raises:
+        Failed: one has failed, and those on the other labs have been interrupted.
+    """
+    rows: list[Row] = []
+    with ThreadPoolExecutor() as pool:
+        begun = [pool.submit(lab.play) for lab in labs]
+        try:
+            for ended in as_completed(begun):
+                rows += ended.result()
+        except (Failed, KeyboardInterrupt):
+            longrun.ignore_interrupts()
+            longrun.interrupt()
+            raise
+    return rows
+
+
+def play(command: list[str], log: TextIO, label: str) -> tuple[int, list[Row]]:
     """Run a command, show and log its output; return its status, and a row for each action but the suites."""
     rows: list[Row] = []
     began = time.monotonic()
@@ -113,7 +171,7 @@ def play(command: list[str], log: TextIO) -> tuple[int, list[Row]]:
         elif (does := WHAT_ACTIONS_DO.get(found["action"])) is not None:
             rows.append(Row(found["scenario"], found["action"], does, 0, time.monotonic() - began))
 
-    return longrun.play(command, {"COLUMNS": "200"}, hear, log), rows
+    return longrun.play(command, {"COLUMNS": "200"}, hear, log, label), rows
 
 
 def suite_row(suite: dict[str, Any]) -> Row:
@@ -147,13 +205,12 @@ def write(rows: list[Row], ran: Sequence[str]) -> None:
     """Write the table between its marks in the README; scenarios that were not run keep their rows."""
     before, _, rest = README.read_text().partition(MARKS[0])
     written, _, after = rest.partition(MARKS[1])
-    order = [*SAME_HOSTS, *OTHERS]
     for line in written.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if cells[0] in order and cells[0] not in ran:
+        if cells[0] in EVERY and cells[0] not in ran:
             rows.append(Row(cells[0], cells[1], cells[2], int(cells[3] or 0), float(cells[4])))
     table = ["| scenario | step or suite | what it proves | tests | seconds |", "|---|---|---|---|---|"]
-    for row in sorted(rows, key=lambda row: order.index(row.scenario)):
+    for row in sorted(rows, key=lambda row: EVERY.index(row.scenario)):
         table.append(f"| {row.scenario} | {row.step} | {row.proves} | {row.tests or ''} | {row.seconds:.0f} |")
     table.append(f"| all | | | {sum(row.tests for row in rows)} | {sum(row.seconds for row in rows):.0f} |")
     README.write_text("\n".join([before + MARKS[0], "", *table, "", MARKS[1]]) + after)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import longrun
 from longrun import JUDGED, git
-from scenarios import OTHERS, SAME_HOSTS
+from scenarios import EVERY
 
 PROJECT = Path(__file__).parents[1]
 REPORT = PROJECT / "docs" / "soak.md"
@@ -101,7 +101,7 @@ def steps(operations: int, hours: float) -> list[Step]:
     hold = f"stickyring probe {url} --ids {SESSIONS} --connections 1 --transport websocket --hold {hours * 3600:.0f}"
     chaos = f"molecule/chaos.py --operations {operations} --seed"
     return [
-        *(Step("every test of a scenario", f"molecule/scenarios.py {one}") for one in (*SAME_HOSTS, *OTHERS)),
+        *(Step("every test of a scenario", f"molecule/scenarios.py {one}") for one in EVERY),
         Step("hosts", "ansible-playbook molecule/shared/create.yml", prepares=True),
         Step("deployed to them", "ansible-playbook site.yml", prepares=True),
         *(Step("chaos", f"{chaos} {seed}") for seed in SEEDS),

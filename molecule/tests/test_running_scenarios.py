@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,12 +16,19 @@ import yaml
 MOLECULE = Path(__file__).parents[1]
 STUB = """#!/bin/sh
 echo "$@" >> commands
-case "$1" in destroy) exit 0 ;; esac
+case "$1 $*" in
+  destroy* | *failover*) exit 0 ;;
+  *operations*)
+    [ -n "$OTHER" ] || exit 0
+    trap 'echo interrupted >> commands; exit 1' INT
+    touch begun
+    while sleep 0.1; do :; done ;;
+esac
 printf 'INFO     \\033[32mdefault\\033[0m ➜ create: Executing\\n'
 printf 'INFO     default ➜ create: Executed: Successful\\n'
 steps='["test_a.py::test_x", 2.0], ["test_a.py::test_y", 0.5]'
 echo '{"scenario": "default", "suite": "nodes", "seconds": 2.5, "steps": ['"$steps"']}' >> .artifacts/suites.jsonl
-[ -z "$FAILS" ] || { cat failure; exit 2; }
+[ -z "$FAILS" ] || { while [ ! -e begun ]; do sleep 0.1; done; cat failure; exit 2; }
 """
 
 
@@ -52,7 +60,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name, path in (("MOLECULE", "molecule"), ("README", "molecule/README.md"), ("ARTIFACTS", ".artifacts")):
         monkeypatch.setattr(module, name, tmp_path / path)
     monkeypatch.setattr(module.longrun, "PROJECT", tmp_path)
-    monkeypatch.setattr(module, "LOG", tmp_path / ".artifacts" / "molecule.log")
+    monkeypatch.setattr(module.longrun, "ending", threading.Event())
     monkeypatch.setattr(module, "SUITES", tmp_path / ".artifacts" / "suites.jsonl")
     (tmp_path / "molecule" / "shared" / "tests" / "nodes").mkdir(parents=True)
     (tmp_path / "molecule" / "shared" / "tests" / "nodes" / "test_a.py").write_text('"""Nodes serve.\n\nMore."""\n')
@@ -63,7 +71,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     stub.write_text(STUB)
     stub.chmod(0o755)
     monkeypatch.setenv("PATH", f"{stub.parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("FAILS", "")
+    for name in ("FAILS", "OTHER"):
+        monkeypatch.setenv(name, "")
     monkeypatch.setattr("sys.argv", ["scenarios.py"])
     return module
 
@@ -110,7 +119,7 @@ def test_an_unknown_scenario_is_refused(
         program.main()
     assert ended.value.code == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.endswith("no scenario: nodes; there are default, failover, operations, scale, debian12")
+    assert told.endswith("no scenario: nodes; there are failover, default, scale, gallery, debian12, operations")
     assert not (tmp_path / "commands").exists()
 
 
@@ -118,6 +127,7 @@ def test_a_failure_ends_it_and_is_shown_last(
     program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FAILS", "1")
+    monkeypatch.setenv("OTHER", "runs until it is interrupted")
     (tmp_path / "failure").write_text(FAILURE)
     with pytest.raises(SystemExit) as ended:
         program.main()
@@ -131,6 +141,7 @@ def test_a_failure_ends_it_and_is_shown_last(
         "stderr: no such network",
     ]
     assert "old" in (tmp_path / "molecule" / "README.md").read_text()
+    assert (tmp_path / "commands").read_text().splitlines()[-1] == "interrupted"
 
 
 @pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN], ids=["heeded", "ignored"])
@@ -152,6 +163,7 @@ def test_what_it_has_started_ends_with_it(
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGINT, interrupts)
     monkeypatch.setattr("builtins.print", ask_to_end)
+    monkeypatch.setattr("sys.argv", ["scenarios.py", "default"])
     try:
         with pytest.raises(KeyboardInterrupt):
             program.main()
@@ -159,13 +171,11 @@ def test_what_it_has_started_ends_with_it(
         for number, handler in before.items():
             signal.signal(number, handler)
     assert (tmp_path / "ended").exists()
-    assert "50000" in program.LOG.read_text(), "more than a pipe holds"
+    assert "50000" in (program.ARTIFACTS / "molecule-only.log").read_text(), "more than a pipe holds"
 
 
 def test_every_scenario_is_run_once(program: ModuleType) -> None:
-    assert sorted([*program.SAME_HOSTS, *program.OTHERS]) == sorted(
-        file.parent.name for file in MOLECULE.glob("*/molecule.yml")
-    )
+    assert sorted(program.EVERY) == sorted(file.parent.name for file in MOLECULE.glob("*/molecule.yml"))
 
 
 def test_those_that_share_hosts_deploy_the_same_inventory(program: ModuleType) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from stickyring.tools.probe import targets
-from stickyring.tools.probe.targets import LAB_BRIDGE, NothingListensError, TargetError, is_ours, judge, parse
+from stickyring.tools.probe.targets import NothingListensError, TargetError, is_ours, judge, parse
 
 ROUTES: dict[str, dict[str, Any]] = {
-    "198.51.100.11": {"dst": "198.51.100.11", "dev": LAB_BRIDGE, "prefsrc": "198.51.100.1"},
-    "198.51.100.99": {"dst": "198.51.100.99", "dev": LAB_BRIDGE, "gateway": "198.51.100.11"},
+    "198.51.100.11": {"dst": "198.51.100.11", "dev": "stickyring0", "prefsrc": "198.51.100.1"},
+    "198.51.100.99": {"dst": "198.51.100.99", "dev": "stickyring0", "gateway": "198.51.100.11"},
+    "198.51.100.139": {"dst": "198.51.100.139", "dev": "stickyring1", "prefsrc": "198.51.100.129"},
+    "198.51.100.140": {"dst": "198.51.100.140", "dev": "stickyring0.7", "prefsrc": "198.51.100.129"},
     "192.0.2.7": {"dst": "192.0.2.7", "dev": "eth0", "gateway": "192.0.2.1"},
 }
 
@@ -32,6 +34,8 @@ def port() -> Iterator[int]:
         ("127.8.9.10", True),
         ("::1", True),
         ("198.51.100.11", True),
+        ("198.51.100.139", True),
+        ("198.51.100.140", False),
         ("198.51.100.99", False),
         ("192.0.2.7", False),
         ("203.0.113.5", False),

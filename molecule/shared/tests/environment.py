@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
+
+import yaml
 
 ADMIN_SOCKET = "/run/stickyring-edge/admin.sock"
 PROJECT = Path(__file__).parents[3]
@@ -39,6 +42,12 @@ RUN_VARIABLE = "STICKYRING_TEST_RUN"
 """Tells to which run a process belongs, in its environment."""
 GONE_SECONDS = 30
 THERE_SECONDS = 30
+
+
+def lab_address(inventory: Path, number: int) -> str:
+    """The address with this number in the lab of an inventory, whose first edge has the tenth."""
+    hosts = yaml.safe_load((inventory / "hosts.yml").read_text())
+    return str(ipaddress.ip_address(hosts["edge"]["hosts"]["edge1"]["ansible_host"]) - 10 + number)
 
 
 def wait_until_gone(address: str) -> None:

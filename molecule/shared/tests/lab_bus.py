@@ -23,7 +23,8 @@ from bus_crowd import Crowd  # of the application's tests
 
 USERS = 300 if environment.SOAK else 60
 BACK_SECONDS = 90 if environment.SOAK else 40
-ADDRESSES = {"bus1": "198.51.100.30", "bus2": "198.51.100.31", "bus3": "198.51.100.32"}
+NUMBERS = {"bus1": 30, "bus2": 31, "bus3": 32}
+"""Of their addresses in the lab."""
 PASSWORDS = {
     "nodes": "of-the-nodes-of-the-lab",
     "emitter": "of-the-workers-of-the-lab",
@@ -44,6 +45,7 @@ class LabBus:
         self.inventory = folder
         self._hosts: list[str] = []
         self._passwords, self._accepted = PASSWORDS, OTHER_PASSWORDS
+        self.addresses = {name: environment.lab_address(inventory, number) for name, number in NUMBERS.items()}
         shutil.copytree(inventory, folder)
 
     def do(self, name: str, command: str) -> str:
@@ -57,7 +59,7 @@ class LabBus:
         if [*hosts] != self._hosts and len(hosts) > 1:
             self._make_certificates(hosts)
         self._hosts = [*hosts]
-        group: dict[str, Any] = {"hosts": {name: {"ansible_host": ADDRESSES[name]} for name in hosts}}
+        group: dict[str, Any] = {"hosts": {name: {"ansible_host": self.addresses[name]} for name in hosts}}
         if len(hosts) > 1:
             own = f"{self.inventory}/certs/{{{{ inventory_hostname }}}}"
             tls = {"certificate": f"{own}.pem", "key": f"{own}.key", "ca": f"{self.inventory}/certs/ca.pem"}
@@ -85,7 +87,7 @@ class LabBus:
         signing = ("-addext", "keyUsage=critical,keyCertSign")
         openssl("req", "-x509", *KEY, "-subj", "/CN=ca", *signing, "-keyout", "ca.key", "-out", "ca.pem")
         for name in hosts:
-            names = ("-subj", f"/CN={name}", "-addext", f"subjectAltName=IP:{ADDRESSES[name]}")
+            names = ("-subj", f"/CN={name}", "-addext", f"subjectAltName=IP:{self.addresses[name]}")
             openssl("req", *KEY, *names, "-keyout", f"{name}.key", "-out", f"{name}.csr")
             signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-copy_extensions", "copy")
             openssl("x509", "-req", *signed, "-in", f"{name}.csr", "-out", f"{name}.pem")
@@ -94,8 +96,8 @@ class LabBus:
         """What an account of the bus connects to."""
         login = f"{account}:{self._passwords[account]}"
         if len(self._hosts) == 1:
-            return f"redis://{login}@{ADDRESSES[self._hosts[0]]}:6379/0"
-        sentinels = ",".join(f"{ADDRESSES[name]}:26379" for name in self._hosts)
+            return f"redis://{login}@{self.addresses[self._hosts[0]]}:6379/0"
+        sentinels = ",".join(f"{self.addresses[name]}:26379" for name in self._hosts)
         return f"rediss+sentinel://{login}@{sentinels}/0/stickyring?ssl_ca_certs={self.inventory}/certs/ca.pem"
 
     def client(self, account: str) -> Any:
@@ -108,7 +110,7 @@ class LabBus:
             found = self.client("nodes").connection_pool.get_master_address()[0]
         except redis.sentinel.MasterNotFoundError:
             return None
-        return next(name for name, address in ADDRESSES.items() if address == found)
+        return next(name for name, address in self.addresses.items() if address == found)
 
     # Faults. `wait` waits for a condition.
 

@@ -15,7 +15,6 @@ import redis
 import redis.exceptions
 from bus_crowd import Crowd, Speaking
 from lab_bus import (
-    ADDRESSES,
     ROOMS,
     SENTINEL,
     UNIT,
@@ -137,10 +136,10 @@ def test_events_outlive_a_power_cut_of_all_and_an_empty_disk_of_the_primary(flee
     stream = "stickyring:events"
     before, primary = len(fleet.client("nodes").xrange(stream)), fleet.primary()
     assert before
-    for host in ADDRESSES:
+    for host in fleet.addresses:
         fleet.do(host, f"systemctl kill --signal=KILL {SENTINEL} {UNIT}; systemctl stop {SENTINEL} {UNIT}")
     fleet.do(primary, "rm -r /var/lib/stickyring-bus /var/lib/stickyring-bus-sentinel")
-    for host in sorted(ADDRESSES, key=lambda name: name != primary):
+    for host in sorted(fleet.addresses, key=lambda name: name != primary):
         fleet.do(host, f"systemctl start --no-block {SENTINEL} {UNIT}")
 
     def is_served() -> bool:
@@ -175,7 +174,7 @@ def test_users_miss_nothing_while_a_host_of_it_is_replaced_and_all_passwords_cha
 def test_it_is_removed_once_no_node_uses_it(fleet: LabBus, play: Any) -> None:
     unused = ("-e", "stickyring_node_bus_url=")
     play("site.yml", *unused)
-    for host in ADDRESSES:
+    for host in fleet.addresses:
         play("playbooks/remove_bus.yml", "-e", f"stickyring_bus={host}", *unused)
         assert "stickyring" not in fleet.do(host, "systemctl list-units --all 'stickyring-bus*'")
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import environment
 import pytest
-from lab_bus import ADDRESSES, LabBus, connect_users, wait_until, wait_until_all_are_back
+from lab_bus import LabBus, connect_users, wait_until, wait_until_all_are_back
 
 pytestmark = pytest.mark.once("operations")
 FIREWALL = "playbooks/firewall.yml"
@@ -20,19 +21,17 @@ LIMITED = ("--limit", "node1")
 RULES = "nft list table inet stickyring"
 OTHERS = "inet of_others"
 """A table that is not ours."""
-ELSEWHERE = "198.51.100.99"
-"""Another address of the edge, which the inventory does not know."""
 
 
 @pytest.fixture(scope="module")
-def doors(nodes: list[Any]) -> list[tuple[str, int]]:
+def doors(fleet: LabBus, nodes: list[Any]) -> list[tuple[str, int]]:
     """The addresses and ports that only some hosts may reach."""
     of_nodes = [
         (node.variables["stickyring_address"], int(node.variables["stickyring_node_port"]) + number)
         for node in nodes
         for number in range(int(node.variables["stickyring_node_instances"]))
     ]
-    return [*of_nodes, *((address, port) for address in ADDRESSES.values() for port in (6379, 26379))]
+    return [*of_nodes, *((address, port) for address in fleet.addresses.values() for port in (6379, 26379))]
 
 
 def reached(doors: list[tuple[str, int]]) -> list[tuple[str, int]]:
@@ -91,17 +90,18 @@ def test_a_run_that_was_killed_before_the_rules_were_kept_is_completed(
 
 
 @pytest.fixture
-def from_elsewhere(fleet: LabBus, edge: Any, doors: list[tuple[str, int]]) -> Iterator[None]:
-    """The edge's packets to the first node come from another address, as behind some routers."""
+def elsewhere(fleet: LabBus, edge: Any, doors: list[tuple[str, int]]) -> Iterator[str]:
+    """The address that the edge's packets to the first node come from: not its own, as behind some routers."""
     (address, _), *_ = doors
+    elsewhere = environment.lab_address(fleet.inventory, 99)
     link = fleet.do(edge.name, f"ip -o route get {address}").split("dev ")[1].split()[0]
-    fleet.do(edge.name, f"ip address add {ELSEWHERE}/32 dev {link}; ip route add {address} dev {link} src {ELSEWHERE}")
+    fleet.do(edge.name, f"ip address add {elsewhere}/32 dev {link}; ip route add {address} dev {link} src {elsewhere}")
     yield
-    fleet.do(edge.name, f"ip route del {address}; ip address del {ELSEWHERE}/32 dev {link}")
+    fleet.do(edge.name, f"ip route del {address}; ip address del {elsewhere}/32 dev {link}")
 
 
 def test_rules_that_shut_out_an_edge_are_undone_also_if_it_is_not_part_of_the_run(
-    fleet: LabBus, play: Any, edge: Any, doors: list[tuple[str, int]], from_elsewhere: None
+    fleet: LabBus, play: Any, edge: Any, doors: list[tuple[str, int]], elsewhere: str
 ) -> None:
     changed = (*ON, *LIMITED, "-e", f"stickyring_firewall_trial_seconds={TRIAL_SECONDS}")
     other = "{stickyring_firewall_admitted: [192.0.2.77]}"
@@ -109,7 +109,7 @@ def test_rules_that_shut_out_an_edge_are_undone_also_if_it_is_not_part_of_the_ru
     assert f"{edge.name} does not reach node1 with the new rules, so they are undone within {TRIAL_SECONDS} s" in told
     assert "192.0.2.77" in fleet.do("node1", RULES)
     wait_until(lambda: "192.0.2.77" not in fleet.do("node1", RULES), "the rules are undone")
-    play(FIREWALL, *changed, "-e", f"{{stickyring_firewall_admitted: [{ELSEWHERE}]}}")
+    play(FIREWALL, *changed, "-e", f"{{stickyring_firewall_admitted: [{elsewhere}]}}")
     assert reached(doors[:1]) == []
     assert reaches(fleet, edge.name, doors[0])
 

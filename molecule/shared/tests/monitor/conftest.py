@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import environment
 import pytest
 import testinfra
 
-ADDRESS = "198.51.100.40"
 METRICS_PORT = 9902
 TUNNEL_SECONDS = 10
 RECEIVER = {"name": "team", "webhook_configs": [{"url": "http://192.0.2.99/a-secret-path"}]}
@@ -28,7 +28,7 @@ def fleet(inventory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("monitor") / "inventory"
     shutil.copytree(inventory, folder)
     group = {
-        "hosts": {"monitor1": {"ansible_host": ADDRESS}},
+        "hosts": {"monitor1": {"ansible_host": environment.lab_address(inventory, 40)}},
         "vars": {"stickyring_monitor_alertmanager": {"route": {"receiver": "team"}, "receivers": [RECEIVER]}},
     }
     of_edges = {"vars": {"stickyring_edge_metrics_port": METRICS_PORT}}
@@ -55,7 +55,7 @@ def tunnel(fleet: Path, ansible: Any) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     options = ["-i", known["ansible_ssh_private_key_file"], *known["ansible_ssh_common_args"].split()]
-    place = f"{known['ansible_user']}@{ADDRESS}"
+    place = f"{known['ansible_user']}@{known['ansible_host']}"
     with subprocess.Popen(["ssh", "-N", "-L", f"{port}:127.0.0.1:9090", *options, place]) as process:
         deadline = time.monotonic() + TUNNEL_SECONDS
         while True:

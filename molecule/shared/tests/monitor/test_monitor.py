@@ -21,7 +21,7 @@ from playwright.sync_api import ConsoleMessage, sync_playwright
 
 DASHBOARDS = environment.PROJECT / "roles" / "stickyring_monitor" / "files" / "dashboards"
 RULES = environment.PROJECT / "roles" / "stickyring_monitor" / "files" / "stickyring.rules.yml"
-ADDRESS, METRICS_PORT = "198.51.100.40", 9902
+METRICS_PORT = 9902
 PROMETHEUS = "http://127.0.0.1:9090/api/v1"
 ALERTS = "http://127.0.0.1:9093/api/v2/alerts?silenced=false"
 # Two scrapes, the rule's minute, and Prometheus' way to Alertmanager.
@@ -90,9 +90,12 @@ def test_every_query_of_a_dashboard_returns_data(tunnel: str, dashboard: Path) -
     wait_for(lambda: empty() == [], 60)
 
 
-def test_only_those_who_may_reach_it_and_the_metrics_of_edges(host: testinfra.host.Host, edge: Any) -> None:
+def test_only_those_who_may_reach_it_and_the_metrics_of_edges(
+    host: testinfra.host.Host, fleet: Path, edge: Any
+) -> None:
+    address = environment.lab_address(fleet, 40)
     for port in 9090, 9093, 9094, 9115:
-        with pytest.raises(OSError), socket.create_connection((ADDRESS, port), timeout=2):
+        with pytest.raises(OSError), socket.create_connection((address, port), timeout=2):
             pass
     # Envoy closes connections of all others.
     with socket.create_connection((edge.variables["stickyring_address"], METRICS_PORT), timeout=2) as connection:

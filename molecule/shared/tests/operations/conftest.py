@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import environment
 import pytest
 from residents import Residents
 
 SETTLED_SECONDS = 60
-NAMESPACE = Path("/run/stickyring-lab/mount")
-PODMAN = [*(["nsenter", f"--mount={NAMESPACE}"] if NAMESPACE.exists() else []), "podman", "--cgroup-manager=cgroupfs"]
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +35,14 @@ def run(inventory: Path, ansible: Any) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def nowhere(inventory: Path, tmp_path: Path) -> str:
+    """An inventory with the edge `edge9`, at an address that no host has."""
+    address = environment.lab_address(inventory, 99)
+    (tmp_path / "hosts.yml").write_text(f"edge: {{hosts: {{edge9: {{ansible_host: {address}}}}}}}\n")
+    return str(tmp_path)
+
+
+@pytest.fixture
 def serving(machine: Any, nodes: Any) -> Callable[[], dict[str, tuple[str, str]]]:
     """The release and the main process of every node."""
 
@@ -47,12 +54,19 @@ def serving(machine: Any, nodes: Any) -> Callable[[], dict[str, tuple[str, str]]
 
 
 @pytest.fixture
-def podman() -> Callable[[str, Sequence[str]], None]:
+def podman(hosts: Any) -> Callable[[str, Sequence[str]], None]:
     """Runs a podman command on a host's container, from outside the host; {} in the command is the container."""
+    lab = f"stickyring{hosts['node1'].variables.get('stickyring_lab_number', '')}"
+    namespace = Path(f"/run/{lab}-lab/mount")
+    program = [
+        *(["nsenter", f"--mount={namespace}"] if namespace.exists() else []),
+        "podman",
+        "--cgroup-manager=cgroupfs",
+    ]
 
     def do(host: str, command: Sequence[str]) -> None:
-        words = [word.format(f"stickyring-{host}") for word in command]
-        done = subprocess.run([*PODMAN, *words], capture_output=True, text=True, timeout=30, check=False)
+        words = [word.format(f"{lab}-{host}") for word in command]
+        done = subprocess.run([*program, *words], capture_output=True, text=True, timeout=30, check=False)
         assert done.returncode == 0, done.stderr
 
     return do

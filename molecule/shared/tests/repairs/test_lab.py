@@ -9,7 +9,6 @@ import environment
 import pytest
 
 PROJECT = Path(__file__).parents[4]
-BLACKHOLE = ["ip", "route", "show", "type", "blackhole", "198.51.100.0/24"]
 
 
 @pytest.mark.parametrize("playbook", ["create", "destroy"])
@@ -42,16 +41,18 @@ def test_a_host_with_a_failed_unit_is_kept(inventory: Any, ansible: Any, machine
 
 @pytest.mark.soak
 def test_a_lab_that_lost_a_host_and_a_route_is_repaired(inventory: Any, ansible: Any, machine: Any, hosts: Any) -> None:
+    subnet = environment.lab_address(inventory, 0) + "/25"
     kept = machine("node1").check_output("cat /proc/sys/kernel/random/boot_id; stat --format=%Y /proc/1")
     machine("node2").run("systemctl poweroff")
     environment.wait_until_gone(hosts["node2"].variables["stickyring_address"])
-    subprocess.run(["ip", "route", "delete", "blackhole", "198.51.100.0/24", "metric", "4000"], check=True)
+    subprocess.run(["ip", "route", "delete", "blackhole", subnet, "metric", "4000"], check=True)
 
     ansible("ansible-playbook", "-i", inventory, "molecule/shared/create.yml")
     again = ansible("ansible-playbook", "-i", inventory, "molecule/shared/create.yml").stdout
 
     assert set(re.findall(r"changed=(\d+)", again)) == {"0"}
-    assert subprocess.run(BLACKHOLE, check=True, capture_output=True, text=True).stdout
+    route = ["ip", "route", "show", "type", "blackhole", subnet]
+    assert subprocess.run(route, check=True, capture_output=True, text=True).stdout
     assert machine("node1").check_output("cat /proc/sys/kernel/random/boot_id; stat --format=%Y /proc/1") == kept
     assert not machine("node2").file("/opt/stickyring-node").exists, "node2 was not created again"
     ansible("ansible-playbook", "-i", inventory, "site.yml")

@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-LAB_BRIDGE = "stickyring0"
+LAB_BRIDGE = re.compile(r"stickyring\d+")
+"""The device of a lab (role stickyring_lab): stickyring0, stickyring1, ..."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 Resolve = Callable[[str, int], Sequence[str]]
@@ -68,14 +70,14 @@ def kernel_route(address: str) -> dict[str, Any] | None:
 
 
 def is_ours(address: str, route: Route = kernel_route) -> bool:
-    """Return whether `address` is loopback or a neighbour on the lab's bridge.
+    """Return whether `address` is loopback or a neighbour on a lab's bridge.
 
     A route through a gateway on the bridge does not count: networks behind a lab host are not the lab.
     """
     if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         return True
     found = route(address)
-    return found is not None and found.get("dev") == LAB_BRIDGE and "gateway" not in found
+    return found is not None and LAB_BRIDGE.fullmatch(found.get("dev", "")) is not None and "gateway" not in found
 
 
 def parse(url: str) -> SplitResult:
@@ -107,7 +109,7 @@ async def judge(
 ) -> Target:
     """Decide whether load may be put on `url`, and choose the address to connect to.
 
-    Every address of the name must be loopback or on the lab's bridge, unless the user says `owned`. The first address
+    Every address of the name must be loopback or on a lab's bridge, unless the user says `owned`. The first address
     that accepts a connection within `timeout` seconds is used for the whole run, so the name is resolved only once.
 
     Raises:
@@ -123,7 +125,7 @@ async def judge(
             if not await asyncio.to_thread(is_ours, address, route):
                 where = host if address == host else f"{host} ({address})"
                 raise TargetError(
-                    f"{where} is neither loopback nor on the lab's bridge {LAB_BRIDGE}: "
+                    f"{where} is neither loopback nor on the bridge of a lab (stickyring0): "
                     "use --i-own-this-target to put load on it"
                 )
     failures: list[str] = []
