@@ -15,7 +15,7 @@ from lab_bus import LabBus, connect_users, wait_until, wait_until_all_are_back
 pytestmark = pytest.mark.once("operations")
 FIREWALL = "playbooks/firewall.yml"
 CLOSED_SECONDS = 2
-TRIAL_SECONDS = 20
+TRIAL_SECONDS = 35
 ON = ("-e", "stickyring_firewall=true")
 LIMITED = ("--limit", "node1")
 RULES = "nft list table inet stickyring"
@@ -96,7 +96,7 @@ def elsewhere(fleet: LabBus, edge: Any, doors: list[tuple[str, int]]) -> Iterato
     elsewhere = environment.lab_address(fleet.inventory, 99)
     link = fleet.do(edge.name, f"ip -o route get {address}").split("dev ")[1].split()[0]
     fleet.do(edge.name, f"ip address add {elsewhere}/32 dev {link}; ip route add {address} dev {link} src {elsewhere}")
-    yield
+    yield elsewhere
     fleet.do(edge.name, f"ip route del {address}; ip address del {elsewhere}/32 dev {link}")
 
 
