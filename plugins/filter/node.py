@@ -42,6 +42,7 @@ RANGES = {
     "max_connections": (1, 2**29),
     "messages_per_second": (0, 2**31),
     "bytes_per_second": (0, 2**40),
+    "sessions_per_address": (0, 2**29),
     "drain_timeout": (0, 86400),
     "limit_nofile": (1024, 2**30),
 }

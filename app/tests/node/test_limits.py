@@ -1,7 +1,8 @@
-"""A client that sends more than it may loses its session, or is only counted."""
+"""A client that takes more than it may loses its session or gets none, or is only counted."""
 
 import json
 from collections.abc import Iterator
+from http.client import HTTPResponse
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import ServeProcess, serving, wait_until
 from test_packets import Frames, Polling, failures
 
 from stickyring.node import limits
-from stickyring.node.limits import BURST_SECONDS, Allowance, Limits
+from stickyring.node.limits import BURST_SECONDS, Allowance, Limits, network_of
 
 MESSAGES, BYTES = 10, 2000
 """A second."""
@@ -126,3 +127,66 @@ def test_without_limits_nothing_is_counted(tmp_path: Path) -> None:
         assert session.call("note", "abc") == 3
         assert (failures(node, "flooding"), over(node, "messages"), over(node, "bytes")) == (0, 0, 0)
         session.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::", "2001:db8:1:3::/64"),
+        ("", ""),
+    ],
+)
+def test_ipv6_addresses_of_one_customer_count_together(address: str, network: str) -> None:
+    assert network_of(address) == network
+
+
+def handshake(node: ServeProcess, client: str, transport: str = "polling") -> HTTPResponse:
+    """The answer to a handshake that an edge passes on."""
+    headers = {"x-stickyring-client": client}
+    if transport == "websocket":
+        headers |= {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        headers |= {"Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+    return node.get(f"/socket.io/?EIO=4&transport={transport}", headers)
+
+
+def refused(node: ServeProcess) -> float:
+    sample = 'stickyring_handshakes_refused_total{{reason="address",transport="{}"}}'
+    return sum(node.metric(sample.format(transport)) for transport in ("polling", "websocket"))
+
+
+def test_an_address_has_only_so_many_sessions(tmp_path: Path) -> None:
+    (tmp_path / "chat.py").write_text(APPLICATION)
+    with serving(tmp_path, "chat:application", "--sessions-per-address", "3") as node:
+        sids = [json.loads(handshake(node, "192.0.2.7").read()[1:])["sid"] for _ in range(3)]
+        for transport in ("polling", "websocket"):
+            answer = handshake(node, "192.0.2.7", transport)
+            assert (answer.status, answer.getheader("Retry-After")) == (429, "5")
+        assert (refused(node), over(node, "sessions")) == (2, 2)
+        assert [line["client"] for line in node.logged("over the limit")] == ["192.0.2.7"], "once"
+        assert handshake(node, "192.0.2.8").status == 200, "others are not affected"
+        assert node.get(f"/socket.io/?EIO=4&transport=polling&sid={sids[0]}", method="POST", body="1").status == 200
+        wait_until(lambda: handshake(node, "192.0.2.7").status == 200, "the ended session has made place")
+        assert handshake(node, "192.0.2.7").status == 429
+        for last in range(3):
+            assert handshake(node, f"2001:db8::{last}").status == 200
+        assert handshake(node, "2001:db8::3").status == 429
+        assert handshake(node, "2001:db8:0:1::3").status == 200
+
+
+def test_too_many_sessions_of_an_address_are_only_counted_if_you_say_so(tmp_path: Path) -> None:
+    (tmp_path / "chat.py").write_text(APPLICATION)
+    with serving(tmp_path, "chat:application", "--sessions-per-address", "1", "--count-limits") as node:
+        assert [handshake(node, "192.0.2.7").status for _ in range(3)] == [200] * 3
+        assert (refused(node), over(node, "sessions")) == (0, 2)
+        (line,) = node.logged("over the limit")
+        assert (line["client"], line["limit"], line["enforced"]) == ("192.0.2.7", "sessions", False)
+
+
+def test_without_a_limit_an_address_has_any_number_of_sessions(tmp_path: Path) -> None:
+    (tmp_path / "chat.py").write_text(APPLICATION)
+    with serving(tmp_path, "chat:application") as node:
+        assert [handshake(node, "192.0.2.7").status for _ in range(50)] == [200] * 50
+        assert (refused(node), over(node, "sessions")) == (0, 0)

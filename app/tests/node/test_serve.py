@@ -79,6 +79,7 @@ def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.Mo
         "max_connections": 10000,
         "messages_per_second": 0,
         "bytes_per_second": 0,
+        "sessions_per_address": 0,
         "enforce_limits": True,
         "drain_timeout": 30,
         "control_path": None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from urllib.parse import unquote_plus
 import socketio
 
 from stickyring.node.drain import Drain
-from stickyring.node.limits import Allowance, Limits
+from stickyring.node.limits import Allowance, Limits, network_of
 from stickyring.node.metrics import LAG_INTERVAL, TRANSPORTS, Engine, EngineMetrics, Packet
 from stickyring.node.packets import HandlerError, body_of, check_packets
 from stickyring.node.sessions import ISSUED_VARIABLE, SESSION_VARIABLE, Session, SessionWebSocket, key_of
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 ENGINE_IO_PROTOCOL = "4"
 RETRY_LATER = ("Retry-After", "5")
+TOO_MANY = "429 Too Many Requests", [RETRY_LATER], b""
+"""The answer to a handshake of an address that has all the sessions that it may have."""
 NO_SNIFFING = ("X-Content-Type-Options", "nosniff")
 JSON = [("Content-Type", "application/json")]
 UNKNOWN_SESSION = b'{"code":1,"message":"Session ID unknown"}'
@@ -60,6 +62,8 @@ class Gate:
         self._sessions = sessions
         self._drain = drain
         self._limits = limits
+        self._open_of_networks: Counter[str] = Counter()
+        self._crowded: set[str] = set()  # networks that are over the limit
         self._engine: Engine = server.eio
         self._measures_lag = False
         self.predecessor: Predecessor | None = None
@@ -106,6 +110,30 @@ class Gate:
 
         return Allowance(self._limits, note) if self._limits.messages or self._limits.size else None
 
+    def _refuses_another_of_its_address(self, environ: WSGIEnvironment, transport: str) -> bool:
+        """Return whether a handshake is one too many of its client's address; count it if so, enforced or not."""
+        limits, network = self._limits, network_of(environ["REMOTE_ADDR"])
+        if not limits.sessions or self._open_of_networks[network] < limits.sessions:
+            return False
+        self._metrics.count_excess("sessions")
+        if network not in self._crowded:
+            self._crowded.add(network)
+            log.info("over the limit", extra={"client": network, "limit": "sessions", "enforced": limits.enforced})
+        if limits.enforced:
+            self._metrics.refused.labels(transport, "address").inc()
+        return limits.enforced
+
+    def _count_begun(self, session: Session, environ: WSGIEnvironment) -> None:
+        session.network = network_of(environ["REMOTE_ADDR"])
+        self._open_of_networks[session.network] += 1
+
+    def _count_ended(self, session: Session) -> None:
+        self._open_of_networks[session.network] -= 1
+        if self._open_of_networks[session.network] < self._limits.sessions:
+            self._crowded.discard(session.network)
+        if not self._open_of_networks[session.network]:
+            del self._open_of_networks[session.network]
+
     def _end_who_has_not_joined(self, sid: str) -> None:
         if (session := self._sessions.get(sid)) is not None and not self._has_joined(sid):
             session.fail("unjoined")
@@ -130,7 +158,8 @@ class SocketIOGate(Gate):
     The same happens after JOIN_SECONDS without a namespace.
 
     A handshake is a GET without `sid`. At `max_connections` sessions, a handshake of protocol 4 gets 503 with
-    Retry-After before the engine sees it. Older protocols are left to the engine, which answers 400 and says so.
+    Retry-After before the engine sees it; if its address has as many sessions as `limits` allow, 429. Older protocols
+    are left to the engine, which answers 400 and says so.
 
     ELSEWHERE_HEADER makes the edge try the next node. It is sent
 
@@ -262,6 +291,8 @@ class SocketIOGate(Gate):
         if supported and self.full:
             self._metrics.refused.labels(transport, "capacity").inc()
             return refuse(start_response, [RETRY_LATER])
+        if supported and self._refuses_another_of_its_address(environ, transport):
+            return _answer(start_response, *TOO_MANY)
         # An accepted handshake is counted at the engine's connect event. Unlike the engine, require `transport`.
         if supported and parameter(environ.get("QUERY_STRING", ""), "transport") is None:
             status, headers, body = "400 Bad Request", [*JSON], BAD_REQUEST
@@ -306,6 +337,7 @@ class SocketIOGate(Gate):
                 session.note(environ)
                 session.stand_in()
                 sessions[sid] = environ[SESSION_VARIABLE] = session
+                self._count_begun(session, environ)
                 self._arrivals.add(sid)
                 if not self._measures_lag:
                     self._measures_lag = True
@@ -326,6 +358,7 @@ class SocketIOGate(Gate):
 
         def on_disconnect(sid: str, *reason: str) -> object:
             if (session := sessions.pop(sid, None)) is not None:
+                self._count_ended(session)
                 metrics.count_end(session, *reason)
             log.debug("disconnected", extra={"sid": sid, "reason": " ".join(reason)})
             try:

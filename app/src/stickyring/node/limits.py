@@ -1,30 +1,51 @@
-"""What one client may send: so many messages and bytes a second."""
+"""What one client may take: so many messages and bytes a second, and so many sessions for the clients of an address."""
 
+import functools
+import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
 BURST_SECONDS = 10.0
 """A client that has been quiet for so long may send all that it could have sent meanwhile at once."""
-KINDS = ("messages", "bytes")
+KINDS = ("messages", "bytes", "sessions")
+NETWORK_BITS = 64
+"""The part of an IPv6 address that a provider gives to one customer; the customer chooses the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a session may send in a second on average; 0 is no limit. Not enforced, it is only counted."""
+    """What a client may take; 0 is no limit. What is not enforced is only counted.
+
+    - `messages`, `size`: what a session may send in a second on average, `size` in bytes.
+    - `sessions`: how many sessions the clients of one address may have open here.
+    """
 
     messages: float = 0
     size: float = 0
+    sessions: int = 0
     enforced: bool = True
 
 
 NO_LIMITS = Limits()
 
 
+@functools.lru_cache(maxsize=4096)
+def network_of(address: str) -> str:
+    """Return what counts as one address: an IPv4 address, or the network of an IPv6 one."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if parsed.version == 4:
+        return address
+    return str(ipaddress.ip_network((parsed, NETWORK_BITS), strict=False))
+
+
 class Allowance:
     """The token buckets of one session.
 
-    `on_exceeded` is called with one of KINDS when the session exceeds that limit for the first time.
+    `on_exceeded` is called with `messages` or `bytes` when the session exceeds that limit for the first time.
     """
 
     __slots__ = ("_at", "_exceeded", "_limits", "_on_exceeded", "_tokens")

@@ -161,8 +161,8 @@ class EngineMetrics:
 
     Labels: `transport` is polling, websocket or other (a transport that the client made up); `direction` is received or
     sent; `reason` of a failed session is one of FAILURES; `reason` of a refused handshake is capacity, draining or
-    descriptors (503), protocol (400: older than Engine.IO 4), unauthorized (401) or bad_request (400); `reason` of a
-    disconnect is moved, failed, one of DISCONNECTS or other.
+    descriptors (503), address (429), protocol (400: older than Engine.IO 4), unauthorized (401) or bad_request (400);
+    `reason` of a disconnect is moved, failed, one of DISCONNECTS or other.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class EngineMetrics:
         )
         over = Counter(
             "stickyring_sessions_over_limit",
-            "Sessions whose client has sent more than the limits, enforced or not.",
+            "Sessions whose client sent more than the limits, or that were too many of an address; enforced or not.",
             ["limit"],
             registry=registry,
         )
@@ -224,6 +224,7 @@ class EngineMetrics:
         self._disconnects = {reason: disconnects.labels(reason) for reason in reasons}
         for transport in TRANSPORTS:
             self.refused.labels(transport, "capacity")
+            self.refused.labels(transport, "address")
             self.refused.labels(transport, "draining")
             self.refused.labels(transport, "descriptors")
             self.unknown_sessions.labels(transport)
@@ -233,7 +234,7 @@ class EngineMetrics:
         self._failed[reason].inc()
 
     def count_excess(self, kind: str) -> None:
-        """Count a session that has exceeded a limit for the first time; `kind` is one of `limits.KINDS`."""
+        """Count a session that has exceeded a limit; `kind` is one of `limits.KINDS`."""
         self._over[kind].inc()
 
     def count_end(self, session: OpenSession, reason: str = "") -> None:

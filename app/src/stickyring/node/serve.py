@@ -101,12 +101,21 @@ def default_node_name() -> str:
     help="The same for the bytes that it sends.",
 )
 @click.option(
+    "--sessions-per-address",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    envvar="STICKYRING_SESSIONS_PER_ADDRESS",
+    show_envvar=True,
+    help="Most sessions of one client address, or IPv6 /64; further handshakes get 429. 0 for any number.",
+)
+@click.option(
     "--enforce-limits/--count-limits",
     default=True,
     show_default=True,
     envvar="STICKYRING_ENFORCE_LIMITS",
     show_envvar=True,
-    help="Whether sessions above these two limits are ended, or only counted and logged.",
+    help="Whether sessions above these three limits are ended or refused, or only counted and logged.",
 )
 @click.option(
     "--drain-timeout",
@@ -169,6 +178,7 @@ def serve(
     max_connections: int,
     messages_per_second: float,
     bytes_per_second: float,
+    sessions_per_address: int,
     enforce_limits: bool,
     drain_timeout: float,
     control_path: Path | None,
@@ -226,7 +236,7 @@ def serve(
         edges_path,
         watchdog,
         log_level,
-        Limits(messages_per_second, bytes_per_second, enforce_limits),
+        Limits(messages_per_second, bytes_per_second, sessions_per_address, enforce_limits),
         check,
     )
     logs.configure(log_level, node_name)

@@ -75,6 +75,7 @@ class Session:
 
     - `key`: the user, as the key of the handshake that the edge hashed; None without a key.
     - `cluster`: the edge's cluster of the handshake; None without an edge.
+    - `network`: the address of its client, or the network of an IPv6 one (`limits.network_of`).
     - `websocket`: the WebSocket that carries the session; None while it polls.
     - `unanswered`: number of events whose acknowledgement the application has not given yet.
     - `taking`: if false, the application gets no more events that ask for an acknowledgement.
@@ -90,6 +91,7 @@ class Session:
     socket: EngineSession
     key: str | None = None
     cluster: str | None = None
+    network: str = ""
     websocket: "SessionWebSocket | None" = None
     began: float = field(default_factory=time.monotonic)
     unanswered: int = 0

@@ -25,6 +25,7 @@ from stickyring.node.gate import (
     NO_SNIFFING,
     NOOP,
     RETRY_LATER,
+    TOO_MANY,
     Gate,
     conforming,
     is_a_poll,
@@ -216,6 +217,8 @@ class AsyncSocketIOGate(Gate):
         if supported and self.full:
             self._metrics.refused.labels(transport, "capacity").inc()
             return "503 Service Unavailable", [RETRY_LATER], b""
+        if supported and self._refuses_another_of_its_address(environ, transport):
+            return TOO_MANY
         # An accepted handshake is counted at the engine's connect event. Unlike the engine, require `transport`.
         answer: Answer | None = ("400 Bad Request", [*JSON], BAD_REQUEST)
         if not supported or parameter(environ["QUERY_STRING"], "transport") is not None:
@@ -240,6 +243,7 @@ class AsyncSocketIOGate(Gate):
                 session.note(environ)
                 session.stand_in()
                 sessions[sid] = environ[SESSION_VARIABLE] = session
+                self._count_begun(session, environ)
                 loop = asyncio.get_running_loop()
                 loop.call_later(JOIN_SECONDS, self._end_who_has_not_joined, sid)
                 if not self._measures_lag:
@@ -261,6 +265,7 @@ class AsyncSocketIOGate(Gate):
 
         async def on_disconnect(sid: str, *reason: str) -> None:
             if (session := sessions.pop(sid, None)) is not None:
+                self._count_ended(session)
                 metrics.count_end(session, *reason)
             log.debug("disconnected", extra={"sid": sid, "reason": " ".join(reason)})
             try:
