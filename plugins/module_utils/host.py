@@ -31,6 +31,24 @@ def namespace_problem() -> str | None:
     )
 
 
+def tracking_problem(variable: str, clients: int) -> str | None:
+    """Return why connections of so many clients of a proxy would be lost, which only the kernel's log reports; or None.
+
+    A firewall's rules, or those of a container engine, make the kernel keep a record of each connection.
+    """
+    most = PROC / "sys/net/netfilter/nf_conntrack_max"
+    if not most.is_file():
+        return None
+    tracked, needed = int(most.read_text()), 2 * clients
+    if not 0 < tracked < needed:
+        return None
+    return (
+        f"net.netfilter.nf_conntrack_max is {tracked} on this host, but {variable} is {clients}, and each client takes"
+        " two connections: lower it, or raise the other, for example with"
+        f" sysctl -w net.netfilter.nf_conntrack_max={2 * needed}, and permanently in /etc/sysctl.d"
+    )
+
+
 def files_problem(variable: str, files: int) -> str | None:
     """Return why a unit with LimitNOFILE=`files` would get fewer, which systemd does not report; or None."""
     limits = PROC / "1/limits"

@@ -124,6 +124,12 @@ options:
     description: C(LimitNOFILE) of O(unit). With V(present), a host on which systemd cannot set it is refused.
     type: int
     default: 0
+  connections:
+    description:
+      - Most connections of clients. With V(present), a host whose kernel tracks connections, and not twice as many, is
+        refused.
+    type: int
+    default: 0
   may_end_websockets:
     description:
       - Whether to make a change that ends open websockets. These are changed or removed listeners, and a restart for
@@ -236,7 +242,11 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.stickyring.fleet.plugins.module_utils.envoy import Envoy, NotApplied
-from ansible_collections.stickyring.fleet.plugins.module_utils.host import files_problem, namespace_problem
+from ansible_collections.stickyring.fleet.plugins.module_utils.host import (
+    files_problem,
+    namespace_problem,
+    tracking_problem,
+)
 from ansible_collections.stickyring.fleet.plugins.module_utils.xds import (
     CLUSTER,
     LISTENER,
@@ -453,19 +463,20 @@ class Change:
         return not owned and not self.directory.wrongly_owned()
 
 
-def expect_a_host_for(unit_files: int) -> None:
-    """Raises NotApplied where systemd could not start the unit, or not with so many open files."""
+def expect_a_host_for(unit_files: int, connections: int) -> None:
+    """Raises NotApplied where the unit could not start, or have so many open files or connections."""
     too_many = files_problem("stickyring_edge_limit_nofile", unit_files)
     if too_many:
         too_many += ", and stickyring_edge_max_connections to at most half of it"
-    if problem := namespace_problem() or too_many:
+    too_few = tracking_problem("stickyring_edge_max_connections", connections)
+    if problem := namespace_problem() or too_many or too_few:
         raise NotApplied(f"Nothing was changed. {problem}.")
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Does what the parameters ask; returns the module's result."""
     if module.params["unit"] and module.params["state"] == "present":
-        expect_a_host_for(module.params["open_files"])
+        expect_a_host_for(module.params["open_files"], module.params["connections"])
     keys = module.params["private_keys"]
     files = [XdsFile(path, with_key(resources, keys.get(path))) for path, resources in module.params["files"].items()]
     change = Change(module, files)
@@ -556,6 +567,7 @@ def main() -> None:
             "texts": {"type": "dict", "default": {}},
             "account": {"type": "str"},
             "open_files": {"type": "int", "default": 0},
+            "connections": {"type": "int", "default": 0},
             "may_end_websockets": {"type": "bool", "default": False},
         },
         supports_check_mode=True,

@@ -812,3 +812,31 @@ def test_a_host_that_allows_too_few_open_files_is_refused_before_a_file_is_writt
         )
     assert directory.exists() != refuses
     assert not run(directory, files, no_envoy, unit="edge.service", open_files=20000).get("failed")
+
+
+@pytest.mark.parametrize("tracked", [None, 0, 39999, 40000])
+def test_a_host_that_tracks_too_few_connections_is_refused_before_a_file_is_written(
+    directory: Path,
+    files: Files,
+    no_envoy: str,
+    systemd: Systemd,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tracked: int | None,
+) -> None:
+    """Not one that tracks none, or any number."""
+    netfilter = tmp_path / "proc" / "sys" / "net" / "netfilter"
+    netfilter.mkdir(parents=True)
+    if tracked is not None:
+        (netfilter / "nf_conntrack_max").write_text(f"{tracked}\n")
+    monkeypatch.setattr(host, "PROC", tmp_path / "proc")
+    result = run(directory, files, no_envoy, unit="edge.service", connections=20000)
+    refuses = tracked == 39999
+    assert bool(result.get("failed")) == refuses
+    assert directory.exists() != refuses
+    if refuses:
+        assert result["msg"] == (
+            "Nothing was changed. net.netfilter.nf_conntrack_max is 39999 on this host, but"
+            " stickyring_edge_max_connections is 20000, and each client takes two connections: lower it, or raise the"
+            " other, for example with sysctl -w net.netfilter.nf_conntrack_max=80000, and permanently in /etc/sysctl.d."
+        )

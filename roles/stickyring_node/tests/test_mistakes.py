@@ -102,7 +102,10 @@ def test_good_variables_have_no_mistake(changed: dict[str, Any]) -> None:
         ({"proving_time": "$(reboot)"}, "stickyring_node_proving_time is '$(reboot)': give a whole number"),
         ({"messages_per_second": -1}, "stickyring_node_messages_per_second is -1: give a whole number from 0 to"),
         ({"bytes_per_second": "1MB"}, "stickyring_node_bytes_per_second is '1MB': give a whole number from 0 to"),
-        ({"sessions_per_address": "few"}, "stickyring_node_sessions_per_address is 'few': give a whole number from 0 to"),
+        (
+            {"sessions_per_address": "few"},
+            "stickyring_node_sessions_per_address is 'few': give a whole number from 0 to",
+        ),
         ({"enforce_limits": "later"}, "stickyring_node_enforce_limits is 'later': give true or false"),
         ({"surge": "soon"}, "stickyring_node_surge is 'soon': give true or false"),
         ({"log_level": "loud"}, "stickyring_node_log_level 'loud' is none of debug"),
