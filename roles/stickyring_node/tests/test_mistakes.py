@@ -158,8 +158,8 @@ def test_every_option_is_checked_by_its_type() -> None:
     judged_names = {*node.TEXTS, *node.RANGES, *node.BOOLEANS, "address", "edges", "environment"}
     judged_names |= {"secrets", "bus_url"} | files
     assert {f"stickyring_node_{name}" for name in judged_names} == set(OPTIONS)
-    composed = yaml.safe_load((ROLE / "vars" / "main.yml").read_text())["__stickyring_node_judged"]
-    assert {*composed, "release"} == judged_names - files
+    composed = yaml.safe_load((ROLE / "vars" / "main.yml").read_text())["__stickyring_node_judged_names"]
+    assert {*composed, "application", "release"} == judged_names - files
 
 
 def test_variables_that_are_not_given_are_not_checked() -> None:
