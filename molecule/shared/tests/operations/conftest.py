@@ -57,7 +57,7 @@ def serving(machine: Any, nodes: Any) -> Callable[[], dict[str, tuple[str, str]]
 def podman(hosts: Any) -> Callable[[str, Sequence[str]], None]:
     """Runs a podman command on a host's container, from outside the host; {} in the command is the container."""
     lab = f"stickyring{hosts['node1'].variables.get('stickyring_lab_number', '')}"
-    namespace = Path(f"/run/{lab}-lab/mount")
+    namespace = Path("/run/stickyring-lab/mount")
     program = [
         *(["nsenter", f"--mount={namespace}"] if namespace.exists() else []),
         "podman",
