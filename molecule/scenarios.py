@@ -30,8 +30,8 @@ ARTIFACTS = MOLECULE.parent / ".artifacts"
 SUITES = ARTIFACTS / "suites.jsonl"
 ALONE = ("failover",)
 """Measures for how long users notice a fault: while other scenarios take the processors, that would be longer."""
-SAME_HOSTS = ("default", "scale", "gallery")
-"""Scenarios that deploy inventory/lab, on the same hosts; each first brings them to the inventory's state."""
+SAME_HOSTS = ("default", "gallery", "scale")
+"""Scenarios that deploy inventory/lab, on the same hosts; each first brings them to the inventory's state, but for lost hosts: `scale` is last."""
 AFTER = ("debian12",)
 """On the same lab, with hosts of its own."""
 BESIDE = ("operations",)

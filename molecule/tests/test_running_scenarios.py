@@ -119,7 +119,7 @@ def test_an_unknown_scenario_is_refused(
         program.main()
     assert ended.value.code == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.endswith("no scenario: nodes; there are failover, default, scale, gallery, debian12, operations")
+    assert told.endswith("no scenario: nodes; there are failover, default, gallery, scale, debian12, operations")
     assert not (tmp_path / "commands").exists()
 
 
