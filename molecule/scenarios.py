@@ -31,7 +31,10 @@ SUITES = ARTIFACTS / "suites.jsonl"
 ALONE = ("failover",)
 """Measures for how long users notice a fault: while other scenarios take the processors, that would be longer."""
 SAME_HOSTS = ("default", "gallery", "scale")
-"""Scenarios that deploy inventory/lab, on the same hosts; each first brings them to the inventory's state, but for lost hosts: `scale` is last."""
+"""Scenarios that deploy inventory/lab, on the same hosts; each first brings them to the inventory's state.
+
+`scale` is last, because it leaves other hosts than it was given.
+"""
 AFTER = ("debian12",)
 """On the same lab, with hosts of its own."""
 BESIDE = ("operations",)
