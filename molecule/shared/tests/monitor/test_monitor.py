@@ -71,6 +71,13 @@ def test_an_edge_has_the_metrics_of_the_rules(ask: Any) -> None:
     assert named - known == set()
 
 
+def test_a_node_is_updated_while_its_edge_has_metrics(play: Any) -> None:
+    """What is behind their port is among the endpoints of which Envoy tells, and has no name."""
+    options = ("--limit", "node1,edge", "-e", "stickyring_node_release=watched", "-e", "stickyring_node_proving_time=1")
+    said = play("playbooks/rolling_update.yml", *options)
+    assert re.search(r"Wait until every edge finds the instances healthy\] \*+\nok: \[node1 -> edge1", said)
+
+
 @pytest.mark.parametrize("dashboard", sorted(DASHBOARDS.glob("*.json")), ids=lambda path: path.stem)
 def test_every_query_of_a_dashboard_returns_data(tunnel: str, dashboard: Path) -> None:
     panels = json.loads(dashboard.read_text())["panels"]
