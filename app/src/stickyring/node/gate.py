@@ -112,7 +112,7 @@ class Gate:
 
     def _refuses_another_of_its_address(self, environ: WSGIEnvironment, transport: str) -> bool:
         """Return whether a handshake is one too many of its client's address; count it if so, enforced or not."""
-        limits, network = self._limits, network_of(environ["REMOTE_ADDR"])
+        limits, network = self._limits, network_of(environ.get("REMOTE_ADDR", ""))
         if not limits.sessions or self._open_of_networks[network] < limits.sessions:
             return False
         self._metrics.count_excess("sessions")
@@ -124,7 +124,7 @@ class Gate:
         return limits.enforced
 
     def _count_begun(self, session: Session, environ: WSGIEnvironment) -> None:
-        session.network = network_of(environ["REMOTE_ADDR"])
+        session.network = network_of(environ.get("REMOTE_ADDR", ""))
         self._open_of_networks[session.network] += 1
 
     def _count_ended(self, session: Session) -> None:
