@@ -223,6 +223,10 @@ in_order:
       and has open ports and, if checked, healthy endpoints.
   returned: success with V(compared)
   type: bool
+left_over:
+  description: Those of O(unwanted) that exist.
+  returned: success with V(compared)
+  type: list
 config_dump:
   description: The clusters and endpoints of Envoy's config_dump.
   returned: success with V(compared), if RV(in_order)
@@ -452,15 +456,19 @@ class Change:
         account = self.module.params["account"]
         if account and account not in {known.pw_name for known in pwd.getpwall()}:
             return False
-        if not all(Path(path).is_file() for path in self.module.params["needed"]) or self.changed or self.surplus:
+        if not all(Path(path).is_file() for path in self.module.params["needed"]) or self.left_over():
             return False
-        if any(Path(path).exists() for path in self.module.params["unwanted"]):
+        if self.changed or self.surplus:
             return False
         if any(Path(path).read_text(encoding="utf-8") != text for path, text in self.module.params["texts"].items()):
             return False
         folders = [Path(self.module.params["start_record"]).parent, *self.directory.folders()]
         owned = any(self.directory.would_own(folder, "0755") for folder in folders)
         return not owned and not self.directory.wrongly_owned()
+
+    def left_over(self) -> list[str]:
+        """What exists of what is unwanted."""
+        return [path for path in self.module.params["unwanted"] if Path(path).exists()]
 
 
 def expect_a_host_for(unit_files: int, connections: int) -> None:
@@ -498,7 +506,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     if module.params["state"] == "compared":
         in_order = change.in_order()
         served = {"config_dump": {"configs": envoy.served()}} if in_order else {}
-        return result | {"in_order": in_order, "proven": in_order} | served
+        return result | {"in_order": in_order, "proven": in_order, "left_over": change.left_over()} | served
     if module.params["state"] == "proven":
         change.directory.prove()
         envoy.expect_answer()

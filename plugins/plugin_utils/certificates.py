@@ -1,4 +1,7 @@
-"""Checks of the certificate and the private key of a server."""
+"""Checks of the certificate and the private key of a server.
+
+Whoever uses any filter of the collection loads this, so what reads keys is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,10 @@ from base64 import urlsafe_b64encode
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import PurePath
+from typing import TYPE_CHECKING
 
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+if TYPE_CHECKING:
+    from cryptography import x509
 
 # Of an account's key: the name in cryptography, and that in RFC 7518.
 CURVES = {"secp256r1": "P-256", "secp384r1": "P-384"}
@@ -33,6 +35,9 @@ def certificate_problems(where: str, paths: Mapping[str, str], pems: Mapping[str
             problems.append(f"{where}{kind} {paths[kind]} is no file on the controller.")
     if problems:
         return problems
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+
     try:
         certificate = x509.load_pem_x509_certificates(pems[paths["certificate"]].encode())[0]
     except ValueError:
@@ -61,6 +66,8 @@ def certificate_problems(where: str, paths: Mapping[str, str], pems: Mapping[str
 
 def acme_thumbprint(account_key: str) -> str:
     """The thumbprint of an ACME account, from its private key in PEM; ValueError for another text."""
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
     try:
         public = load_pem_private_key(account_key.encode(), password=None).public_key()
     except TypeError as error:
@@ -70,6 +77,9 @@ def acme_thumbprint(account_key: str) -> str:
 
 def jwk_thumbprint(public: object) -> str:
     """The thumbprint (RFC 7638) of a public key on P-256 or P-384, or of RSA; ValueError for another one."""
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+
     numbers: dict[str, int]
     if isinstance(public, EllipticCurvePublicKey) and public.curve.name in CURVES:
         point = public.public_numbers()
@@ -90,6 +100,8 @@ def _base64(value: bytes) -> str:
 
 
 def _addresses_of(certificate: x509.Certificate) -> list[str]:
+    from cryptography import x509
+
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     except x509.ExtensionNotFound:

@@ -669,9 +669,11 @@ def test_a_port_that_the_process_may_not_open_is_told(
 
 def test_a_leftover_is_not_in_order(compare: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     leftover = tmp_path / "leftover"
-    assert compare(unwanted=[str(leftover)])["in_order"]
+    found = compare(unwanted=[str(leftover)])
+    assert (found["in_order"], found["left_over"]) == (True, [])
     leftover.mkdir()
-    assert not compare(unwanted=[str(leftover)])["in_order"]
+    found = compare(unwanted=[str(leftover)])
+    assert (found["in_order"], found["left_over"]) == (False, [str(leftover)])
 
 
 @pytest.mark.parametrize(("text", "in_order"), [("wanted", True), ("other", False), (None, False)])
