@@ -143,7 +143,7 @@ else
 endif
 
 # More processes than a small machine has cores, because most tests wait for a process that they have started.
-SIDE_BY_SIDE := --numprocesses 3 --dist worksteal --durations 10
+SIDE_BY_SIDE := --numprocesses 5 --dist worksteal --durations 10
 ON_BOTH := tests/test_bus.py tests/test_bus_recovery.py tests/test_delivery.py tests/test_echo.py \
   $(addprefix tests/node/test_,control.py drain.py limits.py metrics.py packets.py rebalance.py takeover.py websocket.py websocket_conformance.py worker.py)
 # Not surge mode, running out of descriptors, and clients that leave in the middle of a request (README's table).
