@@ -17,9 +17,17 @@ from stickyring.node.master import GRACEFUL_SECONDS
 DESCRIPTORS = 64
 
 APPLICATION = """
+import _socket
+import socket
 import time
 
 import eventlet.patcher
+
+resolve = _socket.getaddrinfo
+
+def slow(*arguments):
+    eventlet.patcher.original("time").sleep(2.0)
+    return resolve(*arguments)
 
 def application(environ, start_response):
     start_response("200 OK", [])
@@ -29,11 +37,15 @@ def application(environ, start_response):
         time.sleep(0.5)
     if environ["PATH_INFO"] == "/stuck":
         eventlet.patcher.original("time").sleep(3)
+    if environ["PATH_INFO"] == "/resolve":
+        _socket.getaddrinfo = slow
+        socket.create_connection((environ["SERVER_NAME"], int(environ["SERVER_PORT"]))).close()
     return [b"answer"]
 """
 
 
 STUCK_SECONDS = 3.0
+RESOLVING_SECONDS = 2.0
 
 
 @pytest.fixture
@@ -131,6 +143,19 @@ def test_a_slow_request_does_not_delay_others(node: ServeProcess) -> None:
     slow.request("GET", "/slow")
     assert answers(node)
     assert slow.getresponse().read() == b"answer"
+
+
+@pytest.mark.eventlet
+def test_a_name_that_resolves_slowly_does_not_delay_others(
+    serve: Callable[..., ServeProcess], application: str
+) -> None:
+    node = serve(application)
+    resolving, began = node.connect(), time.monotonic()
+    resolving.request("GET", "/resolve")
+    assert answers(node)
+    assert time.monotonic() - began < RESOLVING_SECONDS / 2
+    assert resolving.getresponse().read() == b"answer"
+    assert time.monotonic() - began >= RESOLVING_SECONDS, "the system has not resolved it"
 
 
 def test_a_connection_carries_several_requests(node: ServeProcess) -> None:

@@ -6,6 +6,7 @@ of file descriptors: until some are free again, it answers new connections so th
 """
 
 import contextlib
+import functools
 import os
 import platform
 import signal
@@ -15,7 +16,10 @@ from types import FrameType
 from typing import Any
 
 import eventlet
+import eventlet.green.socket
 import eventlet.hubs
+import eventlet.patcher
+import eventlet.tpool
 import eventlet.wsgi
 from eventlet.greenio import GreenSocket
 from gunicorn.http.message import Request
@@ -33,6 +37,7 @@ LAST_REQUEST_SECONDS = 1.0
 """When the worker retires: how long it waits for the first or next request of a connection."""
 TICK_SECONDS = 0.02
 EVENTLET_SKIP_VARIABLE = "PYTEST_CURRENT_TEST"
+RESOLVERS = ("getaddrinfo", "gethostbyaddr", "gethostbyname", "gethostbyname_ex", "getnameinfo")
 
 
 class EventletWorker(AsyncWorker):
@@ -60,6 +65,7 @@ class EventletWorker(AsyncWorker):
         eventlet.hubs.use_hub("epolls")
         with _uncounted_locks():
             eventlet.monkey_patch()
+        _resolve_in_threads()
         # The standard library's sendfile refuses non-blocking sockets, and all of eventlet's are non-blocking.
         self.cfg.set("sendfile", False)
         super().init_process()
@@ -226,6 +232,25 @@ def _uncounted_locks() -> Iterator[None]:
         yield
     finally:
         del os.environ[EVENTLET_SKIP_VARIABLE]
+
+
+def _resolve_in_threads() -> None:
+    """Have the system resolve names, in threads, so that the worker serves others meanwhile.
+
+    eventlet's own resolver (greendns) does not know nsswitch.conf.
+    """
+    system, threads = eventlet.patcher.original("socket"), eventlet.patcher.original("threading")
+    workers_thread = threads.get_ident()
+
+    def resolve(name: str, *arguments: object, **options: object) -> object:
+        function = getattr(system, name)
+        if threads.get_ident() != workers_thread:
+            return function(*arguments, **options)
+        return eventlet.tpool.execute(function, *arguments, **options)
+
+    for name in RESOLVERS:
+        for module in (socket, eventlet.green.socket):
+            setattr(module, name, functools.partial(resolve, name))
 
 
 def _stop_reading(connection: socket.socket) -> None:
