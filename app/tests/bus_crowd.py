@@ -109,14 +109,15 @@ class Crowd:
 
 
 class Speaking:
-    """Emits numbered events twenty times a second, from a process that is no node.
+    """Emits numbered events, from a process that is no node; `pause`: seconds between two.
 
     `rooms` maps what stands in an event as its room to where it is emitted: None is everybody.
     """
 
-    def __init__(self, url: str, rooms: Mapping[str, str | None], *, timeout: float = 30) -> None:
+    def __init__(self, url: str, rooms: Mapping[str, str | None], *, timeout: float = 30, pause: float = 0.05) -> None:
         self._emitter = Emitter(url, timeout=timeout)
         self._rooms = rooms
+        self._pause = pause
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._error: BusAwayError | None = None
@@ -124,7 +125,7 @@ class Speaking:
 
     def _run(self) -> None:
         try:
-            while not self._ends.wait(0.05):
+            while not self._ends.wait(self._pause):
                 self.number += 1
                 for name, room in self._rooms.items():
                     self._emitter.emit("numbered", (name, self.number), room=room)

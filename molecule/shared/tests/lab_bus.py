@@ -23,6 +23,7 @@ from bus_crowd import Crowd  # of the application's tests
 
 USERS = 300 if environment.SOAK else 60
 BACK_SECONDS = 90 if environment.SOAK else 40
+EVENT_SECONDS = 0.05 if environment.SOAK else 0.2
 NUMBERS = {"bus1": 30, "bus2": 31, "bus3": 32}
 """Of their addresses in the lab."""
 PASSWORDS = {

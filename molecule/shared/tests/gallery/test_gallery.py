@@ -1,4 +1,4 @@
-"""Other people's kinds of applications: sticky, listed, counted, drained, stopped and updated, under 300 users.
+"""Other people's kinds of applications: sticky, listed, counted, drained, stopped and updated, under load.
 
 They are deployed one after the other, and stay: the next scenario deploys what it needs.
 """
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import environment
 import pytest
 import socketio
 
 TRANSPORTS = (["websocket"], ["polling"], ["polling", "websocket"])
-USERS = [f"user-{number}" for number in range(300)]
+USERS = [f"user-{number}" for number in range(300 if environment.SOAK else 120)]
 PAUSE_SECONDS = 5.0
 ANSWER_SECONDS = 5.0
 """How long a client waits for an acknowledgement; python-socketio's does so even if it is disconnected meanwhile."""
