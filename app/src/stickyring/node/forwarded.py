@@ -37,11 +37,11 @@ class Edges:
 
     def tell(self, environ: "WSGIEnvironment") -> None:
         """Set `wsgi.url_scheme` and REMOTE_ADDR to what the peer's headers say, if it is an edge."""
-        if _canonical(environ.get("REMOTE_ADDR", "")) not in self._believed():
+        if canonical(environ.get("REMOTE_ADDR", "")) not in self._believed():
             return
         if (scheme := environ.get(SCHEME_VARIABLE)) in SCHEMES:
             environ["wsgi.url_scheme"] = scheme
-        if client := _canonical(environ.get(CLIENT_VARIABLE, "")):
+        if client := canonical(environ.get(CLIENT_VARIABLE, "")):
             environ["REMOTE_ADDR"] = client
 
     def _believed(self) -> frozenset[str]:
@@ -52,12 +52,12 @@ class Edges:
             except OSError as error:
                 log.warning("cannot read the addresses of the edges: %s", error)
                 lines = []
-            self._addresses = frozenset(filter(None, map(_canonical, lines or LOOPBACK)))
+            self._addresses = frozenset(filter(None, map(canonical, lines or LOOPBACK)))
         return self._addresses
 
 
 @functools.lru_cache(maxsize=4096)
-def _canonical(address: str) -> str:
+def canonical(address: str) -> str:
     """Return an IP address in canonical form, an IPv4-mapped one as IPv4; empty if it is not an address."""
     try:
         parsed = ipaddress.ip_address(address)

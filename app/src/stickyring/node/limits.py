@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
+from stickyring.node.forwarded import canonical
+
 BURST_SECONDS = 10.0
 """A client that has been quiet for so long may send all that it could have sent meanwhile at once."""
 KINDS = ("messages", "bytes", "sessions")
@@ -33,13 +35,8 @@ NO_LIMITS = Limits()
 @functools.lru_cache(maxsize=4096)
 def network_of(address: str) -> str:
     """Return what counts as one address: an IPv4 address, or the network of an IPv6 one."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if parsed.version == 4:
-        return address
-    return str(ipaddress.ip_network((parsed, NETWORK_BITS), strict=False))
+    known = canonical(address)
+    return str(ipaddress.ip_network((known, NETWORK_BITS), strict=False)) if ":" in known else known or address
 
 
 class Allowance:
