@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible_collections.stickyring.fleet.plugins.plugin_utils.addresses import network
-from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_routes import TYPE, routes
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_routes import TOKEN_FILTER, TYPE, routes
 
 Data = dict[str, Any]
 
@@ -21,9 +22,13 @@ NOBODY: Data = {"name": "nobody", "address": "127.0.0.1", "port": 1, "weight": 1
 
 
 def edge_pem_paths(listeners: list[Data], account_key: str) -> list[str]:
-    """Paths on the controller of the certificates and keys of all listeners, and of the ACME account's; each once."""
+    """Paths on the controller of what all listeners read there, and of the ACME account's key; each once.
+
+    Certificates and keys of listeners with TLS, and the keys that check tokens.
+    """
     tls = [item["tls"] for item in listeners if item.get("tls")]
     paths = [one[kind] for one in tls for kind in ("certificate", "key") if kind in one]
+    paths += [item["token"]["keys"] for item in listeners if "keys" in (item.get("token") or {})]
     return list(dict.fromkeys([*paths, *([account_key] if account_key and edge_acme_listeners(listeners) else [])]))
 
 
@@ -68,11 +73,10 @@ def _listener(item: Data, common: Data) -> Data:
             "config_source": _config_source(common["directory"], f"routes/{item['name']}.json"),
         },
     }
+    if item.get("token"):
+        _change_filters(manager, _with_token)
     if item.get("tls"):
-        manager["http_filters"] = [*common["hsts"], *manager["http_filters"]]
-        manager["upgrade_configs"] = [
-            {**one, "filters": [*common["hsts"], *one["filters"]]} for one in manager["upgrade_configs"]
-        ]
+        _change_filters(manager, lambda filters: [*common["hsts"], *filters])
     if "redirect_port" in item:
         # The port that a client has used is not that of https.
         manager["strip_any_host_port"] = True
@@ -84,6 +88,21 @@ def _listener(item: Data, common: Data) -> Data:
         **({"listener_filters": common["proxy_protocol"]} if takes_proxy_protocol(item) else {}),
         "filter_chains": _filter_chains(item, manager, common),
     }
+
+
+def _change_filters(manager: Data, change: Callable[[list[Data]], list[Data]]) -> None:
+    """Change the filters of requests, and those of WebSockets, in an HTTP connection manager of one's own."""
+    manager["http_filters"] = change(manager["http_filters"])
+    manager["upgrade_configs"] = [{**one, "filters": change(one["filters"])} for one in manager["upgrade_configs"]]
+
+
+def _with_token(filters: list[Data]) -> list[Data]:
+    """Behind the limit of handshakes, which comes first: a token takes longer to check than to count."""
+    check = {
+        "name": TOKEN_FILTER,
+        "typed_config": {"@type": TYPE + "envoy.extensions.filters.http.filter_chain.v3.FilterChainConfig"},
+    }
+    return [filters[0], check, *filters[1:]]
 
 
 def _filter_chains(item: Data, manager: Data, common: Data) -> list[Data]:
@@ -306,7 +325,7 @@ def edge_files(
     """
     files: dict[str, list[Data]] = {"clusters.json": [cluster_of(item, common) for item in clusters]}
     files |= {_endpoints_path(item, common): [endpoints_of(item, common)] for item in clusters}
-    files |= {f"routes/{item['name']}.json": [routes(item, common)] for item in listeners}
+    files |= {f"routes/{item['name']}.json": [routes(item, common, pems)] for item in listeners}
     files |= {_certificate_path(item): [_certificate(item, common, pems)] for item in listeners if item.get("tls")}
     files["listeners.json"] = [_listener(item, common) for item in listeners]
     if common["metrics"]["port"]:

@@ -20,6 +20,11 @@ BODY_FILTER, BODY_LIMIT = "stickyring.body", "limit"
 # The filter that limits handshakes, how many addresses it remembers, and the bits of an IPv6 address that count.
 HANDSHAKE_FILTER, ADDRESSES, IPV6_PREFIX = "stickyring.handshakes", 10_000, 64
 MOST_TOKENS = 2**32 - 1
+# The filter that checks tokens, the name of the check in it, where it keeps the claims, and the subject there.
+TOKEN_FILTER, TOKEN_CHECK, CLAIMS = "stickyring.token", "check", "claims"
+SUBJECT = f"%DYNAMIC_METADATA(envoy.filters.http.jwt_authn:{CLAIMS}:sub)%"
+# The path of Socket.IO, unless an application chooses another.
+SOCKET_IO = "socket.io"
 # The filter that takes the token out of the path of an ACME challenge (RFC 8555, section 8.3).
 CHALLENGE_FILTER, CHALLENGE_PATH = "stickyring.cookies", r"/\.well-known/acme-challenge/([A-Za-z0-9_-]+)"
 # A key is UTF-8 without control characters (C0, DEL, C1), and without a blank at either end, which headers would lose.
@@ -38,6 +43,9 @@ BAD_KEY = json.dumps(
     }
 )
 
+# In the form of Envoy's own answers to a request without a valid token.
+NO_SUBJECT = "Jwt has no subject"
+
 
 def edge_duration(seconds: float | str) -> str:
     """Seconds in the notation of Envoy's google.protobuf.Duration, the same for a number and its text."""
@@ -55,6 +63,8 @@ def _given(policy: Data) -> str:
         return f"%DYNAMIC_METADATA(stickyring.cookie:{policy['cookie']['name']})%"
     if "filter_state" in policy:
         return f"%FILTER_STATE({policy['filter_state']['key']}:PLAIN)%"
+    if "token" in policy:
+        return SUBJECT
     return "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"
 
 
@@ -134,6 +144,49 @@ def _body_limit(limit: int) -> Data:
         BODY_FILTER: {
             "@type": TYPE + "envoy.extensions.filters.http.filter_chain.v3.FilterChainConfigPerRoute",
             "filter_chain": {"filters": [{"name": BODY_LIMIT, "typed_config": limit_filter}]},
+        }
+    }
+
+
+def token_places(token: Data) -> Data:
+    """Where a listener's `token` lets clients put it, and the paths that need one."""
+    return {"query": "token", "cookie": "", "paths": [f"/{SOCKET_IO}"], **token}
+
+
+def _below(path: str) -> Data:
+    """Matches a path and all below it."""
+    return {"prefix": "/"} if path == "/" else {"path_separated_prefix": path}
+
+
+def _token_check(token: Data, keys: str) -> Data:
+    """Per-route settings of the check of tokens: a JWT that one of the `keys`, a JWK Set, has signed.
+
+    They are in the routes, so that keys change without a changed listener, which would drop its WebSockets.
+    """
+    places = token_places(token)
+    provider = {
+        "local_jwks": {"inline_string": keys},
+        "from_headers": [{"name": "authorization", "value_prefix": "Bearer "}],
+        **({"from_params": [places["query"]]} if places["query"] else {}),
+        **({"from_cookies": [places["cookie"]]} if places["cookie"] else {}),
+        **({"issuer": token["issuer"]} if token.get("issuer") else {}),
+        **({"audiences": token["audiences"]} if token.get("audiences") else {}),
+        # The application may read it too.
+        "forward": True,
+        "payload_in_metadata": CLAIMS,
+    }
+    needed = [{"match": _below(path), "requires": {"provider_name": "token"}} for path in places["paths"]]
+    check = {
+        "@type": TYPE + "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication",
+        "providers": {"token": provider},
+        "rules": needed,
+        # A browser asks without the token whether it may send one.
+        "bypass_cors_preflight": True,
+    }
+    return {
+        TOKEN_FILTER: {
+            "@type": TYPE + "envoy.extensions.filters.http.filter_chain.v3.FilterChainConfigPerRoute",
+            "filter_chain": {"filters": [{"name": TOKEN_CHECK, "typed_config": check}]},
         }
     }
 
@@ -261,11 +314,14 @@ def _redirect(item: Data, common: Data) -> Data:
     }
 
 
-def routes(item: Data, common: Data) -> Data:
-    """The RouteConfiguration of a listener."""
+def routes(item: Data, common: Data, texts: dict[str, str]) -> Data:
+    """The RouteConfiguration of a listener. ``texts`` has the files of edge_pem_paths."""
     if "redirect_port" in item:
         return _redirect(item, common)
     policies: list[Data] = item["hash_policies"] if "hash_policies" in item else common["hash_policies"]
+    token: Data = item.get("token") or {}
+    if token:
+        policies = [{"token": {}}]
     resource = {
         "@type": TYPE + "envoy.config.route.v3.RouteConfiguration",
         "name": item["name"],
@@ -285,6 +341,8 @@ def routes(item: Data, common: Data) -> Data:
     private = [{"match": {"path": path}, "direct_response": {"status": 404}} for path in common["private_paths"]]
     routes = _to_nodes(item, common)
     resource["typed_per_filter_config"] = _body_limit(common["largest_body"]) | _handshake_limit(common["handshakes"])
+    if token:
+        resource["typed_per_filter_config"] |= _token_check(token, texts[token["keys"]])
     if policies:
         resource["typed_per_filter_config"] |= _key_filters(policies)
         for route in routes:
@@ -295,9 +353,17 @@ def routes(item: Data, common: Data) -> Data:
             added["request_headers_to_add"] = [{"header": {"key": ISSUED_HEADER, "value": "1"}}]
             added["response_headers_to_add"] = [_set_cookie(cookie, secure="tls" in item)]
         refused = {"status": 400, "body": {"inline_string": BAD_KEY}}
+        keyless = [
+            {
+                "match": _below(path),
+                "direct_response": {"status": 401, "body": {"inline_string": NO_SUBJECT}},
+            }
+            for path in (token_places(token)["paths"] if token else [])
+        ]
         routes = [
             *({**route, "match": _with_key(route["match"], GOOD_KEY)} for route in routes),
             {"match": _with_key({"prefix": "/"}, ANY_KEY), "direct_response": refused},
+            *keyless,
             *({**route, **added} for route in routes),
         ]
     resource["virtual_hosts"] = [{"name": item["name"], "domains": ["*"], "routes": [*private, *routes]}]

@@ -23,6 +23,8 @@ from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_resources im
     policy_of,
     takes_proxy_protocol,
 )
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.edge_routes import SOCKET_IO, token_places
+from ansible_collections.stickyring.fleet.plugins.plugin_utils.tokens import token_key_problems
 
 Data = dict[str, Any]
 
@@ -36,8 +38,6 @@ TTL = re.compile(r"[0-9]+s")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PING_INTERVAL = 25
 PREFIX = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)+")
-# The path of Socket.IO, unless an application chooses another.
-SOCKET_IO = "socket.io"
 # What a path may set, with the lowest and the highest value.
 PATH_SETTINGS: dict[str, tuple[float, float]] = {"timeout": (0.0, 86400.0), "body_limit": (1, 2**32 - 1)}
 # Host names that an ACME challenge over HTTP can be for: with a dot, and without a wildcard.
@@ -163,7 +163,7 @@ def _target_problems(item: Data, clusters: set[str], proxies: list[Any]) -> list
         problems += _range_problem(f"{where}: redirect_port", item["redirect_port"], 1, 65535)
         problems += [
             f"{where}: {key} and redirect_port exclude each other: it only redirects to https."
-            for key in ("cluster", "tls", "hash_policies", "paths")
+            for key in ("cluster", "tls", "hash_policies", "paths", "token")
             if key in item
         ]
     elif "cluster" not in item:
@@ -284,6 +284,30 @@ def _tls_problems(item: Data, pems: dict[str, str]) -> list[str]:
     ]
 
 
+def _token_problems(item: Data, texts: dict[str, str]) -> list[str]:
+    """What is wrong with how a listener takes users' tokens; ``texts`` has the text of each file that exists."""
+    where, token = f"listener {item['name']}", item["token"]
+    if not token or "keys" not in token:
+        return [f"{where}: token.keys is missing: give the path of a JWK Set, or leave token out."]
+    problems = token_key_problems(f"{where}: token.keys", token["keys"], texts)
+    if "hash_policies" in item:
+        problems.append(f"{where}: hash_policies and token exclude each other: the token's subject is the user's key.")
+    places = token_places(token)
+    problems += [
+        f"{where}: token.{kind} {places[kind]!r} is not letters, digits and _.~-"
+        for kind in ("query", "cookie")
+        if places[kind] and not PARAMETER.fullmatch(str(places[kind]))
+    ]
+    if not isinstance(places["paths"], list) or not places["paths"]:
+        problems.append(f"{where}: token.paths is {places['paths']!r}: give a list, [/{SOCKET_IO}] for example.")
+        return problems
+    return problems + [
+        f"{where}: token.paths: {path!r} is no path such as /{SOCKET_IO}, and not /, which is for all."
+        for path in places["paths"]
+        if path != "/" and not PREFIX.fullmatch(str(path))
+    ]
+
+
 def _acme_problems(settings: Data, pems: dict[str, str]) -> list[str]:
     """What is wrong with the settings of ACME, if a listener needs them."""
     listeners: list[Data] = settings["stickyring_edge_listeners"]
@@ -358,6 +382,7 @@ def edge_problems(settings: Data, pems: dict[str, str], sha256: str | None = Non
     known = {item["name"] for item in clusters}
     problems += [problem for item in listeners for problem in _target_problems(item, known, proxies)]
     problems += [problem for item in listeners if "tls" in item for problem in _tls_problems(item, pems)]
+    problems += [problem for item in listeners if "token" in item for problem in _token_problems(item, pems)]
     problems += _acme_problems(settings, pems)
     for cluster in clusters:
         endpoints = cluster["endpoints"]

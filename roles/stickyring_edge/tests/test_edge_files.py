@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from base64 import urlsafe_b64decode
 from copy import deepcopy
 from pathlib import Path
@@ -17,7 +18,8 @@ from ansible_collections.stickyring.fleet.plugins.plugin_utils import (
     edge_variables,
 )
 from certificates import Certificate, make_certificate, make_key, private_pem
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicNumbers
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -25,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
+from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from stickyring.node import forwarded, sessions, takeover
 
 ROLE = Path(__file__).parents[1]
@@ -654,6 +657,69 @@ def test_certificates_by_acme_have_no_problem() -> None:
 )
 def test_each_fault_of_acme_is_reported(tls: dict[str, Any], settings: dict[str, Any], words: str) -> None:
     assert words in check_acme(ACME | {"tls": ACME["tls"] | tls}, **settings)
+
+
+def jwk(key: Any, **changes: str) -> dict[str, Any]:
+    """A public or private key as a JWK, with changes."""
+    (algorithm,) = (one for kinds, one in JWK_ALGORITHMS.items() if isinstance(key, kinds))
+    found: dict[str, Any] = json.loads(algorithm.to_jwk(key))
+    return found | changes
+
+
+JWK_ALGORITHMS: dict[Any, Any] = {
+    (ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey): ECAlgorithm,
+    (rsa.RSAPrivateKey, rsa.RSAPublicKey): RSAAlgorithm,
+    Ed25519PublicKey: OKPAlgorithm,
+}
+EC_KEY = ec.generate_private_key(ec.SECP384R1())
+GOOD_KEYS = [
+    jwk(EC_KEY.public_key()),
+    jwk(rsa.generate_private_key(65537, 2048).public_key(), kid="this year's", use="sig"),
+    jwk(Ed25519PrivateKey.generate().public_key()),
+]
+
+
+def check_token(token: dict[str, Any], *keys: Any, **others: Any) -> str:
+    listener = LISTENERS[0] | {"token": {"keys": "/keys.json"} | token} | others
+    return check([listener], pems={"/keys.json": json.dumps({"keys": keys}), "/other.json": "[]"})
+
+
+def test_tokens_have_no_problem() -> None:
+    assert check_token({}, *GOOD_KEYS) == ""
+    assert check_token({"query": "", "cookie": "login", "paths": ["/", "/ws/socket.io"]}, *GOOD_KEYS) == ""
+
+
+@pytest.mark.parametrize(
+    ("token", "keys", "others", "words"),
+    [
+        ({"keys": "keys.json"}, GOOD_KEYS, {}, "listener sticky: token.keys keys.json is no absolute path"),
+        ({"keys": "/none.json"}, GOOD_KEYS, {}, "token.keys /none.json is no file on the controller."),
+        ({"keys": "/other.json"}, GOOD_KEYS, {}, "token.keys /other.json is no JWK Set with keys"),
+        ({}, [], {}, "token.keys /keys.json is no JWK Set with keys"),
+        ({}, ["text"], {}, "token.keys /keys.json is no JWK Set with keys"),
+        ({}, [GOOD_KEYS[0], jwk(EC_KEY)], {}, "token.keys /keys.json: key 2 is a private one"),
+        (
+            {},
+            [{"kty": "oct", "k": "c2VjcmV0"}],
+            {},
+            "key 1 is symmetric: who can check tokens with it can sign",
+        ),
+        ({}, [jwk(rsa.generate_private_key(65537, 1024).public_key())], {}, "key 1 has 1024 bits: 2048 or more"),
+        ({}, [GOOD_KEYS[0] | {"y": GOOD_KEYS[0]["x"]}], {}, "key 1 is not valid: there are RSA, EC on P-256"),
+        ({}, [GOOD_KEYS[0] | {"crv": "secp256k1"}], {}, "key 1 is not valid"),
+        ({}, [{"kty": "RSA"}], {}, "key 1 is not valid"),
+        ({"query": "a b"}, GOOD_KEYS, {}, "token.query 'a b' is not letters, digits and _.~-"),
+        ({"cookie": "a;b"}, GOOD_KEYS, {}, "token.cookie 'a;b' is not letters, digits and _.~-"),
+        ({"paths": []}, GOOD_KEYS, {}, "token.paths is []: give a list"),
+        ({"paths": ["socket.io"]}, GOOD_KEYS, {}, "token.paths: 'socket.io' is no path such as /socket.io"),
+        ({}, GOOD_KEYS, {"hash_policies": POLICIES}, "hash_policies and token exclude each other"),
+        ({}, GOOD_KEYS, {"redirect_port": 443}, "token and redirect_port exclude each other"),
+    ],
+)
+def test_each_fault_of_tokens_is_reported(
+    token: dict[str, Any], keys: list[Any], others: dict[str, Any], words: str
+) -> None:
+    assert words in check_token(token, *keys, **others)
 
 
 def test_the_thumbprint_of_an_account_is_that_of_the_rfc() -> None:

@@ -257,7 +257,7 @@ def test_a_changed_path_changes_only_routes_and_ends_no_websocket(
     files = deepcopy(edge.files)
     common = composed["common"] | {"paths": [{"prefix": "/upload", "body_limit": 2_000_000}], "largest_body": 5000}
     for item in composed["listeners"]:
-        files[f"routes/{item['name']}.json"] = [edge_routes.routes(item, common)]
+        files[f"routes/{item['name']}.json"] = [edge_routes.routes(item, common, {})]
     with Websocket(edge, "plain") as plain, Websocket(edge, "safe") as safe:
         planned = edge.give(files, _ansible_check_mode=True)
         assert (planned["changed"], planned["ends"]) == (True, "")
