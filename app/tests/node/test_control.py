@@ -65,8 +65,8 @@ def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def connect(node: ServeProcess, key: str | None, cluster: str | None = None) -> str:
-    headers = {"x-stickyring-key": key, "x-stickyring-cluster": cluster}
+def connect(node: ServeProcess, key: str | None, cluster: str | None = None, request_id: str | None = None) -> str:
+    headers = {"x-stickyring-key": key, "x-stickyring-cluster": cluster, "x-request-id": request_id}
     # On the wire, the edge's key is UTF-8, which http.client does not encode.
     said = {name: value.encode().decode("latin-1") for name, value in headers.items() if value is not None}
     answer = node.get("/socket.io/?EIO=4&transport=polling", said)
@@ -116,6 +116,23 @@ def test_an_invalid_request_is_refused(
     answered, answer = ask(folder / "control", method, target, body)
     assert answered == status
     assert error in answer["error"]
+
+
+def test_a_session_and_its_lines_in_the_log_have_the_edges_request_id(
+    serve: Callable[..., ServeProcess], tmp_path: Path
+) -> None:
+    (tmp_path / "socket.io.min.js").touch()
+    node = serve("stickyring.echo:create_application('.')", "--control", "control", "--log-level", "debug")
+    sids = [connect(node, "alice", request_id=given) for given in ("of alice's handshake", "x" * 1000, None)]
+    _, found = ask(tmp_path / "control", "GET", "/sessions")
+    names = ["of alice's handshake", "x" * 64, ""]
+    assert [session["request_id"] for session in found["sessions"]] == names
+    for sid in sids:
+        close(node, sid)
+    wait_until(lambda: len(node.logged("disconnected")) == 3, "their ends are logged")
+    for message in ("connected", "disconnected"):
+        lines = [line for line in node.log() if line["message"] == message]
+        assert {line["sid"]: line["request_id"] for line in lines} == dict(zip(sids, names, strict=True))
 
 
 def test_before_the_first_rebalance_none_runs(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:

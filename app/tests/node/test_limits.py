@@ -146,7 +146,7 @@ def test_ipv6_addresses_of_one_customer_count_together(address: str, network: st
 
 def handshake(node: ServeProcess, client: str, transport: str = "polling") -> HTTPResponse:
     """The answer to a handshake that an edge passes on."""
-    headers = {"x-stickyring-client": client}
+    headers = {"x-stickyring-client": client, "x-request-id": f"of {client}"}
     if transport == "websocket":
         headers |= {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
         headers |= {"Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
@@ -184,6 +184,7 @@ def test_too_many_sessions_of_an_address_are_only_counted_if_you_say_so(tmp_path
         assert (refused(node), over(node, "sessions")) == (0, 2)
         (line,) = node.logged("over the limit")
         assert (line["client"], line["limit"], line["enforced"]) == ("192.0.2.7", "sessions", False)
+        assert line["request_id"] == "of 192.0.2.7"
 
 
 def test_without_a_limit_an_address_has_any_number_of_sessions(tmp_path: Path) -> None:

@@ -236,6 +236,14 @@ def test_a_key_header_of_a_client_is_ignored(edge: Edge, folder: Path, ring: Rin
     assert logged(folder, "forged-unkeyed")["key"] in {None, "-", ""}
 
 
+def test_a_session_has_the_request_id_of_the_edges_log(edge: Edge, folder: Path, nodes: dict[str, Node]) -> None:
+    """Not that of a client, who could choose somebody else's."""
+    handshake(edge, "named", "&client_id=named", b"x-request-id: of-a-client")
+    line = logged(folder, "named")
+    (session,) = nodes[line["node"]].ask("sessions", "--key", "named")["sessions"]
+    assert session["request_id"] == line["request_id"] != "of-a-client"
+
+
 def visitors(port: int, count: int) -> list[tuple[str | None, str | None]]:
     """Cookie and node of visitors who share a connection, as behind a proxy with keep-alive."""
     connection = HTTPConnection("127.0.0.1", port, timeout=10)

@@ -6,7 +6,7 @@ object; an error has `error`, a line of text.
     GET  /sessions[?key=KEY]  200 {"node": name, "release": name of the deployed release, "sessions": [{"key": "alice" |
                               null, "cluster": "nodes" | null, "transport": "polling" | "websocket", "seconds": open
                               for so long, "kept": whether the bus has it, so that its client can go on with it
-                              anywhere}]}
+                              anywhere, "request_id": what the edge's log calls the handshake}]}
     POST /rebalance           body {"ring": ring document, "rate": sessions per second, optional}
                               202 as GET /rebalance; 400 invalid body; 409 a rebalance is running
     GET  /rebalance           200 {"running", "rate", "seconds" since the start; numbers of sessions: "to_move",
@@ -129,6 +129,7 @@ class Control:
                 "transport": session.transport,
                 "seconds": round(session.seconds, 3),
                 "kept": self._is_kept(sid),
+                "request_id": session.request_id,
             }
             for sid, session in [*self._sessions.items()]
             if not session.ended and wanted in {None, session.key}

@@ -17,7 +17,14 @@ from stickyring.node.drain import Drain
 from stickyring.node.limits import Allowance, Limits, network_of
 from stickyring.node.metrics import LAG_INTERVAL, TRANSPORTS, Engine, EngineMetrics, Packet
 from stickyring.node.packets import HandlerError, body_of, check_packets
-from stickyring.node.sessions import ISSUED_VARIABLE, SESSION_VARIABLE, Session, SessionWebSocket, key_of
+from stickyring.node.sessions import (
+    ISSUED_VARIABLE,
+    SESSION_VARIABLE,
+    Session,
+    SessionWebSocket,
+    key_of,
+    request_id_of,
+)
 from stickyring.node.takeover import ELSEWHERE_HEADER, Predecessor
 from stickyring.node.websocket import PROTOCOL_ERROR, SOCKET_VARIABLE, Server, WebSocket, refusal
 
@@ -106,7 +113,9 @@ class Gate:
 
         def note(kind: str) -> None:
             self._metrics.count_excess(kind)
-            log.info("over the limit", extra={"sid": sid, "limit": kind, "enforced": self._limits.enforced})
+            session = self._sessions.get(sid)
+            names = {"sid": sid} if session is None else session.names
+            log.info("over the limit", extra={**names, "limit": kind, "enforced": self._limits.enforced})
 
         return Allowance(self._limits, note) if self._limits.messages or self._limits.size else None
 
@@ -118,7 +127,8 @@ class Gate:
         self._metrics.count_excess("sessions")
         if network not in self._crowded:
             self._crowded.add(network)
-            log.info("over the limit", extra={"client": network, "limit": "sessions", "enforced": limits.enforced})
+            told = {"client": network, "request_id": request_id_of(environ), "limit": "sessions"}
+            log.info("over the limit", extra={**told, "enforced": limits.enforced})
         if limits.enforced:
             self._metrics.refused.labels(transport, "address").inc()
         return limits.enforced
@@ -342,7 +352,7 @@ class SocketIOGate(Gate):
                 if not self._measures_lag:
                     self._measures_lag = True
                     engine.start_background_task(self._measure_lag)
-                log.debug("connected", extra={"sid": sid, "transport": transport})
+                log.debug("connected", extra={**session.names, "transport": transport})
             return answer
 
         def on_message(sid: str, data: object) -> object:
@@ -360,7 +370,8 @@ class SocketIOGate(Gate):
             if (session := sessions.pop(sid, None)) is not None:
                 self._count_ended(session)
                 metrics.count_end(session, *reason)
-            log.debug("disconnected", extra={"sid": sid, "reason": " ".join(reason)})
+            names = {"sid": sid} if session is None else session.names
+            log.debug("disconnected", extra={**names, "reason": " ".join(reason)})
             try:
                 return disconnect(sid, *reason)
             finally:

@@ -52,8 +52,9 @@ def sessions(*, key: str | None, path: Path) -> None:
     """Print the open sessions of a node on this host as JSON.
 
     {"node": NAME, "release": RELEASE, "sessions": [{"key": KEY or null, "cluster": CLUSTER or null, "transport":
-    "polling" or "websocket", "seconds": OPEN_FOR, "kept": KEPT}]}. CLUSTER is the edge's cluster that routes the user.
-    KEPT: whether the bus has the session, so that its client can go on with it on any node.
+    "polling" or "websocket", "seconds": OPEN_FOR, "kept": KEPT, "request_id": ID}]}. CLUSTER is the edge's cluster that
+    routes the user. KEPT: whether the bus has the session, so that its client can go on with it on any node. ID: what
+    the edge's access log calls the request that began it.
 
     \b
     Examples:

@@ -37,6 +37,9 @@ KEY_VARIABLE = "HTTP_X_STICKYRING_KEY"
 """`x-stickyring-key`: the key that the edge hashed."""
 ISSUED_VARIABLE = "HTTP_X_STICKYRING_ISSUED"
 """`x-stickyring-issued`: the edge generated the key for this request; the next request may have another."""
+REQUEST_ID_VARIABLE = "HTTP_X_REQUEST_ID"
+"""Envoy's, of 36 characters; it replaces what a client sends."""
+LONGEST_REQUEST_ID = 64
 CLUSTER_VARIABLE = "HTTP_X_STICKYRING_CLUSTER"
 """`x-stickyring-cluster`: the edge's cluster that the request used; each cluster has its own ring."""
 SESSION_VARIABLE = "stickyring.session"
@@ -75,6 +78,7 @@ class Session:
 
     - `key`: the user, as the key of the handshake that the edge hashed; None without a key.
     - `cluster`: the edge's cluster of the handshake; None without an edge.
+    - `request_id`: what the edge's log calls the request of the handshake; empty without an edge.
     - `network`: the address of its client, or the network of an IPv6 one (`limits.network_of`).
     - `websocket`: the WebSocket that carries the session; None while it polls.
     - `unanswered`: number of events whose acknowledgement the application has not given yet.
@@ -91,6 +95,7 @@ class Session:
     socket: EngineSession
     key: str | None = None
     cluster: str | None = None
+    request_id: str = ""
     network: str = ""
     websocket: "SessionWebSocket | None" = None
     began: float = field(default_factory=time.monotonic)
@@ -141,7 +146,7 @@ class Session:
         )
 
     def note(self, environ: dict[str, object]) -> None:
-        """Store the key and the cluster of the handshake.
+        """Store the key, the cluster and the request id of the handshake.
 
         Keys of later requests are ignored, even if the handshake had none. A client without cookies has another key in
         each request, and a client can claim any. With such keys, a rebalance would ask users to reconnect who then come
@@ -149,6 +154,12 @@ class Session:
         """
         self.key = key_of(environ)
         self.cluster = _on_the_wire(environ, CLUSTER_VARIABLE) or None
+        self.request_id = request_id_of(environ)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What identifies it in lines of the log: here, and on the edge."""
+        return {"sid": self.socket.sid, "request_id": self.request_id}
 
     def stand_in(self) -> None:
         """Replace the engine's methods for sending, POSTs, polls, pings and the end by this object's."""
@@ -226,7 +237,7 @@ class Session:
                 else:
                     websocket.close()
             except Exception as error:
-                log.debug("not sent", extra={"sid": self.socket.sid, "error": repr(error)})
+                log.debug("not sent", extra={**self.names, "error": repr(error)})
                 websocket.close()
             self._forget(packet)
             with SENDING:
@@ -429,7 +440,7 @@ class Session:
         if self.websocket is not None and reason in CLOSING:
             self.websocket.blame(CLOSING[reason])
         self.on_failure(reason)
-        log.debug("failed", extra={"sid": self.socket.sid, "reason": reason, "error": repr(error)})
+        log.debug("failed", extra={**self.names, "reason": reason, "error": repr(error)})
 
     def _close(self, reason: str) -> None:
         self.socket.close(wait=False, abort=True, reason=reason)
@@ -581,6 +592,11 @@ def size_of(packet: Packet) -> int:
 def key_of(environ: dict[str, object]) -> str | None:
     """Return the key that the edge hashed for a request; None without a key."""
     return _on_the_wire(environ, KEY_VARIABLE) or None
+
+
+def request_id_of(environ: dict[str, object]) -> str:
+    """Return what the edge's log calls a request; empty without an edge."""
+    return _on_the_wire(environ, REQUEST_ID_VARIABLE)[:LONGEST_REQUEST_ID]
 
 
 def _on_the_wire(environ: dict[str, object], variable: str) -> str:

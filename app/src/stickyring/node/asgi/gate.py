@@ -249,7 +249,7 @@ class AsyncSocketIOGate(Gate):
                 if not self._measures_lag:
                     self._measures_lag = True
                     loop.call_later(LAG_INTERVAL, self._measure_lag, loop, loop.time() + LAG_INTERVAL)
-                log.debug("connected", extra={"sid": sid, "transport": transport})
+                log.debug("connected", extra={**session.names, "transport": transport})
             return answer
 
         async def on_message(sid: str, data: object) -> None:
@@ -267,7 +267,8 @@ class AsyncSocketIOGate(Gate):
             if (session := sessions.pop(sid, None)) is not None:
                 self._count_ended(session)
                 metrics.count_end(session, *reason)
-            log.debug("disconnected", extra={"sid": sid, "reason": " ".join(reason)})
+            names = {"sid": sid} if session is None else session.names
+            log.debug("disconnected", extra={**names, "reason": " ".join(reason)})
             try:
                 await disconnect(sid, *reason)  # type: ignore[misc]
             finally:
