@@ -175,6 +175,8 @@ def test_prometheus_watches_every_instance() -> None:
                     {"name": "to_https", "port": 80, "redirect_port": 443},
                     {"name": "other", "port": 9002, "cluster": "nodes"},
                     {"name": "proxied", "port": 444, "cluster": "chat", "proxy_protocol": True},
+                    {"name": "signed", "port": 445, "cluster": "chat", "token": {"keys": "/keys.json"}},
+                    {"name": "unkeyed", "port": 446, "cluster": "chat", "hash_policies": []},
                     {"name": "chat", "port": 443, "cluster": "chat", "tls": {"certificate": "a", "key": "b"}},
                     {"name": "more", "port": 8443, "cluster": "chat"},
                 ],

@@ -201,6 +201,20 @@ def test_an_application_without_socketio_is_proven_with_repeated_requests(tmp_pa
     assert "6 of 6 requests failed: 6 x HTTP 404" in said
 
 
+def test_ids_may_come_from_a_file(tmp_path: Path, url: str) -> None:
+    (tmp_path / "ids").write_text("alice\nbob\ncarol\n")
+    options = f"stickyring_probe_options: [--no-echo, --ids-file, {tmp_path}/ids]"
+    settings = f"stickyring_probe_auth: {{token: {TOKEN}}}\n{options}\n"
+    status, said = run(tmp_path, url, settings=settings)
+    assert status == 0, said
+    assert "all 12 sessions completed" in said
+
+
+def test_an_edge_without_a_url_is_named(tmp_path: Path) -> None:
+    status, said = run(tmp_path, "")
+    assert (status, "edge1 was not probed: stickyring_probe_urls is empty." in said) == (0, True), said
+
+
 def test_with_check_it_sends_nothing(tmp_path: Path, url: str) -> None:
     for login in ("", "stickyring_probe_auth: {token: wrong}\n"):
         status, said = run(tmp_path, url, "--check", settings=login)

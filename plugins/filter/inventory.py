@@ -67,7 +67,6 @@ def watched_edges(
     """Return dicts for these edges: `name`; `urls`, where site.yml probes them, as users would reach them; `metrics`,
     address and port of Envoy's metrics, empty if they have none.
 
-    The role `stickyring` composes the same URLs for the probe, of one host.
     """
     return [
         {"name": host, "urls": _urls(hostvars[host], defaults), "metrics": _metrics(hostvars[host])} for host in hosts
@@ -84,13 +83,20 @@ def _urls(variables: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str
         return list(given)
     cluster = variables.get("stickyring_cluster", "nodes")
     listeners = variables.get("stickyring_edge_listeners", defaults["stickyring_edge_listeners"])
-    address = str(variables["stickyring_address"])
+    return probed_urls(listeners, cluster, str(variables["stickyring_address"]))
+
+
+def probed_urls(listeners: Sequence[Mapping[str, Any]], cluster: str, address: str) -> list[str]:
+    """Return the URL of the first listener of an edge that keeps users of a cluster on a node, given only an id.
+
+    Neither one for proxies, nor one that takes users with a token, nor one that hashes nothing. Empty if there is none.
+    """
     host = f"[{address}]" if ":" in address else address
+    ours = [one for one in listeners if one.get("cluster") == cluster and one.get("hash_policies") != []]
     return [
         f"{'https' if 'tls' in one else 'http'}://{host}:{one['port']}"
-        for one in listeners
-        # Not a listener for proxies, which would refuse others.
-        if one.get("cluster") == cluster and "proxy_protocol" not in one
+        for one in ours
+        if not {"proxy_protocol", "token"} & one.keys()
     ][:1]
 
 
@@ -290,6 +296,7 @@ class FilterModule:
             "inventory_problems": problems,
             "longest_restart": longest_restart,
             "status_answers": status_answers,
+            "probed_urls": probed_urls,
             "watched_edges": watched_edges,
             "watched_nodes": watched_nodes,
         }

@@ -43,6 +43,12 @@ BAD_KEY = json.dumps(
     }
 )
 
+# How a browser asks, without the token, whether it may send one.
+PREFLIGHT = [
+    {"name": ":method", "string_match": {"exact": "OPTIONS"}},
+    {"name": "origin", "present_match": True},
+    {"name": "access-control-request-method", "present_match": True},
+]
 # In the form of Envoy's own answers to a request without a valid token.
 NO_SUBJECT = "Jwt has no subject"
 
@@ -174,13 +180,13 @@ def _token_check(token: Data, keys: str) -> Data:
         # The application may read it too.
         "forward": True,
         "payload_in_metadata": CLAIMS,
+        "require_expiration": True,
     }
     needed = [{"match": _below(path), "requires": {"provider_name": "token"}} for path in places["paths"]]
     check = {
         "@type": TYPE + "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication",
         "providers": {"token": provider},
         "rules": needed,
-        # A browser asks without the token whether it may send one.
         "bypass_cors_preflight": True,
     }
     return {
@@ -353,12 +359,16 @@ def routes(item: Data, common: Data, texts: dict[str, str]) -> Data:
             added["request_headers_to_add"] = [{"header": {"key": ISSUED_HEADER, "value": "1"}}]
             added["response_headers_to_add"] = [_set_cookie(cookie, secure="tls" in item)]
         refused = {"status": 400, "body": {"inline_string": BAD_KEY}}
+        paths = token_places(token)["paths"] if token else []
         keyless = [
-            {
-                "match": _below(path),
-                "direct_response": {"status": 401, "body": {"inline_string": NO_SUBJECT}},
-            }
-            for path in (token_places(token)["paths"] if token else [])
+            *({**routes[-1], "match": {**_below(path), "headers": PREFLIGHT}} for path in paths),
+            *(
+                {
+                    "match": _below(path),
+                    "direct_response": {"status": 401, "body": {"inline_string": NO_SUBJECT}},
+                }
+                for path in paths
+            ),
         ]
         routes = [
             *({**route, "match": _with_key(route["match"], GOOD_KEY)} for route in routes),

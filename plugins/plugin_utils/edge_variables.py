@@ -177,6 +177,11 @@ def _target_problems(item: Data, clusters: set[str], proxies: list[Any]) -> list
     return problems
 
 
+def _is_prefix(path: str) -> bool:
+    """Whether a path can begin that of a request, which Envoy normalizes."""
+    return bool(PREFIX.fullmatch(path)) and not {".", ".."} & {*path.split("/")}
+
+
 def _path_problems(where: str, paths: object) -> list[str]:
     """What is wrong with the settings of single paths."""
     if not isinstance(paths, list) or not all(isinstance(path, dict) and "prefix" in path for path in paths):
@@ -195,7 +200,7 @@ def _path_problems(where: str, paths: object) -> list[str]:
                 f"{where}: {prefix} is a path of Socket.IO, which has the settings stickyring_edge_route_timeout and"
                 " stickyring_edge_max_request_body_bytes."
             )
-        elif not PREFIX.fullmatch(prefix) or {".", ".."} & {*parts}:
+        elif not _is_prefix(prefix):
             problems.append(
                 f"{where}: {prefix!r} is no prefix: give a path such as /upload, in letters, digits and"
                 " -._~!$&'()*+,;=:@, without a slash at its end."
@@ -304,7 +309,7 @@ def _token_problems(item: Data, texts: dict[str, str]) -> list[str]:
     return problems + [
         f"{where}: token.paths: {path!r} is no path such as /{SOCKET_IO}, and not /, which is for all."
         for path in places["paths"]
-        if path != "/" and not PREFIX.fullmatch(str(path))
+        if path != "/" and not _is_prefix(str(path))
     ]
 
 

@@ -125,7 +125,7 @@ def test_a_session_and_its_lines_in_the_log_have_the_edges_request_id(
     node = serve("stickyring.echo:create_application('.')", "--control", "control", "--log-level", "debug")
     sids = [connect(node, "alice", request_id=given) for given in ("of alice's handshake", "x" * 1000, None)]
     _, found = ask(tmp_path / "control", "GET", "/sessions")
-    names = ["of alice's handshake", "x" * 64, ""]
+    names = ["of alice's handshake", "x" * 128, ""]
     assert [session["request_id"] for session in found["sessions"]] == names
     for sid in sids:
         close(node, sid)

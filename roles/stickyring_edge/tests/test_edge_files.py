@@ -711,6 +711,7 @@ def test_tokens_have_no_problem() -> None:
         ({"query": "a b"}, GOOD_KEYS, {}, "token.query 'a b' is not letters, digits and _.~-"),
         ({"cookie": "a;b"}, GOOD_KEYS, {}, "token.cookie 'a;b' is not letters, digits and _.~-"),
         ({"paths": []}, GOOD_KEYS, {}, "token.paths is []: give a list"),
+        ({"paths": ["/./socket.io"]}, GOOD_KEYS, {}, "token.paths: '/./socket.io' is no path such as /socket.io"),
         ({"paths": ["socket.io"]}, GOOD_KEYS, {}, "token.paths: 'socket.io' is no path such as /socket.io"),
         ({}, GOOD_KEYS, {"hash_policies": POLICIES}, "hash_policies and token exclude each other"),
         ({}, GOOD_KEYS, {"redirect_port": 443}, "token and redirect_port exclude each other"),

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from real_nodes import Node, serving
 from running_envoy import PROJECT, Edge, compose, free_ports, running
+from running_envoy import handshake as secured
 from stickyring.ring import Ring
 
 NODES = ("node1-1", "node2-1", "node3-1")
@@ -84,9 +85,10 @@ def composed(folder: Path, certificate: Certificate, nodes: dict[str, Node]) -> 
     keys = folder / "keys.json"
     keys.write_text(key_set(*KEYS.values()))
     endpoints = [{"name": one.name, "address": one.address, "port": one.port} for one in nodes.values()]
-    variables = {"stickyring_edge_clusters": [{"name": "nodes", "endpoints": endpoints}]}
+    variables: dict[str, Any] = {"stickyring_edge_clusters": [{"name": "nodes", "endpoints": endpoints}]}
     strict = {"keys": str(keys), "issuer": ISSUER, "audiences": [AUDIENCE], "cookie": "login"}
-    settings: dict[str, Any] = {"strict": {"token": strict}, "safe": {"token": {"keys": str(keys)}}}
+    other = {"keys": str(keys), "query": "ticket", "paths": ["/ws/socket.io", "/private"]}
+    settings: dict[str, Any] = {"strict": {"token": strict}, "safe": {"token": other}}
     return compose(folder, ("strict", "safe"), certificate, variables, **settings)
 
 
@@ -103,7 +105,7 @@ def ring(edge: Edge) -> Ring:
     return Ring.load(filters.edge_served_ring("nodes", answer))
 
 
-def ask(edge: Edge, path: str, *headers: str, upgrade: bool = False) -> tuple[int, str]:
+def ask(edge: Edge, path: str, *headers: str, upgrade: bool = False, method: str = "GET") -> tuple[int, str]:
     """Status of a request, and the node that has answered it."""
     kind = [
         "Connection: Upgrade",
@@ -111,7 +113,7 @@ def ask(edge: Edge, path: str, *headers: str, upgrade: bool = False) -> tuple[in
         "Sec-WebSocket-Version: 13",
         f"Sec-WebSocket-Key: {'A' * 22}==",
     ]
-    lines = [f"GET {path} HTTP/1.1", "Host: edge", *headers, *(kind if upgrade else ["Connection: close"])]
+    lines = [f"{method} {path} HTTP/1.1", "Host: edge", *headers, *(kind if upgrade else ["Connection: close"])]
     with socket.create_connection(("127.0.0.1", edge.ports["strict"]), 10) as client:
         client.sendall("\r\n".join([*lines, "", ""]).encode())
         head = b""
@@ -149,11 +151,63 @@ def test_any_kind_of_key_can_sign(edge: Edge) -> None:
     assert {handshake(edge, token(key=key, algorithm=name))[0] for name, key in KEYS.items()} == {200}
 
 
+def test_one_valid_token_of_several_is_not_enough(edge: Edge, ring: Ring) -> None:
+    """Of several good ones, the header's counts."""
+    header = f"Authorization: Bearer {token('bob')}"
+    assert handshake(edge, token("alice"), header) == (200, ring.owner("bob"))
+    assert handshake(edge, token("alice", key=FOREIGN_KEY), header) == (401, "")
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/private/page", 401),
+        ("/private/page?token={}", 401),
+        ("/private/page?ticket={}", 200),
+        ("/privately", 200),
+        ("/ws/socket.io/?EIO=4", 401),
+    ],
+)
+def test_over_tls_with_paths_and_a_parameter_of_ones_own(edge: Edge, path: str, status: int) -> None:
+    request = f"GET {path.format(token())} HTTP/1.1\r\nHost: edge\r\nConnection: close\r\n\r\n"
+    with secured(edge.ports["safe"]) as client:
+        client.sendall(request.encode())
+        assert int(client.recv(65536).split()[1]) == status
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "served"),
+    [
+        ("OPTIONS", ["Origin: https://chat.example.com", "Access-Control-Request-Method: GET"], True),
+        ("OPTIONS", ["Origin: https://chat.example.com"], False),
+        ("GET", ["Origin: https://chat.example.com", "Access-Control-Request-Method: GET"], False),
+    ],
+)
+def test_a_browser_may_ask_a_node_whether_it_may_send_a_token(
+    edge: Edge, method: str, headers: list[str], served: bool
+) -> None:
+    status, node = ask(edge, "/socket.io/?EIO=4&transport=polling", *headers, method=method)
+    assert (node in NODES, status != 401) == (served, served)
+
+
+def test_who_begins_too_often_is_refused_before_the_token_is_checked(edge: Edge, composed: dict[str, Any]) -> None:
+    files = deepcopy(edge.files)
+    common = composed["common"] | {"handshakes": {"rate": 1, "burst": 2, "enforced": True}}
+    (item,) = (one for one in composed["listeners"] if one["name"] == "strict")
+    files["routes/strict.json"] = [edge_routes.routes(item, common, {item["token"]["keys"]: key_set(NEW_KEY)})]
+    assert "failed" not in edge.give(files)
+    try:
+        assert [handshake(edge, token())[0] for _ in range(3)] == [401, 401, 429]
+    finally:
+        assert "failed" not in edge.give(edge.files)
+
+
 FORGED: dict[str, Callable[[], str]] = {
     "missing": lambda: "",
     "no token": lambda: "alice",
     "of another key": lambda: token(key=FOREIGN_KEY),
     "unsigned": lambda: token(key="", algorithm="none"),
+    "without an end": lambda: token(exp=None),
     "expired": lambda: token(exp=int(time.time()) - 600),
     "not valid yet": lambda: token(nbf=int(time.time()) + 600),
     "of another issuer": lambda: token(iss="https://elsewhere.example.com"),

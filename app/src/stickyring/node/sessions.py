@@ -38,8 +38,8 @@ KEY_VARIABLE = "HTTP_X_STICKYRING_KEY"
 ISSUED_VARIABLE = "HTTP_X_STICKYRING_ISSUED"
 """`x-stickyring-issued`: the edge generated the key for this request; the next request may have another."""
 REQUEST_ID_VARIABLE = "HTTP_X_REQUEST_ID"
-"""Envoy's, of 36 characters; it replaces what a client sends."""
-LONGEST_REQUEST_ID = 64
+"""The edge's, of 36 characters, or that of a trusted proxy."""
+LONGEST_REQUEST_ID = 128
 CLUSTER_VARIABLE = "HTTP_X_STICKYRING_CLUSTER"
 """`x-stickyring-cluster`: the edge's cluster that the request used; each cluster has its own ring."""
 SESSION_VARIABLE = "stickyring.session"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,10 +115,17 @@ def test_rules_that_shut_out_an_edge_are_undone_also_if_it_is_not_part_of_the_ru
     assert reaches(fleet, edge.name, doors[0])
 
 
-def test_rules_that_are_confirmed_too_late_are_not_kept(fleet: LabBus, play: Any) -> None:
-    late = ("-e", "stickyring_firewall_trial_seconds=1", "-e", "{stickyring_firewall_admitted: [192.0.2.78]}")
-    told = " ".join(play(FIREWALL, *ON, *LIMITED, *late, check=False).split())
-    assert "node1: the new rules were undone before they could be confirmed" in told
+def test_rules_that_are_confirmed_too_late_are_not_kept(fleet: LabBus, started: Any) -> None:
+    late = ("-e", "stickyring_firewall_trial_seconds=2", "-e", "{stickyring_firewall_admitted: [192.0.2.78]}")
+    told = ""
+    with started("ansible-playbook", "-i", fleet.inventory, FIREWALL, *ON, *LIMITED, *late) as run:
+        for line in run.stdout:
+            told += line
+            if line.startswith("TASK [Open connections from each host"):
+                run.send_signal(signal.SIGSTOP)
+                wait_until(lambda: "192.0.2.78" not in fleet.do("node1", RULES), "the rules are undone")
+                run.send_signal(signal.SIGCONT)
+    assert "node1: the new rules were undone before they could be confirmed" in " ".join(told.split())
     assert "192.0.2.78" not in fleet.do("node1", RULES)
 
 
