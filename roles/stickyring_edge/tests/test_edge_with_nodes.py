@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import socket
 import ssl
 import subprocess
@@ -25,7 +24,7 @@ from ansible_collections.stickyring.fleet.plugins.filter import edge as filters
 from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin
 from certificates import Certificate
 from real_nodes import Node, serving
-from running_envoy import PROJECT, START_SECONDS, Edge, compose, free_ports, running
+from running_envoy import START_SECONDS, Edge, compose, free_ports, running
 from stickyring.ring import Ring
 
 # One node has only IPv6.
@@ -413,16 +412,6 @@ const socket = io(url, { transports: [transport], reconnection: false, rejectUna
 socket.on("connect", () => { console.log("connected"); socket.disconnect(); });
 socket.on("connect_error", (error) => console.log(error.message));
 """
-
-
-@pytest.fixture(scope="module")
-def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the pinned JavaScript client in node_modules."""
-    folder = tmp_path_factory.mktemp("javascript")
-    for name in ("package.json", "package-lock.json"):
-        shutil.copy(PROJECT / "app" / name, folder)
-    subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=60)
-    return folder
 
 
 @contextmanager

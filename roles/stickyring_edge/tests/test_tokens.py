@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import socket
 import subprocess
 import time
@@ -24,7 +23,7 @@ from certificates import Certificate
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from real_nodes import Node, serving
-from running_envoy import PROJECT, Edge, compose, free_ports, running
+from running_envoy import Edge, compose, free_ports, running
 from running_envoy import handshake as secured
 from stickyring.ring import Ring
 
@@ -261,16 +260,6 @@ def test_the_log_has_the_key_and_no_token(edge: Edge, folder: Path) -> None:
         time.sleep(0.05)
     assert json.loads(found)["key"] == "somebody to look for"
     assert given not in (folder / "log").read_text()
-
-
-@pytest.fixture(scope="module")
-def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the pinned JavaScript client in node_modules."""
-    folder = tmp_path_factory.mktemp("javascript")
-    for name in ("package.json", "package-lock.json"):
-        shutil.copy(PROJECT / "app" / name, folder)
-    subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=60)
-    return folder
 
 
 @pytest.mark.parametrize("transports", TRANSPORTS, ids="-".join)
