@@ -66,7 +66,6 @@ def watched_edges(
 ) -> list[dict[str, Any]]:
     """Return dicts for these edges: `name`; `urls`, where site.yml probes them, as users would reach them; `metrics`,
     address and port of Envoy's metrics, empty if they have none.
-
     """
     return [
         {"name": host, "urls": _urls(hostvars[host], defaults), "metrics": _metrics(hostvars[host])} for host in hosts

@@ -137,6 +137,14 @@ def _with_key(match: Data, regex: str) -> Data:
     return {**match, "filter_state": [{"key": GIVEN, "string_match": {"safe_regex": {"regex": regex}}}]}
 
 
+def _chain_of(name: str, settings: Data) -> Data:
+    """Per-route settings of a chain of filters, which then has this filter alone."""
+    return {
+        "@type": TYPE + "envoy.extensions.filters.http.filter_chain.v3.FilterChainConfigPerRoute",
+        "filter_chain": {"filters": [{"name": name, "typed_config": settings}]},
+    }
+
+
 def _body_limit(limit: int) -> Data:
     """Per-route settings of the limit for bodies.
 
@@ -146,12 +154,7 @@ def _body_limit(limit: int) -> Data:
         "@type": TYPE + "envoy.extensions.filters.http.body_size_limit.v3.BodySizeLimit",
         "max_request_bytes": limit,
     }
-    return {
-        BODY_FILTER: {
-            "@type": TYPE + "envoy.extensions.filters.http.filter_chain.v3.FilterChainConfigPerRoute",
-            "filter_chain": {"filters": [{"name": BODY_LIMIT, "typed_config": limit_filter}]},
-        }
-    }
+    return {BODY_FILTER: _chain_of(BODY_LIMIT, limit_filter)}
 
 
 def token_places(token: Data) -> Data:
@@ -177,7 +180,7 @@ def _token_check(token: Data, keys: str) -> Data:
         **({"from_cookies": [places["cookie"]]} if places["cookie"] else {}),
         **({"issuer": token["issuer"]} if token.get("issuer") else {}),
         **({"audiences": token["audiences"]} if token.get("audiences") else {}),
-        # The application may read it too.
+        # The application gets the request as it is.
         "forward": True,
         "payload_in_metadata": CLAIMS,
         "require_expiration": True,
@@ -189,12 +192,7 @@ def _token_check(token: Data, keys: str) -> Data:
         "rules": needed,
         "bypass_cors_preflight": True,
     }
-    return {
-        TOKEN_FILTER: {
-            "@type": TYPE + "envoy.extensions.filters.http.filter_chain.v3.FilterChainConfigPerRoute",
-            "filter_chain": {"filters": [{"name": TOKEN_CHECK, "typed_config": check}]},
-        }
-    }
+    return {TOKEN_FILTER: _chain_of(TOKEN_CHECK, check)}
 
 
 def _handshake_limit(limit: Data) -> Data:

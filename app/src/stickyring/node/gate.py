@@ -23,6 +23,7 @@ from stickyring.node.sessions import (
     Session,
     SessionWebSocket,
     key_of,
+    names_of,
     request_id_of,
 )
 from stickyring.node.takeover import ELSEWHERE_HEADER, Predecessor
@@ -113,8 +114,7 @@ class Gate:
 
         def note(kind: str) -> None:
             self._metrics.count_excess(kind)
-            session = self._sessions.get(sid)
-            names = {"sid": sid} if session is None else session.names
+            names = names_of(sid, self._sessions.get(sid))
             log.info("over the limit", extra={**names, "limit": kind, "enforced": self._limits.enforced})
 
         return Allowance(self._limits, note) if self._limits.messages or self._limits.size else None
@@ -370,8 +370,7 @@ class SocketIOGate(Gate):
             if (session := sessions.pop(sid, None)) is not None:
                 self._count_ended(session)
                 metrics.count_end(session, *reason)
-            names = {"sid": sid} if session is None else session.names
-            log.debug("disconnected", extra={**names, "reason": " ".join(reason)})
+            log.debug("disconnected", extra={**names_of(sid, session), "reason": " ".join(reason)})
             try:
                 return disconnect(sid, *reason)
             finally:

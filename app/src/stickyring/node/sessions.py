@@ -594,6 +594,11 @@ def key_of(environ: dict[str, object]) -> str | None:
     return _on_the_wire(environ, KEY_VARIABLE) or None
 
 
+def names_of(sid: str, session: Session | None) -> dict[str, str]:
+    """Return the `names` of a session, or its id alone if it is not known here."""
+    return {"sid": sid} if session is None else session.names
+
+
 def request_id_of(environ: dict[str, object]) -> str:
     """Return what the edge's log calls a request; empty without an edge."""
     return _on_the_wire(environ, REQUEST_ID_VARIABLE)[:LONGEST_REQUEST_ID]

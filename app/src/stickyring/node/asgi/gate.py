@@ -36,7 +36,7 @@ from stickyring.node.gate import (
 from stickyring.node.limits import Limits
 from stickyring.node.metrics import LAG_INTERVAL, EngineMetrics, Packet
 from stickyring.node.packets import HandlerError, checked_body
-from stickyring.node.sessions import SESSION_VARIABLE, Session
+from stickyring.node.sessions import SESSION_VARIABLE, Session, names_of
 from stickyring.node.takeover import Predecessor
 from stickyring.node.websocket import PROTOCOL_ERROR, refusal
 
@@ -267,8 +267,7 @@ class AsyncSocketIOGate(Gate):
             if (session := sessions.pop(sid, None)) is not None:
                 self._count_ended(session)
                 metrics.count_end(session, *reason)
-            names = {"sid": sid} if session is None else session.names
-            log.debug("disconnected", extra={**names, "reason": " ".join(reason)})
+            log.debug("disconnected", extra={**names_of(sid, session), "reason": " ".join(reason)})
             try:
                 await disconnect(sid, *reason)  # type: ignore[misc]
             finally:
