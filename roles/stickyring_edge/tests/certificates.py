@@ -1,17 +1,27 @@
-"""New certificates for tests."""
+"""New certificates and keys for tests."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+
+JWK_ALGORITHMS: dict[Any, Any] = {
+    (ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey): ECAlgorithm,
+    (rsa.RSAPrivateKey, rsa.RSAPublicKey): RSAAlgorithm,
+    Ed25519PublicKey: OKPAlgorithm,
+}
 
 
 @dataclass(frozen=True)
@@ -58,3 +68,10 @@ def make_certificate(folder: Path, days: int = 30, names: Sequence[str] = (), ag
     (folder / "chain.pem").write_text(chain)
     (folder / "key.pem").write_text(private)
     return Certificate(chain, private, certificate.serial_number, folder / "chain.pem", folder / "key.pem")
+
+
+def jwk(key: Any, **changes: str) -> dict[str, Any]:
+    """A public or private key as a JWK, with changes."""
+    (algorithm,) = (one for kinds, one in JWK_ALGORITHMS.items() if isinstance(key, kinds))
+    found: dict[str, Any] = json.loads(algorithm.to_jwk(key))
+    return found | changes

@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from running_envoy import START_SECONDS
+from ansible_collections.stickyring.fleet.plugins.filter import edge as filters
+from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin
+from running_envoy import START_SECONDS, Edge, free_ports
 
 PROGRAMS = Path(sys.executable).parent
 APPLICATION = """
@@ -56,7 +58,17 @@ class Node:
 
 
 @contextmanager
-def serving(folder: Path, name: str, address: str, port: int) -> Iterator[Node]:
+def serving(folder: Path, addresses: Mapping[str, str]) -> Iterator[dict[str, Node]]:
+    """Nodes with these names at these addresses, until the end of the block."""
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(_serving(folder, name, address, port))
+            for (name, address), port in zip(addresses.items(), free_ports(len(addresses)), strict=True)
+        }
+
+
+@contextmanager
+def _serving(folder: Path, name: str, address: str, port: int) -> Iterator[Node]:
     (folder / "echoing.py").write_text(APPLICATION)
     node = Node(name, address, port, folder / f"{name}.sock")
     command: list[str | Path] = [
@@ -83,3 +95,10 @@ def serving(folder: Path, name: str, address: str, port: int) -> Iterator[Node]:
     finally:
         process.terminate()
         process.wait(START_SECONDS)
+
+
+def ring_document(edge: Edge) -> dict[str, Any]:
+    """The ring that Envoy serves, as `stickyring whereis` and `rebalance` take it."""
+    answer = Admin(edge.admin_socket).get("/config_dump?include_eds&name_regex=nodes")
+    document: dict[str, Any] = filters.edge_served_ring("nodes", answer)
+    return document

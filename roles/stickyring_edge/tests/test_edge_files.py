@@ -17,9 +17,9 @@ from ansible_collections.stickyring.fleet.plugins.plugin_utils import (
     edge_routes,
     edge_variables,
 )
-from certificates import Certificate, make_certificate, make_key, private_pem
+from certificates import Certificate, jwk, make_certificate, make_key, private_pem
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicNumbers
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -27,7 +27,6 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
-from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from stickyring.node import forwarded, sessions, takeover
 
 ROLE = Path(__file__).parents[1]
@@ -659,18 +658,6 @@ def test_each_fault_of_acme_is_reported(tls: dict[str, Any], settings: dict[str,
     assert words in check_acme(ACME | {"tls": ACME["tls"] | tls}, **settings)
 
 
-def jwk(key: Any, **changes: str) -> dict[str, Any]:
-    """A public or private key as a JWK, with changes."""
-    (algorithm,) = (one for kinds, one in JWK_ALGORITHMS.items() if isinstance(key, kinds))
-    found: dict[str, Any] = json.loads(algorithm.to_jwk(key))
-    return found | changes
-
-
-JWK_ALGORITHMS: dict[Any, Any] = {
-    (ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey): ECAlgorithm,
-    (rsa.RSAPrivateKey, rsa.RSAPublicKey): RSAAlgorithm,
-    Ed25519PublicKey: OKPAlgorithm,
-}
 EC_KEY = ec.generate_private_key(ec.SECP384R1())
 GOOD_KEYS = [
     jwk(EC_KEY.public_key()),

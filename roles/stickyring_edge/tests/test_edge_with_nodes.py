@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -20,11 +20,9 @@ from typing import Any
 import aiohttp
 import pytest
 import socketio
-from ansible_collections.stickyring.fleet.plugins.filter import edge as filters
-from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin
 from certificates import Certificate
-from real_nodes import Node, serving
-from running_envoy import START_SECONDS, Edge, compose, free_ports, running
+from real_nodes import Node, ring_document, serving
+from running_envoy import START_SECONDS, Edge, compose, running
 from stickyring.ring import Ring
 
 # One node has only IPv6.
@@ -40,11 +38,8 @@ CALL_SECONDS = 30
 
 @pytest.fixture(scope="module")
 def nodes(folder: Path) -> Iterator[dict[str, Node]]:
-    with ExitStack() as stack:
-        yield {
-            name: stack.enter_context(serving(folder, name, address, port))
-            for (name, address), port in zip(NODES.items(), free_ports(len(NODES)), strict=True)
-        }
+    with serving(folder, NODES) as running_nodes:
+        yield running_nodes
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +62,6 @@ def edge(folder: Path, certificate: Certificate, nodes: dict[str, Node]) -> Iter
 def ring(edge: Edge) -> Ring:
     """The ring that Envoy serves, as `stickyring whereis` and `rebalance` take it."""
     return Ring.load(ring_document(edge))
-
-
-def ring_document(edge: Edge) -> dict[str, Any]:
-    answer = Admin(edge.admin_socket).get("/config_dump?include_eds&name_regex=nodes")
-    document: dict[str, Any] = filters.edge_served_ring("nodes", answer)
-    return document
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,11 @@ from typing import Any
 import jwt
 import pytest
 import socketio
-from ansible_collections.stickyring.fleet.plugins.filter import edge as filters
-from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin
 from ansible_collections.stickyring.fleet.plugins.plugin_utils import edge_routes
-from certificates import Certificate
+from certificates import Certificate, jwk
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
-from real_nodes import Node, serving
-from running_envoy import Edge, compose, free_ports, running
+from real_nodes import Node, ring_document, serving
+from running_envoy import Edge, compose, running
 from running_envoy import handshake as secured
 from stickyring.ring import Ring
 
@@ -48,18 +44,11 @@ KEYS: dict[str, Any] = {
 }
 NEW_KEY = ec.generate_private_key(ec.SECP256R1())
 FOREIGN_KEY = ec.generate_private_key(ec.SECP256R1())
-ALGORITHMS: dict[type, Any] = {
-    ec.EllipticCurvePrivateKey: ECAlgorithm,
-    ed25519.Ed25519PrivateKey: OKPAlgorithm,
-    rsa.RSAPrivateKey: RSAAlgorithm,
-}
 
 
 def key_set(*keys: Any) -> str:
     """The public keys as a JWK Set."""
-    algorithms = [next(one for kind, one in ALGORITHMS.items() if isinstance(key, kind)) for key in keys]
-    pairs = zip(algorithms, keys, strict=True)
-    return json.dumps({"keys": [json.loads(algorithm.to_jwk(key.public_key())) for algorithm, key in pairs]})
+    return json.dumps({"keys": [jwk(key.public_key()) for key in keys]})
 
 
 def token(subject: object = "alice", key: Any = KEYS["ES256"], algorithm: str = "ES256", **claims: object) -> str:
@@ -72,11 +61,8 @@ def token(subject: object = "alice", key: Any = KEYS["ES256"], algorithm: str = 
 
 @pytest.fixture(scope="module")
 def nodes(folder: Path) -> Iterator[dict[str, Node]]:
-    with ExitStack() as stack:
-        yield {
-            name: stack.enter_context(serving(folder, name, "127.0.0.1", port))
-            for name, port in zip(NODES, free_ports(len(NODES)), strict=True)
-        }
+    with serving(folder, dict.fromkeys(NODES, "127.0.0.1")) as running_nodes:
+        yield running_nodes
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +86,7 @@ def edge(folder: Path, composed: dict[str, Any]) -> Iterator[Edge]:
 @pytest.fixture(scope="module")
 def ring(edge: Edge) -> Ring:
     """The ring that Envoy serves."""
-    answer = Admin(edge.admin_socket).get("/config_dump?include_eds&name_regex=nodes")
-    return Ring.load(filters.edge_served_ring("nodes", answer))
+    return Ring.load(ring_document(edge))
 
 
 def ask(edge: Edge, path: str, *headers: str, upgrade: bool = False, method: str = "GET") -> tuple[int, str]:
