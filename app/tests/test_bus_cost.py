@@ -44,7 +44,7 @@ def session(number: int) -> Kept:
     for room in range(3):
         kept.enter(f"room {room}", HERE)
     kept.data = {"name": f"user {number}"}
-    kept.sent = str(HERE)
+    kept.sends(str(HERE), HERE)
     return kept
 
 

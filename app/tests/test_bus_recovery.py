@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import signal
@@ -29,7 +30,7 @@ from stickyring.bus.client import Recovering
 from stickyring.bus.connection import TRIM, parsed
 from stickyring.bus.emitter import BusAwayError, Emitter
 from stickyring.bus.entry import CLOSE, ENTER, EVENT, MOVED, Entry
-from stickyring.bus.kept import Kept, Stay, recover
+from stickyring.bus.kept import MOST_PAUSES, PAUSE_MILLISECONDS, Kept, Stay, recover
 from stickyring.bus.offset import BEGIN, Offset, Position
 from stickyring.bus.outbox import Outbox
 from stickyring.bus.recent import MOST_ENTRIES, Recent
@@ -96,6 +97,37 @@ def test_a_client_that_is_lost_again_while_it_gets_what_it_missed_gets_it_once(
     bob.ask("say", None, "after")
     assert ann.said(6) == [*range(5), "after"]
     assert ann.until("connect")[1:] == [sid, True, pid]
+
+
+@pytest.mark.eventlet
+@pytest.mark.parametrize("before", [0, 1], ids=["who had got none", "who had got some"])
+def test_a_quiet_user_misses_nothing_that_is_sent_before_the_node_notices_that_it_is_gone(
+    bus: Bus, node: Node, client: Connect, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    """What the bus had removed by then, the client did not need."""
+    monkeypatch.setattr(bus_fleet, "APPLICATION", bus_fleet.APPLICATION + CUTTING)
+    first = node("first", hello=False)
+    bob = client(first)
+    bob.until("connect")
+    bob.ask("cut", before)
+    ann = client(first)
+    _, sid, _, pid = ann.until("connect")
+    speaker = Emitter(bus.url)
+    for _ in range(before):
+        speaker.emit("said", "before", room=sid)
+    assert ann.said(before) == ["before"] * before
+
+    def last() -> Position:
+        speaker.emit("said", "something else", room="nobody")
+        return parsed(bus.client.xrevrange("stickyring:events", count=1))[0][0]
+
+    begun = last()
+    wait_until(lambda: last().ms - begun.ms > PAUSE_MILLISECONDS, "a pause")
+    bus.client.set("stickyring:floor", str(end := last()))
+    bus.client.xtrim("stickyring:events", minid=str(end), approximate=False)
+    speaker.emit("said", "missed", room=sid)
+    assert ann.until("connect")[1:] == [sid, True, pid]
+    assert ann.said(1) == ["missed"]
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["at the same node", "at another"])
@@ -217,6 +249,7 @@ def test_what_is_kept_is_bounded_by_number(bus: Bus, node: Node, client: Connect
         speaker.emit("said", "before", room="nobody is here")
     wait_until(lambda: bus.client.xlen("stickyring:events") < 1200, "not many more are kept")
     ann.away(first)
+    wait_until(lambda: connections(first) == 1, "the node has noticed")
     for number in range(missed):
         speaker.emit("said", number)
     bob.said(missed)
@@ -710,6 +743,30 @@ def test_rooms_are_those_that_are_known_and_what_came_after() -> None:
     entered = of_room(ENTER, 5, s="s")
     assert replayed(kept(gone), 8, 4, entered, of_room(EVENT, 9, "of a room that it has left")) == ([], [])
     assert replayed(kept(sent=""), 4, 7, entered, of_room(EVENT, 6, "got"), event) == (["event"], ["club"])
+
+
+def test_after_a_pause_a_client_has_all_that_was_before_the_next_event() -> None:
+    session, gap = Kept("s", "/", Position(1, 0), "epoch"), PAUSE_MILLISECONDS + 1
+    sent = [Position(number * gap, 0) for number in range(1, MOST_PAUSES + 3)]
+    sent[1] = Position(sent[0].ms + PAUSE_MILLISECONDS, 0)
+    for one in sent:
+        session.sends(str(one), one)
+    stored = session.to_json(end := sent[-1]).encode()
+
+    def start(got: Position | None) -> Position:
+        found = recover(stored, "pid", None if got is None else Offset(got), "epoch")
+        assert found is not None
+        return found.start
+
+    assert [start(one) for one in sent[1:-1]] == [one.before for one in sent[2:]]
+    assert start(sent[-1]) == end
+    assert start(sent[0]) == sent[0], "no pause"
+    assert start(None) == Position(1, 0), "too many pauses ago"
+    older = json.loads(stored)
+    del older["pauses"]
+    found = recover(json.dumps(older).encode(), "pid", Offset(sent[-2]), "epoch")
+    assert found is not None
+    assert found.start == sent[-2], "of an earlier release"
 
 
 def test_own_events_that_a_recovered_session_has_got_from_the_bus_are_not_delivered_ahead_of_it_too() -> None:

@@ -11,6 +11,10 @@ from typing import Any
 from stickyring.bus.entry import CLOSE, DISCONNECT, ENTER, EVENT, LEAVE, Entry
 from stickyring.bus.offset import BEGIN, Offset, Position
 
+PAUSE_MILLISECONDS = 5000
+MOST_PAUSES = 10
+"""Of a session: more than it can have until its node notices that its client is gone (50 seconds by default)."""
+
 
 def new_pid() -> str:
     """Return a secret that names a session."""
@@ -40,7 +44,10 @@ class Kept:
     - began: the position at which it first joined; epoch: the history of the stream that this position is of, empty
       before its process' first contact with the bus
     - stays: in which rooms it was when; data: the application's session
-    - sent: the offset of the last event sent to it, as text, empty before the first one
+    - sent: the offset of the last event sent to it, as text, empty before the first one; sent_at: when, in milliseconds
+      of the bus' clock
+    - pauses: for the offset of an event that was the last one for a while, the position of the next one. Its client may
+      not have got that one, and what was before it may be gone from the stream
     - has: what its client has got anyway, which is not sent to it again
     - missed: the packets of events that are sent to it once its client is told that it is connected; held: those of
       events that come meanwhile, sent after these; None once it is connected
@@ -59,6 +66,8 @@ class Kept:
     pid: str = field(default_factory=new_pid)
     stays: list[Stay] = field(default_factory=list)
     sent: str = ""
+    sent_at: int = 0
+    pauses: dict[str, Position] = field(default_factory=dict)
     has: Offset | None = None
     data: dict[str, Any] = field(default_factory=dict)
     recovered: bool = False
@@ -71,6 +80,14 @@ class Kept:
     saved_at: float = 0.0
     seen: Position = BEGIN
     start: Position = BEGIN
+
+    def sends(self, offset: str, position: Position) -> None:
+        """Note the offset of the event at a position, which is sent to it."""
+        if position.ms - self.sent_at > PAUSE_MILLISECONDS:
+            self.pauses[self.sent] = position
+            if len(self.pauses) > MOST_PAUSES:
+                del self.pauses[next(iter(self.pauses))]
+        self.sent, self.sent_at = offset, position.ms
 
     def enter(self, room: Hashable, position: Position) -> None:
         """Note that it is in a room from now on."""
@@ -128,6 +145,7 @@ class Kept:
                 "namespace": self.namespace,
                 "began": str(self.began),
                 "sent": self.sent,
+                "pauses": {offset: str(position) for offset, position in self.pauses.items()},
                 "seen": str(seen),
                 "epoch": self.epoch,
                 "stays": [[stay.room, str(stay.since), stay.until and str(stay.until)] for stay in self.stays],
@@ -147,14 +165,18 @@ def recover(text: bytes, pid: str, offset: Offset | None, epoch: str) -> Kept | 
     if found["epoch"] != epoch:
         return None
     kept = Kept(found["sid"], found["namespace"], Position.parse(found["began"]), epoch, pid, recovered=True)
-    kept.data, kept.sent, kept.has = found["data"], found["sent"], offset
+    kept.data, kept.sent, kept.has = found["data"], str(offset or ""), offset
+    kept.pauses = {got: Position.parse(position) for got, position in found.get("pauses", {}).items()}
     kept.stays = [
         Stay(_hashable(room), Position.parse(since), until and Position.parse(until))
         for room, since, until in found["stays"]
     ]
     kept.seen = Position.parse(found["seen"])
-    # It has got all that was sent to it up to then, or what its offset says.
-    since = kept.seen if str(offset or "") == found["sent"] else kept.began
+    # It has got all that was sent to it up to then, all before what came after a pause, or what its offset says.
+    if kept.sent == found["sent"]:
+        since = kept.seen
+    else:
+        since = kept.pauses[kept.sent].before if kept.sent in kept.pauses else kept.began
     kept.start = max(since, offset.position) if offset else since
     return kept
 

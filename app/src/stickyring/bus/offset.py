@@ -25,6 +25,11 @@ class Position(NamedTuple):
     def __str__(self) -> str:
         return f"{self.ms}-{self.n}"
 
+    @property
+    def before(self) -> Position:
+        """The last one before it, which no entry may have."""
+        return Position(self.ms, self.n - 1) if self.n else Position(self.ms - 1, 2**53)
+
 
 BEGIN = Position(0, 0)
 

@@ -325,7 +325,7 @@ class Recovery:
         stream, router = self._stream, self._router
         address = stream.address
         # Its rooms may have changed after what is known of them, and before what it has missed.
-        begin, end = sorted((kept.start, kept.seen))
+        begin, end = min(kept.start, kept.seen), kept.seen if kept.has is None else max(kept.has.position, kept.seen)
         entries = await self._remembered(begin)
         while True:
             reached = entries[-1][0] if entries else begin

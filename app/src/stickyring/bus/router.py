@@ -103,7 +103,7 @@ class Router:
         packet_class = self._manager.server.packet_class
         for position, entry in entries:
             if kept.replay(entry, position):
-                kept.sent = str(Offset(position, ahead))
+                kept.sends(str(Offset(position, ahead)), position)
                 kept.missed.append(Encoded(entry, packet_class).packets(kept.sent))
         for _, entry in entries:
             if entry.origin == self.outbox.origin:
@@ -117,7 +117,7 @@ class Router:
         # Own events that are delivered, and not in the stream yet.
         for entry in self.outbox.after(written):
             if entry.number <= self.delivered and kept.replay(entry, AHEAD):
-                kept.sent = str(Offset(kept.has.position, ahead | {entry.origin: entry.number}))
+                kept.sends(str(Offset(kept.has.position, ahead | {entry.origin: entry.number})), kept.has.position)
                 kept.missed.append(Encoded(entry, packet_class).packets(kept.sent))
 
     def sendings(self, entry: Entry, position: Position | None) -> Iterator[tuple[str, list[Any]]]:
@@ -137,7 +137,7 @@ class Router:
                 continue
             if kept.given_up or (kept.has is not None and kept.has.covers(position, entry.origin, entry.number)):
                 continue
-            kept.sent = offset if kept.has is None else str(self._offset_of(kept, kept.has))
+            kept.sends(offset if kept.has is None else str(self._offset_of(kept, kept.has)), self.now)
             packets = event.packets(kept.sent)
             if kept.held is None:
                 yield engine_sid, packets
