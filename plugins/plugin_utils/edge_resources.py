@@ -256,7 +256,7 @@ METRICS_FILTER = (
     r"^(cluster\..+\.(membership_(healthy|total)|upstream_(cx_active|cx_connect_fail|rq_active|rq_retry|rq_timeout|rq_[1-5]xx))"
     r"|http\..+\.downstream_(cx_active|cx_upgrades_active|rq_[1-5]xx)|http_local_rate_limiter\..+|.+\.http_local_rate_limit\..+"
     r"|server\.(days_until_first_cert_expiring|memory_allocated|uptime)|listener\..+\.downstream_global_cx_overflow"
-    r"|overload\..+\.active)$"
+    r"|overload\..+\.active|envoy\.overload_actions\.reset_high_memory_stream\.count)$"
 )
 
 
