@@ -13,7 +13,7 @@ from socketio.packet import Packet
 
 from stickyring.bus.connection import APPEND, SAVE, Address, append_arguments
 from stickyring.bus.entry import EVENT, encode, header_of
-from stickyring.bus.kept import Kept
+from stickyring.bus.kept import MOST_PAUSES, Kept
 from stickyring.bus.offset import Position
 from stickyring.bus.outbox import ENTRY_BYTES, Outbox
 
@@ -39,12 +39,13 @@ def traced() -> int:
 
 
 def session(number: int) -> Kept:
-    """One with three rooms, and a little data of the application."""
+    """One with three rooms, a little data of the application, and as many pauses as are noted."""
     kept = Kept(f"{number:020}", "/", HERE, EPOCH)
     for room in range(3):
         kept.enter(f"room {room}", HERE)
     kept.data = {"name": f"user {number}"}
-    kept.sends(str(HERE), HERE)
+    for pause in range(MOST_PAUSES):
+        kept.sends(str(at := Position(HERE.ms + pause * 20_000, number)), at)
     return kept
 
 
@@ -79,7 +80,7 @@ def test_sessions_and_events_take_what_the_documentation_says(bus: Bus) -> None:
             append(keys=address.append_keys(ORIGIN), args=append_arguments(entries))
             outbox.wrote(entries[-1][0].number)
     assert client.xlen(address.stream) == MANY
-    assert figures["a session in a node"] < 1500
-    assert figures["a session in Redis"] < 900
+    assert figures["a session in a node"] < 1600
+    assert figures["a session in Redis"] < 950
     assert figures["an event of 200 bytes that waits in a node"] <= counted, "the bound of the outbox holds"
     assert figures["an event of 200 bytes in Redis"] < 400

@@ -26,12 +26,13 @@ from bus_fleet import Bus, Client, Connect, Node, worker_of
 from bus_trio import Trio, free_port
 from conftest import ServeProcess, wait_until
 
+from stickyring.bus import RECOVERY_SECONDS
 from stickyring.bus.client import Recovering
 from stickyring.bus.connection import TRIM, parsed
 from stickyring.bus.emitter import BusAwayError, Emitter
 from stickyring.bus.entry import CLOSE, ENTER, EVENT, MOVED, Entry
 from stickyring.bus.kept import MOST_PAUSES, PAUSE_MILLISECONDS, Kept, Stay, recover
-from stickyring.bus.offset import BEGIN, Offset, Position
+from stickyring.bus.offset import BEGIN, END, Offset, Position
 from stickyring.bus.outbox import Outbox
 from stickyring.bus.recent import MOST_ENTRIES, Recent
 from stickyring.bus.router import Router
@@ -100,7 +101,7 @@ def test_a_client_that_is_lost_again_while_it_gets_what_it_missed_gets_it_once(
 
 
 @pytest.mark.eventlet
-@pytest.mark.parametrize("before", [0, 1], ids=["who had got none", "who had got some"])
+@pytest.mark.parametrize("before", [0, 1, 2], ids=["who had got none", "who had got some", "of another session"])
 def test_a_quiet_user_misses_nothing_that_is_sent_before_the_node_notices_that_it_is_gone(
     bus: Bus, node: Node, client: Connect, monkeypatch: pytest.MonkeyPatch, before: int
 ) -> None:
@@ -109,20 +110,29 @@ def test_a_quiet_user_misses_nothing_that_is_sent_before_the_node_notices_that_i
     first = node("first", hello=False)
     bob = client(first)
     bob.until("connect")
-    bob.ask("cut", before)
+    speaker = Emitter(bus.url)
+    if before < 2:
+        bob.ask("cut", before)
     ann = client(first)
     _, sid, _, pid = ann.until("connect")
-    speaker = Emitter(bus.url)
     for _ in range(before):
         speaker.emit("said", "before", room=sid)
     assert ann.said(before) == ["before"] * before
+    if before == 2:
+        ann.away(first)
+        stored = f"stickyring:session:{pid}"
+        wait_until(lambda: 0 < bus.client.ttl(stored) <= RECOVERY_SECONDS, "its session is stored for the last time")
+        bus.client.delete(stored)
+        bob.ask("cut", 0)
+        sid, recovered, pid = ann.back()
+        assert not recovered
 
     def last() -> Position:
         speaker.emit("said", "something else", room="nobody")
         return parsed(bus.client.xrevrange("stickyring:events", count=1))[0][0]
 
     begun = last()
-    wait_until(lambda: last().ms - begun.ms > PAUSE_MILLISECONDS, "a pause")
+    wait_until(lambda: bus.client.time()[0] * 1000 - begun.ms > PAUSE_MILLISECONDS, "a pause", 20)
     bus.client.set("stickyring:floor", str(end := last()))
     bus.client.xtrim("stickyring:events", minid=str(end), approximate=False)
     speaker.emit("said", "missed", room=sid)
@@ -230,7 +240,9 @@ def test_a_client_that_was_away_for_too_long_is_told(bus: Bus, node: Node, clien
         bus.client.set("stickyring:floor", str(last))
         bus.client.xtrim("stickyring:events", minid=str(last), approximate=False)
     else:
-        wait_until(lambda: bus.client.delete(f"stickyring:session:{pid}"), "its session is stored")
+        stored = f"stickyring:session:{pid}"
+        wait_until(lambda: 0 < bus.client.ttl(stored) <= RECOVERY_SECONDS, "its session is stored for the last time")
+        bus.client.delete(stored)
     new_sid, recovered, _ = ann.back()
     assert not recovered
     assert new_sid != sid
@@ -719,6 +731,26 @@ def test_a_client_whose_events_the_bus_has_lost_with_all_nodes_is_told(bus: Bus,
     assert ann.back()[1] is False
 
 
+def test_a_node_that_was_busy_while_the_bus_was_replaced_tells_its_users_before_anything_else(
+    bus: Bus, node: Node, client: Connect
+) -> None:
+    """Its connection to the bus is idle then, and redis-py replaces it without a word."""
+    first = node("first", hello=False)
+    ann = client(first)
+    sid = ann.until("connect")[1]
+    Emitter(bus.url).emit("said", "before")
+    assert ann.said(1) == ["before"]
+    worker = worker_of(first)
+    os.kill(worker, signal.SIGSTOP)
+    wait_until(lambda: bus.client.info("clients")["blocked_clients"] == 0, "the bus has answered")
+    Emitter(bus.url).emit("said", "lost")
+    empty_bus(bus, first)
+    Emitter(bus.url).emit("said", "after")
+    os.kill(worker, signal.SIGCONT)
+    assert ann.until("connect")[1:3] != [sid, True]
+    assert ann.said(1, 0.5) == []
+
+
 def of_room(kind: str, at: int, data: str = "", **header: str) -> tuple[Position, Entry]:
     return Position(at, 0), Entry(kind, "0" * 16, at, {"n": "/", "r": "club"} | header, data)
 
@@ -786,6 +818,46 @@ def test_own_events_that_a_recovered_session_has_got_from_the_bus_are_not_delive
     router.kept["/", "s"], kept.held = kept, None
     delivered = [[*router.sendings(entry, None)] for entry in router.entries_ahead()]
     assert [len(one) for one in delivered] == [0, 1]
+
+
+def test_what_was_read_before_the_stream_has_lost_it_is_not_delivered_twice() -> None:
+    router = Router(SimpleNamespace(), Outbox("f" * 16), recovers=True)
+    first, second, third = (of_room(EVENT, number) for number in (1, 2, 3))
+    assert [router.arrives(*one) for one in (first, second)] == [True, True]
+    router.go_on_at(Position(10, 0), "another")
+    assert [router.arrives(Position(11, number), one[1]) for number, one in enumerate((second, third))] == [False, True]
+    router.go_on_at(Position(20, 0), "a third")
+    assert not router.arrives(Position(21, 0), first[1])
+    router.go_on_at(Position(30, 0), "a fourth")
+    assert not router.arrives(Position(31, 0), third[1])
+
+
+def stored_as(outbox: Outbox, fields: list[str | bytes]) -> dict[bytes, bytes]:
+    """What Redis has of an entry of an outbox."""
+    values = [one if isinstance(one, bytes) else one.encode() for one in ("o", outbox.origin, "q", "1", *fields)]
+    return dict(zip(values[::2], values[1::2], strict=True))
+
+
+def test_what_the_bus_has_lost_says_where_it_was_for_those_who_had_it() -> None:
+    """Its process writes it again; who has got it elsewhere gets it no more."""
+    outbox = Outbox("0" * 16)
+    for text in ("had by a user", "had by nobody", "not accepted yet"):
+        outbox.put(EVENT, {"n": "/"}, f'["said","{text}"]')
+    outbox.wrote(2, [b"5-0", b"6-0"])
+    outbox.note_loss()
+    outbox.rewrite()
+    stored = [entry for _, entry in parsed([(b"9-0", stored_as(outbox, fields)) for _, fields in outbox.unwritten()])]
+    assert [entry.lost_at for entry in stored] == [Position(5, 0), Position(6, 0), END]
+    session = Kept("s", "/", BEGIN, "epoch", held=None, had=Position(5, 0))
+    server = SimpleNamespace(packet_class=socketio.packet.Packet)
+    router = Router(
+        SimpleNamespace(server=server, get_participants=lambda *_: [("s", "e")]), Outbox("1" * 16), recovers=True
+    )
+    router.kept["/", "s"] = session
+    assert [len([*router.sendings(entry, Position(9, 0))]) for entry in stored] == [0, 1, 1]
+    found = recover(session.to_json(BEGIN).encode(), "pid", None, "epoch")
+    assert found is not None
+    assert [found.replay(entry, Position(9, 0)) for entry in stored] == [False, True, True]
 
 
 def test_an_offset_of_many_parts_is_none() -> None:

@@ -36,19 +36,20 @@ REMEMBERED_SECONDS = 3600
 APPEND = """#!lua
 -- Append entries of one origin to the stream, except those that it has: a writer repeats what got no answer.
 -- KEYS: the stream, the origin's last number. ARGV: origin, first number, seconds, then for each entry the number of
--- its fields and values, and these.
-local last = tonumber(redis.call('GET', KEYS[2]) or '0')
+-- its fields and values, and these. Returns the positions of those that are appended.
+local last, positions = tonumber(redis.call('GET', KEYS[2]) or '0'), {}
 local number, at = tonumber(ARGV[2]), 4
 while at <= #ARGV do
   local size = tonumber(ARGV[at])
   if number > last then
-    redis.call('XADD', KEYS[1], '*', 'o', ARGV[1], 'q', number, unpack(ARGV, at + 1, at + size))
+    local position = redis.call('XADD', KEYS[1], '*', 'o', ARGV[1], 'q', number, unpack(ARGV, at + 1, at + size))
+    table.insert(positions, position)
     last = number
   end
   at, number = at + size + 1, number + 1
 end
 redis.call('SET', KEYS[2], last, 'EX', ARGV[3])
-return last
+return positions
 """
 SAVE = """#!lua
 -- Save a session, unless another process goes on with it. KEYS: the session. ARGV: the process, the session as text or

@@ -11,6 +11,8 @@ import socketio.packet
 from engineio.packet import MESSAGE
 from engineio.packet import Packet as EnginePacket
 
+from stickyring.bus.offset import END, Position
+
 EVENT, CALL, ANSWER, DISCONNECT, ENTER, LEAVE, CLOSE, MOVED, WHO = (
     "event",
     "call",
@@ -31,7 +33,7 @@ class Entry:
     """One entry. Each `origin` numbers its own from 1 on, without a gap.
 
     `header` has one letter a thing: n namespace, r room or rooms, x skipped sids, s sid, i id of a call or a
-    question, o the origin of a call.
+    question, o the origin of a call, l where the stream had it before it lost it.
     `data` is the JSON text of an event's name and arguments (or of an acknowledgement's), in which placeholders stand
     for the binary `attachments` as in Socket.IO's protocol.
     """
@@ -50,6 +52,11 @@ class Entry:
             # In one piece: a script of Redis handles at most some thousand values.
             found += ["a", ",".join(str(len(one)) for one in self.attachments), "b", b"".join(self.attachments)]
         return found
+
+    @property
+    def lost_at(self) -> Position:
+        """Where the stream had it before it lost it; the end of all positions if it is there for the first time."""
+        return Position.parse(self.header["l"]) if "l" in self.header else END
 
     @classmethod
     def of(cls, stored: Mapping[bytes, bytes]) -> Entry:

@@ -11,9 +11,9 @@ from typing import Any
 from stickyring.bus.entry import CLOSE, DISCONNECT, ENTER, EVENT, LEAVE, Entry
 from stickyring.bus.offset import BEGIN, Offset, Position
 
-PAUSE_MILLISECONDS = 5000
-MOST_PAUSES = 10
-"""Of a session: more than it can have until its node notices that its client is gone (50 seconds by default)."""
+PAUSE_MILLISECONDS = 10_000
+MOST_PAUSES = 5
+"""Of a session: as many as it can have until its node notices that its client is gone (45 seconds by default)."""
 
 
 def new_pid() -> str:
@@ -46,9 +46,10 @@ class Kept:
     - stays: in which rooms it was when; data: the application's session
     - sent: the offset of the last event sent to it, as text, empty before the first one; sent_at: when, in milliseconds
       of the bus' clock
-    - pauses: for the offset of an event that was the last one for a while, the position of the next one. Its client may
-      not have got that one, and what was before it may be gone from the stream
+    - pauses: a line for each, with the offset of the event that was the last one for a while, and the position of the
+      next one. Its client may not have got that one, and what was before it may be gone from the stream
     - has: what its client has got anyway, which is not sent to it again
+    - had: up to where its client had got the stream in another session, before this one
     - missed: the packets of events that are sent to it once its client is told that it is connected; held: those of
       events that come meanwhile, sent after these; None once it is connected
     - given_up: whether its connection is about to end, because it may have missed events or goes on elsewhere; it gets
@@ -67,8 +68,9 @@ class Kept:
     stays: list[Stay] = field(default_factory=list)
     sent: str = ""
     sent_at: int = 0
-    pauses: dict[str, Position] = field(default_factory=dict)
+    pauses: str = ""
     has: Offset | None = None
+    had: Position = BEGIN
     data: dict[str, Any] = field(default_factory=dict)
     recovered: bool = False
     missed: list[list[Any]] = field(default_factory=list)
@@ -84,9 +86,8 @@ class Kept:
     def sends(self, offset: str, position: Position) -> None:
         """Note the offset of the event at a position, which is sent to it."""
         if position.ms - self.sent_at > PAUSE_MILLISECONDS:
-            self.pauses[self.sent] = position
-            if len(self.pauses) > MOST_PAUSES:
-                del self.pauses[next(iter(self.pauses))]
+            lines = (*self.pauses.splitlines(), f"{self.sent} {position}")
+            self.pauses = "\n".join(lines[-MOST_PAUSES:])
         self.sent, self.sent_at = offset, position.ms
 
     def enter(self, room: Hashable, position: Position) -> None:
@@ -123,6 +124,8 @@ class Kept:
                 self.disconnected = True
         if entry.kind != EVENT or position <= self.start or self.sid in header.get("x", ()):
             return False
+        if entry.lost_at <= self.had:
+            return False
         if self.has is not None and self.has.covers(position, entry.origin, entry.number):
             return False
         room = header.get("r")
@@ -145,7 +148,8 @@ class Kept:
                 "namespace": self.namespace,
                 "began": str(self.began),
                 "sent": self.sent,
-                "pauses": {offset: str(position) for offset, position in self.pauses.items()},
+                "pauses": self.pauses,
+                "had": str(self.had),
                 "seen": str(seen),
                 "epoch": self.epoch,
                 "stays": [[stay.room, str(stay.since), stay.until and str(stay.until)] for stay in self.stays],
@@ -166,7 +170,8 @@ def recover(text: bytes, pid: str, offset: Offset | None, epoch: str) -> Kept | 
         return None
     kept = Kept(found["sid"], found["namespace"], Position.parse(found["began"]), epoch, pid, recovered=True)
     kept.data, kept.sent, kept.has = found["data"], str(offset or ""), offset
-    kept.pauses = {got: Position.parse(position) for got, position in found.get("pauses", {}).items()}
+    kept.pauses, kept.had = found.get("pauses", ""), Position.parse(found.get("had", str(BEGIN)))
+    after = dict(line.split(" ") for line in kept.pauses.splitlines())
     kept.stays = [
         Stay(_hashable(room), Position.parse(since), until and Position.parse(until))
         for room, since, until in found["stays"]
@@ -176,7 +181,7 @@ def recover(text: bytes, pid: str, offset: Offset | None, epoch: str) -> Kept | 
     if kept.sent == found["sent"]:
         since = kept.seen
     else:
-        since = kept.pauses[kept.sent].before if kept.sent in kept.pauses else kept.began
+        since = Position.parse(after[kept.sent]).before if kept.sent in after else kept.began
     kept.start = max(since, offset.position) if offset else since
     return kept
 

@@ -31,7 +31,8 @@ class Position(NamedTuple):
         return Position(self.ms, self.n - 1) if self.n else Position(self.ms - 1, 2**53)
 
 
-BEGIN = Position(0, 0)
+BEGIN, END = Position(0, 0), Position(10**16, 0)
+"""Before and after all entries; the second also stands for the position of one that the stream does not have yet."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from stickyring.bus.entry import Entry
@@ -32,7 +32,7 @@ class Unread(NamedTuple):
 
 class Outbox:
     """Bounded; in order. An entry stays until this process has read it from the stream, and is written again if the bus
-    may have lost it: the bus itself ignores a number that it has.
+    may have lost it: the bus itself ignores a number that it has. Meanwhile its position is known, if the bus told it.
 
     `last` is the number of the newest entry, `read` that of the newest one that the stream is known to have.
     """
@@ -42,6 +42,7 @@ class Outbox:
         self.last = 0
         self.read = 0
         self._written = 0
+        self._positions: dict[int, str] = {}
         self._waiting: deque[Unread] = deque()
         self._bytes = 0
 
@@ -76,18 +77,30 @@ class Outbox:
             found.append((one.entry, one.fields))
         return found
 
-    def wrote(self, number: int) -> None:
-        """Note that the bus has accepted the entries up to this number."""
+    def wrote(self, number: int, positions: Sequence[bytes] = ()) -> None:
+        """Note that the bus has accepted the entries up to this number, the last ones at these positions."""
         self._written = max(self._written, number)
+        numbers = range(number - len(positions) + 1, number + 1)
+        # It may have read some of them already.
+        self._positions |= {one: at.decode() for one, at in zip(numbers, positions, strict=True) if one > self.read}
 
     def rewrite(self) -> None:
         """Write all again that has not been read: the bus may have lost it."""
         self._written = self.read
 
+    def note_loss(self) -> None:
+        """Note in each entry where the stream had it before it lost it: somebody may have got it there."""
+        for index, one in enumerate(self._waiting):
+            if (position := self._positions.pop(one.entry.number, None)) is not None:
+                one.entry.header.setdefault("l", position)
+                self._waiting[index] = one._replace(fields=one.entry.fields())
+
     def read_back(self, number: int) -> None:
         """Forget the entries up to this number: the stream has them."""
         while self._waiting and self._waiting[0].entry.number <= number:
-            self._bytes -= self._waiting.popleft().size
+            gone = self._waiting.popleft()
+            self._bytes -= gone.size
+            self._positions.pop(gone.entry.number, None)
         self.read = max(self.read, number)
 
     def after(self, number: int) -> Iterator[Entry]:

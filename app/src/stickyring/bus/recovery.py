@@ -102,6 +102,7 @@ class Recovery:
         self._unsaved = stream.wait.event()
         self._saving: dict[str, Saving] = {}
         self._offsets: dict[tuple[str, str], Offset | None] = {}
+        self._claimed_offsets: dict[tuple[str, str], Offset] = {}
         self._by_pid: dict[str, Kept] = {}
         self._recent, self._reading = Recent(), stream.wait.lock()
         self._claiming: dict[str, str] = {}
@@ -127,8 +128,13 @@ class Recovery:
     def begin(self, eio_sid: str, sid: str | None, namespace: str) -> None:
         """Keep a session that has begun."""
         has = self._offsets.pop((eio_sid, namespace), None)
+        claimed = self._claimed_offsets.pop((eio_sid, namespace), None)
         if sid is not None and self.seconds:
-            self._keep(Kept(sid, namespace, self._router.now, self._router.epoch, has=has))
+            kept = Kept(sid, namespace, self._router.now, self._router.epoch, has=has)
+            if claimed is not None:
+                # Its client goes on to say what it has got in the session before, until it gets something in this one.
+                kept.sent, kept.had = str(claimed), claimed.position
+            self._keep(kept)
 
     def go_on(self, eio_sid: str, namespace: str) -> str | None:
         """Return the sid of the session with which a client that connects goes on, None for a new one."""
@@ -206,6 +212,7 @@ class Recovery:
             await settle(self._connect(eio_sid, namespace, data))
         finally:
             self._offsets.pop((eio_sid, namespace), None)
+            self._claimed_offsets.pop((eio_sid, namespace), None)
             self._router.arriving.pop((eio_sid, namespace), None)
 
     async def _on_disconnect(self, eio_sid: str, namespace: str | None, reason: str | None = None) -> None:
@@ -258,6 +265,8 @@ class Recovery:
         """Return the session that a client claims, with what it has missed; None if it cannot go on."""
         # A new session of this client does not get what it has, if the bus has that later.
         self._offsets[eio_sid, namespace] = claim.offset
+        if claim.offset is not None:
+            self._claimed_offsets[eio_sid, namespace] = claim.offset
         self._claiming[claim.pid] = eio_sid
         try:
             kept, reason = await self._find_in_time(claim, eio_sid, namespace)

@@ -9,7 +9,7 @@ from typing import Any
 
 from stickyring.bus.entry import Encoded, Entry
 from stickyring.bus.kept import Kept
-from stickyring.bus.offset import BEGIN, Offset, Position
+from stickyring.bus.offset import BEGIN, END, Offset, Position
 from stickyring.bus.outbox import Outbox
 
 log = logging.getLogger(__name__)
@@ -18,8 +18,6 @@ AHEAD_SECONDS = 1.0
 """A node delivers its own events itself when the bus has had no turn for so long."""
 MOST_ORIGINS = 10_000
 """Of which a process remembers the number of the last entry; those that have written nothing for longest go first."""
-AHEAD = Position(2**53, 0)
-"""Stands for the position of an entry that the stream does not have yet."""
 
 
 @dataclass
@@ -59,6 +57,7 @@ class Router:
         self.counts = Counts()
         self.delivered = 0
         self._numbers: dict[str, int] = {}
+        self._read_before: dict[str, int] = {}
 
     @property
     def now(self) -> Position:
@@ -81,17 +80,23 @@ class Router:
         """Note an entry of the stream; return whether it is to be delivered here."""
         self.position = position
         self.counts.read += 1
-        self._numbers.pop(entry.origin, None)
-        self._numbers[entry.origin] = entry.number
+        # What is written again has lower ones.
+        self._numbers[entry.origin] = max(entry.number, self._numbers.pop(entry.origin, 0))
         if len(self._numbers) > MOST_ORIGINS:
             del self._numbers[next(iter(self._numbers))]
         if entry.origin != self.outbox.origin:
-            return True
+            # What this process had read before the stream lost it, its writer may not have read back, and writes again.
+            return entry.number > self._read_before.get(entry.origin, 0)
         self.outbox.read_back(entry.number)
         if entry.number <= self.delivered:
             return False
         self.delivered = entry.number
         return True
+
+    def go_on_at(self, end: Position, epoch: str) -> None:
+        """Read on at the end of a stream that has lost entries."""
+        self.position, self.epoch = end, epoch
+        self._read_before = {**self._numbers}
 
     def go_on(self, kept: Kept, entries: list[tuple[Position, Entry]], reached: Position, written: int) -> None:
         """Prepare a recovered session.
@@ -116,7 +121,7 @@ class Router:
         kept.has = Offset(reached if kept.has is None else max(reached, kept.has.position), ahead)
         # Own events that are delivered, and not in the stream yet.
         for entry in self.outbox.after(written):
-            if entry.number <= self.delivered and kept.replay(entry, AHEAD):
+            if entry.number <= self.delivered and kept.replay(entry, END):
                 kept.sends(str(Offset(kept.has.position, ahead | {entry.origin: entry.number})), kept.has.position)
                 kept.missed.append(Encoded(entry, packet_class).packets(kept.sent))
 
@@ -125,7 +130,7 @@ class Router:
         header, manager = entry.header, self._manager
         event = Encoded(entry, manager.server.packet_class)
         namespace, skipped = header["n"], header.get("x", ())
-        offset = str(self._offset())
+        offset, lost = str(self._offset()), entry.lost_at
         # The generator of python-socketio yields from a copy.
         for sid, engine_sid in manager.get_participants(namespace, header.get("r")):
             if sid in skipped:
@@ -135,7 +140,9 @@ class Router:
             if kept is None:
                 yield engine_sid, event.packets()
                 continue
-            if kept.given_up or (kept.has is not None and kept.has.covers(position, entry.origin, entry.number)):
+            if kept.given_up or lost <= kept.had:
+                continue
+            if kept.has is not None and kept.has.covers(position, entry.origin, entry.number):
                 continue
             kept.sends(offset if kept.has is None else str(self._offset_of(kept, kept.has)), self.now)
             packets = event.packets(kept.sent)

@@ -202,9 +202,16 @@ class Stream:
             before = router.now
             # Fewer after a failure: the bus may send at most so many bytes at a time.
             count, self.page = self.page, max(1, self.page // 2)
-            read = self.redis.xread({stream: str(before)}, count=count, block=BLOCK_MILLISECONDS)
-            entries = parsed(await settle(read))
+            pipeline = self.redis.pipeline(transaction=False)
+            pipeline.xread({stream: str(before)}, count=count, block=BLOCK_MILLISECONDS)
+            pipeline.get(self.address.epoch)
+            read, epoch = await settle(pipeline.execute())
             self.page = min(AT_ONCE, count * 2)
+            if (epoch or b"").decode() != router.epoch:
+                # The bus was replaced while this process was busy, and redis-py has connected again by itself.
+                await self._meet()
+                continue
+            entries = parsed(read)
             if self.address.replicated:
                 await self.replicated(self.redis.pipeline(transaction=False), entries[-1][0] if entries else before)
             for position, entry in entries:
@@ -271,7 +278,8 @@ class Stream:
         epoch = await settle(self._swap(keys=[address.epoch], args=[router.epoch, secrets.token_hex(8)]))
         router.counts.holes += 1
         log.error("the bus has lost events", extra={"position": str(router.now), "end": str(end)})
-        router.position, router.epoch = end, epoch.decode()
+        router.go_on_at(end, epoch.decode())
+        self.outbox.note_loss()
         self.recovery.begin_at(end)
         self.recovery.give_up()
         if self.manager.on_loss is not None:
@@ -284,8 +292,8 @@ class Stream:
         while True:
             if entries := self.outbox.unwritten():
                 keys = self.address.append_keys(self.outbox.origin)
-                await settle(self._append(keys=keys, args=append_arguments(entries)))
-                self.outbox.wrote(entries[-1][0].number)
+                positions = await settle(self._append(keys=keys, args=append_arguments(entries)))
+                self.outbox.wrote(entries[-1][0].number, positions)
             elif await self._written.wait(TICK_SECONDS):
                 self._written = self.wait.event()
 
@@ -349,6 +357,9 @@ class Stream:
         manager, header = self.manager, entry.header
         event = Encoded(entry, manager.server.packet_class)
         for sid, engine_sid in [*manager.get_participants(header["n"], header["r"])]:
+            kept = self.router.kept.get((header["n"], sid))
+            if kept is not None and entry.lost_at <= kept.had:
+                continue
             if sid not in header.get("x", ()):
                 callback = partial(self.wait.function(self._answered), entry.origin, header["i"])
                 self._outgoing.append((engine_sid, event.with_id(manager._generate_ack_id(sid, callback))))
