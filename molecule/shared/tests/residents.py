@@ -60,7 +60,7 @@ class Connection:
         client.on("disconnect", lambda reason: self.left())
         client.on("connect_error", lambda data: self.note("failed"))
         sender = Sender(client)
-        await client.connect(f"{url}?client_id={self.user}", transports=self.transports, wait_timeout=20, retry=True)
+        await client.connect(f"{url}?client_id={self.user}", transports=self.transports, wait_timeout=20)
         while not ended.is_set():
             await self.talk(sender)
             with suppress(TimeoutError):
