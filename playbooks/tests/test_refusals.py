@@ -15,19 +15,26 @@ PROJECT = Path(__file__).parents[2]
 ANSIBLE = Path(sys.executable).parent / "ansible-playbook"
 # No host answers at these addresses, and no task may contact them.
 INVENTORY = """\
-edge: {{hosts: {{edge1: {{ansible_host: 192.0.2.1}}}}}}
+edge: {{hosts: {{{edges}}}}}
 nodes: {{hosts: {{{nodes}}}}}
 all: {{vars: {{stickyring_address: "{{{{ ansible_host }}}}", stickyring_node_application: "chat:app"}}}}
 """
+EDGE = "edge1: {ansible_host: 192.0.2.1}"
+TWO_EDGES = f"{EDGE}, edge2: {{ansible_host: 192.0.2.2}}"
 GOOD = "Node1.Example.COM: {ansible_host: 192.0.2.11}, node2: {ansible_host: 192.0.2.12}"
 
 
 def run(
-    folder: Path, playbook: Path | str, *arguments: str, nodes: str = GOOD, settings: Path = PROJECT / "ansible.cfg"
+    folder: Path,
+    playbook: Path | str,
+    *arguments: str,
+    nodes: str = GOOD,
+    edges: str = EDGE,
+    settings: Path = PROJECT / "ansible.cfg",
 ) -> tuple[int, str]:
     """Run from a folder outside the project; return the status and the output as one line."""
     inventory = folder / "hosts.yml"
-    inventory.write_text(INVENTORY.format(nodes=nodes))
+    inventory.write_text(INVENTORY.format(nodes=nodes, edges=edges))
     done = subprocess.run(
         [ANSIBLE, "-i", inventory, PROJECT / playbook, *arguments],
         cwd=folder,
@@ -238,6 +245,25 @@ def test_a_node_is_not_removed_from_a_cluster_without_a_ring(tmp_path: Path) -> 
     assert status != 0
     assert "The cluster nodes has lb_policy ROUND_ROBIN" in said
     assert "Delete the line of node2 from the group `nodes`, run site.yml" in said
+    assert "Check the inventory" not in said
+
+
+@pytest.mark.parametrize(
+    ("given", "edges", "reason"),
+    [
+        ([], TWO_EDGES, "Name the edge to drain with -e stickyring_edge=NAME, one of edge1, edge2."),
+        (["-e", "stickyring_edge=node2"], TWO_EDGES, "stickyring_edge=NAME, one of edge1, edge2."),
+        (["-e", "stickyring_edge=edge1"], EDGE, "edge1 is the only edge: its users could connect to no other."),
+        (["-e", "stickyring_edge=edge1", "--limit", "edge"], TWO_EDGES, "run it without --limit"),
+    ],
+    ids=["none", "no edge", "the only one", "limited"],
+)
+def test_an_edge_is_not_drained_without_another_one_and_all_nodes(
+    tmp_path: Path, given: list[str], edges: str, reason: str
+) -> None:
+    status, said = run(tmp_path, "playbooks/drain_edge.yml", *given, edges=edges)
+    assert status != 0
+    assert reason in said
     assert "Check the inventory" not in said
 
 

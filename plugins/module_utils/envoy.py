@@ -54,6 +54,11 @@ class Envoy:
         """Keeps the counters that later ones are compared with."""
         self.before = self.admin.stats() if self.answers else {}
 
+    def leaving_processes(self) -> list[str]:
+        """What those processes call themselves that have handed over their ports (files/hand_over.py of the role)."""
+        found = Path(self.admin.path).parent.glob("leaving-*.sock")
+        return sorted(path.stem.removeprefix("leaving-") for path in found)
+
     def await_answer_of_running_unit(self) -> None:
         """Waits while the unit runs and Envoy does not answer yet; NotApplied after the timeout.
 

@@ -13,7 +13,8 @@ description:
   - Each step waits until Envoy's admin interface shows it loaded. If Envoy rejects a step or does not finish it in
     time, the previous files are put back and the module fails with Envoy's reason.
   - Where no Envoy runs, the files are only written.
-  - A change that would end open websockets is refused before anything is written, unless O(may_end_websockets) is true.
+  - A change that would end open websockets is refused before anything is written, unless O(may_end_websockets) or
+    O(hands_over) is true.
 options:
   state:
     description:
@@ -137,6 +138,13 @@ options:
       - In check mode, a warning reports them instead.
     type: bool
     default: false
+  hands_over:
+    description:
+      - Whether the caller gives the ports to another process of Envoy after such a change, as RV(hands_over) says,
+        instead of restarting it, and has the users of the old process reconnect. Then only listeners that are removed
+        or leave their port end websockets.
+    type: bool
+    default: false
 author:
   - The stickyring authors (!UNKNOWN)
 attributes:
@@ -231,6 +239,21 @@ config_dump:
   description: The clusters and endpoints of Envoy's config_dump.
   returned: success with V(compared), if RV(in_order)
   type: dict
+hands_over:
+  description:
+    - With O(hands_over), whether the ports have to be handed over. From when this is known until the caller has written
+      it, O(start_record) does not hold RV(start_digest).
+  returned: success with V(present)
+  type: bool
+reconnects:
+  description:
+    - "Why and how many users of open websockets have to reconnect with RV(hands_over), as C(ends)."
+  returned: success with V(present)
+  type: str
+leaving:
+  description: Names of Envoy's processes that have handed over their ports and still have users.
+  returned: success
+  type: list
 ends:
   description:
     - "Why and how many open websockets end, as C(the binary changes: 214 open websockets end); empty when none do."
@@ -303,16 +326,28 @@ class Change:
 
     def ends(self) -> str:
         """Why and how many open WebSockets end, in one line; empty when none do."""
-        restart = self.restart_reasons()
         if self.envoy.without_socket():
             return (
                 f"{self.envoy.unit.name} runs without an admin socket, as an earlier version of this role started it,"
                 " and has to be restarted: all its open websockets end"
             )
-        if not self.envoy.answers:
-            return ""
-        listeners = self.changing_listeners()
-        if not restart and not listeners:
+        if self.module.params["hands_over"]:
+            listeners = {name: how for name, how in self.changing_listeners().items() if name in self.closing_ports()}
+            return self.affected([], listeners, "ends", "end")
+        return self.affected(self.restart_reasons(), self.changing_listeners(), "ends", "end")
+
+    def hands_over(self) -> bool:
+        """Whether the caller has to hand over the ports, because Envoy would be restarted or end WebSockets."""
+        needed = self.envoy.answers and (self.restart_reasons() or self.reconnects())
+        return bool(self.module.params["hands_over"] and needed)
+
+    def reconnects(self) -> str:
+        """Why and how many users of open WebSockets reconnect when the ports are handed over, as `ends`."""
+        return self.affected(self.restart_reasons(), self.changing_listeners(), "reconnects", "reconnect")
+
+    def affected(self, restart: list[str], listeners: dict[str, str], one: str, several: str) -> str:
+        """Reasons, and how many open WebSockets they concern; empty if none, or if no Envoy answers."""
+        if not self.envoy.answers or not (restart or listeners):
             return ""
         websockets = self.envoy.admin.websockets()
         changing = [name for name in listeners if name in websockets]
@@ -320,7 +355,7 @@ class Change:
         if not count:
             return ""
         reasons = [*restart, *(f"listener {name} {listeners[name]}" for name in changing)]
-        return f"{', '.join(reasons)}: {count} open websocket{' ends' if count == 1 else 's end'}"
+        return f"{', '.join(reasons)}: {count} open websocket{f' {one}' if count == 1 else f's {several}'}"
 
     def restart_reasons(self) -> list[str]:
         """Why Envoy has to be restarted."""
@@ -365,6 +400,15 @@ class Change:
         if file.refused(self.envoy.before):
             changing |= dict.fromkeys(self.envoy.rejected_listeners(), "changes")
         return changing
+
+    def closing_ports(self) -> set[str]:
+        """Names of listeners whose address or port none has any more, so that their users cannot come back."""
+        file = next((file for file in self.files if file.type == LISTENER), None)
+        if file is None:
+            return set()
+        before, after = resources_of(self.directory.read(file.path) or ""), resources_of(file.text)
+        open_ports = [listener["address"] for listener in after.values()]
+        return {name for name, listener in before.items() if listener["address"] not in open_ports}
 
     def steps(self) -> Iterable[list[XdsFile]]:
         """The files to write, in steps that Envoy finishes one after another.
@@ -502,6 +546,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         "start_digest": envoy.unit.start_digest(),
         "differing": change.differing,
         "forbidden": change.forbidden_ports(),
+        "leaving": envoy.leaving_processes(),
     }
     if module.params["state"] == "compared":
         in_order = change.in_order()
@@ -528,6 +573,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
         "left": envoy.leaving() if texts and envoy.answers else [],
         "diff": change.directory.difference(texts),
         "ends": change.ends(),
+        "hands_over": change.hands_over(),
+        "reconnects": change.reconnects(),
     }
     if result["ends"] and not module.params["may_end_websockets"]:
         message = f"{result['ends']}. {HOW_TO_GO_ON}"
@@ -537,6 +584,9 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     if module.check_mode:
         return result
 
+    if result["hands_over"] and module.params["start_record"]:
+        # If this run is interrupted from here on, the next one hands over.
+        Path(module.params["start_record"]).write_text("pending", encoding="utf-8")
     change.apply()
     return result | {"changed": change.directory.own_files() or result["changed"], "proven": envoy.answers}
 
@@ -577,6 +627,7 @@ def main() -> None:
             "open_files": {"type": "int", "default": 0},
             "connections": {"type": "int", "default": 0},
             "may_end_websockets": {"type": "bool", "default": False},
+            "hands_over": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )

@@ -9,8 +9,11 @@ Data = dict[str, Any]
 
 HTTPS_PORT = 443
 TYPE = "type.googleapis.com/"
-# Set by the edge only: the key that was hashed, the cluster whose ring it was hashed for, the client's address.
-NODE_HEADERS = ("x-stickyring-key", "x-stickyring-cluster", "x-stickyring-client")
+# Set by the edge only: the key that was hashed, the cluster whose ring it was hashed for, the client's address, which
+# process of which edge passes the request on.
+NODE_HEADERS = ("x-stickyring-key", "x-stickyring-cluster", "x-stickyring-client", "x-stickyring-edge")
+# What systemd and the hand-over (files/hand_over.py of the edge role) call a process of Envoy in its environment.
+PROCESS = "%ENVIRONMENT(INVOCATION_ID)%"
 # Marks a request whose key the edge has generated.
 ISSUED_HEADER = "x-stickyring-issued"
 # Envoy's filter state in a request: the key as the client gave it, and the key that is hashed, logged and passed on.
@@ -338,7 +341,12 @@ def routes(item: Data, common: Data, texts: dict[str, str]) -> Data:
         {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
         for name, value in zip(
             NODE_HEADERS,
-            (f"%FILTER_STATE({KEY}:PLAIN)%", item["cluster"], "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"),
+            (
+                f"%FILTER_STATE({KEY}:PLAIN)%",
+                item["cluster"],
+                "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
+                f"{common['edge']}/{PROCESS}",
+            ),
             strict=True,
         )
     ]

@@ -77,6 +77,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "handshakes_per_second": (0, 2**32 - 1),
     "handshakes_burst": (1, 2**32 - 1),
     "metrics_port": (0, 65535),
+    "reconnects_per_second": (0.1, 10000.0),
+    "leaving_timeout": (1, 86400),
     "load_timeout": (1, 3600),
     "healthy_timeout": (0, 86400),
 }

@@ -74,6 +74,8 @@ class Edge:
         self.files: dict[str, Any] = composed["files"]
         self.keys: dict[str, str] = composed["keys"]
         self.ports = ports
+        self.command: list[str] = []
+        self.pid = 0
 
     def give(self, files: dict[str, Any], **parameters: object) -> dict[str, Any]:
         """Run the module with the role's parameters, or others; return its result."""
@@ -154,13 +156,14 @@ def running(folder: Path, composed: dict[str, Any], *options: str) -> Iterator[E
     edge = Edge(folder, composed, composed["ports"])
     # Envoy recognises the format by the file's name.
     bootstrap = (folder / "bootstrap.yaml.j2").rename(folder / "bootstrap.yaml")
-    command: list[str | Path] = [
-        *(PROJECT / ".artifacts" / f"envoy-{version}" / "envoy", "--config-path", bootstrap),
+    edge.command = [
+        *(str(PROJECT / ".artifacts" / f"envoy-{version}" / "envoy"), "--config-path", str(bootstrap)),
         *("--disable-hot-restart", "--reject-unknown-dynamic-fields", "--concurrency", "1", "--log-level", "warn"),
         *options,
     ]
     with (folder / "log").open("wb") as log:
-        envoy = subprocess.Popen(command, stdout=log, stderr=log)
+        envoy = subprocess.Popen(edge.command, stdout=log, stderr=log)
+    edge.pid = envoy.pid
     try:
         deadline = time.monotonic() + START_SECONDS
         while "failed" in (said := edge.give(edge.files, state="proven", timeout=1)):

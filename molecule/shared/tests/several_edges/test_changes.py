@@ -1,4 +1,4 @@
-"""Changes that end open WebSockets are reported beforehand, need permission, and are made on one edge at a time."""
+"""Changes that end open WebSockets need permission; others have another Envoy take over, on one edge at a time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 from residents import Residents
 
-# It is in Envoy's bootstrap, so another value needs a restart.
+# It is in Envoy's bootstrap, so another value needs another process.
 ANOTHER_BOOTSTRAP = ["-e", "stickyring_edge_max_heap_mib=1900"]
+RATE = 6
+"""Users a second whom all nodes together ask to reconnect."""
 MAY_END = ["-e", "stickyring_edge_may_end_websockets=true"]
 SETTLED_SECONDS = 60
 ASKING_SECONDS = 0.1
@@ -51,33 +53,66 @@ def plan(ansible: Any, inventory: Path, tmp_path: Path) -> Any:
     return ask
 
 
-@pytest.mark.parametrize("change", ["bootstrap", pytest.param("listener", marks=pytest.mark.soak)])
-def test_websockets_are_not_dropped_without_permission(
-    edges: Any, residents: Any, edge_play: Any, listeners: Any, plan: Any, processes: Any, machine: Any, change: str
+def test_websockets_do_not_end_without_permission(
+    edges: Any, residents: Any, edge_play: Any, listeners: Any, plan: Any, processes: Any, machine: Any
 ) -> None:
-    options, reason = {
-        "bootstrap": (ANOTHER_BOOTSTRAP, "the bootstrap changes"),
-        "listener": (listeners("sticky", port=7912), "listener sticky changes"),
-    }[change]
+    options, reason = listeners("sticky", port=7912), "listener sticky changes"
     before, since = processes(), time.monotonic()
     files = {edge.name: machine(edge.name).check_output(FILES) for edge in edges}
 
     said = plan(*options)
     for edge, connected in zip(edges, residents, strict=True):
         assert f"{edge.name}: {reason}: {websockets(connected)} open websockets end" in said
-    assert "open websockets end" not in plan(), "the control: nothing changes"
+    assert "open websockets" not in plan(), "the control: nothing changes"
 
     refused = edge_play(*options, check=False)
     said = in_one_line(refused.stdout + refused.stderr)
     assert refused.returncode != 0
     assert f"{reason}: {websockets(residents[0])} open websockets end" in said
     assert "-e stickyring_edge_may_end_websockets=true" in said
-    deploying = said.partition("PLAY [Deploy the edges]")[2].partition("PLAY RECAP")[0]
-    assert f"fatal: [{edges[0].name}]" in deploying
-    assert f"[{edges[1].name}]" not in deploying, "the second edge was reached"
+    # Nor if the nodes are not part of the run, so that they could not ask anybody to reconnect.
+    limited = edge_play(*ANOTHER_BOOTSTRAP, "--limit", "edge", check=False)
+    said = in_one_line(limited.stdout + limited.stderr)
+    assert f"the bootstrap changes: {websockets(residents[0])} open websockets end" in said
+    for run in (refused, limited):
+        deploying = run.stdout.partition("PLAY [Deploy the edges]")[2].partition("PLAY RECAP")[0]
+        assert f"fatal: [{edges[0].name}]" in deploying
+        assert f"[{edges[1].name}]" not in deploying, "the second edge was reached"
     assert processes() == before
     assert {edge.name: machine(edge.name).check_output(FILES) for edge in edges} == files
     assert [disconnects(connected, since) for connected in residents] == [[], []]
+
+
+@pytest.mark.parametrize("change", ["bootstrap", "unit", "listener"])
+def test_users_are_asked_to_reconnect_once_when_another_envoy_takes_over(
+    edges: Any, residents: Any, edge_play: Any, listeners: Any, plan: Any, processes: Any, machine: Any, change: str
+) -> None:
+    options, reason = {
+        "bootstrap": (ANOTHER_BOOTSTRAP, "the bootstrap changes"),
+        "unit": (["-e", "stickyring_edge_log_level=warning"], "the unit changes"),
+        "listener": (["-e", "stickyring_edge_request_headers_timeout=12"], "listener sticky changes"),
+    }[change]
+    before, since = processes(), time.monotonic()
+    said = plan(*options)
+    for edge, connected in zip(edges, residents, strict=True):
+        assert f"{edge.name}: {reason}" in said
+        assert f": {websockets(connected)} open websockets reconnect" in said
+
+    edge_play(*options, "-e", f"stickyring_edge_reconnects_per_second={RATE}")
+    for connected in residents:
+        connected.settle(SETTLED_SECONDS)
+    after = processes()
+    assert all(after[edge.name] != before[edge.name] for edge in edges)
+    everybody = [one for connected in residents for one in connected]
+    for one in everybody:
+        assert one.count("disconnect", since) == ("websocket" in one.transports), one
+        assert one.count("failed", since) == 0, one
+        assert one.lost == []
+    # A quarter more than asked for: pauses vary.
+    times = sorted(moment for connected in residents for moment in ended(connected, since))
+    assert (len(times) - 1) / (times[-1] - times[0]) < 1.25 * RATE
+    for edge in edges:
+        assert machine(edge.name).check_output("ls /run/stickyring-edge") == "admin.sock\nprocess", "the old one ended"
 
 
 @pytest.fixture
@@ -129,4 +164,20 @@ def test_edges_that_restart_do_so_one_after_the_other(
     assert first[-1] < proven[edges[0].name] < second[0]
     assert disconnects(residents[1], since)[0] > proven[edges[0].name], "polling users"
     assert [answer for answer in serving if not any(answer[1])] == []
+    assert not any(one.lost for connected in residents for one in connected)
+
+
+def test_a_drained_edge_has_no_users_until_it_is_reloaded(
+    edges: Any, residents: Any, ansible: Any, inventory: Path, machine: Any
+) -> None:
+    drained, since = edges[1], time.monotonic()
+    play = ["ansible-playbook", "-i", inventory, "playbooks/drain_edge.yml", "-e", f"stickyring_edge={drained.name}"]
+    assert f"{drained.name} accepts nobody, and has 0 open WebSockets." in in_one_line(ansible(*play).stdout)
+    host, _, port = drained.url("sticky").removeprefix("http://").partition(":")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)), timeout=2)
+    assert disconnects(residents[0], since) == [], "users of the other edge"
+    machine(drained.name).check_output("systemctl reload stickyring-edge")
+    residents[1].settle(SETTLED_SECONDS)
+    assert all(one.count("disconnect", since) == 1 for one in residents[1] if "websocket" in one.transports)
     assert not any(one.lost for connected in residents for one in connected)

@@ -1,0 +1,206 @@
+"""Another Envoy takes over the ports of one that runs: no WebSocket ends before its user has left, or a deadline."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin
+from certificates import Certificate
+from running_envoy import PROJECT, START_SECONDS, Edge, Node, Websocket, compose, running, serving
+
+PROGRAM = PROJECT / "roles" / "stickyring_edge" / "files" / "hand_over.py"
+NOTIFIED_SECONDS = 5
+
+
+class Unit:
+    """What systemd does for the unit: it starts the program for a reload, and hears who is the main process."""
+
+    def __init__(self, edge: Edge, folder: Path) -> None:
+        self.edge, self.folder, self.main = edge, folder, edge.pid
+        self.notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.notified.bind(str(folder / "notify"))
+        self.notified.settimeout(NOTIFIED_SECONDS)
+
+    def begin(self, *command: str, proof: float = START_SECONDS, leaving: float = 60) -> subprocess.Popen[bytes]:
+        """Start the program in a process group of its own."""
+        environment = {"MAINPID": str(self.main), "NOTIFY_SOCKET": f"{self.folder}/notify", "INVOCATION_ID": "first"}
+        arguments = ["--admin-socket", self.edge.admin_socket, "--proof-seconds", str(proof)]
+        # Not a pipe, which what it starts would keep open.
+        with (self.folder / "error").open("w") as error:
+            return subprocess.Popen(
+                [sys.executable, PROGRAM, *arguments, "--leaving-seconds", str(leaving), "--", *command],
+                env=os.environ | environment,
+                stdout=error,
+                stderr=error,
+                start_new_session=True,
+            )
+
+    def reload(self, *command: str, **seconds: float) -> tuple[int, str]:
+        """Run it with this command, or that of the running Envoy; return its exit code and its error."""
+        code = self.begin(*(command or self.edge.command), **seconds).wait(2 * START_SECONDS)
+        if code:
+            said = re.findall(
+                r"^(Nothing was handed over: .*|\w+Error.*)$", (self.folder / "error").read_text(), re.MULTILINE
+            )
+            return code, "; ".join(said)
+        self.main = int(self.notified.recv(100).decode().removeprefix("MAINPID="))
+        return code, ""
+
+    def serving_nothing(self) -> list[str]:
+        """The command of an Envoy with an admin interface and no listener."""
+        bootstrap = self.folder / "nothing.yaml"
+        bootstrap.write_text(json.dumps({"admin": {"address": {"pipe": {"path": self.edge.admin_socket}}}}))
+        return [self.edge.command[0], "--config-path", str(bootstrap), "--disable-hot-restart"]
+
+    def leaving(self) -> list[Path]:
+        """Admin sockets of processes that have handed over."""
+        return [*self.folder.glob("leaving-*.sock")]
+
+
+def until(holds: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def listening(path: str | Path) -> int:
+    """The process that listens on a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        return int.from_bytes(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is neither ended nor a zombie."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.fixture(scope="module")
+def unit(folder: Path, certificate: Certificate) -> Iterator[Unit]:
+    with serving(Node) as port:
+        endpoints = [{"name": "node", "address": "127.0.0.1", "port": port}]
+        variables = {"stickyring_edge_clusters": [{"name": "nodes", "endpoints": endpoints}]}
+        with running(folder, compose(folder, ("plain", "safe"), certificate, variables)) as edge:
+            unit = Unit(edge, folder)
+            yield unit
+            unit.notified.close()
+            for process in {unit.main, listening(edge.admin_socket)} - {edge.pid}:
+                os.kill(process, signal.SIGKILL)
+
+
+@pytest.fixture
+def websocket(unit: Unit) -> Iterator[Callable[[str], Websocket]]:
+    with ExitStack() as stack:
+        yield lambda listener: stack.enter_context(Websocket(unit.edge, listener))
+    until(lambda: not unit.leaving(), "the old processes have ended")
+
+
+def told(edge: Edge) -> str:
+    """How the edge names itself to a node."""
+    connection = http.client.HTTPConnection("127.0.0.1", edge.ports["plain"], timeout=5)
+    connection.request("GET", "/?client_id=1")
+    headers: dict[str, str] = json.loads(connection.getresponse().read())
+    connection.close()
+    return next(value for name, value in headers.items() if name.lower() == "x-stickyring-edge")
+
+
+def test_websockets_stay_with_the_old_process_until_they_end(unit: Unit, websocket: Any) -> None:
+    edge, old, old_process = unit.edge, [websocket("plain"), websocket("safe")], unit.main
+    before = told(edge)
+    assert unit.reload() == (0, "")
+    assert unit.main == listening(edge.admin_socket) != old_process
+    assert "failed" not in edge.give(edge.files, state="proven"), "the new process serves the files"
+    (leaving,) = unit.leaving()
+    until(lambda: before not in {told(edge) for _ in range(20)}, "the old process has closed its ports")
+    new = websocket("plain")
+    assert all(one.is_open() for one in [*old, new])
+    assert Admin(edge.admin_socket).websockets() == {"plain": 1}
+    assert Admin(str(leaving)).websockets() == {"plain": 1, "safe": 1}
+    for one in old:
+        one.socket.close()
+    until(lambda: not unit.leaving() and not runs(old_process), "the old process has ended")
+    assert new.is_open()
+
+
+def test_one_after_another_takes_over(unit: Unit, websocket: Any) -> None:
+    """Each has its name, and only the last one takes users."""
+    opened, names = [], [told(unit.edge)]
+    for _ in range(2):
+        opened.append(websocket("plain"))
+        assert unit.reload() == (0, "")
+        until(lambda: {told(unit.edge) for _ in range(20)}.isdisjoint(names), "only the new process has users")
+        names.append(told(unit.edge))
+    expected = [f"leaving-{name.rpartition('/')[2]}.sock" for name in names[:2]]
+    assert sorted(path.name for path in unit.leaving()) == sorted(expected)
+    assert all(one.is_open() for one in opened)
+
+
+def test_at_the_deadline_the_old_process_ends(unit: Unit, websocket: Any) -> None:
+    ending, old_process = websocket("plain"), unit.main
+    assert unit.reload(leaving=1) == (0, "")
+    staying = websocket("plain")
+    assert ending.socket.recv(1) == b""
+    until(lambda: not unit.leaving() and not runs(old_process), "the old process has ended")
+    assert staying.is_open()
+
+
+def test_if_the_new_process_ends_or_does_not_serve_the_old_one_goes_on(unit: Unit, websocket: Any) -> None:
+    edge, here, old_process = unit.edge, websocket("plain"), unit.main
+    for command, reason in (
+        ([edge.command[0], "--no-such-option"], "the new Envoy has ended; the journal says why"),
+        (["/no/such/program"], "could not be started"),
+        (unit.serving_nothing(), "does not serve what the old one serves after 1 s"),
+    ):
+        code, error = unit.reload(*command, proof=1)
+        assert code == 1
+        assert error.startswith("Nothing was handed over: ")
+        assert reason in error
+        assert listening(edge.admin_socket) == old_process
+        assert unit.leaving() == []
+        assert "failed" not in edge.give(edge.files, state="proven")
+    assert here.is_open()
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["with all it started", "alone"])
+def test_a_killed_run_is_mended_by_the_next(unit: Unit, websocket: Any, whole: bool) -> None:
+    edge, here, old_process = unit.edge, websocket("plain"), unit.main
+    program = unit.begin(*unit.serving_nothing(), proof=5)
+
+    def another() -> bool:
+        with suppress(OSError):
+            return listening(edge.admin_socket) != old_process
+        return False
+
+    until(another, "the new process has the socket")
+    stray = listening(edge.admin_socket)
+    if whole:
+        for member in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if os.getsid(int(member.name)) == program.pid and int(member.name) != stray:
+                    os.kill(int(member.name), signal.SIGKILL)
+    else:
+        program.kill()
+        # As a reload that takes too long: what it has started notices by itself.
+        until(lambda: not runs(stray), "the new process has been ended")
+        until(lambda: not another(), "the old one has its socket again")
+    program.wait(START_SECONDS)
+    assert unit.reload() == (0, "")
+    assert not runs(stray)
+    assert unit.main == listening(edge.admin_socket) not in {stray, old_process}
+    assert here.is_open()
