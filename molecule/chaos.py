@@ -191,6 +191,18 @@ def change_edge(lab: Lab, node: str) -> None:
     lab.play("playbooks/edge.yml")
 
 
+def replace_envoy(lab: Lab, node: str) -> None:
+    """edge.yml with another bootstrap, so that another Envoy takes over, and with the inventory's"""
+    since = time.monotonic()
+    lab.play("playbooks/edge.yml", "-e", f"stickyring_edge_max_heap_mib={lab.chance.randrange(1000, 2000)}")
+    lab.play("playbooks/edge.yml")
+    polling = [one for one in lab.residents if one.transports == ["polling"]]
+    if disturbed := [one for one in polling if one.count("disconnect", since)]:
+        raise Broken(f"a polling user was disconnected: {disturbed[0]}")
+    if "leaving" in lab.do(lab.edge, "ls /run/stickyring-edge"):
+        raise Broken("a replaced Envoy still runs")
+
+
 def wait_for_primary(condition: Callable[[], bool]) -> None:
     """Waits until another host of the bus is the primary."""
     deadline = time.monotonic() + SETTLED_SECONDS
@@ -243,6 +255,7 @@ OPERATIONS: dict[str, tuple[Callable[[Lab, str], None], int]] = {
     "roll-back": (roll_back, 1),
     "remove": (remove, 1),
     "change-edge": (change_edge, 1),
+    "replace-envoy": (replace_envoy, 1),
     "restart-bus": (restart_bus, 1),
     "kill-bus": (kill_bus, 1),
     "stop-bus": (stop_bus, 1),
@@ -250,7 +263,7 @@ OPERATIONS: dict[str, tuple[Callable[[Lab, str], None], int]] = {
     "wipe-bus": (wipe_bus, 1),
 }
 """The operations, and how often each comes relative to the others."""
-EVERYWHERE = {"restart-edge", "update", "roll-back", "remove"}
+EVERYWHERE = {"restart-edge", "replace-envoy", "update", "roll-back", "remove"}
 """Operations that users of other nodes may notice too."""
 AT_THE_BUS = (restart_bus, kill_bus, stop_bus, freeze_bus, wipe_bus)
 NOWHERE = {"change-edge", *(name for name, (operation, _) in OPERATIONS.items() if operation in AT_THE_BUS)}
@@ -295,7 +308,7 @@ def rest(lab: Lab) -> None:
 def check(lab: Lab, name: str, node: str, before: Before) -> None:
     """Raises Broken if the operation had an effect that it must not have."""
     rest(lab)
-    if name != "restart-edge" and look(lab, node).envoy != before.envoy:
+    if name not in {"restart-edge", "replace-envoy"} and look(lab, node).envoy != before.envoy:
         raise Broken("Envoy was restarted")
     spared = [one for one in lab.residents if name in NOWHERE or one.user not in before.users]
     disturbed = [one for one in spared if one.count("disconnect", before.moment)]

@@ -9,12 +9,25 @@ import http.client
 import json
 import re
 import socket
+import struct
 import urllib.parse
 from datetime import datetime
+from pathlib import Path
 
 from ansible_collections.stickyring.fleet.plugins.module_utils.xds import Dump, Resource, Stats, place_of
 
 ADMIN_SECONDS = 5
+
+
+def listener_of(path: Path) -> int | None:
+    """The process that listens on a Unix socket; None if nobody does."""
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    except OSError:
+        return None
+    return int(struct.unpack("3i", credentials)[0])
 
 
 class UnixConnection(http.client.HTTPConnection):

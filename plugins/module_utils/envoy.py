@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin
+from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin, listener_of
 from ansible_collections.stickyring.fleet.plugins.module_utils.unit import Unit
 from ansible_collections.stickyring.fleet.plugins.module_utils.xds import (
     CLUSTER,
@@ -45,6 +45,7 @@ class Envoy:
         self.healthy_timeout: int = module.params["healthy_timeout"]
         self.admin = Admin(module.params["admin_socket"])
         self.unit = Unit(module)
+        self.stray = self.find_main_socket()
         self.answers = self.admin.answers()
         self.started = time.time()
         self.before: Stats = {}
@@ -54,10 +55,31 @@ class Envoy:
         """Keeps the counters that later ones are compared with."""
         self.before = self.admin.stats() if self.answers else {}
 
+    def leaving_sockets(self) -> list[Path]:
+        """The admin sockets of processes that have handed over their ports (files/hand_over.py of the role)."""
+        return sorted(Path(self.admin.path).parent.glob("leaving-*.sock"))
+
     def leaving_processes(self) -> list[str]:
-        """What those processes call themselves that have handed over their ports (files/hand_over.py of the role)."""
-        found = Path(self.admin.path).parent.glob("leaving-*.sock")
-        return sorted(path.stem.removeprefix("leaving-") for path in found)
+        """What these processes call themselves."""
+        return [path.stem.removeprefix("leaving-") for path in self.leaving_sockets()]
+
+    def leaving_websockets(self) -> int:
+        """Number of open WebSockets that these processes carry."""
+        return sum(sum(Admin(str(path)).websockets().values()) for path in self.leaving_sockets() if listener_of(path))
+
+    def find_main_socket(self) -> bool:
+        """Whether the admin socket is not the main process', because a hand-over was killed.
+
+        If the main process' socket has its other name, and nobody listens on the admin socket, it is renamed back.
+        """
+        main = self.unit.shown.get("MainPID") if self.unit.active() else None
+        mine = next((path for path in self.leaving_sockets() if str(listener_of(path)) == main), None)
+        if mine is None:
+            return False
+        if listener_of(Path(self.admin.path)) is not None:
+            return True
+        mine.rename(self.admin.path)
+        return False
 
     def await_answer_of_running_unit(self) -> None:
         """Waits while the unit runs and Envoy does not answer yet; NotApplied after the timeout.

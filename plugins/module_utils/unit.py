@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
@@ -11,6 +12,8 @@ from ansible_collections.stickyring.fleet.plugins.module_utils.host import (
     FIRST_FREE_PORT,
     has_capability,
 )
+
+RELOADING_SECONDS = 0.5
 
 
 class Unit:
@@ -24,11 +27,17 @@ class Unit:
 
     def look(self) -> None:
         """Asks systemd."""
-        if self.name:
-            properties = "ActiveState,UnitFileState,NeedDaemonReload,MainPID"
-            command = ["systemctl", "show", f"--property={properties}", self.name]
+        if not self.name:
+            return
+        properties = "ActiveState,UnitFileState,NeedDaemonReload,MainPID"
+        command = ["systemctl", "show", f"--property={properties}", self.name]
+        while True:
             output = self.module.run_command(command, check_rc=True)[1]
             self.shown = dict(line.split("=", 1) for line in output.splitlines())
+            # A reload goes on if the run that wanted it was killed; the unit bounds how long.
+            if self.shown.get("ActiveState") != "reloading":
+                return
+            time.sleep(RELOADING_SECONDS)
 
     def active(self) -> bool:
         """Whether it runs."""

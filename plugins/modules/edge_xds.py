@@ -13,8 +13,7 @@ description:
   - Each step waits until Envoy's admin interface shows it loaded. If Envoy rejects a step or does not finish it in
     time, the previous files are put back and the module fails with Envoy's reason.
   - Where no Envoy runs, the files are only written.
-  - A change that would end open websockets is refused before anything is written, unless O(may_end_websockets) or
-    O(hands_over) is true.
+  - A change that would end open websockets is refused before anything is written, unless O(may_end_websockets) is true.
 options:
   state:
     description:
@@ -251,7 +250,7 @@ reconnects:
   returned: success with V(present)
   type: str
 leaving:
-  description: Names of Envoy's processes that have handed over their ports and still have users.
+  description: Names of processes that have handed over their ports and still have users.
   returned: success
   type: list
 ends:
@@ -334,7 +333,7 @@ class Change:
         if self.module.params["hands_over"]:
             listeners = {name: how for name, how in self.changing_listeners().items() if name in self.closing_ports()}
             return self.affected([], listeners, "ends", "end")
-        return self.affected(self.restart_reasons(), self.changing_listeners(), "ends", "end")
+        return self.affected(self.restart_reasons(), self.changing_listeners(), "ends", "end", leaving=True)
 
     def hands_over(self) -> bool:
         """Whether the caller has to hand over the ports, because Envoy would be restarted or end WebSockets."""
@@ -345,13 +344,19 @@ class Change:
         """Why and how many users of open WebSockets reconnect when the ports are handed over, as `ends`."""
         return self.affected(self.restart_reasons(), self.changing_listeners(), "reconnects", "reconnect")
 
-    def affected(self, restart: list[str], listeners: dict[str, str], one: str, several: str) -> str:
-        """Reasons, and how many open WebSockets they concern; empty if none, or if no Envoy answers."""
+    def affected(
+        self, restart: list[str], listeners: dict[str, str], one: str, several: str, *, leaving: bool = False
+    ) -> str:
+        """Reasons, and how many open WebSockets they concern; empty if none, or if no Envoy answers.
+
+        With `leaving`, a restart also concerns those of processes that have handed over.
+        """
         if not self.envoy.answers or not (restart or listeners):
             return ""
         websockets = self.envoy.admin.websockets()
         changing = [name for name in listeners if name in websockets]
         count = sum(websockets.values()) if restart else sum(websockets[name] for name in changing)
+        count += self.envoy.leaving_websockets() if restart and leaving else 0
         if not count:
             return ""
         reasons = [*restart, *(f"listener {name} {listeners[name]}" for name in changing)]
@@ -361,6 +366,8 @@ class Change:
         """Why Envoy has to be restarted."""
         reasons = [f"the {name} changes" for name in self.differing]
         reasons += [f"Envoy may not open port {port} yet" for port in self.forbidden_ports()]
+        if self.envoy.stray:
+            reasons.append("a hand-over to another Envoy was interrupted")
         if not reasons and self.envoy.unit.active() and not self.envoy.unit.up_to_date():
             reasons = ["Envoy's process is older than its files"]
         return reasons
@@ -432,8 +439,15 @@ class Change:
         active = self.envoy.admin.dump().get("ClustersConfigDump", {}).get("dynamic_active_clusters", [])
         return [item["cluster"] for item in active if item["cluster"]["name"] not in wanted]
 
-    def apply(self) -> None:
-        """Writes the files step by step and proves the whole; a failure on the way restores the previous files."""
+    def apply(self, *, hands_over: bool) -> None:
+        """Writes the files step by step and proves the whole; a failure on the way restores the previous files.
+
+        With `hands_over`, the record is none from then on, so that the next run hands over if this one is interrupted.
+        """
+        record = Path(self.module.params["start_record"]) if hands_over and self.module.params["start_record"] else None
+        recorded = record.read_text(encoding="utf-8") if record and record.exists() else ""
+        if record:
+            record.write_text("pending", encoding="utf-8")
         texts = {path: self.directory.read(path) for path in [*(file.path for file in self.files), *self.surplus]}
         self.directory.make_folders()
         try:
@@ -448,7 +462,10 @@ class Change:
             if self.envoy.answers:
                 self.envoy.prove()
         except (NotApplied, OSError) as error:
-            raise NotApplied(f"{error}. {self.restore(texts)}.") from error
+            restored = self.restore(texts)
+            if record:
+                record.write_text(recorded, encoding="utf-8")
+            raise NotApplied(f"{error}. {restored}.") from error
 
     def restore(self, texts: dict[str, str | None]) -> str:
         """Puts the previous files back and waits until Envoy has loaded them; returns a sentence about the result."""
@@ -489,6 +506,8 @@ class Change:
         """Whether there is nothing to do and nothing to wait for."""
         unit = self.envoy.unit
         if not (self.envoy.answers and unit.enabled() and unit.up_to_date() and unit.recorded()) or self.differing:
+            return False
+        if self.envoy.stray:
             return False
         try:
             return self.as_wanted() and not (self.envoy.serving_problems() or self.envoy.health_problems())
@@ -584,10 +603,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     if module.check_mode:
         return result
 
-    if result["hands_over"] and module.params["start_record"]:
-        # If this run is interrupted from here on, the next one hands over.
-        Path(module.params["start_record"]).write_text("pending", encoding="utf-8")
-    change.apply()
+    change.apply(hands_over=bool(result["hands_over"]))
     return result | {"changed": change.directory.own_files() or result["changed"], "proven": envoy.answers}
 
 

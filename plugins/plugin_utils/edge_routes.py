@@ -11,7 +11,7 @@ HTTPS_PORT = 443
 TYPE = "type.googleapis.com/"
 # Set by the edge only: the key that was hashed, the cluster whose ring it was hashed for, the client's address, which
 # process of which edge passes the request on.
-NODE_HEADERS = ("x-stickyring-key", "x-stickyring-cluster", "x-stickyring-client", "x-stickyring-edge")
+NODE_HEADERS = ("x-stickyring-key", "x-stickyring-cluster", "x-stickyring-client", "x-stickyring-process")
 # What systemd and the hand-over (files/hand_over.py of the edge role) call a process of Envoy in its environment.
 PROCESS = "%ENVIRONMENT(INVOCATION_ID)%"
 # Marks a request whose key the edge has generated.
@@ -345,7 +345,7 @@ def routes(item: Data, common: Data, texts: dict[str, str]) -> Data:
                 f"%FILTER_STATE({KEY}:PLAIN)%",
                 item["cluster"],
                 "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
-                f"{common['edge']}/{PROCESS}",
+                PROCESS,
             ),
             strict=True,
         )

@@ -108,9 +108,9 @@ def test_sessions_lists_the_open_sessions(node: ServeProcess, folder: Path) -> N
         ("POST", "/rebalance", json.dumps({"ring": RING, "rate": 0}), 400, "rate: 0 is not"),
         ("POST", "/rebalance", json.dumps({"ring": RING, "rate": "fast"}), 400, "rate: 'fast' is not"),
         ("POST", "/rebalance", json.dumps({"ring": RING, "rate": True}), 400, "rate: True is not"),
-        ("POST", "/reconnect", json.dumps({"ring": RING}), 400, "an object with edges"),
-        ("POST", "/reconnect", json.dumps({"edges": "edge1/1"}), 400, "edges: not a list of texts"),
-        ("POST", "/reconnect", json.dumps({"edges": [], "rate": 10**6}), 400, "rate: 1000000 is not"),
+        ("POST", "/reconnect", json.dumps({"ring": RING}), 400, "an object with processes"),
+        ("POST", "/reconnect", json.dumps({"processes": "one"}), 400, "processes: not a list of texts"),
+        ("POST", "/reconnect", json.dumps({"processes": [], "rate": 10**6}), 400, "rate: 1000000 is not"),
     ],
 )
 def test_an_invalid_request_is_refused(
@@ -261,8 +261,8 @@ def test_an_equal_ring_is_not_built_again(monkeypatch: pytest.MonkeyPatch) -> No
         (["sessions", "--control", "file"], "no process serves the control socket file"),
         (["sessions", "--control", "dead"], "no process serves the control socket dead: the node does not run"),
         (["rebalance", "--control", "absent"], "Missing option '--ring'"),
-        (["reconnect", "--control", "absent"], "Missing option '--edge'"),
-        (["reconnect", "--control", "absent", "--edge", "edge1/1"], "no control socket absent"),
+        (["reconnect", "--control", "absent"], "Missing option '--process'"),
+        (["reconnect", "--control", "absent", "--process", "one"], "no control socket absent"),
         (["rebalance", "--control", "absent", "--ring", "absent"], "'absent': No such file or directory"),
         (["rebalance", "--control", "absent", "--ring", "file"], "file is not JSON"),
         (["rebalance", "--control", "absent", "--ring", "ring", "--rate", "0"], "0.0 is not in the range x>0"),

@@ -10,7 +10,7 @@ import pytest
 import socketio
 from conftest import STICKYRING, ServeProcess, wait_until
 
-OLD, NEW = "edge1/old", "edge1/new"
+OLD, NEW = "old", "new"
 
 
 @pytest.fixture
@@ -24,9 +24,9 @@ def connect(node: ServeProcess) -> Iterator[Callable[..., socketio.Client]]:
     """Connects a client that does not reconnect, with headers as the edge sets them."""
     with ExitStack() as stack:
 
-        def connected(edge: str | None, *transports: str, cluster: str | None = "nodes") -> socketio.Client:
+        def connected(process: str | None, *transports: str, cluster: str | None = "nodes") -> socketio.Client:
             client = socketio.Client(reconnection=False)
-            headers = {"x-stickyring-edge": edge, "x-stickyring-cluster": cluster}
+            headers = {"x-stickyring-process": process, "x-stickyring-cluster": cluster}
             given = {name: value for name, value in headers.items() if value is not None}
             client.connect(node.url, headers=given, transports=[*transports])
             stack.callback(client.disconnect)
@@ -48,17 +48,17 @@ def test_only_the_websockets_of_the_replaced_process_reconnect(
     leaving = [connect(OLD, "websocket"), connect(OLD, "polling", "websocket")]
     wait_until(lambda: all(client.transport() == "websocket" for client in leaving), "the second one is upgraded")
     staying = [connect(NEW, "websocket"), connect(OLD, "polling"), connect(None, "websocket")]
-    numbers = ask(tmp_path, "--edge", OLD, "--rate", "1000")
+    numbers = ask(tmp_path, "--process", OLD, "--rate", "1000")
     assert {name: numbers[name] for name in ("to_move", "asked", "left")} == {"to_move": 2, "asked": 2, "left": 2}
     wait_until(lambda: not any(client.connected for client in leaving), "they are disconnected")
     assert all(client.connected for client in staying)
-    assert ask(tmp_path, "--edge", OLD)["asked"] == 0, "a second run finds nobody"
+    assert ask(tmp_path, "--process", OLD)["asked"] == 0, "a second run finds nobody"
 
 
 def test_the_empty_name_is_that_of_an_edge_that_names_no_process(
     connect: Callable[..., socketio.Client], tmp_path: Path
 ) -> None:
     leaving, staying = connect(None, "websocket"), [connect(NEW, "websocket"), connect(None, "websocket", cluster=None)]
-    assert ask(tmp_path, "--edge", "")["left"] == 1
+    assert ask(tmp_path, "--process", "")["left"] == 1
     wait_until(lambda: not leaving.connected, "it is disconnected")
     assert all(client.connected for client in staying), "the second one came through no edge"

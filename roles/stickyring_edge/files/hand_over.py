@@ -1,10 +1,10 @@
 """Starts another Envoy on the ports of the one that runs, and lets that one end once its WebSockets have left.
 
 For `systemctl reload` of the unit. Returns 0 when the new process serves what the old one serves and systemd knows it
-as the main process. If it does not within the time, it is ended, the old one stays as it was, and this returns 1.
+as the main process. If it does not within the time, the old one goes on, the new one leaves, and this returns 1.
 
-A process of this program stays until the old Envoy has ended: when no request is left there, or at a deadline.
-Meanwhile the old one accepts no connection. Its admin socket is `leaving-ID.sock`, beside the new one's; ID is what it
+A process of this program stays until the leaving Envoy has ended: when no request is left there, or at a deadline.
+Meanwhile that one accepts no connection. Its admin socket is `leaving-NAME.sock`, beside the other's; NAME is what it
 calls itself to the nodes.
 """
 
@@ -34,7 +34,8 @@ ENDING_SECONDS = 10
 QUIET_LOOKS = 2
 """So many times without a request, because one may come on a connection that is open."""
 IDENTITY = "INVOCATION_ID"
-"""systemd sets it for the process that it starts, this program for all others."""
+"""In the environment, the name of a process: systemd's for the one that it starts, this program's for others."""
+TOLD = b"told"
 REQUESTS = r"^http\..+\.downstream_rq_active$"
 
 
@@ -98,18 +99,14 @@ class Admin(http.client.HTTPConnection):
         except ValueError as error:
             raise OSError(f"{self._path}: {target}: {error}") from error
 
-    def process(self) -> int:
-        """Return the number of the process that listens on the socket."""
-        try:
-            self.connect()
-            credentials = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        finally:
-            self.close()
-        return int(struct.unpack("3i", credentials)[0])
-
     def listeners(self) -> set[str]:
-        """Names of the listeners whose ports are open."""
+        """Names of the listeners."""
         return {one["name"] for one in self.get("/listeners?format=json").get("listener_statuses", [])}
+
+    def serves(self) -> bool:
+        """Whether the ports of the listeners have been opened."""
+        stats = self.get("/stats?format=json&filter=^listener_manager.workers_started$")["stats"]
+        return self.ask("GET", "/ready").strip() == b"LIVE" and [one["value"] for one in stats] == [1]
 
     def healthy(self) -> set[str]:
         """The healthy endpoints, each with its cluster."""
@@ -127,31 +124,37 @@ class Admin(http.client.HTTPConnection):
         return sum(one["value"] for one in stats if one.get("name") not in {None, own})
 
 
-def start(command: list[str], identity: str) -> Process:
-    """Start Envoy as a child of the first process, which learns of its end from then on."""
+def listener_of(path: Path) -> int | None:
+    """Return the process that listens on a Unix socket; None if nobody does."""
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    except OSError:
+        return None
+    return int(struct.unpack("3i", credentials)[0])
+
+
+def start(command: list[str], note: Callable[[int], Path]) -> Process:
+    """Start Envoy as a child of the first process, which learns of its end from then on; note its name."""
     reading, writing = os.pipe()
     between = os.fork()
     if not between:
-        with contextlib.suppress(OSError):
-            pid = os.posix_spawn(command[0], command, {**os.environ, IDENTITY: identity})
-            os.write(writing, str(pid).encode())
-        os._exit(0)
+        if os.fork():
+            os._exit(0)
+        try:
+            name = uuid.uuid4().hex
+            note(os.getpid()).write_text(f"{name}\n")
+            os.write(writing, str(os.getpid()).encode())
+            os.execve(command[0], command, {**os.environ, IDENTITY: name})
+        except OSError as error:
+            print(error, file=sys.stderr)
+        finally:
+            os._exit(1)
     os.close(writing)
     os.waitpid(between, 0)
     with os.fdopen(reading) as told:
-        pid_text = told.read()
-    if not pid_text:
-        raise NotHandedOver(f"{command[0]} could not be started")
-    return Process(int(pid_text))
-
-
-def wait(what: str, seconds: float, holds: Callable[[], bool]) -> None:
-    """Wait until this holds; NotHandedOver after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > deadline:
-            raise NotHandedOver(f"the new Envoy {what} after {seconds:g} s")
-        time.sleep(POLL_SECONDS)
+        return Process(int(told.read()))
 
 
 def tell_systemd(text: str) -> None:
@@ -170,115 +173,139 @@ class HandOver:
         self.proof_seconds: float = given.proof_seconds
         self.leaving_seconds: float = given.leaving_seconds
         self.socket: Path = given.admin_socket
-        # Beside the socket: number and identity of the process that this program has started last.
-        self.note = self.socket.with_name("process")
         self.old = Process(int(os.environ["MAINPID"]))
-        self.leaving = self.socket.with_name(f"leaving-{self.identity_of_old()}.sock")
+        self.new: Process | None = None
 
-    def identity_of_old(self) -> str:
-        """What the old process calls itself; its environment cannot be read from another user namespace."""
-        pid, _, identity = self.note.read_text().partition(" ") if self.note.exists() else ("", "", "")
-        return identity if pid == str(self.old.pid) else os.environ[IDENTITY]
+    def note_of(self, pid: int) -> Path:
+        """Return the file with the name of a process that this program has started.
+
+        Its environment cannot be read: each process of the unit may have a user namespace of its own.
+        """
+        return self.socket.with_name(f"process-{pid}")
+
+    def leaving(self, process: Process) -> Path:
+        """The admin socket of a process that leaves."""
+        note = self.note_of(process.pid)
+        name = note.read_text().strip() if note.exists() else os.environ[IDENTITY]
+        return self.socket.with_name(f"leaving-{name}.sock")
 
     def mend(self) -> None:
-        """Undo what a killed run has left: its Envoy, and the old one's socket under another name."""
-        try:
-            listening = Admin(self.socket).process()
-        except OSError:
-            listening = None
+        """Undo what a killed run has left, and go on with the end of processes that leave."""
+        mine = self.leaving(self.old)
+        listening = listener_of(self.socket)
         if listening not in {None, self.old.pid}:
-            Process(listening).end()
-        if listening != self.old.pid and self.leaving.exists():
-            self.leaving.rename(self.socket)
+            stray = Process(listening)
+            self.socket.rename(self.leaving(stray))
+        if listening != self.old.pid and mine.exists():
+            mine.rename(self.socket)
+        for path in self.socket.parent.glob("leaving-*.sock"):
+            if (pid := listener_of(path)) is None:
+                path.unlink()
+            elif not os.fork():
+                self.retire(Process(pid), path)
+                os._exit(0)
 
     def begin(self) -> Process:
-        """Start the new process and wait until it serves what the old one serves."""
-        self.mend()
-        served = Admin(self.socket).listeners()
-        self.socket.rename(self.leaving)
-        identity, new = uuid.uuid4().hex, None
-        try:
-            new = start(self.command, identity)
-            self.prove(new, served)
-            self.note.write_text(f"{new.pid} {identity}")
-        except BaseException:
-            self.go_back(new)
-            raise
-        return new
+        """Start the new process and return it once it serves what the old one serves.
 
-    def go_back(self, new: Process | None) -> None:
-        """End the new process; the old one stays the only one."""
-        if new is not None:
-            new.end()
-        self.leaving.rename(self.socket)
+        Raises:
+            NotHandedOver, OSError: it does not.
+        """
+        served = Admin(self.socket).listeners()
+        self.socket.rename(self.leaving(self.old))
+        self.new = start(self.command, self.note_of)
+        self.prove(self.new, served)
+        return self.new
 
     def prove(self, new: Process, served: set[str]) -> None:
         """Wait until the new process has the ports open, and finds the endpoints healthy that the old one does."""
-        old_admin, new_admin = Admin(self.leaving), Admin(self.socket)
-
-        def serves() -> bool:
+        old_admin, new_admin = Admin(self.leaving(self.old)), Admin(self.socket)
+        deadline = time.monotonic() + self.proof_seconds
+        while not self.serves(new_admin, old_admin, served):
             if not new.runs():
                 raise NotHandedOver("the new Envoy has ended; the journal says why")
-            try:
-                return served <= new_admin.listeners() and old_admin.healthy() <= new_admin.healthy()
-            except OSError:
-                return False
+            if time.monotonic() > deadline:
+                raise NotHandedOver(
+                    f"the new Envoy does not serve what the old one serves after {self.proof_seconds:g} s"
+                )
+            time.sleep(POLL_SECONDS)
 
-        wait("does not serve what the old one serves", self.proof_seconds, serves)
+    def serves(self, new: Admin, old: Admin, served: set[str]) -> bool:
+        """Whether the new process serves what the old one serves; an old one that has ended sets no example."""
+        try:
+            healthy = not self.old.runs() or old.healthy() <= new.healthy()
+            return healthy and new.serves() and served <= new.listeners()
+        except OSError:
+            return False
 
-    def retire(self) -> None:
-        """Have the old process accept nobody, and end it once no request is left, or at the deadline."""
-        admin, deadline = Admin(self.leaving), time.monotonic() + self.leaving_seconds
+    def go_back(self) -> None:
+        """Make the old process the only one again. The new one leaves, because users may have found it."""
+        if self.new is not None:
+            if listener_of(self.socket) == self.new.pid:
+                self.socket.rename(self.leaving(self.new))
+            else:
+                self.new.end()
+        if (mine := self.leaving(self.old)).exists():
+            mine.rename(self.socket)
+
+    def retire(self, process: Process, path: Path) -> None:
+        """Have a process accept nobody, and end it once no request is left, or at the deadline."""
+        admin, deadline = Admin(path), time.monotonic() + self.leaving_seconds
         quiet = 0
-        while self.old.runs() and time.monotonic() < deadline and quiet < QUIET_LOOKS:
+        while process.runs() and time.monotonic() < deadline and quiet < QUIET_LOOKS:
             with contextlib.suppress(OSError):
                 for target in ("/drain_listeners", "/healthcheck/fail"):
                     admin.ask("POST", target)
                 quiet = 0 if admin.requests() else quiet + 1
             time.sleep(WATCH_SECONDS)
-        self.old.end()
-        self.leaving.unlink(missing_ok=True)
+        process.end()
+        path.unlink(missing_ok=True)
+        self.note_of(process.pid).unlink(missing_ok=True)
 
 
-def hand_over(change: HandOver, report: int) -> None:
-    """Do it all; write `ok` or the reason into the descriptor `report` once it is clear that users have a process."""
+def hand_over(change: HandOver, caller: socket.socket) -> None:
+    """Do it all in a process that stays: tell the caller who the new process is, or why there is none."""
+    reason = ""
     try:
-        new = change.begin()
-        try:
-            # Who has called waits no longer if it was ended.
-            os.write(report, b"ok")
-        except BrokenPipeError:
-            change.go_back(new)
-            return
-        tell_systemd(f"MAINPID={new.pid}")
+        caller.sendall(str(change.begin().pid).encode())
+        told = caller.recv(len(TOLD)) == TOLD
     except (NotHandedOver, OSError) as error:
-        with contextlib.suppress(BrokenPipeError):
-            os.write(report, str(error).encode())
-        return
-    os.close(report)
-    change.retire()
+        reason, told = str(error), False
+    if not told:
+        change.go_back()
+        with contextlib.suppress(OSError):
+            caller.sendall(reason.encode())
+    caller.close()
+    leaving = change.old if told else change.new
+    if leaving is not None:
+        change.retire(leaving, change.leaving(leaving))
 
 
 def main() -> NoReturn:
     """Run as the unit's ExecReload."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--admin-socket", type=Path, required=True, help="of Envoy's admin interface")
-    parser.add_argument("--proof-seconds", type=float, default=30, help="for the new process to serve (default 30)")
-    parser.add_argument("--leaving-seconds", type=float, default=600, help="for the old process to end (default 600)")
+    parser.add_argument("--proof-seconds", type=float, required=True, help="for the new process to serve")
+    parser.add_argument("--leaving-seconds", type=float, required=True, help="for the old process to end")
     parser.add_argument("command", nargs="+", help="that starts Envoy")
     change = HandOver(parser.parse_args())
-    reading, writing = os.pipe()
+    try:
+        change.mend()
+    except OSError as error:
+        sys.exit(f"Nothing was handed over: {error}")
+    mine, other = socket.socketpair()
     if not os.fork():
-        os.close(reading)
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        hand_over(change, writing)
+        mine.close()
+        hand_over(change, other)
         os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as told:
-        said = told.read()
-    if said == "ok":
-        sys.exit(0)
-    sys.exit(f"Nothing was handed over: {said or 'this program was ended'}")
+    other.close()
+    said = mine.recv(1000).decode()
+    if not said.isdigit():
+        sys.exit(f"Nothing was handed over: {said or 'this program was ended'}")
+    # systemd takes it from this process alone.
+    tell_systemd(f"MAINPID={said}")
+    mine.sendall(TOLD)
+    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ POLICIES = [
     {"cookie": {"name": "stickyring", "ttl": "0s"}},
 ]
 COMMON: dict[str, Any] = {
-    "edge": "edge1",
     "directory": "/etc/x",
     "hash_policies": POLICIES,
     "private_paths": ["/metrics"],
@@ -266,7 +265,7 @@ def test_the_node_gets_the_hashed_key_and_no_key_header_of_the_client() -> None:
         "x-stickyring-key": "%FILTER_STATE(stickyring.key:PLAIN)%",
         "x-stickyring-cluster": "nodes",
         "x-stickyring-client": "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
-        "x-stickyring-edge": "edge1/%ENVIRONMENT(INVOCATION_ID)%",
+        "x-stickyring-process": "%ENVIRONMENT(INVOCATION_ID)%",
     }
     assert set(routes["request_headers_to_remove"]) == {*told, "x-stickyring-issued"}
 
@@ -830,7 +829,7 @@ def test_each_fault_of_a_certificate_is_reported(certificate: Certificate, other
 
 
 def test_edge_and_node_call_their_headers_the_same() -> None:
-    read = {sessions.KEY_VARIABLE, sessions.CLUSTER_VARIABLE, sessions.ISSUED_VARIABLE, sessions.EDGE_VARIABLE}
+    read = {sessions.KEY_VARIABLE, sessions.CLUSTER_VARIABLE, sessions.ISSUED_VARIABLE, sessions.PROCESS_VARIABLE}
     read |= {forwarded.CLIENT_VARIABLE}
     written = {*edge_routes.NODE_HEADERS, edge_routes.ISSUED_HEADER}
     assert {f"HTTP_{name.upper().replace('-', '_')}" for name in written} == read

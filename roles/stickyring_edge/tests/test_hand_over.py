@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -59,11 +60,17 @@ class Unit:
         self.main = int(self.notified.recv(100).decode().removeprefix("MAINPID="))
         return code, ""
 
-    def serving_nothing(self) -> list[str]:
-        """The command of an Envoy with an admin interface and no listener."""
-        bootstrap = self.folder / "nothing.yaml"
-        bootstrap.write_text(json.dumps({"admin": {"address": {"pipe": {"path": self.edge.admin_socket}}}}))
-        return [self.edge.command[0], "--config-path", str(bootstrap), "--disable-hot-restart"]
+    def another(self, *listeners: str) -> list[str]:
+        """The command of another Envoy, which serves only these listeners."""
+        other = self.folder / f"other{len(listeners)}"
+        if not other.exists():
+            shutil.copytree(self.edge.directory, other)
+            served = json.loads((other / "listeners.json").read_text())
+            served["resources"] = [one for one in served["resources"] if one["name"] in listeners]
+            (other / "listeners.json").write_text(json.dumps(served))
+            text = (self.folder / "bootstrap.yaml").read_text().replace(str(self.edge.directory), str(other))
+            (self.folder / f"{other.name}.yaml").write_text(text)
+        return [self.edge.command[0], "--config-path", f"{other}.yaml", *self.edge.command[3:]]
 
     def leaving(self) -> list[Path]:
         """Admin sockets of processes that have handed over."""
@@ -117,7 +124,7 @@ def told(edge: Edge) -> str:
     connection.request("GET", "/?client_id=1")
     headers: dict[str, str] = json.loads(connection.getresponse().read())
     connection.close()
-    return next(value for name, value in headers.items() if name.lower() == "x-stickyring-edge")
+    return next(value for name, value in headers.items() if name.lower() == "x-stickyring-process")
 
 
 def test_websockets_stay_with_the_old_process_until_they_end(unit: Unit, websocket: Any) -> None:
@@ -160,47 +167,102 @@ def test_at_the_deadline_the_old_process_ends(unit: Unit, websocket: Any) -> Non
     assert staying.is_open()
 
 
-def test_if_the_new_process_ends_or_does_not_serve_the_old_one_goes_on(unit: Unit, websocket: Any) -> None:
+def test_if_the_new_process_ends_the_old_one_goes_on(unit: Unit, websocket: Any) -> None:
     edge, here, old_process = unit.edge, websocket("plain"), unit.main
-    for command, reason in (
-        ([edge.command[0], "--no-such-option"], "the new Envoy has ended; the journal says why"),
-        (["/no/such/program"], "could not be started"),
-        (unit.serving_nothing(), "does not serve what the old one serves after 1 s"),
-    ):
-        code, error = unit.reload(*command, proof=1)
-        assert code == 1
-        assert error.startswith("Nothing was handed over: ")
-        assert reason in error
+    for command in ([edge.command[0], "--no-such-option"], ["/no/such/program"]):
+        code, error = unit.reload(*command)
+        assert (code, error) == (1, "Nothing was handed over: the new Envoy has ended; the journal says why")
         assert listening(edge.admin_socket) == old_process
-        assert unit.leaving() == []
         assert "failed" not in edge.give(edge.files, state="proven")
     assert here.is_open()
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["with all it started", "alone"])
-def test_a_killed_run_is_mended_by_the_next(unit: Unit, websocket: Any, whole: bool) -> None:
+def test_if_the_new_process_does_not_serve_what_the_old_one_does_it_leaves_with_its_users(
+    unit: Unit, websocket: Any
+) -> None:
+    """The port that both have open gives it users meanwhile."""
+    edge, old_process, before = unit.edge, unit.main, told(unit.edge)
+    program = unit.begin(*unit.another("plain"), proof=5)
+    until(lambda: told(edge) != before, "the new process takes users")
+    opened = [websocket("plain") for _ in range(20)]
+    assert program.wait(START_SECONDS) == 1
+    assert "does not serve what the old one serves after 5 s" in (unit.folder / "error").read_text()
+    assert listening(edge.admin_socket) == old_process
+    (leaving,) = unit.leaving()
+    assert Admin(str(leaving)).websockets()["plain"] > 0, "the control: it has users"
+    until(lambda: {told(edge) for _ in range(20)} == {before}, "it has closed its ports")
+    assert all(one.is_open() for one in opened)
+
+
+@pytest.mark.parametrize("killed", ["the program", "all but the new Envoy", "all"])
+def test_a_killed_run_is_mended_by_the_next(unit: Unit, websocket: Any, killed: str) -> None:
     edge, here, old_process = unit.edge, websocket("plain"), unit.main
-    program = unit.begin(*unit.serving_nothing(), proof=5)
+    program = unit.begin(*unit.another(), proof=5)
 
-    def another() -> bool:
+    def stray() -> int:
         with suppress(OSError):
-            return listening(edge.admin_socket) != old_process
-        return False
+            return listening(edge.admin_socket)
+        return old_process
 
-    until(another, "the new process has the socket")
-    stray = listening(edge.admin_socket)
-    if whole:
+    until(lambda: stray() != old_process, "the new process has the socket")
+    new = stray()
+    if killed == "the program":
+        # As a reload that takes too long: what it has started notices by itself.
+        program.kill()
+        until(lambda: stray() == old_process and unit.leaving(), "the old one has its socket again")
+    else:
         for member in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if os.getsid(int(member.name)) == program.pid and int(member.name) != stray:
+                if os.getsid(int(member.name)) == program.pid and (killed == "all" or int(member.name) != new):
                     os.kill(int(member.name), signal.SIGKILL)
-    else:
-        program.kill()
-        # As a reload that takes too long: what it has started notices by itself.
-        until(lambda: not runs(stray), "the new process has been ended")
-        until(lambda: not another(), "the old one has its socket again")
     program.wait(START_SECONDS)
     assert unit.reload() == (0, "")
-    assert not runs(stray)
-    assert unit.main == listening(edge.admin_socket) not in {stray, old_process}
+    assert unit.main == listening(edge.admin_socket) not in {new, old_process}
+    until(lambda: not runs(new), "the stray one has ended")
     assert here.is_open()
+
+
+def test_a_process_whose_watcher_was_killed_is_ended_after_the_next_run(unit: Unit, websocket: Any) -> None:
+    here, old_process = websocket("plain"), unit.main
+    program = unit.begin(*unit.edge.command)
+    assert program.wait(START_SECONDS) == 0
+    unit.main = int(unit.notified.recv(100).decode().removeprefix("MAINPID="))
+    for member in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.getsid(int(member.name)) == program.pid and int(member.name) != unit.main:
+                os.kill(int(member.name), signal.SIGKILL)
+    assert unit.reload() == (0, "")
+    assert here.is_open()
+    here.socket.close()
+    until(lambda: not runs(old_process) and not unit.leaving(), "both have ended")
+
+
+def test_a_run_reports_connections_that_stay_and_goes_on(tmp_path: Path) -> None:
+    play = {"hosts": "localhost", "connection": "local", "gather_facts": False}
+    role = {"name": "stickyring.fleet.stickyring_edge", "tasks_from": "left"}
+    given = {"__stickyring_edge_admin_socket": f"{tmp_path}/admin.sock", "__stickyring_edge_patience": 2}
+    (tmp_path / "play.yml").write_text(
+        json.dumps(
+            [play | {"tasks": [{"ansible.builtin.import_role": role}, {"ansible.builtin.debug": {"msg": "on"}}]}]
+        )
+    )
+    for count in (1, 0):
+        (tmp_path / "leaving-first.sock").touch() if count else (tmp_path / "leaving-first.sock").unlink()
+        done = subprocess.run(
+            [
+                Path(sys.executable).parent / "ansible-playbook",
+                "-i",
+                "localhost,",
+                "-e",
+                json.dumps(given),
+                tmp_path / "play.yml",
+            ],
+            env={"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("replaced and still have users: 1." in " ".join(done.stdout.split())) == bool(count)
+        assert "msg: 'on'" in done.stdout

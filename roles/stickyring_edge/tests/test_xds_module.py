@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -842,3 +844,98 @@ def test_a_host_that_tracks_too_few_connections_is_refused_before_a_file_is_writ
             " stickyring_edge_max_connections is 20000, and each client takes two connections: lower it, or raise the"
             " other, for example with sysctl -w net.netfilter.nf_conntrack_max=80000, and permanently in /etc/sysctl.d."
         )
+
+
+def test_a_hand_over_keeps_websockets_and_needs_no_permission(
+    directory: Path, files: Files, envoy: FakeEnvoy, record: Path, systemd: Systemd
+) -> None:
+    started = {"unit": "edge.service", "start_record": str(record), "hands_over": True}
+    systemd.start()
+    record.write_text(NOTHING)
+    result = run(directory, files, envoy.socket, **started)
+    assert (result["hands_over"], result["reconnects"], result["ends"]) == (False, "", "")
+    envoy.stats["http.sticky.downstream_cx_upgrades_active"] = 3
+    listener = files["listeners.json"][0]
+    listener["per_connection_buffer_limit_bytes"] = 1
+    planned = run(directory, files, envoy.socket, **started, _ansible_check_mode=True)
+    assert (planned["hands_over"], planned["ends"]) == (True, "")
+    assert planned["reconnects"] == "listener sticky changes: 3 open websockets reconnect"
+    assert record.read_text() == NOTHING
+    assert run(directory, files, envoy.socket, **started)["hands_over"]
+    assert record.read_text() == "pending", "a run that is interrupted now is completed by the next"
+    again = run(directory, files, envoy.socket, **started)
+    assert (again["hands_over"], again["written"]) == (True, [])
+    # Users of a listener that leaves its port could not come back.
+    listener["address"] = {"socket_address": {"address": "127.0.0.1", "port_value": 1}}
+    message = run(directory, files, envoy.socket, **started)["msg"]
+    assert "listener sticky changes: 3 open websockets end." in message
+    # Without a hand-over, all of that ends WebSockets.
+    assert "3 open websockets end." in run(directory, files, envoy.socket, unit="edge.service")["msg"]
+
+
+def test_a_rejected_hand_over_leaves_the_record(
+    directory: Path, files: Files, envoy: FakeEnvoy, record: Path, systemd: Systemd
+) -> None:
+    started = {"unit": "edge.service", "start_record": str(record), "hands_over": True}
+    systemd.start()
+    record.write_text(NOTHING)
+    run(directory, files, envoy.socket, **started)
+    envoy.stats["http.sticky.downstream_cx_upgrades_active"] = 3
+    files["listeners.json"][0]["refuse"] = "no"
+    assert "rolled back" in run(directory, files, envoy.socket, **started)["msg"]
+    assert record.read_text() == NOTHING
+
+
+def test_a_reload_that_goes_on_is_waited_for(
+    directory: Path, files: Files, envoy: FakeEnvoy, systemd: Systemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    systemd.show(ActiveState="reloading")
+    monkeypatch.setattr(time, "sleep", lambda _: systemd.start())
+    assert run(directory, files, envoy.socket, unit="edge.service")["proven"]
+    assert "ActiveState=active" in systemd.shown.read_text()
+
+
+def test_what_a_killed_hand_over_left_is_found(
+    directory: Path, files: Files, envoy: FakeEnvoy, record: Path, systemd: Systemd
+) -> None:
+    started = {"unit": "edge.service", "start_record": str(record), "hands_over": True}
+    systemd.start()
+    run(directory, files, envoy.socket, **started)
+    admin_socket = Path(envoy.socket)
+    leaving = admin_socket.with_name("leaving-first.sock")
+    admin_socket.rename(leaving)
+    assert run(directory, files, envoy.socket, **started)["proven"], "the main process' socket has its name again"
+    assert not leaving.exists()
+    # Now another process has taken the name, and answers as Envoy does.
+    admin_socket.rename(leaving)
+    relay = f"""
+import os, socketserver, socket
+class Relay(socketserver.BaseRequestHandler):
+    def handle(self):
+        with socket.socket(socket.AF_UNIX) as to:
+            to.connect({str(leaving)!r})
+            to.sendall(self.request.recv(65536))
+            to.shutdown(socket.SHUT_WR)
+            while data := to.recv(65536):
+                self.request.sendall(data)
+socketserver.ThreadingUnixStreamServer({str(admin_socket)!r}, Relay).serve_forever()
+"""
+    with subprocess.Popen([sys.executable, "-c", relay]) as other:
+        while admin.listener_of(admin_socket) != other.pid:
+            assert other.poll() is None
+        planned = run(directory, files, envoy.socket, **started, _ansible_check_mode=True)
+        other.terminate()
+    assert (planned["hands_over"], planned["leaving"]) == (True, ["first"])
+
+
+def test_websockets_of_leaving_processes_end_with_a_restart(
+    directory: Path, files: Files, envoy: FakeEnvoy, record: Path, systemd: Systemd, tmp_path: Path
+) -> None:
+    started = {"unit": "edge.service", "start_record": str(record)}
+    systemd.start()
+    run(directory, files, envoy.socket, **started)
+    record.write_text("pending")
+    (Path(envoy.socket).parent / "leaving-first.sock").symlink_to(envoy.socket)
+    systemd.show(ActiveState="active", MainPID=1)
+    envoy.stats["http.sticky.downstream_cx_upgrades_active"] = 3
+    assert "6 open websockets end." in run(directory, files, envoy.socket, **started)["msg"]

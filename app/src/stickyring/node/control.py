@@ -14,7 +14,7 @@ object; an error has `error`, a line of text.
                               "returned": here at the end, but assigned to another node; numbers of users:
                               "users_asked", "users_returned"}; {"running": false} if there was none since the node
                               started
-    POST /reconnect           body {"edges": [process of an edge, as it names itself to the node; "" for one that does
+    POST /reconnect           body {"processes": [name of an edge's process, as it tells the node; "" for one that does
                               not], "rate": sessions per second, optional}
                               202 as GET /reconnect; 400 and 409 as above
     GET  /reconnect           200 {"running", "rate", "seconds" since the start; numbers of sessions: "to_move",
@@ -160,13 +160,13 @@ class Control:
         return _begin(self._rebalance)
 
     def _start_reconnection(self, body: bytes) -> dict[str, Any]:
-        order = _order(body, "edges")
-        edges = order["edges"]
-        if not isinstance(edges, list) or not all(isinstance(edge, str) for edge in edges):
-            raise Refusal(HTTPStatus.BAD_REQUEST, "edges: not a list of texts")
+        order = _order(body, "processes")
+        processes = order["processes"]
+        if not isinstance(processes, list) or not all(isinstance(process, str) for process in processes):
+            raise Refusal(HTTPStatus.BAD_REQUEST, "processes: not a list of texts")
         rate = _rate(order, HANDSHAKES_A_SECOND)
         self._require_no_other()
-        self._reconnection = Reconnection(self._sessions, {*edges}, rate, self._metrics)
+        self._reconnection = Reconnection(self._sessions, {*processes}, rate, self._metrics)
         return _begin(self._reconnection)
 
     def _require_no_other(self) -> None:

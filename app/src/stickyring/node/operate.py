@@ -175,23 +175,23 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
 
 
 @click.command()
-@click.option("--edge", "edges", required=True, multiple=True, help="A process of an edge; give it again for each.")
+@click.option("--process", "processes", required=True, multiple=True, help="A process of an edge; give it for each.")
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Sessions to ask per second. [default: 250]")
 @with_control
-def reconnect(*, edges: tuple[str, ...], rate: float | None, path: Path) -> None:
+def reconnect(*, processes: tuple[str, ...], rate: float | None, path: Path) -> None:
     """Ask a node's users whose WebSockets come through these processes of edges to reconnect, and wait for them.
 
-    They come back to the same node, through the process that has taken the place of theirs. EDGE is what that process
-    sends as the header x-stickyring-edge; empty for one that sends none. Polling users are not asked. If a rebalance or
-    reconnection is running, the command waits for it first.
+    They come back to the same node, through the process that has taken the place of theirs. A process is named by
+    what it sends as the header x-stickyring-process; the empty name is for one that sends none. Polling users are not
+    asked. If a rebalance or reconnection is running, the command waits for it first.
 
     Prints JSON with the numbers of sessions to move, asked and left. Interrupting the command does not stop it.
 
     \b
     Examples:
-      stickyring reconnect --control /run/stickyring-node/1/control.sock --edge edge1/5f0c
+      stickyring reconnect --control /run/stickyring-node/1/control.sock --process 5f0cd2a1
     """
-    order: dict[str, Any] = {"edges": edges}
+    order: dict[str, Any] = {"processes": processes}
     if rate is not None:
         order["rate"] = rate
     click.echo(json.dumps(_run(path, RECONNECT, order)))

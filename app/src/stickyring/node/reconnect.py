@@ -16,14 +16,14 @@ log = logging.getLogger(__name__)
 
 
 class Reconnection:
-    """One run for the processes `edges`, as sessions name them (`Session.edge`); `Move` does the asking.
+    """One run for these processes of edges, as sessions name them (`Session.process`); `Move` does the asking.
 
     The empty name is that of an edge that names no process, as earlier versions did not. Sessions that came through no
     edge are not asked.
     """
 
-    def __init__(self, sessions: Mapping[str, Session], edges: Set[str], rate: float, metrics: MoveMetrics) -> None:
-        self._edges = edges
+    def __init__(self, sessions: Mapping[str, Session], processes: Set[str], rate: float, metrics: MoveMetrics) -> None:
+        self._processes = processes
         self._move = Move(sessions, self._leaves, rate, metrics.moved.inc)
 
     @property
@@ -51,4 +51,4 @@ class Reconnection:
         }
 
     def _leaves(self, session: Session) -> bool:
-        return session.transport == "websocket" and session.cluster is not None and session.edge in self._edges
+        return session.transport == "websocket" and session.cluster is not None and session.process in self._processes

@@ -42,8 +42,8 @@ REQUEST_ID_VARIABLE = "HTTP_X_REQUEST_ID"
 LONGEST_REQUEST_ID = 128
 CLUSTER_VARIABLE = "HTTP_X_STICKYRING_CLUSTER"
 """`x-stickyring-cluster`: the edge's cluster that the request used; each cluster has its own ring."""
-EDGE_VARIABLE = "HTTP_X_STICKYRING_EDGE"
-"""`x-stickyring-edge`: the edge and which of its processes the request came through."""
+PROCESS_VARIABLE = "HTTP_X_STICKYRING_PROCESS"
+"""`x-stickyring-process`: the process of an edge that the request came through."""
 SESSION_VARIABLE = "stickyring.session"
 """The open session of a request, in the WSGI environ."""
 NO_OPERATION = str(NOOP)
@@ -83,7 +83,7 @@ class Session:
     - `request_id`: what the edge's log calls the request of the handshake; empty without an edge.
     - `network`: the address of its client, or the network of an IPv6 one (`limits.network_of`).
     - `websocket`: the WebSocket that carries the session; None while it polls.
-    - `edge`: the edge's process through which its WebSocket came; empty if the edge does not say.
+    - `process`: the process of an edge through which its WebSocket came; empty if the edge does not say.
     - `unanswered`: number of events whose acknowledgement the application has not given yet.
     - `taking`: if false, the application gets no more events that ask for an acknowledgement.
     - `refused`: such an event was dropped; everything that the client sent after it is dropped too.
@@ -101,7 +101,7 @@ class Session:
     request_id: str = ""
     network: str = ""
     websocket: "SessionWebSocket | None" = None
-    edge: str = ""
+    process: str = ""
     began: float = field(default_factory=time.monotonic)
     unanswered: int = 0
     taking: bool = True
@@ -468,7 +468,7 @@ class SessionWebSocket(WebSocket):
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Open the WebSocket, receive packets until it ends, and close it."""
         self._session: Session = environ[SESSION_VARIABLE]
-        self._session.edge = edge_of(environ)
+        self._session.process = process_of(environ)
         try:
             return super().__call__(environ, start_response)
         except BaseException:
@@ -609,9 +609,9 @@ def request_id_of(environ: dict[str, object]) -> str:
     return _on_the_wire(environ, REQUEST_ID_VARIABLE)[:LONGEST_REQUEST_ID]
 
 
-def edge_of(environ: dict[str, object]) -> str:
-    """Return the edge's process through which a request came; empty if the edge does not say."""
-    return _on_the_wire(environ, EDGE_VARIABLE)
+def process_of(environ: dict[str, object]) -> str:
+    """Return the process of an edge through which a request came; empty if the edge does not say."""
+    return _on_the_wire(environ, PROCESS_VARIABLE)
 
 
 def _on_the_wire(environ: dict[str, object], variable: str) -> str:

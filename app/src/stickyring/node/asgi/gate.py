@@ -36,7 +36,7 @@ from stickyring.node.gate import (
 from stickyring.node.limits import Limits
 from stickyring.node.metrics import LAG_INTERVAL, EngineMetrics, Packet
 from stickyring.node.packets import HandlerError, checked_body
-from stickyring.node.sessions import SESSION_VARIABLE, Session, edge_of, names_of
+from stickyring.node.sessions import SESSION_VARIABLE, Session, names_of, process_of
 from stickyring.node.takeover import Predecessor
 from stickyring.node.websocket import PROTOCOL_ERROR, refusal
 
@@ -328,7 +328,7 @@ class _OpenedWebSocket:
         channel: Channel = environ[CHANNEL]
         channel.taken = True
         session: AsyncSession = environ[SESSION_VARIABLE]
-        session.edge = edge_of(environ)
+        session.process = process_of(environ)
         session.attach(channel.websocket)
         return ""
 
