@@ -158,15 +158,16 @@ def test_certificates_can_be_kept_in_the_inventory(tmp_path: Path) -> None:
 
 def test_certificates_can_come_from_an_acme_directory(tmp_path: Path) -> None:
     """The README's example, and the command beside it."""
-    inventory = tmp_path / "production"
+    inventory = tmp_path / "inventory" / "production"
     shutil.copytree(PROJECT / "inventory" / "example", inventory)
-    (inventory / "tls").mkdir()
     (example,) = re.findall(r"^```yaml\n# group_vars/edge.yml\n(stickyring_edge_acme.*?)^```", README, re.M | re.S)
     with (inventory / "group_vars" / "edge.yml").open("a") as file:
         file.write(example)
     preflight = (PROGRAMS / "ansible-playbook", "-i", inventory, "playbooks/preflight.yml")
-    (command,) = re.findall(r"^openssl genpkey .*$", README, re.M)
-    assert command.removesuffix("production/tls/account.pem") in " ".join(run(*preflight).stdout.split())
-    subprocess.run(command.split(), cwd=tmp_path, check=True)
+    (commands,) = re.findall(r"^```bash\n(mkdir .*\nopenssl genpkey .*)\n```$", README, re.M)
+    assert commands.splitlines()[1].removesuffix("inventory/production/tls/account.pem") in " ".join(
+        run(*preflight).stdout.split()
+    )
+    subprocess.run(commands, shell=True, cwd=tmp_path, check=True)
     done = run(*preflight)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -175,7 +175,7 @@ def test_the_document_has_every_metric(node: ServeProcess, control: Path) -> Non
     """And no other; those of a bus are of an application that uses one."""
     rebalance(control, "node1-1")
     exposed = set(re.findall(r"^# TYPE (stickyring_\w+) ", node.get("/metrics").read().decode(), re.M))
-    table = OPERATIONS.read_text().split("## Metrics")[1].split("Edges have no port")[0]
+    table = OPERATIONS.read_text().split("## Metrics")[1].split("Edges have Envoy's metrics")[0]
     documented = set(re.findall(r"`(stickyring_\w+)`", "\n".join(re.findall(r"^\|([^|]+)\|", table, re.M))))
     of_the_bus = {name for name in documented if re.match("stickyring_(bus_|sessions_(not_)?recovered)", name)}
     assert documented - of_the_bus == {name for name in exposed if not name.endswith("_created")}
