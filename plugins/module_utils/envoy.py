@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -45,7 +48,7 @@ class Envoy:
         self.healthy_timeout: int = module.params["healthy_timeout"]
         self.admin = Admin(module.params["admin_socket"])
         self.unit = Unit(module)
-        self.stray = self.find_main_socket()
+        self.stray = self.find_main_socket(mend=module.params["state"] == "present" and not module.check_mode)
         self.answers = self.admin.answers()
         self.started = time.time()
         self.before: Stats = {}
@@ -61,25 +64,34 @@ class Envoy:
 
     def leaving_processes(self) -> list[str]:
         """What these processes call themselves."""
-        return [path.stem.removeprefix("leaving-") for path in self.leaving_sockets()]
+        return [path.stem.removeprefix("leaving-") for path in self.leaving_sockets() if listener_of(path) is not None]
 
-    def leaving_websockets(self) -> int:
-        """Number of open WebSockets that these processes carry."""
-        return sum(sum(Admin(str(path)).websockets().values()) for path in self.leaving_sockets() if listener_of(path))
+    def leaving_websockets(self) -> Counter[str]:
+        """Number of open WebSockets that these processes carry, by listener."""
+        found = Counter[str]()
+        for path in self.leaving_sockets():
+            with suppress(OSError):  # it has just ended
+                found.update(Admin(str(path)).websockets())
+        return found
 
-    def find_main_socket(self) -> bool:
+    def find_main_socket(self, *, mend: bool) -> bool:
         """Whether the admin socket is not the main process', because a hand-over was killed.
 
-        If the main process' socket has its other name, and nobody listens on the admin socket, it is renamed back.
+        To mend that, the main process' socket is renamed back if nobody listens on the admin socket. Otherwise another
+        hand-over is needed.
         """
-        main = self.unit.shown.get("MainPID") if self.unit.active() else None
-        mine = next((path for path in self.leaving_sockets() if str(listener_of(path)) == main), None)
-        if mine is None:
+        lock = Path(self.admin.path).with_name("lock")
+        if not (self.unit.active() and lock.exists()):
             return False
-        if listener_of(Path(self.admin.path)) is not None:
-            return True
-        mine.rename(self.admin.path)
-        return False
+        with lock.open() as held:
+            # What a killed reload has started may still be at work.
+            fcntl.flock(held, fcntl.LOCK_EX)
+            main = self.unit.shown["MainPID"]
+            mine = next((path for path in self.leaving_sockets() if str(listener_of(path)) == main), None)
+            if mine is None or not mend or listener_of(Path(self.admin.path)) is not None:
+                return mine is not None
+            mine.rename(self.admin.path)
+            return False
 
     def await_answer_of_running_unit(self) -> None:
         """Waits while the unit runs and Envoy does not answer yet; NotApplied after the timeout.

@@ -58,3 +58,15 @@ def files_problem(variable: str, files: int) -> str | None:
     if hard is None or files <= int(hard[1]) or has_capability("1", CAP_SYS_RESOURCE):
         return None
     return f"systemd on this host can give a service at most {hard[1]} open files, but {variable} is {files}: lower it"
+
+
+def watching_problem(needed: int) -> str | None:
+    """Return why Envoys that take so many inotify instances in all, one for each file, could not run; or None."""
+    most = PROC / "sys/fs/inotify/max_user_instances"
+    if not most.is_file() or int(most.read_text()) >= needed:
+        return None
+    return (
+        f"fs.inotify.max_user_instances is {most.read_text().strip()} on this host, and the Envoys that serve and that"
+        f" leave would need {needed}: raise it, for example with"
+        f" sysctl -w fs.inotify.max_user_instances={2 * needed}, and permanently in /etc/sysctl.d"
+    )

@@ -261,6 +261,7 @@ ends:
 """
 
 import pwd
+from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property, partial
 from pathlib import Path
@@ -272,6 +273,7 @@ from ansible_collections.stickyring.fleet.plugins.module_utils.host import (
     files_problem,
     namespace_problem,
     tracking_problem,
+    watching_problem,
 )
 from ansible_collections.stickyring.fleet.plugins.module_utils.xds import (
     CLUSTER,
@@ -332,12 +334,15 @@ class Change:
             )
         if self.module.params["hands_over"]:
             listeners = {name: how for name, how in self.changing_listeners().items() if name in self.closing_ports()}
-            return self.affected([], listeners, "ends", "end")
+            return self.affected([], listeners, "ends", "end", leaving=True)
         return self.affected(self.restart_reasons(), self.changing_listeners(), "ends", "end", leaving=True)
 
     def hands_over(self) -> bool:
-        """Whether the caller has to hand over the ports, because Envoy would be restarted or end WebSockets."""
-        needed = self.envoy.answers and (self.restart_reasons() or self.reconnects())
+        """Whether the caller has to hand over the ports.
+
+        Also for a listener without WebSockets: some may open until it has changed, and its connections would keep it.
+        """
+        needed = self.envoy.answers and (self.restart_reasons() or self.changing_listeners(new=False))
         return bool(self.module.params["hands_over"] and needed)
 
     def reconnects(self) -> str:
@@ -349,14 +354,15 @@ class Change:
     ) -> str:
         """Reasons, and how many open WebSockets they concern; empty if none, or if no Envoy answers.
 
-        With `leaving`, a restart also concerns those of processes that have handed over.
+        With `leaving`, those of processes that have handed over count too.
         """
         if not self.envoy.answers or not (restart or listeners):
             return ""
-        websockets = self.envoy.admin.websockets()
+        websockets = Counter(self.envoy.admin.websockets())
+        if leaving:
+            websockets += self.envoy.leaving_websockets()
         changing = [name for name in listeners if name in websockets]
         count = sum(websockets.values()) if restart else sum(websockets[name] for name in changing)
-        count += self.envoy.leaving_websockets() if restart and leaving else 0
         if not count:
             return ""
         reasons = [*restart, *(f"listener {name} {listeners[name]}" for name in changing)]
@@ -393,15 +399,15 @@ class Change:
         ports = {int(one["address"]["socket_address"]["port_value"]) for one in listeners}
         return sorted(port for port in ports if not self.envoy.unit.may_open(port))
 
-    def changing_listeners(self) -> dict[str, str]:
-        """Names of listeners that change or are removed, and which of the two."""
+    def changing_listeners(self, *, new: bool = True) -> dict[str, str]:
+        """Names of listeners that change or are removed, and which of the two; `new`: also those that are added."""
         file = next((file for file in self.files if file.type == LISTENER), None)
         if file is None:
             return {}
         before, after = resources_of(self.directory.read(file.path) or ""), resources_of(file.text)
         changing = {
             name: "changes" if name in after else "is removed"
-            for name in {**before, **after}
+            for name in ({**before, **after} if new else before)
             if before.get(name) != after.get(name)
         }
         if file.refused(self.envoy.before):
@@ -445,7 +451,7 @@ class Change:
         With `hands_over`, the record is none from then on, so that the next run hands over if this one is interrupted.
         """
         record = Path(self.module.params["start_record"]) if hands_over and self.module.params["start_record"] else None
-        recorded = record.read_text(encoding="utf-8") if record and record.exists() else ""
+        recorded = record.read_text(encoding="utf-8") if record and record.exists() else None
         if record:
             record.write_text("pending", encoding="utf-8")
         texts = {path: self.directory.read(path) for path in [*(file.path for file in self.files), *self.surplus]}
@@ -463,8 +469,10 @@ class Change:
                 self.envoy.prove()
         except (NotApplied, OSError) as error:
             restored = self.restore(texts)
-            if record:
-                record.write_text(recorded, encoding="utf-8")
+            if record and recorded is None:
+                record.unlink()
+            elif record:
+                record.write_text(str(recorded), encoding="utf-8")
             raise NotApplied(f"{error}. {restored}.") from error
 
     def restore(self, texts: dict[str, str | None]) -> str:
@@ -603,6 +611,8 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     if module.check_mode:
         return result
 
+    if result["hands_over"] and (problem := watching_problem((2 + len(envoy.leaving_processes())) * len(files))):
+        raise NotApplied(f"Nothing was changed. {problem}.")
     change.apply(hands_over=bool(result["hands_over"]))
     return result | {"changed": change.directory.own_files() or result["changed"], "proven": envoy.answers}
 

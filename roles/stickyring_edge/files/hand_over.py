@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import http.client
 import json
 import os
@@ -140,13 +141,12 @@ def start(command: list[str], note: Callable[[int], Path]) -> Process:
     reading, writing = os.pipe()
     between = os.fork()
     if not between:
-        if os.fork():
-            os._exit(0)
         try:
-            name = uuid.uuid4().hex
-            note(os.getpid()).write_text(f"{name}\n")
-            os.write(writing, str(os.getpid()).encode())
-            os.execve(command[0], command, {**os.environ, IDENTITY: name})
+            if not os.fork():
+                name = uuid.uuid4().hex
+                note(os.getpid()).write_text(f"{name}\n")
+                os.write(writing, str(os.getpid()).encode())
+                os.execve(command[0], command, {**os.environ, IDENTITY: name})
         except OSError as error:
             print(error, file=sys.stderr)
         finally:
@@ -154,7 +154,24 @@ def start(command: list[str], note: Callable[[int], Path]) -> Process:
     os.close(writing)
     os.waitpid(between, 0)
     with os.fdopen(reading) as told:
-        return Process(int(told.read()))
+        pid = told.read()
+    if not pid:
+        raise NotHandedOver("the new Envoy could not be started; the journal says why")
+    return Process(int(pid))
+
+
+def wait_for(missing: Callable[[], str], deadline: float, otherwise: str) -> None:
+    """Wait until nothing is missing; at the deadline, NotHandedOver with this sentence and what is missing."""
+    while True:
+        try:
+            what = missing()
+        except OSError as error:
+            what = str(error)
+        if not what:
+            return
+        if time.monotonic() > deadline:
+            raise NotHandedOver(f"{otherwise}: {what}")
+        time.sleep(POLL_SECONDS)
 
 
 def tell_systemd(text: str) -> None:
@@ -170,9 +187,13 @@ class HandOver:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.command: list[str] = given.command
-        self.proof_seconds: float = given.proof_seconds
-        self.leaving_seconds: float = given.leaving_seconds
+        settings = json.loads(given.settings.read_text())
+        self.proof_seconds: float = settings["proof_seconds"]
+        self.leaving_seconds: float = settings["leaving_seconds"]
         self.socket: Path = given.admin_socket
+        # A killed run may still be at work; watchers and Envoy do not hold this.
+        self.lock = self.socket.with_name("lock").open("w")
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
         self.old = Process(int(os.environ["MAINPID"]))
         self.new: Process | None = None
 
@@ -200,8 +221,9 @@ class HandOver:
             mine.rename(self.socket)
         for path in self.socket.parent.glob("leaving-*.sock"):
             if (pid := listener_of(path)) is None:
-                path.unlink()
-            elif not os.fork():
+                path.unlink(missing_ok=True)
+            elif pid != self.old.pid and not os.fork():
+                self.lock.close()
                 self.retire(Process(pid), path)
                 os._exit(0)
 
@@ -209,34 +231,34 @@ class HandOver:
         """Start the new process and return it once it serves what the old one serves.
 
         Raises:
-            NotHandedOver, OSError: it does not.
+            NotHandedOver, OSError: it does not within the time.
         """
-        served = Admin(self.socket).listeners()
+        deadline = time.monotonic() + self.proof_seconds
+        served: set[str] = set()
+
+        def known() -> str:
+            served.update(Admin(self.socket).listeners())
+            return ""
+
+        wait_for(known, deadline, "the running Envoy does not answer")
         self.socket.rename(self.leaving(self.old))
         self.new = start(self.command, self.note_of)
-        self.prove(self.new, served)
+        old_admin, new_admin = Admin(self.leaving(self.old)), Admin(self.socket)
+        otherwise = "the new Envoy does not serve what the old one serves"
+        wait_for(lambda: self.missing(new_admin, old_admin, served), deadline, otherwise)
         return self.new
 
-    def prove(self, new: Process, served: set[str]) -> None:
-        """Wait until the new process has the ports open, and finds the endpoints healthy that the old one does."""
-        old_admin, new_admin = Admin(self.leaving(self.old)), Admin(self.socket)
-        deadline = time.monotonic() + self.proof_seconds
-        while not self.serves(new_admin, old_admin, served):
-            if not new.runs():
-                raise NotHandedOver("the new Envoy has ended; the journal says why")
-            if time.monotonic() > deadline:
-                raise NotHandedOver(
-                    f"the new Envoy does not serve what the old one serves after {self.proof_seconds:g} s"
-                )
-            time.sleep(POLL_SECONDS)
-
-    def serves(self, new: Admin, old: Admin, served: set[str]) -> bool:
-        """Whether the new process serves what the old one serves; an old one that has ended sets no example."""
-        try:
-            healthy = not self.old.runs() or old.healthy() <= new.healthy()
-            return healthy and new.serves() and served <= new.listeners()
-        except OSError:
-            return False
+    def missing(self, new: Admin, old: Admin, served: set[str]) -> str:
+        """What the new process lacks of what the old one serves; empty for nothing, also if the old one has ended."""
+        if self.new is not None and not self.new.runs():
+            raise NotHandedOver("the new Envoy has ended; the journal says why")
+        if not new.serves():
+            return "its ports are not open"
+        if listeners := served - new.listeners():
+            return f"it lacks the listeners {', '.join(sorted(listeners))}"
+        if self.old.runs() and (endpoints := old.healthy() - new.healthy()):
+            return f"it does not find healthy: {', '.join(sorted(endpoints))}"
+        return ""
 
     def go_back(self) -> None:
         """Make the old process the only one again. The new one leaves, because users may have found it."""
@@ -269,13 +291,15 @@ def hand_over(change: HandOver, caller: socket.socket) -> None:
     try:
         caller.sendall(str(change.begin().pid).encode())
         told = caller.recv(len(TOLD)) == TOLD
-    except (NotHandedOver, OSError) as error:
-        reason, told = str(error), False
+    # Whatever it is, the old process must have its socket again.
+    except Exception as error:
+        reason, told = str(error) or repr(error), False
     if not told:
         change.go_back()
         with contextlib.suppress(OSError):
             caller.sendall(reason.encode())
     caller.close()
+    change.lock.close()
     leaving = change.old if told else change.new
     if leaving is not None:
         change.retire(leaving, change.leaving(leaving))
@@ -285,8 +309,12 @@ def main() -> NoReturn:
     """Run as the unit's ExecReload."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--admin-socket", type=Path, required=True, help="of Envoy's admin interface")
-    parser.add_argument("--proof-seconds", type=float, required=True, help="for the new process to serve")
-    parser.add_argument("--leaving-seconds", type=float, required=True, help="for the old process to end")
+    parser.add_argument(
+        "--settings",
+        type=Path,
+        required=True,
+        help="JSON: proof_seconds for the new process to serve, leaving_seconds for the old one to end",
+    )
     parser.add_argument("command", nargs="+", help="that starts Envoy")
     change = HandOver(parser.parse_args())
     try:
@@ -299,6 +327,7 @@ def main() -> NoReturn:
         hand_over(change, other)
         os._exit(0)
     other.close()
+    change.lock.close()
     said = mine.recv(1000).decode()
     if not said.isdigit():
         sys.exit(f"Nothing was handed over: {said or 'this program was ended'}")

@@ -854,9 +854,11 @@ def test_a_hand_over_keeps_websockets_and_needs_no_permission(
     record.write_text(NOTHING)
     result = run(directory, files, envoy.socket, **started)
     assert (result["hands_over"], result["reconnects"], result["ends"]) == (False, "", "")
-    envoy.stats["http.sticky.downstream_cx_upgrades_active"] = 3
     listener = files["listeners.json"][0]
     listener["per_connection_buffer_limit_bytes"] = 1
+    planned = run(directory, files, envoy.socket, **started, _ansible_check_mode=True)
+    assert (planned["hands_over"], planned["reconnects"]) == (True, ""), "some may open until it has changed"
+    envoy.stats["http.sticky.downstream_cx_upgrades_active"] = 3
     planned = run(directory, files, envoy.socket, **started, _ansible_check_mode=True)
     assert (planned["hands_over"], planned["ends"]) == (True, "")
     assert planned["reconnects"] == "listener sticky changes: 3 open websockets reconnect"
@@ -884,6 +886,34 @@ def test_a_rejected_hand_over_leaves_the_record(
     files["listeners.json"][0]["refuse"] = "no"
     assert "rolled back" in run(directory, files, envoy.socket, **started)["msg"]
     assert record.read_text() == NOTHING
+    record.unlink()
+    assert "rolled back" in run(directory, files, envoy.socket, **started)["msg"]
+    assert not record.exists(), "without a record, a running unit counts as up to date"
+
+
+def test_a_host_that_lets_too_few_files_be_watched_is_refused_a_hand_over(
+    directory: Path,
+    files: Files,
+    envoy: FakeEnvoy,
+    record: Path,
+    systemd: Systemd,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = {"unit": "edge.service", "start_record": str(record), "hands_over": True}
+    systemd.start()
+    run(directory, files, envoy.socket, **started)
+    limit = tmp_path / "proc" / "sys" / "fs" / "inotify" / "max_user_instances"
+    limit.parent.mkdir(parents=True)
+    monkeypatch.setattr(host, "PROC", tmp_path / "proc")
+    files["listeners.json"][0]["per_connection_buffer_limit_bytes"] = 1
+    limit.write_text(f"{2 * len(files) - 1}\n")
+    message = run(directory, files, envoy.socket, **started)["msg"]
+    assert message.startswith(
+        f"Nothing was changed. fs.inotify.max_user_instances is {2 * len(files) - 1} on this host"
+    )
+    limit.write_text(f"{2 * len(files)}\n")
+    assert run(directory, files, envoy.socket, **started)["hands_over"]
 
 
 def test_a_reload_that_goes_on_is_waited_for(
@@ -902,8 +932,11 @@ def test_what_a_killed_hand_over_left_is_found(
     systemd.start()
     run(directory, files, envoy.socket, **started)
     admin_socket = Path(envoy.socket)
+    admin_socket.with_name("lock").touch()
     leaving = admin_socket.with_name("leaving-first.sock")
     admin_socket.rename(leaving)
+    assert not run(directory, files, envoy.socket, **started, state="compared")["in_order"]
+    assert leaving.exists(), "only a run that changes something mends it"
     assert run(directory, files, envoy.socket, **started)["proven"], "the main process' socket has its name again"
     assert not leaving.exists()
     # Now another process has taken the name, and answers as Envoy does.
@@ -939,3 +972,7 @@ def test_websockets_of_leaving_processes_end_with_a_restart(
     systemd.show(ActiveState="active", MainPID=1)
     envoy.stats["http.sticky.downstream_cx_upgrades_active"] = 3
     assert "6 open websockets end." in run(directory, files, envoy.socket, **started)["msg"]
+    # And those of a listener whose port is closed, where the others are handed over.
+    files["listeners.json"][0]["address"] = {"socket_address": {"address": "127.0.0.1", "port_value": 1}}
+    message = run(directory, files, envoy.socket, **started, hands_over=True)["msg"]
+    assert "listener sticky changes: 6 open websockets end." in message
