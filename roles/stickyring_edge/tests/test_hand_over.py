@@ -41,7 +41,7 @@ class Unit:
         environment = {"MAINPID": str(self.main), "NOTIFY_SOCKET": f"{self.folder}/notify", "INVOCATION_ID": "first"}
         settings = self.folder / "settings.json"
         settings.write_text(json.dumps({"proof_seconds": proof, "leaving_seconds": leaving}))
-        arguments = ["--admin-socket", self.edge.admin_socket, "--settings", settings, "--", *command]
+        arguments = ["--admin-socket", self.edge.admin_socket, "--settings", str(settings), "--", *command]
         self.reloads += 1
         # Not a pipe, which what it starts would keep open.
         with self.error().open("a") as error:
