@@ -56,10 +56,14 @@ def test_an_envoy_that_an_earlier_version_has_started(host: Host, deploy: Any, i
     assert done.returncode != 0
     assert f"{UNIT} runs without an admin socket, as an earlier version" in " ".join(done.stdout.split())
     assert envoy_pid(host) == before
-    deploy("stickyring_edge_may_end_websockets=true", "stickyring_edge_load_timeout=2")
+    fast = "stickyring_edge_load_timeout=2"
+    deploy("stickyring_edge_may_end_websockets=true", fast)
     assert envoy_pid(host) != before
     assert not host.socket("tcp://127.0.0.1:9901").is_listening
-    assert deploy() == 0
+    assert deploy(fast) == 0
+    after = envoy_pid(host)
+    assert deploy() == 1, "the file with the times of a hand-over"
+    assert envoy_pid(host) == after
 
 
 @pytest.fixture
