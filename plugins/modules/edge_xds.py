@@ -332,10 +332,11 @@ class Change:
                 f"{self.envoy.unit.name} runs without an admin socket, as an earlier version of this role started it,"
                 " and has to be restarted: all its open websockets end"
             )
+        restart, listeners = self.restart_reasons(), self.changing_listeners()
         if self.module.params["hands_over"]:
-            listeners = {name: how for name, how in self.changing_listeners().items() if name in self.closing_ports()}
-            return self.affected([], listeners, "ends", "end", leaving=True)
-        return self.affected(self.restart_reasons(), self.changing_listeners(), "ends", "end", leaving=True)
+            closing = self.closing_ports()
+            restart, listeners = [], {name: how for name, how in listeners.items() if name in closing}
+        return self.affected(restart, listeners, "ends", "end", leaving=True)
 
     def hands_over(self) -> bool:
         """Whether the caller has to hand over the ports.
@@ -399,27 +400,29 @@ class Change:
         ports = {int(one["address"]["socket_address"]["port_value"]) for one in listeners}
         return sorted(port for port in ports if not self.envoy.unit.may_open(port))
 
-    def changing_listeners(self, *, new: bool = True) -> dict[str, str]:
-        """Names of listeners that change or are removed, and which of the two; `new`: also those that are added."""
+    @cached_property
+    def listeners(self) -> tuple[dict[str, Resource], dict[str, Resource]]:
+        """The listeners on the host and the wanted ones, by name."""
         file = next((file for file in self.files if file.type == LISTENER), None)
         if file is None:
-            return {}
-        before, after = resources_of(self.directory.read(file.path) or ""), resources_of(file.text)
+            return {}, {}
+        return resources_of(self.directory.read(file.path) or ""), resources_of(file.text)
+
+    def changing_listeners(self, *, new: bool = True) -> dict[str, str]:
+        """Names of listeners that change or are removed, and which of the two; `new`: also those that are added."""
+        before, after = self.listeners
         changing = {
             name: "changes" if name in after else "is removed"
             for name in ({**before, **after} if new else before)
             if before.get(name) != after.get(name)
         }
-        if file.refused(self.envoy.before):
+        if any(file.refused(self.envoy.before) for file in self.files if file.type == LISTENER):
             changing |= dict.fromkeys(self.envoy.rejected_listeners(), "changes")
         return changing
 
     def closing_ports(self) -> set[str]:
         """Names of listeners whose address or port none has any more, so that their users cannot come back."""
-        file = next((file for file in self.files if file.type == LISTENER), None)
-        if file is None:
-            return set()
-        before, after = resources_of(self.directory.read(file.path) or ""), resources_of(file.text)
+        before, after = self.listeners
         open_ports = [listener["address"] for listener in after.values()]
         return {name for name, listener in before.items() if listener["address"] not in open_ports}
 

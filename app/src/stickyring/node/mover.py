@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
 
 from stickyring.node.sessions import Session
 
@@ -70,6 +71,17 @@ class Move:
     def seconds(self) -> float:
         """How long the run has taken so far, or took, in seconds."""
         return (self._ended or time.monotonic()) - self._began
+
+    def progress(self) -> dict[str, Any]:
+        """Return what every run of this kind reports on the control socket."""
+        return {
+            "running": self.running,
+            "rate": self.rate,
+            "seconds": round(self.seconds, 3),
+            "to_move": self.to_move,
+            "asked": self.asked,
+            "left": self.left,
+        }
 
     def run(self) -> None:
         """Ask the users who are here, then once those who arrived meanwhile; return when all of them have left."""

@@ -79,15 +79,9 @@ class Rebalance:
     def progress(self) -> dict[str, Any]:
         """Return the numbers of `GET /rebalance`."""
         move = self._move
-        return {
-            "running": move.running,
-            "rate": move.rate,
-            "seconds": round(move.seconds, 3),
-            "to_move": move.to_move,
+        return move.progress() | {
             "staying": self._staying,
             "without_key": self._without_key,
-            "asked": move.asked,
-            "left": move.left,
             "returned": move.returned,
             "users_asked": move.users_asked,
             "users_returned": move.users_returned,

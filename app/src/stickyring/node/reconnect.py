@@ -40,15 +40,7 @@ class Reconnection:
 
     def progress(self) -> dict[str, Any]:
         """Return the numbers of `GET /reconnect`."""
-        move = self._move
-        return {
-            "running": move.running,
-            "rate": move.rate,
-            "seconds": round(move.seconds, 3),
-            "to_move": move.to_move,
-            "asked": move.asked,
-            "left": move.left,
-        }
+        return self._move.progress()
 
     def _leaves(self, session: Session) -> bool:
         return session.transport == "websocket" and session.cluster is not None and session.process in self._processes
