@@ -12,8 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from ansible.module_utils.common import warnings
 from ansible.module_utils.testing import patch_module_args
 from ansible_collections.stickyring.fleet.plugins.modules import edge_xds
 
@@ -24,7 +26,13 @@ def run_module(directory: Path, files: Any, admin_socket: str, **parameters: obj
     """The result of the module that writes files, as Ansible would read it."""
     arguments = {"directory": str(directory), "files": files, "admin_socket": admin_socket, "timeout": 1}
     output = io.StringIO()
-    with patch_module_args(arguments | parameters), redirect_stdout(output), pytest.raises(SystemExit):
+    # A process of its own would have none of the warnings that earlier runs have left.
+    with (
+        patch.dict(warnings._global_warnings, clear=True),
+        patch_module_args(arguments | parameters),
+        redirect_stdout(output),
+        pytest.raises(SystemExit),
+    ):
         edge_xds.main()
     result: dict[str, Any] = json.loads(output.getvalue())
     return result
