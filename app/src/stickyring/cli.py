@@ -15,7 +15,6 @@ COMMANDS = {
     "sessions": "stickyring.node.operate",
     "summary": "stickyring.node.operate",
     "rebalance": "stickyring.node.operate",
-    "reconnect": "stickyring.node.operate",
     "drain": "stickyring.node.operate",
     "undrain": "stickyring.node.operate",
 }
@@ -67,7 +66,7 @@ def main() -> None:
     """Serve Socket.IO applications behind a sticky edge, and prove that the edge is sticky.
 
     \b
-    On a node: serve, sessions, summary, rebalance, reconnect, drain, undrain.
+    On a node: serve, sessions, summary, rebalance, drain, undrain.
     On the controller: probe, plan, whereis, status.
 
     \b

@@ -108,9 +108,6 @@ def test_sessions_lists_the_open_sessions(node: ServeProcess, folder: Path) -> N
         ("POST", "/rebalance", json.dumps({"ring": RING, "rate": 0}), 400, "rate: 0 is not"),
         ("POST", "/rebalance", json.dumps({"ring": RING, "rate": "fast"}), 400, "rate: 'fast' is not"),
         ("POST", "/rebalance", json.dumps({"ring": RING, "rate": True}), 400, "rate: True is not"),
-        ("POST", "/reconnect", json.dumps({"ring": RING}), 400, "an object with processes"),
-        ("POST", "/reconnect", json.dumps({"processes": "one"}), 400, "processes: not a list of texts"),
-        ("POST", "/reconnect", json.dumps({"processes": [], "rate": 10**6}), 400, "rate: 1000000 is not"),
     ],
 )
 def test_an_invalid_request_is_refused(
@@ -203,20 +200,20 @@ def test_one_rebalance_at_a_time(node: ServeProcess, folder: Path) -> None:
     assert node.logged("rebalanced: 1 sessions left"), "the first one finished"
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["for its own", "for another"])
-def test_a_restart_during_a_rebalance_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool) -> None:
+@pytest.mark.parametrize("waiting", [False, True], ids=["for its own", "for another"])
+def test_a_restart_during_a_rebalance_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: bool
+) -> None:
     ring = tmp_path / "ring.json"
     ring.write_text(json.dumps(RING))
 
     def answer(path: Path, method: str, target: str, body: object = None) -> dict[str, Any]:
         if method == "GET":
-            return next(told, {"running": False})
-        if busy:
+            return {"running": False}
+        if waiting:
             raise operate.Refused(409, "a rebalance is running")
-        return running
+        return {"running": True, "to_move": 5, "asked": 0}
 
-    running = {"running": True, "to_move": 5, "asked": 0}
-    told = iter([running] if busy else [])
     monkeypatch.setattr(operate, "ask", answer)
     result = invoke("rebalance", "--control", tmp_path / "control", "--ring", ring)
     assert (result.exit_code, result.stdout) == (1, "")
@@ -261,8 +258,6 @@ def test_an_equal_ring_is_not_built_again(monkeypatch: pytest.MonkeyPatch) -> No
         (["sessions", "--control", "file"], "no process serves the control socket file"),
         (["sessions", "--control", "dead"], "no process serves the control socket dead: the node does not run"),
         (["rebalance", "--control", "absent"], "Missing option '--ring'"),
-        (["reconnect", "--control", "absent"], "Missing option '--process'"),
-        (["reconnect", "--control", "absent", "--process", "one"], "no control socket absent"),
         (["rebalance", "--control", "absent", "--ring", "absent"], "'absent': No such file or directory"),
         (["rebalance", "--control", "absent", "--ring", "file"], "file is not JSON"),
         (["rebalance", "--control", "absent", "--ring", "ring", "--rate", "0"], "0.0 is not in the range x>0"),
@@ -292,7 +287,7 @@ def test_a_refusal_by_the_node_is_one_line(node: ServeProcess, folder: Path) -> 
 
 
 def test_help_shows_examples() -> None:
-    for command in ("sessions", "rebalance", "reconnect"):
+    for command in ("sessions", "rebalance"):
         assert f"stickyring {command} --control /run/" in invoke(command, "--help").stdout
 
 

@@ -364,6 +364,7 @@ class FakeSession:
         self.key = key
         self.began = time.monotonic()
         self.ended = False
+        self.asked = False
         self.quiet = True
         self.taking = True
 

@@ -61,3 +61,12 @@ def test_without_a_file_or_a_line_loopback_is_trusted(file: Path, caplog: pytest
     file.unlink()
     assert seen(Edges(file), EDGE) == ("http", EDGE)
     assert "cannot read the addresses of the edges" in caplog.text
+
+
+def test_an_edges_own_request_comes_from_its_address_and_names_no_client(file: Path) -> None:
+    file.write_text(EDGE)
+    edges = Edges(file)
+    assert edges.tell({"REMOTE_ADDR": EDGE})
+    assert not edges.tell({"REMOTE_ADDR": OTHER})
+    for client in (CLIENT, "", "somebody"):
+        assert not edges.tell({"REMOTE_ADDR": EDGE, "HTTP_X_STICKYRING_CLIENT": client})

@@ -206,3 +206,17 @@ def test_sessions_that_leave_by_themselves_are_not_asked(node: Node) -> None:
     move.run()
     assert (move.to_move, move.asked, move.left) == (3, 2, 2)
     assert sessions[0].key not in {key for _, key in node.left}
+
+
+def test_a_session_that_another_run_has_asked_is_not_asked_again(node: Node) -> None:
+    """Both begin before either has asked anybody: an edge changes during a rebalance."""
+    for number in range(4):
+        node.connect(f"away{number}")
+    first, second = node.move(), node.move()
+    assert first.to_move == second.to_move == 4
+    runs = [threading.Thread(target=move.run) for move in (first, second)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert first.asked + second.asked == first.left + second.left == node.counted == 4

@@ -8,17 +8,12 @@ object; an error has `error`, a line of text.
                               for so long, "kept": whether the bus has it, so that its client can go on with it
                               anywhere, "request_id": what the edge's log calls the handshake}]}
     POST /rebalance           body {"ring": ring document, "rate": sessions per second, optional}
-                              202 as GET /rebalance; 400 invalid body; 409 a rebalance or reconnection is running
+                              202 as GET /rebalance; 400 invalid body; 409 a rebalance is running
     GET  /rebalance           200 {"running", "rate", "seconds" since the start; numbers of sessions: "to_move",
                               "staying" and "without_key" at the start, "asked" so far, "left" of the asked ones,
                               "returned": here at the end, but assigned to another node; numbers of users:
                               "users_asked", "users_returned"}; {"running": false} if there was none since the node
                               started
-    POST /reconnect           body {"processes": [name of an edge's process, as it tells the node; "" for one that does
-                              not], "rate": sessions per second, optional}
-                              202 as GET /reconnect; 400 and 409 as above
-    GET  /reconnect           200 {"running", "rate", "seconds" since the start; numbers of sessions: "to_move",
-                              "asked", "left"}; {"running": false} if there was none since the node started
     POST /drain               202 as GET /drain: the node refuses new users, and asks all users to reconnect
     POST /undrain             200 as GET /drain: the node accepts users again; 409 the node is about to stop
     GET  /drain               200 {"draining", "drained": whether all users have left; numbers of sessions: "sessions"
@@ -48,8 +43,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from stickyring.node.drain import Drain
 from stickyring.node.metrics import RELEASE, MoveMetrics
-from stickyring.node.rebalance import HANDSHAKES_A_SECOND, Rebalance, default_rate
-from stickyring.node.reconnect import Reconnection
+from stickyring.node.mover import FASTEST_RATE
+from stickyring.node.rebalance import Rebalance, default_rate
 from stickyring.node.sessions import Session
 from stickyring.node.takeover import CannotRetireError, Incumbent
 from stickyring.ring import Ring, RingError
@@ -59,7 +54,6 @@ log = logging.getLogger(__name__)
 REQUEST_SECONDS = 10
 """How long a request may take to arrive."""
 LARGEST_BODY = 8 * 2**20
-FASTEST_RATE = 10_000
 ACCEPT_PAUSE_SECONDS = 0.2
 
 
@@ -91,7 +85,6 @@ class Control:
         self._incumbent = incumbent
         self._is_kept = is_kept
         self._rebalance: Rebalance | None = None
-        self._reconnection: Reconnection | None = None
         self._known_ring: tuple[str, Ring] | None = None
 
     def answer(self, method: str, target: str, body: bytes) -> tuple[HTTPStatus, dict[str, Any]]:
@@ -111,10 +104,6 @@ class Control:
                 status, answer = HTTPStatus.ACCEPTED, self._start_rebalance(body)
             case "GET", "/rebalance":
                 answer = {"running": False} if self._rebalance is None else self._rebalance.progress()
-            case "POST", "/reconnect":
-                status, answer = HTTPStatus.ACCEPTED, self._start_reconnection(body)
-            case "GET", "/reconnect":
-                answer = {"running": False} if self._reconnection is None else self._reconnection.progress()
             case "POST", "/drain":
                 self._drain.begin()
                 status, answer = HTTPStatus.ACCEPTED, self._drain.progress()
@@ -148,31 +137,29 @@ class Control:
         return {"node": self._node_name, "release": RELEASE, "sessions": found}
 
     def _start_rebalance(self, body: bytes) -> dict[str, Any]:
-        order = _order(body, "ring")
+        try:
+            order = json.loads(body)
+        except ValueError as error:
+            raise Refusal(HTTPStatus.BAD_REQUEST, f"the request is not JSON: {error}") from None
+        if not isinstance(order, dict) or "ring" not in order or order.keys() - {"ring", "rate"}:
+            raise Refusal(HTTPStatus.BAD_REQUEST, "the request is not an object with ring and optionally rate")
         try:
             ring = self._ring(order["ring"])
         except RingError as error:
             raise Refusal(HTTPStatus.BAD_REQUEST, f"invalid ring: {error}") from None
-        rate = _rate(order, default_rate(ring))
-        self._require_no_other()
+        rate = order.get("rate", default_rate(ring))
+        if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate <= FASTEST_RATE:
+            raise Refusal(HTTPStatus.BAD_REQUEST, f"rate: {rate!r} is not a number above 0, up to {FASTEST_RATE}")
+        if self._rebalance is not None and self._rebalance.running:
+            raise Refusal(HTTPStatus.CONFLICT, "a rebalance is running")
         self._rebalance = Rebalance(self._node_name, self._sessions, ring, rate, self._metrics)
         self._metrics.off_ring.count = self._rebalance.count_elsewhere
-        return _begin(self._rebalance)
-
-    def _start_reconnection(self, body: bytes) -> dict[str, Any]:
-        order = _order(body, "processes")
-        processes = order["processes"]
-        if not isinstance(processes, list) or not all(isinstance(process, str) for process in processes):
-            raise Refusal(HTTPStatus.BAD_REQUEST, "processes: not a list of texts")
-        rate = _rate(order, HANDSHAKES_A_SECOND)
-        self._require_no_other()
-        self._reconnection = Reconnection(self._sessions, {*processes}, rate, self._metrics)
-        return _begin(self._reconnection)
-
-    def _require_no_other(self) -> None:
-        for name, other in (("rebalance", self._rebalance), ("reconnection", self._reconnection)):
-            if other is not None and other.running:
-                raise Refusal(HTTPStatus.CONFLICT, f"a {name} is running")
+        if self._rebalance.progress()["to_move"]:
+            threading.Thread(target=self._rebalance.run, daemon=True).start()
+        else:
+            # The usual case: the answer says that it has ended, and the command need not poll.
+            self._rebalance.run()
+        return self._rebalance.progress()
 
     def _ring(self, document: dict[str, Any]) -> Ring:
         # Building a ring blocks this process, for seconds with large weights, and usually it is the last ring again.
@@ -181,35 +168,6 @@ class Control:
         if self._known_ring is None or self._known_ring[0] != text:
             self._known_ring = text, Ring.load(document)
         return self._known_ring[1]
-
-
-def _order(body: bytes, what: str) -> dict[str, Any]:
-    """Return a request's body: an object with `what`, and perhaps a rate."""
-    try:
-        order = json.loads(body)
-    except ValueError as error:
-        raise Refusal(HTTPStatus.BAD_REQUEST, f"the request is not JSON: {error}") from None
-    if not isinstance(order, dict) or what not in order or order.keys() - {what, "rate"}:
-        raise Refusal(HTTPStatus.BAD_REQUEST, f"the request is not an object with {what} and optionally rate")
-    return order
-
-
-def _rate(order: dict[str, Any], default: float) -> float:
-    """Return the rate of a request, in sessions per second."""
-    rate: object = order.get("rate", default)
-    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate <= FASTEST_RATE:
-        raise Refusal(HTTPStatus.BAD_REQUEST, f"rate: {rate!r} is not a number above 0, up to {FASTEST_RATE}")
-    return rate
-
-
-def _begin(move: Rebalance | Reconnection) -> dict[str, Any]:
-    """Run it, in a thread if it asks anybody; return its progress."""
-    if move.progress()["to_move"]:
-        threading.Thread(target=move.run, daemon=True).start()
-    else:
-        # The usual case: the answer says that it has ended, and the command need not poll.
-        move.run()
-    return move.progress()
 
 
 class ControlServer(ThreadingMixIn, UnixStreamServer):

@@ -35,14 +35,18 @@ class Edges:
         self._addresses = frozenset(LOOPBACK)
         self._read_at = -FRESH_SECONDS
 
-    def tell(self, environ: "WSGIEnvironment") -> None:
-        """Set `wsgi.url_scheme` and REMOTE_ADDR to what the peer's headers say, if it is an edge."""
+    def tell(self, environ: "WSGIEnvironment") -> bool:
+        """Set `wsgi.url_scheme` and REMOTE_ADDR to what the peer's headers say, if it is an edge.
+
+        Return whether it is an edge's own request: for a user, an edge names the address.
+        """
         if canonical(environ.get("REMOTE_ADDR", "")) not in self._believed():
-            return
+            return False
         if (scheme := environ.get(SCHEME_VARIABLE)) in SCHEMES:
             environ["wsgi.url_scheme"] = scheme
         if client := canonical(environ.get(CLIENT_VARIABLE, "")):
             environ["REMOTE_ADDR"] = client
+        return CLIENT_VARIABLE not in environ
 
     def _believed(self) -> frozenset[str]:
         if self._path is not None and time.monotonic() - self._read_at >= FRESH_SECONDS:

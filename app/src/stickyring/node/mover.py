@@ -18,6 +18,7 @@ JITTER = 0.5
 RETURN_SECONDS = 2.0
 """Clients wait 0.5 to 1.5 s before they reconnect: after this, those that the edge sends back here have arrived."""
 TICK_SECONDS = 0.05
+FASTEST_RATE = 10_000
 
 
 class Move:
@@ -28,7 +29,10 @@ class Move:
     under way in it (`Session.quiet`), or after twice PATIENCE_SECONDS.
 
     Users who arrive during the run and should leave are asked after the others. Users who come back to this node,
-    because the edge has another ring than the caller, are not asked again: their sessions are counted.
+    because the edge has another ring than the caller, are not asked again: their sessions are counted. Sessions that
+    another run has asked are skipped.
+
+    `asking` is false once the users who were here at the start have been asked.
 
     Numbers of sessions, also while it runs: `to_move` found so far, `asked`, `left` (asked, and ended), `returned`
     (here at the end, though they should have left). `asked` may stay below `to_move`: the others left by themselves.
@@ -43,6 +47,7 @@ class Move:
         on_asked: Callable[[], None],
     ) -> None:
         self.rate = rate
+        self.asking = True
         self.asked = 0
         self.left = 0
         self.returned = 0
@@ -100,7 +105,7 @@ class Move:
             self._ended = time.monotonic()
 
     def _should_leave(self, session: Session) -> bool:
-        return not session.ended and self._leaves(session)
+        return not (session.ended or session.asked) and self._leaves(session)
 
     def _to_ask(self) -> list[list[Session]]:
         """Return, by user, the sessions that should leave and began before their user was asked."""
@@ -116,10 +121,14 @@ class Move:
         for batch in self._batches(users):
             for session in batch:
                 self._asked_at[_user(session)] = time.monotonic()
+                if session.asked:
+                    continue  # by another run, meanwhile
+                session.asked = True
                 self.asked += 1
                 self._on_asked()
                 session.see_off(self._count_as_left)
             time.sleep(len(batch) / self.rate * random.uniform(1 - JITTER, 1 + JITTER))
+        self.asking = False
         with self._leaving:
             self._leaving.wait_for(lambda: self.left == self.asked)
 

@@ -1,6 +1,6 @@
 """The operator's commands on a node's host, over the control socket.
 
-They are `sessions`, `summary`, `rebalance`, `reconnect`, `drain` and `undrain`.
+They are `sessions`, `summary`, `rebalance`, `drain` and `undrain`.
 """
 
 import json
@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -32,9 +31,8 @@ RETURNED_SHARE = 0.25
 """A rebalance fails if both are reached, which one user alone cannot cause. If one of two edges has another ring, it
 sends back up to half of the users."""
 HEARD_SECONDS = 5 * POLL_SECONDS
-"""The node reports only its newest rebalance and reconnection: a command that waited for another command's leaves that
-one this time to read its result."""
-REBALANCE, RECONNECT = "/rebalance", "/reconnect"
+"""The node reports only its newest rebalance: a command that waited for another command's rebalance leaves that one
+this time to read its result."""
 
 with_control = click.option(
     "--control",
@@ -146,7 +144,7 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
 
     Moved users are connected here but assigned to another node by the ring. Run this when every edge has the new ring.
     Other users are not affected, nor are sessions without a key or of another cluster than the ring's. If a rebalance
-    or reconnection is running, the command waits for it first.
+    is running, the command waits for it first.
 
     Prints JSON with the numbers of sessions to move, staying and without a key at the start, and of those asked, left
     and returned. Exits with 1 if at least two users, and at least a quarter of those asked, come back: then an edge has
@@ -164,7 +162,11 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
         raise click.ClickException(f"{document.name} is not JSON: {error}") from None
     if rate is not None:
         order["rate"] = rate
-    progress = _run(path, REBALANCE, order)
+    while (begun := _start(path, order)) is None:
+        _watch(_progress(path), "asked by the rebalance that is running", lambda: _progress(path), _runs)
+        time.sleep(HEARD_SECONDS)
+    progress = _watch(begun, "asked to reconnect", lambda: _progress(path), _runs)
+    del progress["running"]
     click.echo(json.dumps(progress))
     back, asked = progress["users_returned"], progress["users_asked"]
     result = f"{progress['returned']} sessions are here, but their users are assigned to another node"
@@ -172,29 +174,6 @@ def rebalance(*, document: TextIO, rate: float | None, path: Path) -> None:
         raise click.ClickException(f"{result}: an edge has another ring, or hashes another key")
     if back:
         click.echo(f"{result}: {back} of {asked} users", err=True)
-
-
-@click.command()
-@click.option("--process", "processes", required=True, multiple=True, help="A process of an edge; give it for each.")
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Sessions to ask per second. [default: 250]")
-@with_control
-def reconnect(*, processes: tuple[str, ...], rate: float | None, path: Path) -> None:
-    """Ask a node's users whose WebSockets come through these processes of edges to reconnect, and wait for them.
-
-    They come back to the same node, through the process that has taken the place of theirs. A process is named by
-    what it sends as the header x-stickyring-process; the empty name is for one that sends none. Polling users are not
-    asked. If a rebalance or reconnection is running, the command waits for it first.
-
-    Prints JSON with the numbers of sessions to move, asked and left. Interrupting the command does not stop it.
-
-    \b
-    Examples:
-      stickyring reconnect --control /run/stickyring-node/1/control.sock --process 5f0cd2a1
-    """
-    order: dict[str, Any] = {"processes": processes}
-    if rate is not None:
-        order["rate"] = rate
-    click.echo(json.dumps(_run(path, RECONNECT, order)))
 
 
 @click.command()
@@ -233,22 +212,10 @@ def undrain(*, path: Path) -> None:
     click.echo(json.dumps(ask(path, "POST", "/undrain")))
 
 
-def _run(path: Path, what: str, order: dict[str, Any]) -> dict[str, Any]:
-    """Have the node do `what`, once it does nothing of this kind; return the numbers at its end."""
-    while (begun := _start(path, what, order)) is None:
-        for other in (REBALANCE, RECONNECT):
-            if (progress := ask(path, "GET", other))["running"]:
-                _watch(progress, "asked by another command", partial(_progress, path, other), _runs)
-        time.sleep(HEARD_SECONDS)
-    progress = _watch(begun, "asked to reconnect", lambda: _progress(path, what), _runs)
-    del progress["running"]
-    return progress
-
-
-def _start(path: Path, what: str, order: dict[str, Any]) -> dict[str, Any] | None:
-    """Start it; return its progress, or None if the node is busy with another one."""
+def _start(path: Path, order: dict[str, Any]) -> dict[str, Any] | None:
+    """Start a rebalance; return its progress, or None if another one is running."""
     try:
-        return ask(path, "POST", what, order)
+        return ask(path, "POST", "/rebalance", order)
     except Refused as refused:
         if refused.status != HTTPStatus.CONFLICT:
             raise
@@ -273,18 +240,18 @@ def _watch(
     return progress
 
 
-def _runs(move: dict[str, Any]) -> bool:
-    return bool(move["running"])
+def _runs(rebalance: dict[str, Any]) -> bool:
+    return bool(rebalance["running"])
 
 
 def _drains(drain: dict[str, Any]) -> bool:
     return drain["draining"] and not drain["drained"]
 
 
-def _progress(path: Path, what: str) -> dict[str, Any]:
-    progress = ask(path, "GET", what)
+def _progress(path: Path) -> dict[str, Any]:
+    progress = ask(path, "GET", "/rebalance")
     if "to_move" not in progress:
-        raise click.ClickException(f"the node was restarted, which ended the running {what[1:]}: run it again")
+        raise click.ClickException("the node was restarted, which ended the running rebalance: run it again")
     return progress
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from prometheus_client import make_wsgi_app
@@ -14,6 +15,7 @@ from stickyring.node.forwarded import Edges
 from stickyring.node.gate import SocketIOGate, refuse
 from stickyring.node.limits import NO_LIMITS, Limits
 from stickyring.node.metrics import EngineMetrics, MoveMetrics, node_registry
+from stickyring.node.reconnect import RECONNECT, Reconnections
 from stickyring.node.sessions import Session
 from stickyring.node.takeover import ELSEWHERE_HEADER, Predecessor
 from stickyring.node.websocket import SOCKET_VARIABLE
@@ -29,8 +31,8 @@ class Runtime:
     """A WSGI application around the deployed one.
 
     It answers `/healthz` (200: the process lives), `/readyz` (200: accepts new users; 503: full or draining) and
-    `/metrics` (Prometheus exposition) itself; every other request reaches the application unchanged. While the node
-    drains, the edge is asked to try the next node instead.
+    `/metrics` (Prometheus exposition) itself, and an edge's own requests (`stickyring.node.reconnect`); every other
+    request reaches the application unchanged. While the node drains, the edge is asked to try the next node instead.
 
     Each Socket.IO server in the application gets a `SocketIOGate`; the cap and the drain are for all of them together.
 
@@ -55,6 +57,7 @@ class Runtime:
         self.move_metrics = MoveMetrics(registry)
         self._requests: set[object] = set()
         self.drain = Drain(self.sessions, self._requests, self.move_metrics)
+        self._reconnections = Reconnections(self.sessions, self.move_metrics)
         self._metrics: WSGIApplication = make_wsgi_app(registry)
         self._deployed = application
         self._application: WSGIApplication = application.call
@@ -78,7 +81,7 @@ class Runtime:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request."""
-        self._edges.tell(environ)
+        from_edge = self._edges.tell(environ)
         for stream in self._streams:
             stream.start()  # python-socketio would start it with the first session
         path = environ["PATH_INFO"]
@@ -96,13 +99,12 @@ class Runtime:
                 return self._readiness(start_response)
             case "/metrics":
                 return self._metrics(environ, start_response)
+            case _ if from_edge and (environ["REQUEST_METHOD"], path) == RECONNECT:
+                return _json(start_response, *self._reconnections.answer(environ.get("QUERY_STRING", "")))
             case _ if self.drain.active and not socket_io:
                 return refuse(start_response, [(ELSEWHERE_HEADER, "1")])
-            case _ if "HTTP_UPGRADE" in environ:
-                # Not wrapped: a drain waits for its session, and gunicorn checks the answer's type.
-                return self._application(environ, start_response)
             case _:
-                return _Answer(self._application, environ, start_response, self._requests)
+                return self._pass_on(environ, start_response)
 
     def succeed(self, predecessor: Predecessor | None) -> None:
         """Pass requests of the predecessor's sessions on to it."""
@@ -125,6 +127,12 @@ class Runtime:
             before = len(self.sessions)
             status = try_once(path, self, f"{known}/", "EIO=4&transport=polling")
             self._deployed.check_handshake(f"{known}/", int(status[:3]), begun=len(self.sessions) > before)
+
+    def _pass_on(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if "HTTP_UPGRADE" in environ:
+            # Not wrapped: a drain waits for its session, and gunicorn checks the answer's type.
+            return self._application(environ, start_response)
+        return _Answer(self._application, environ, start_response, self._requests)
 
     def _readiness(self, start_response: StartResponse) -> Iterable[bytes]:
         if self.drain.active:
@@ -169,6 +177,13 @@ class _Answer:
         self._under_way.discard(self)
         if close := getattr(self._body, "close", None):
             close()
+
+
+def _json(start_response: StartResponse, status: HTTPStatus, body: bytes) -> Iterable[bytes]:
+    start_response(
+        f"{status.value} {status.phrase}", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+    )
+    return [body]
 
 
 def _text(start_response: StartResponse, status: str, text: str) -> Iterable[bytes]:

@@ -87,6 +87,7 @@ class Session:
     - `unanswered`: number of events whose acknowledgement the application has not given yet.
     - `taking`: if false, the application gets no more events that ask for an acknowledgement.
     - `refused`: such an event was dropped; everything that the client sent after it is dropped too.
+    - `asked`: the node has begun to end it to move its user.
     - `moved`: the node ended the session to move its user.
     - `failed`: the error for which the node ended it, one of `metrics.FAILURES`; `on_failure` is called with it.
     - `polling`: locked while a poll is answered; None if the session began as a WebSocket.
@@ -106,6 +107,7 @@ class Session:
     unanswered: int = 0
     taking: bool = True
     refused: bool = False
+    asked: bool = False
     moved: bool = False
     failed: str = ""
     on_failure: Callable[[str], None] = lambda reason: None
@@ -407,12 +409,14 @@ class Session:
         """
 
         def leave() -> None:
-            self._wait_for_quiet()
-            self.taking = False
-            self._wait_for_quiet()
-            if not self.ended:
-                self.end()
-            done()
+            try:
+                self._wait_for_quiet()
+                self.taking = False
+                self._wait_for_quiet()
+                if not self.ended:
+                    self.end()
+            finally:
+                done()
 
         threading.Thread(target=leave, daemon=True).start()
 

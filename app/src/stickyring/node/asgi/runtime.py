@@ -13,6 +13,7 @@ from stickyring.node.drain import Drain
 from stickyring.node.forwarded import CLIENT_VARIABLE, LOOPBACK, SCHEME_VARIABLE, Edges
 from stickyring.node.limits import NO_LIMITS, Limits
 from stickyring.node.metrics import EngineMetrics, MoveMetrics, node_registry
+from stickyring.node.reconnect import RECONNECT, Reconnections
 from stickyring.node.sessions import Session
 from stickyring.node.takeover import ELSEWHERE_HEADER, Predecessor
 
@@ -44,6 +45,7 @@ class AsyncRuntime:
         self.move_metrics = MoveMetrics(self._registry)
         self._requests: set[object] = set()
         self.drain = Drain(self.sessions, self._requests, self.move_metrics)
+        self._reconnections = Reconnections(self.sessions, self.move_metrics)
         self._deployed = application
         self._application: Any = application.call
         self._paths = application.paths
@@ -69,7 +71,7 @@ class AsyncRuntime:
         if scope["type"] == "lifespan":
             await self._application(scope, receive, send)
             return
-        self._tell_scheme_and_client(scope)
+        from_edge = self._tell_scheme_and_client(scope)
         path = scope["path"]
         for stream in self._streams:
             stream.start()  # python-socketio would start it with the first session
@@ -83,6 +85,9 @@ class AsyncRuntime:
             await _text(send, *self._readiness())
         elif path == "/metrics":
             await _body(send, 200, generate_latest(self._registry), CONTENT_TYPE_LATEST)
+        elif from_edge and (scope.get("method"), path) == RECONNECT:
+            status, body = self._reconnections.answer(scope["query_string"].decode("latin-1"))
+            await _body(send, status, body, "application/json")
         elif socket_io:
             await self._application(scope, receive, send)
         elif self.drain.active:
@@ -144,17 +149,19 @@ class AsyncRuntime:
         else:
             await _body(send, 503, b"", "text/plain", _ELSEWHERE)
 
-    def _tell_scheme_and_client(self, scope: Any) -> None:  # noqa: ANN401 - asgiref has types for reading only
+    def _tell_scheme_and_client(self, scope: Any) -> bool:  # noqa: ANN401 - asgiref has types for reading only
+        """Set them in the scope; return whether it is an edge's own request."""
         # A process that took over passes requests on over a Unix socket, which has no address.
         told: dict[str, Any] = {"REMOTE_ADDR": (scope.get("client") or (LOOPBACK[0],))[0]}
         for name, value in scope["headers"]:
             if (variable := FORWARDED.get(name)) is not None:
                 told[variable] = value.decode("latin-1")
         secure = scope["type"] == "websocket"
-        self._edges.tell(told)
+        from_edge = self._edges.tell(told)
         if scheme := told.get("wsgi.url_scheme"):
             scope["scheme"] = scheme.replace("http", "ws") if secure else scheme
         scope["client"] = (told["REMOTE_ADDR"], (scope.get("client") or ("", 0))[1])
+        return from_edge
 
     def _readiness(self) -> tuple[int, str]:
         if self.drain.active:
