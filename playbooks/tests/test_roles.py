@@ -18,7 +18,7 @@ COMPOSING = PROJECT / "roles" / "stickyring"
 # The roles with a variable for every setting of a site, which the example inventory shows.
 DEPLOYED = ("stickyring_node", "stickyring_edge")
 # Set by the playbooks or the role `stickyring`.
-OPTIONAL = {"stickyring_edge_metrics_readers"}
+OPTIONAL = {"stickyring_edge_metrics_readers", "stickyring_edge_stopping_timeout"}
 """Composed, and without a default, which would win over what is composed."""
 COMPOSED = OPTIONAL | {
     "stickyring_node_prove",

@@ -61,7 +61,9 @@ def made(role: str, **given: object) -> Any:
 
 @pytest.mark.parametrize("role", MADE)
 def test_numbers_can_be_given_as_text(role: str) -> None:
-    numbers = {name: option["default"] for name, option in options(role).items() if option["type"] in {"int", "float"}}
+    numbers = {
+        name: option.get("default", 1) for name, option in options(role).items() if option["type"] in {"int", "float"}
+    }
     assert len(numbers) >= 8
     assert made(role, **{name: str(number) for name, number in numbers.items()}) == made(role, **numbers)
 

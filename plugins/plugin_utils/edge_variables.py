@@ -79,6 +79,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "metrics_port": (0, 65535),
     "reconnects_per_second": (0.1, 10000.0),
     "leaving_timeout": (1, 86400),
+    "stopping_timeout": (0, 3600),
     "load_timeout": (1, 3600),
     "healthy_timeout": (0, 86400),
 }

@@ -162,7 +162,7 @@ def running(folder: Path, composed: dict[str, Any], *options: str) -> Iterator[E
         *options,
     ]
     with (folder / "log").open("wb") as log:
-        envoy = subprocess.Popen(edge.command, stdout=log, stderr=log)
+        envoy = subprocess.Popen(edge.command, env=os.environ | {"INVOCATION_ID": "first"}, stdout=log, stderr=log)
     edge.pid = envoy.pid
     try:
         deadline = time.monotonic() + START_SECONDS

@@ -453,8 +453,8 @@ def check(
     """The problems of these variables; all others have their defaults."""
     settings = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
     settings |= {"stickyring_edge_listeners": listeners, "stickyring_edge_clusters": clusters}
-    # A template.
-    settings |= {"stickyring_edge_metrics_address": "0.0.0.0"}
+    # A template, and what has no default here.
+    settings |= {"stickyring_edge_metrics_address": "0.0.0.0", "stickyring_edge_stopping_timeout": 0}
     settings |= {f"stickyring_edge_{name}": value for name, value in others.items()}
     return " ".join(edge_variables.edge_problems(settings, pems or {}, sha256))
 
@@ -846,4 +846,7 @@ def test_defaults_and_argument_specs_agree() -> None:
     assert {name: spec["default"] for name, spec in specs.items() if "default" in spec} == defaults
     required = {name for name, spec in specs.items() if spec.get("required")}
     # A default here would win over what the playbooks compose.
-    assert set(specs) - set(defaults) == required | {"stickyring_edge_metrics_readers"}
+    assert set(specs) - set(defaults) == required | {
+        "stickyring_edge_metrics_readers",
+        "stickyring_edge_stopping_timeout",
+    }

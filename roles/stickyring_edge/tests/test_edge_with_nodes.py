@@ -224,6 +224,21 @@ def test_a_key_header_of_a_client_is_ignored(edge: Edge, folder: Path, ring: Rin
     assert logged(folder, "forged-unkeyed")["key"] in {None, "-", ""}
 
 
+def test_nobody_can_ask_users_to_reconnect_through_an_edge(edge: Edge, nodes: dict[str, Node]) -> None:
+    """The application answers. The control: the edge itself can."""
+    target, body = "/stickyring/reconnect?process=nobody&rate=1", b""
+
+    def answer(port: int) -> bytes:
+        connection = HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("POST", target, body, {"Content-Length": "0"})
+        answer = connection.getresponse().read()
+        connection.close()
+        return answer
+
+    assert answer(edge.ports["sticky"]) == b"http 127.0.0.1"
+    assert answer(nodes["node1-1"].port) == b'{"to_move": 0}'
+
+
 def test_a_session_has_the_request_id_of_the_edges_log(edge: Edge, folder: Path, nodes: dict[str, Node]) -> None:
     """Not that of a client, who could choose somebody else's."""
     handshake(edge, "named", "&client_id=named", b"x-request-id: of-a-client")

@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from ansible_collections.stickyring.fleet.plugins.module_utils.admin import Admin
@@ -26,32 +27,79 @@ PROGRAM = PROJECT / "roles" / "stickyring_edge" / "files" / "hand_over.py"
 NOTIFIED_SECONDS = 5
 
 
+RATE = 40
+"""Users whom all nodes together ask in a second."""
+
+
+class AskedNode(Node):
+    """Accepts what an edge asks, and notes it."""
+
+    asked: ClassVar[list[tuple[int, str]]] = []
+    """The port, and the request's target."""
+    status: ClassVar[int] = 202
+    to_move: ClassVar[int] = 1
+    """The number of users that it says are still to be asked."""
+
+    def do_POST(self) -> None:
+        self.asked.append((self.connection.getsockname()[1], self.path))
+        body = json.dumps({"to_move": self.to_move}).encode()
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
 class Unit:
     """What systemd does for the unit: it starts the program for a reload, and hears who is the main process."""
 
     def __init__(self, edge: Edge, folder: Path) -> None:
         self.edge, self.folder, self.main = edge, folder, edge.pid
+        self.settings = folder / "settings.json"
         self.notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.notified.bind(str(folder / "notify"))
         self.notified.settimeout(NOTIFIED_SECONDS)
         self.reloads = 0
 
-    def begin(self, *command: str, proof: float = START_SECONDS, leaving: float = 60) -> subprocess.Popen[bytes]:
-        """Start the program in a process group of its own."""
-        environment = {"MAINPID": str(self.main), "NOTIFY_SOCKET": f"{self.folder}/notify", "INVOCATION_ID": "first"}
-        settings = self.folder / "settings.json"
-        settings.write_text(json.dumps({"proof_seconds": proof, "leaving_seconds": leaving}))
-        arguments = ["--admin-socket", self.edge.admin_socket, "--settings", str(settings), "--", *command]
+    def begin(self, *command: str, **seconds: float) -> subprocess.Popen[bytes]:
+        """Start the program for a reload, in a process group of its own."""
         self.reloads += 1
         # Not a pipe, which what it starts would keep open.
         with self.error().open("a") as error:
             return subprocess.Popen(
-                [sys.executable, PROGRAM, *arguments],
-                env=os.environ | environment,
+                self.program("reload", "--", *command, **seconds),
+                env=os.environ | self.environment(),
                 stdout=error,
                 stderr=error,
                 start_new_session=True,
             )
+
+    def run(self, action: str, **seconds: float) -> str:
+        """Run the program for this; return what it prints."""
+        command = self.program(action, **seconds)
+        return subprocess.run(
+            command, env=os.environ | self.environment(), capture_output=True, text=True, timeout=60, check=True
+        ).stdout.strip()
+
+    def program(
+        self,
+        *arguments: str,
+        proof: float = START_SECONDS,
+        leaving: float = 60,
+        stopping: float = 60,
+        patience: float = 2,
+    ) -> list[str]:
+        """The command."""
+        seconds = {"proof": proof, "leaving": leaving, "stopping": stopping, "patience": patience}
+        settings = {f"{name}_seconds": value for name, value in seconds.items()} | {"reconnects_per_second": RATE}
+        self.settings.write_text(json.dumps(settings))
+        return [
+            *(sys.executable, "-I", str(PROGRAM), "--admin-socket", self.edge.admin_socket),
+            *("--settings", str(self.settings), *arguments),
+        ]
+
+    def environment(self) -> dict[str, str]:
+        """What systemd tells the program."""
+        return {"MAINPID": str(self.main), "NOTIFY_SOCKET": f"{self.folder}/notify", "INVOCATION_ID": "first"}
 
     def reload(self, *command: str, **seconds: float) -> tuple[int, str]:
         """Run it with this command, or that of the running Envoy; return its exit code and its error."""
@@ -59,8 +107,24 @@ class Unit:
         if code:
             said = self.error().read_text()
             return code, "; ".join(re.findall(r"^Nothing was handed over: .*$", said, re.MULTILINE)) or said
-        self.main = int(self.notified.recv(100).decode().removeprefix("MAINPID="))
+        self.main = int(self.notice("MAINPID"))
         return code, ""
+
+    def notice(self, name: str) -> str:
+        """What the program has told systemd under this name."""
+        found, _, value = self.notified.recv(100).decode().partition("=")
+        assert found == name
+        return value
+
+    def hush(self, *expected: str) -> None:
+        """Forget what systemd was told; it must have been told these."""
+        names = []
+        self.notified.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                names.append(self.notified.recv(100).decode().partition("=")[0])
+        self.notified.settimeout(NOTIFIED_SECONDS)
+        assert {*names} >= {*expected}
 
     def error(self) -> Path:
         """What the last run and what it has started have said."""
@@ -106,8 +170,8 @@ def runs(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def unit(folder: Path, certificate: Certificate) -> Iterator[Unit]:
-    with serving(Node) as port:
-        endpoints = [{"name": "node", "address": "127.0.0.1", "port": port}]
+    with serving(AskedNode) as one, serving(AskedNode) as two:
+        endpoints = [{"name": f"node{port}", "address": "127.0.0.1", "port": port} for port in (one, two)]
         variables = {"stickyring_edge_clusters": [{"name": "nodes", "endpoints": endpoints}]}
         with running(folder, compose(folder, ("plain", "safe"), certificate, variables)) as edge:
             unit = Unit(edge, folder)
@@ -115,6 +179,20 @@ def unit(folder: Path, certificate: Certificate) -> Iterator[Unit]:
             unit.notified.close()
             for process in {unit.main, listening(edge.admin_socket)} - {edge.pid}:
                 os.kill(process, signal.SIGKILL)
+
+
+@pytest.fixture
+def asked() -> Iterator[Callable[[], list[dict[str, list[str]]]]]:
+    """What the nodes have been asked since."""
+    before = len(AskedNode.asked)
+
+    def since() -> list[dict[str, list[str]]]:
+        targets = [urlsplit(target) for _, target in AskedNode.asked[before:]]
+        assert {target.path for target in targets} <= {"/stickyring/reconnect"}
+        return [parse_qs(target.query) for target in targets]
+
+    yield since
+    AskedNode.status, AskedNode.to_move = 202, 1
 
 
 @pytest.fixture
@@ -131,6 +209,13 @@ def told(edge: Edge) -> str:
     headers: dict[str, str] = json.loads(connection.getresponse().read())
     connection.close()
     return next(value for name, value in headers.items() if name.lower() == "x-stickyring-process")
+
+
+def refused(edge: Edge) -> bool:
+    with suppress(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", edge.ports["plain"]), 5).close()
+        return False
+    return True
 
 
 def test_websockets_stay_with_the_old_process_until_they_end(unit: Unit, websocket: Any) -> None:
@@ -220,46 +305,202 @@ def test_a_killed_run_is_mended_by_the_next(unit: Unit, websocket: Any, killed: 
                 if os.getsid(int(member.name)) == program.pid and (killed == "all" or int(member.name) != new):
                     os.kill(int(member.name), signal.SIGKILL)
     program.wait(START_SECONDS)
+    if killed != "the program":
+        unit.run("finish")
+        assert not refused(edge), "the main process still serves"
+        assert here.is_open()
     assert unit.reload() == (0, "")
     assert unit.main == listening(edge.admin_socket) not in {new, old_process}
     until(lambda: not runs(new), "the stray one has ended")
     assert here.is_open()
 
 
-def test_a_process_whose_watcher_was_killed_is_ended_after_the_next_run(unit: Unit, websocket: Any) -> None:
-    here, old_process = websocket("plain"), unit.main
+@pytest.fixture
+def unwatched(unit: Unit, websocket: Any) -> Iterator[Websocket]:
+    """A WebSocket of a process that has been replaced; what the reload has started was killed."""
+    here: Websocket = websocket("plain")
     program = unit.begin(*unit.edge.command)
     assert program.wait(START_SECONDS) == 0
-    unit.main = int(unit.notified.recv(100).decode().removeprefix("MAINPID="))
+    unit.main = int(unit.notice("MAINPID"))
     for member in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if os.getsid(int(member.name)) == program.pid and int(member.name) != unit.main:
                 os.kill(int(member.name), signal.SIGKILL)
+    yield here
     assert unit.reload() == (0, "")
-    assert here.is_open()
+
+
+def test_a_process_whose_watcher_was_killed_is_ended_after_the_next_run(unit: Unit, unwatched: Websocket) -> None:
+    assert unit.reload() == (0, "")
+    assert unwatched.is_open()
+    unwatched.socket.close()
+    until(lambda: not unit.leaving(), "both have ended")
+
+
+def test_a_run_that_waits_also_ends_a_process_whose_watcher_was_killed(unit: Unit, unwatched: Websocket) -> None:
+    assert unit.run("finish") == "1"
+    assert unwatched.is_open(), "the control: it waits for its user"
+    unwatched.socket.close()
+    assert unit.run("finish") == "0"
+    assert not unit.leaving()
+
+
+def test_the_nodes_are_asked_until_the_old_process_has_ended(unit: Unit, websocket: Any, asked: Any) -> None:
+    here = websocket("plain")
+    assert asked() == [], "the control"
+    assert unit.reload() == (0, "")
+    (leaving,) = unit.leaving()
+    expected = {"process": [leaving.stem.removeprefix("leaving-")], "rate": [str(RATE / 2)]}
+    until(lambda: len(asked()) > 4, "both nodes are asked again, as long as they have users to ask")
+    assert len({port for port, _ in AskedNode.asked}) == 2
     here.socket.close()
-    until(lambda: not runs(old_process) and not unit.leaving(), "both have ended")
+    until(lambda: not unit.leaving(), "it has ended")
+    assert {json.dumps(query) for query in asked()} == {json.dumps(expected)}
 
 
-def test_a_run_reports_connections_that_stay_and_goes_on(tmp_path: Path) -> None:
+def test_a_run_that_changes_several_edges_has_users_asked_at_its_end(unit: Unit, websocket: Any, asked: Any) -> None:
+    websocket("plain")
+    hold = unit.folder / "hold"
+    assert unit.run("hold") == ""
+    assert unit.reload() == (0, "")
+    begun = time.monotonic()
+    until(lambda: time.monotonic() > begun + 2 or asked(), "the control: it holds")
+    assert asked() == []
+    assert unit.run("finish") == "1"
+    assert not hold.exists()
+    assert asked(), "that run has them asked"
+
+
+def test_a_killed_run_does_not_hold_for_ever(unit: Unit, websocket: Any, asked: Any) -> None:
+    websocket("plain")
+    hold = unit.folder / "hold"
+    assert unit.run("hold") == ""
+    os.utime(hold, (time.time() - 901,) * 2)
+    assert unit.reload() == (0, "")
+    until(asked, "the nodes are asked")
+    hold.unlink()
+
+
+def test_a_node_without_users_to_ask_is_asked_less_and_less_often(unit: Unit, websocket: Any, asked: Any) -> None:
+    AskedNode.to_move = 0
+    here = websocket("plain")
+    assert unit.reload() == (0, "")
+    until(lambda: len(asked()) >= 2, "both are asked")
+    began = time.monotonic()
+    until(lambda: len(asked()) >= 6, "both are asked two more times")
+    assert time.monotonic() - began > 5, "2 s and 4 s later"
+    here.socket.close()
+
+
+def test_a_node_that_does_not_ask_is_named_once(unit: Unit, websocket: Any, asked: Any) -> None:
+    AskedNode.status = 404
+    here = websocket("plain")
+    assert unit.reload() == (0, "")
+    until(lambda: len(asked()) >= 4, "they are asked again")
+    here.socket.close()
+    until(lambda: not unit.leaving(), "it has ended")
+    said = [line.partition(";")[0] for line in unit.error().read_text().splitlines() if "does not ask" in line]
+    assert sorted(said) == [
+        f"127.0.0.1 port {port} does not ask users to reconnect: status 404"
+        for port in sorted({port for port, _ in AskedNode.asked})
+    ]
+
+
+def test_before_a_stop_users_leave(unit: Unit, websocket: Any, asked: Any) -> None:
+    """Also those of processes that leave already; a reload opens the ports again."""
+    names = [told(unit.edge)]
+    here = [websocket("plain")]
+    assert unit.reload() == (0, "")
+    until(lambda: told(unit.edge) not in names, "the new one serves")
+    names.append(told(unit.edge))
+    here.append(websocket("plain"))
+    began = time.monotonic()
+    stopping = subprocess.Popen(unit.program("stop"), env=os.environ | unit.environment())
+    until(lambda: refused(unit.edge), "its ports are closed")
+    until(lambda: {query["process"][0] for query in asked()} == {*names}, "the users of both are asked")
+    unit.hush("EXTEND_TIMEOUT_USEC")
+    assert stopping.poll() is None
+    assert all(one.is_open() for one in here)
+    for one in here:
+        one.socket.close()
+    assert stopping.wait(20) == 0
+    assert time.monotonic() - began < 30
+    unit.hush()
+    assert unit.reload() == (0, "")
+
+
+def test_a_stop_takes_no_longer_than_it_may(unit: Unit, websocket: Any) -> None:
+    here = websocket("plain")
+    assert unit.run("stop", stopping=0) == ""
+    assert not refused(unit.edge), "without time, nothing is done"
+    began = time.monotonic()
+    assert unit.run("stop", stopping=1, patience=60) == ""
+    assert unit.run("stop", stopping=60, patience=1) == "", "nobody leaves"
+    assert time.monotonic() - began < 10
+    unit.hush()
+    assert refused(unit.edge)
+    assert here.is_open()
+    assert unit.reload() == (0, "")
+
+
+def test_a_drain_waits_as_long_as_users_leave(unit: Unit, websocket: Any, asked: Any) -> None:
+    here = [websocket("plain") for _ in range(2)]
+    draining = subprocess.Popen(
+        unit.program("drain"), env=os.environ | unit.environment(), stdout=subprocess.PIPE, text=True
+    )
+    until(asked, "the nodes are asked")
+    here[0].socket.close()
+    assert draining.communicate(timeout=30)[0] == "1\n"
+    assert refused(unit.edge)
+    assert here[1].is_open()
+    assert unit.reload() == (0, "")
+
+
+def test_a_stop_is_asked_for_at_the_rate_that_it_needs(unit: Unit, websocket: Any, asked: Any) -> None:
+    opened = [websocket("plain") for _ in range(RATE)]
+    unit.run("stop", stopping=1)
+    unit.hush()
+    # All within half a second, at both nodes together.
+    assert {query["rate"][0] for query in asked()} == {str(float(RATE / 0.5 / 2))}
+    for one in opened:
+        one.socket.close()
+    assert unit.reload() == (0, "")
+
+
+def test_a_drain_of_an_envoy_that_does_not_answer_is_an_error(unit: Unit, tmp_path: Path) -> None:
+    command = unit.program("drain", patience=1)
+    command[command.index(unit.edge.admin_socket)] = str(tmp_path / "admin.sock")
+    done = subprocess.run(command, env=os.environ | unit.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "Envoy does not answer on its admin socket, so its ports may be open\n"
+
+
+def test_a_stop_of_an_envoy_that_has_ended_is_none(unit: Unit) -> None:
+    """systemd names no main process then."""
+    environment = {name: value for name, value in os.environ.items() if name != "MAINPID"}
+    for action, code in (("stop", 0), ("drain", 1)):
+        done = subprocess.run(unit.program(action), env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (code, "Envoy does not run\n" if code else "")
+
+
+def test_a_run_reports_connections_that_stay_and_goes_on(unit: Unit, websocket: Any, tmp_path: Path) -> None:
+    websocket("plain")
+    assert unit.reload() == (0, "")
     play = {"hosts": "all", "connection": "local", "gather_facts": False, "any_errors_fatal": True}
     role = {"name": "stickyring.fleet.stickyring_edge", "tasks_from": "left"}
     tasks = [{"ansible.builtin.import_role": role}, {"ansible.builtin.debug": {"msg": "goes on"}}]
-    given = {"__stickyring_edge_admin_socket": f"{tmp_path}/{{{{ inventory_hostname }}}}/admin.sock"}
     (tmp_path / "play.yml").write_text(json.dumps([play | {"tasks": tasks}]))
-    for edge in ("edge1", "edge2"):
-        (tmp_path / edge).mkdir()
-    (tmp_path / "edge1" / "leaving-first.sock").touch()
+    (tmp_path / "edge2").mkdir()
+    told = [f"{name}={value}" for name, value in unit.environment().items()]
+    *command, _ = ["/usr/bin/env", *told, *unit.program("finish")]
+    command[command.index(unit.edge.admin_socket)] = "{{ folder }}/admin.sock"
+    given = {
+        "__stickyring_edge_hand_over_as_user": " ".join(command),
+        "folder": f"{{{{ '{unit.folder}' if inventory_hostname == 'edge1' else '{tmp_path}/edge2' }}}}",
+    }
     program = Path(sys.executable).parent / "ansible-playbook"
     done = subprocess.run(
-        [
-            program,
-            "-i",
-            "edge1,edge2,",
-            "-e",
-            json.dumps(given | {"__stickyring_edge_patience": 2}),
-            tmp_path / "play.yml",
-        ],
+        [program, "-i", "edge1,edge2,", "-e", json.dumps(given), tmp_path / "play.yml"],
         env={"ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -268,6 +509,6 @@ def test_a_run_reports_connections_that_stay_and_goes_on(tmp_path: Path) -> None
     )
     said = " ".join(done.stdout.split())
     assert done.returncode == 0, said
-    assert "Processes of Envoy on edge1 that were replaced and still have users: 1." in said
-    assert "Processes of Envoy on edge2" not in said
+    assert "Replaced processes of Envoy on edge1 have 1 open requests." in said
+    assert "Replaced processes of Envoy on edge2" not in said
     assert said.count("goes on") == 2
