@@ -1,0 +1,116 @@
+"""A name with the addresses of all edges: clients that try each of them reach another edge when one is gone."""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from residents import Connection, Residents
+
+NAME = "edges.example"
+USERS = [f"user-{number}" for number in range(24)]
+PAUSE_SECONDS = 0.3
+SETTLED_SECONDS = 60
+PING_SECONDS = 25 + 20  # Engine.IO's ping interval and ping timeout
+EDGE = "stickyring-edge.service"
+
+
+@pytest.fixture
+def residents(edges: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Residents]:
+    """Users who connect to the name; some of them are on each edge."""
+    places = [edge.url("sticky").removeprefix("http://").split(":") for edge in edges]
+    resolve = socket.getaddrinfo
+
+    def resolve_name(host: Any, *more: Any, **options: Any) -> list[Any]:
+        if host != NAME:
+            return resolve(host, *more, **options)
+        # In another order each time, as DNS servers answer.
+        shuffled = random.sample(places, len(places))
+        return [found for address, _ in shuffled for found in resolve(address, *more, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_name)
+    with Residents(f"http://{NAME}:{places[0][1]}", USERS, PAUSE_SECONDS, answer=2 * PING_SECONDS) as connected:
+        connected.settle(SETTLED_SECONDS)
+        yield connected
+        assert not [one for one in connected if one.lost]
+
+
+@pytest.fixture
+def websockets(ask_envoy: Any) -> Any:
+    """How many WebSockets an edge has open."""
+
+    def count(edge: Any) -> int:
+        stats = ask_envoy(edge, "stats?format=json&filter=downstream_cx_upgrades_active")["stats"]
+        return sum(one["value"] for one in stats)
+
+    return count
+
+
+def disconnected(residents: Residents, since: float) -> list[Connection]:
+    return [one for one in residents if one.count("disconnect", since)]
+
+
+@pytest.fixture
+def stopped(edges: Any, machine: Any) -> Iterator[Any]:
+    """The host of the second edge; at the end its Envoy runs."""
+    host = machine(edges[1].name)
+    yield host
+    host.check_output(f"systemctl start {EDGE}")
+
+
+def test_before_an_edge_stops_its_users_go_to_another(
+    edges: Any, residents: Residents, stopped: Any, websockets: Any
+) -> None:
+    """As a reboot does. Users of WebSockets notice it once, and others not at all."""
+    here, since = websockets(edges[1]), time.monotonic()
+    stopped.check_output(f"systemctl stop {EDGE}")
+    residents.settle(SETTLED_SECONDS)
+    assert 0 < len(disconnected(residents, since)) == here < len(residents.connections)
+    for one in residents:
+        assert one.count("disconnect", since) <= ("websocket" in one.transports), one
+        assert one.count("failed", since) == 0, one
+
+
+def test_users_are_asked_once_when_all_edges_change(residents: Residents, edge_play: Any) -> None:
+    """Users whom the first edge asked at once could go to the second one, and be asked again.
+
+    The nodes need not be part of the run.
+    """
+    since = time.monotonic()
+    edge_play("-e", "stickyring_edge_request_headers_timeout=12", "--limit", "edge")
+    residents.settle(SETTLED_SECONDS)
+    for one in residents:
+        assert one.count("disconnect", since) == ("websocket" in one.transports), one
+        assert one.count("failed", since) == 0, one
+
+
+def test_a_killed_edge(edges: Any, residents: Residents, stopped: Any, websockets: Any) -> None:
+    here, since = websockets(edges[1]), time.monotonic() - 2 * PAUSE_SECONDS
+    assert here
+    stopped.check_output(f"systemctl kill --signal=KILL --kill-whom=all {EDGE}")
+    bound = 5
+    residents.wait_for_answers(since + bound, SETTLED_SECONDS)
+    affected = disconnected(residents, since)
+    assert here <= len(affected) < len(residents.connections)
+    assert max(one.silence(since) for one in affected) <= bound
+
+
+@pytest.mark.soak
+def test_a_vanished_edge(edges: Any, residents: Residents, machine: Any, websockets: Any) -> None:
+    """Only the missing ping tells its clients, and a connection that is begun there does not delay them."""
+    host, port = machine(edges[1].name), edges[1].url("sticky").rpartition(":")[2]
+    assert websockets(edges[1])
+    since = time.monotonic() - 2 * PAUSE_SECONDS
+    host.check_output(f"ip rule add ipproto tcp sport {port} blackhole")
+    try:
+        bound = PING_SECONDS + 5
+        residents.wait_for_answers(since + bound, SETTLED_SECONDS)
+    finally:
+        host.check_output(f"ip rule del ipproto tcp sport {port} blackhole")
+    affected = disconnected(residents, since)
+    assert 0 < len(affected) < len(residents.connections)
+    assert max(one.silence(since) for one in affected) <= bound
