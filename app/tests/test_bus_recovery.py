@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from stickyring.bus import RECOVERY_SECONDS
 from stickyring.bus.client import Recovering
 from stickyring.bus.connection import TRIM, parsed
 from stickyring.bus.emitter import BusAwayError, Emitter
-from stickyring.bus.entry import CLOSE, ENTER, EVENT, MOVED, Entry
+from stickyring.bus.entry import CLOSE, DISCONNECT, ENTER, EVENT, MOVED, Entry
 from stickyring.bus.kept import MOST_PAUSES, PAUSE_MILLISECONDS, Kept, Stay, recover
 from stickyring.bus.offset import BEGIN, END, Offset, Position
 from stickyring.bus.outbox import Outbox
@@ -697,13 +698,16 @@ def test_a_session_that_began_before_the_bus_was_there_goes_on(bus: Bus, node: N
 
 
 def test_a_client_that_the_application_disconnected_while_it_was_away_gets_a_new_session(
-    node: Node, client: Connect
+    bus: Bus, node: Node, client: Connect
 ) -> None:
     first, second = node("first"), node("second")
     ann, bob = client(first), client(second)
     _, sid, _, pid = ann.until("connect")
     ann.away(second)
     bob.ask("bye", sid)
+    # Its answer does not wait for the bus, and whoever is back before the bus has it is disconnected after that.
+    last = partial(bus.client.xrevrange, "stickyring:events", count=3)
+    wait_until(lambda: DISCONNECT in {entry.kind for _, entry in parsed(last())}, "the bus has it")
     new_sid, recovered, new_pid = ann.back()
     assert not recovered
     assert new_sid != sid
