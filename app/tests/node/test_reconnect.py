@@ -80,9 +80,13 @@ def test_the_edge_may_ask_again_and_for_another_process_meanwhile(
     leaving = [connect(OLD, "websocket") for _ in range(2)]
     assert ask(node, {"process": OLD, "rate": SLOW})[0] == 202
     leaving.append(connect(OTHER, "websocket"))
-    for process in (OTHER, OLD):
-        assert ask(node, {"process": process, "rate": 1000})[0] == 202
-    wait_until(lambda: not any(client.connected for client in leaving), "all of them are disconnected")
+
+    def all_have_left() -> bool:
+        for process in (OTHER, OLD):
+            assert ask(node, {"process": process, "rate": 1000})[0] == 202
+        return not any(client.connected for client in leaving)
+
+    wait_until(all_have_left, "all of them are disconnected")
     assert node.metric("stickyring_sessions_moved_total") == len(leaving)
 
 

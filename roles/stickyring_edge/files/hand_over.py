@@ -10,8 +10,9 @@ to the nodes.
   Envoy has ended: when no request is left there, or at a deadline.
 - `stop`, before the unit stops: has every process leave, and returns when no request is left, or at a deadline.
 - `drain`, for maintenance: has every process leave, and waits while users do. Prints how many requests are left.
-- `hold`, before a run that reloads several edges: nobody is asked for HOLD_SECONDS, or until the other commands run.
-  Otherwise users whom one edge asks may go to an edge that is still to be reloaded, and would be asked again.
+- `hold`, before a run that reloads several edges: nobody is asked for HOLD_SECONDS, or until another command than
+  `reload` runs, or a reload fails. Otherwise users whom one edge asks may go to an edge that is still to be reloaded,
+  and would be asked again.
 - `finish`, at the end of such a run: has the users of processes that leave asked, waits while users leave, and ends
   processes that are empty. Prints how many requests are left.
 """
@@ -44,6 +45,8 @@ WATCH_SECONDS = 1.0
 ADMIN_SECONDS = 5
 ENDING_SECONDS = 10
 NODE_SECONDS = 2
+FASTEST_RATE = 10_000
+"""The most that a node accepts."""
 MOST_THREADS = 16
 LONGEST_PAUSE_SECONDS = 30
 MOST_SECONDS = 600
@@ -84,7 +87,8 @@ class Process:
         for number in (signal.SIGTERM, signal.SIGKILL):
             if self._descriptor is None or not self.runs():
                 return
-            signal.pidfd_send_signal(self._descriptor, number)
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, number)
             select.select([self._descriptor], [], [], ENDING_SECONDS)
 
 
@@ -225,6 +229,11 @@ class Leaving:
 
     def look(self) -> None:
         """Have it accept nobody, and count the open requests."""
+        if listener_of(self.path) != self.process.pid:
+            # A reload has given its socket to another process since.
+            self.path = self.path.with_name(f"leaving-{self._name}.sock")
+            if listener_of(self.path) != self.process.pid:
+                return
         admin = Admin(self.path)
         with contextlib.suppress(OSError):
             for target in ("/drain_listeners", "/healthcheck/fail"):
@@ -244,7 +253,7 @@ class Leaving:
         due = [node for node in nodes if time.monotonic() >= self._pauses.get(node, (0, 0))[0]]
         if not due:
             return
-        query = urllib.parse.urlencode({"process": self._name, "rate": rate / len(nodes)})
+        query = urllib.parse.urlencode({"process": self._name, "rate": min(rate / len(nodes), FASTEST_RATE)})
         with ThreadPoolExecutor(min(len(due), MOST_THREADS)) as asking:
             answers = [*asking.map(lambda node: self._ask_one(node, query), due)]
         for node, found in zip(due, answers, strict=True):
@@ -264,7 +273,7 @@ class Leaving:
                 found = json.loads(answer.read())["to_move"] > 0
             else:
                 problem = f"status {answer.status}; does it trust this edge, and have the edge's release?"
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             problem = str(error) or repr(error)
         finally:
             connection.close()
@@ -508,6 +517,7 @@ def reload(change: HandOver) -> NoReturn:
     try:
         change.mend()
     except OSError as error:
+        change.hold.unlink(missing_ok=True)
         sys.exit(f"Nothing was handed over: {error}")
     mine, other = socket.socketpair()
     if not os.fork():
@@ -542,6 +552,9 @@ def main() -> NoReturn:
     parser.add_argument("action", choices=["reload", "stop", "drain", "hold", "finish"])
     parser.add_argument("command", nargs="*", help="that starts Envoy, for reload")
     given = parser.parse_args()
+    if given.action == "hold":
+        given.admin_socket.with_name(HOLD).touch()
+        sys.exit(0)
     if given.unit:
         os.environ |= told_about(given.unit)
     if not int(os.environ.get("MAINPID") or 0):
@@ -558,8 +571,6 @@ def main() -> NoReturn:
                 print(change.drain())
             except NotHandedOver as reason:
                 sys.exit(str(reason))
-        case "hold":
-            change.hold.touch()
         case "finish":
             print(change.finish())
     sys.exit(0)

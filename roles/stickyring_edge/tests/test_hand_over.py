@@ -386,7 +386,7 @@ def test_a_node_without_users_to_ask_is_asked_less_and_less_often(unit: Unit, we
     until(lambda: len(asked()) >= 2, "both are asked")
     began = time.monotonic()
     until(lambda: len(asked()) >= 6, "both are asked two more times")
-    assert time.monotonic() - began > 5, "2 s and 4 s later"
+    assert time.monotonic() - began > 4, "2 s and 4 s later, where once a second would take 2 s"
     here.socket.close()
 
 
@@ -430,8 +430,13 @@ def test_before_a_stop_users_leave(unit: Unit, websocket: Any, asked: Any) -> No
     assert all(one.is_open() for one in here)
     for one in here:
         one.socket.close()
-    assert stopping.wait(20) == 0
-    assert time.monotonic() - began < 30
+    # Nobody else reads what systemd is told, and only so much of it fits in.
+    deadline = time.monotonic() + 2 * START_SECONDS
+    while stopping.poll() is None and time.monotonic() < deadline:
+        unit.hush()
+        time.sleep(0.1)
+    assert stopping.returncode == 0
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.usefixtures("closing")
@@ -451,13 +456,25 @@ def test_a_stop_takes_no_longer_than_it_may(unit: Unit, websocket: Any) -> None:
 def test_a_drain_waits_as_long_as_users_leave(unit: Unit, websocket: Any, asked: Any) -> None:
     here = [websocket("plain") for _ in range(2)]
     draining = subprocess.Popen(
-        unit.program("drain"), env=os.environ | unit.environment(), stdout=subprocess.PIPE, text=True
+        unit.program("drain", patience=5), env=os.environ | unit.environment(), stdout=subprocess.PIPE, text=True
     )
     until(asked, "the nodes are asked")
     here[0].socket.close()
     assert draining.communicate(timeout=30)[0] == "1\n"
     assert refused(unit.edge)
     assert here[1].is_open()
+
+
+def test_a_reload_during_a_drain_opens_the_ports_again(unit: Unit, websocket: Any, asked: Any) -> None:
+    here = websocket("plain")
+    draining = subprocess.Popen(
+        unit.program("drain", patience=5), env=os.environ | unit.environment(), stdout=subprocess.PIPE, text=True
+    )
+    until(asked, "the nodes are asked")
+    assert unit.reload(patience=5) == (0, "")
+    assert draining.communicate(timeout=30)[0] == "1\n", "it waits for the users of the old process alone"
+    assert not refused(unit.edge)
+    assert here.is_open()
 
 
 @pytest.mark.usefixtures("closing")

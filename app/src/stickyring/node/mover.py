@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from stickyring.node.sessions import Session
@@ -32,8 +33,6 @@ class Move:
     because the edge has another ring than the caller, are not asked again: their sessions are counted. Sessions that
     another run has asked are skipped.
 
-    `asking` is false once the users who were here at the start have been asked.
-
     Numbers of sessions, also while it runs: `to_move` found so far, `asked`, `left` (asked, and ended), `returned`
     (here at the end, though they should have left). `asked` may stay below `to_move`: the others left by themselves.
     `users_asked` and `users_returned` count the users of these sessions.
@@ -47,7 +46,6 @@ class Move:
         on_asked: Callable[[], None],
     ) -> None:
         self.rate = rate
-        self.asking = True
         self.asked = 0
         self.left = 0
         self.returned = 0
@@ -90,15 +88,27 @@ class Move:
 
     def run(self) -> None:
         """Ask the users who are here, then once those who arrived meanwhile; return when all of them have left."""
-        try:
-            self._ask_all(self._users)
+        with self._ending():
+            self._ask(self._users)
+            self._wait_for_asked()
             if self.asked:
                 time.sleep(RETURN_SECONDS)
             late = self._to_ask()
             self.to_move += sum(map(len, late))
-            self._ask_all(late)
+            self._ask(late)
+            self._wait_for_asked()
             back = [session for session in [*self._sessions.values()] if self._should_leave(session)]
             self.returned, self.users_returned = len(back), len({_user(session) for session in back})
+
+    def ask(self) -> None:
+        """Ask only the users who are here, and do not wait for them: instead of `run`, for a caller who repeats it."""
+        with self._ending():
+            self._ask(self._users)
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        try:
+            yield
         except Exception:
             log.exception("asking sessions to reconnect has failed")
         finally:
@@ -116,7 +126,7 @@ class Move:
                 users.setdefault(user, []).append(session)
         return [*users.values()]
 
-    def _ask_all(self, users: list[list[Session]]) -> None:
+    def _ask(self, users: list[list[Session]]) -> None:
         random.shuffle(users)
         for batch in self._batches(users):
             for session in batch:
@@ -128,7 +138,8 @@ class Move:
                 self._on_asked()
                 session.see_off(self._count_as_left)
             time.sleep(len(batch) / self.rate * random.uniform(1 - JITTER, 1 + JITTER))
-        self.asking = False
+
+    def _wait_for_asked(self) -> None:
         with self._leaving:
             self._leaving.wait_for(lambda: self.left == self.asked)
 

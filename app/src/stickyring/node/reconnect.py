@@ -49,7 +49,7 @@ class Reconnections:
             return _error(f"rate: {rate:g} is not a number above 0, up to {FASTEST_RATE}")
         self._leaving.add(name)
         move = self._move
-        if move is not None and move.asking:
+        if move is not None and move.running:
             move.rate = max(move.rate, rate)
             to_move = move.to_move - move.asked
         else:
@@ -62,8 +62,8 @@ class Reconnections:
 
     def _run(self, move: Move) -> None:
         log.info("an edge changes: %d sessions to reconnect at %.1f a second", move.to_move, move.rate)
-        move.run()
-        log.info("an edge changes: %d sessions left in %.1f s", move.left, move.seconds, extra=move.progress())
+        move.ask()
+        log.info("an edge changes: %d sessions asked in %.1f s", move.asked, move.seconds, extra=move.progress())
 
     def _leaves(self, session: Session) -> bool:
         return session.transport == "websocket" and session.process in self._leaving
