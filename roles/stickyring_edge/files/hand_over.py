@@ -216,7 +216,8 @@ class Leaving:
     def __init__(self, process: Process, path: Path, name: str) -> None:
         self.process, self.path = process, path
         self.answered = False
-        self.requests = self.websockets = 0
+        self.websockets = 0
+        self._requests = 0
         self._name = name
         self._quiet = 0
         self._pauses: dict[tuple[str, int], tuple[float, float]] = {}
@@ -226,6 +227,11 @@ class Leaving:
     def empty(self) -> bool:
         """Whether it has ended, or no request has been found for a while."""
         return not self.process.runs() or self._quiet >= QUIET_LOOKS
+
+    @property
+    def requests(self) -> int:
+        """Number of open requests when it was last looked at, WebSockets among them; none once it is empty."""
+        return 0 if self.empty else self._requests
 
     def look(self) -> None:
         """Have it accept nobody, and count the open requests."""
@@ -238,9 +244,9 @@ class Leaving:
         with contextlib.suppress(OSError):
             for target in ("/drain_listeners", "/healthcheck/fail"):
                 admin.ask("POST", target)
-            self.requests, self.websockets = admin.open()
+            self._requests, self.websockets = admin.open()
             self.answered = True
-            self._quiet = 0 if self.requests else self._quiet + 1
+            self._quiet = 0 if self._requests else self._quiet + 1
 
     def ask(self, rate: float) -> None:
         """Have the nodes ask its users, so many a second; those that have nobody to ask, less and less often."""
@@ -435,7 +441,7 @@ class HandOver:
         self.see_off([main, *others], MOST_SECONDS, self.patience_seconds)
         if not main.answered:
             raise NotHandedOver("Envoy does not answer on its admin socket, so its ports may be open")
-        return sum(one.requests for one in (main, *others) if not one.empty)
+        return sum(one.requests for one in (main, *others))
 
     def finish(self) -> int:
         """Have users of processes that leave asked, and end empty ones; return the number of open requests."""
@@ -448,7 +454,7 @@ class HandOver:
         for one in every:
             if one.empty:
                 self.end(one)
-        return sum(one.requests for one in every if not one.empty)
+        return sum(one.requests for one in every)
 
     def everyone(self) -> list[Leaving]:
         """Return all processes, the main one first, each as one that leaves; from now on, users are asked."""
@@ -473,7 +479,7 @@ class HandOver:
             if not self.holds():
                 for one in every:
                     one.ask(rate)
-            now, requests = time.monotonic(), sum(one.requests for one in every if not one.empty)
+            now, requests = time.monotonic(), sum(one.requests for one in every)
             if requests < fewest:
                 fewest, fell = requests, now
             if all(one.empty for one in every) or now - began > seconds or now - fell > patience:

@@ -452,12 +452,16 @@ def test_a_stop_takes_no_longer_than_it_may(unit: Unit, websocket: Any) -> None:
     assert here.is_open()
 
 
+def drain(unit: Unit) -> subprocess.Popen[str]:
+    """Begin a drain, which prints its result at the end."""
+    command = unit.program("drain", patience=5)
+    return subprocess.Popen(command, env=os.environ | unit.environment(), stdout=subprocess.PIPE, text=True)
+
+
 @pytest.mark.usefixtures("closing")
 def test_a_drain_waits_as_long_as_users_leave(unit: Unit, websocket: Any, asked: Any) -> None:
     here = [websocket("plain") for _ in range(2)]
-    draining = subprocess.Popen(
-        unit.program("drain", patience=5), env=os.environ | unit.environment(), stdout=subprocess.PIPE, text=True
-    )
+    draining = drain(unit)
     until(asked, "the nodes are asked")
     here[0].socket.close()
     assert draining.communicate(timeout=30)[0] == "1\n"
@@ -467,9 +471,7 @@ def test_a_drain_waits_as_long_as_users_leave(unit: Unit, websocket: Any, asked:
 
 def test_a_reload_during_a_drain_opens_the_ports_again(unit: Unit, websocket: Any, asked: Any) -> None:
     here = websocket("plain")
-    draining = subprocess.Popen(
-        unit.program("drain", patience=5), env=os.environ | unit.environment(), stdout=subprocess.PIPE, text=True
-    )
+    draining = drain(unit)
     until(asked, "the nodes are asked")
     assert unit.reload(patience=5) == (0, "")
     assert draining.communicate(timeout=30)[0] == "1\n", "it waits for the users of the old process alone"
