@@ -243,20 +243,6 @@ def test_a_drain_waits_for_requests_being_answered(node: Any, tmp_path: Path) ->
     assert serve.process.wait(10) == 0
 
 
-def test_a_poll_on_a_lost_connection_does_not_delay_a_drain(node: Any) -> None:
-    """The client polls again on another connection."""
-    serve = node()
-    sid = json.loads(serve.get(HANDSHAKE).read()[1:])["sid"]
-    lost, poll = serve.connect(10), serve.connect(10)
-    for connection in (lost, poll):
-        connection.request("GET", f"{HANDSHAKE}&sid={sid}")
-    assert lost.getresponse().read() == b"6"
-    serve.process.send_signal(signal.SIGTERM)
-    assert poll.getresponse().status == 410
-    assert serve.process.wait(DEADLINE) == 0
-    assert serve.logged("drained")
-
-
 @asynccontextmanager
 async def never_answered(serve: ServeProcess) -> AsyncIterator[None]:
     """A user who waits for an acknowledgement that would come long after the node has ended."""

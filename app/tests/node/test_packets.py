@@ -595,6 +595,20 @@ def test_closing_the_connection_of_a_waiting_poll_ends_the_session(node: ServePr
     assert session.poll()[0] == 400
 
 
+def test_another_poll_ends_the_session_and_the_waiting_poll(node: ServeProcess) -> None:
+    """As in Node.js. Its client has lost the first one's connection, and perhaps an answer with it."""
+    session, before = Polling(node), left(node)
+    polls = [node.connect(10) for _ in range(2)]
+    for poll in polls:
+        poll.request("GET", session.path)
+    answers = [poll.getresponse() for poll in polls]
+    waiting, another = sorted(answers, key=lambda answer: answer.status)
+    assert (waiting.status, waiting.read()) == (200, b"1")
+    assert another.status == 400
+    assert left(node) == [*before, "transport close"]
+    assert session.poll()[0] == 400
+
+
 def test_extra_bytes_after_a_waiting_poll_do_not_end_the_session(node: ServeProcess) -> None:
     session = Polling(node)
     with contextlib.closing(node.connect(10)) as poll:

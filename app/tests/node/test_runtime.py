@@ -299,37 +299,6 @@ def test_the_waiting_poll_of_a_moved_session_ends_in_an_error(runtime: Runtime) 
     assert "40{" in request(runtime, second).text
 
 
-def test_a_new_poll_ends_the_previous_one(runtime: Runtime) -> None:
-    sid = sid_of(handshake(runtime))
-    request(runtime, sid, "40")
-    session = runtime.sessions[sid]
-    assert "40{" in request(runtime, sid).text
-    socket: Any = session.socket
-    receive, waiting = socket.poll, threading.Semaphore(0)
-
-    def poll_and_tell() -> object:
-        waiting.release()
-        return receive()
-
-    socket.poll = poll_and_tell
-    polls: list[Answer | None] = [None, None, None]
-
-    def poll(number: int) -> None:
-        polls[number] = request(runtime, sid)
-
-    threads = [threading.Thread(target=poll, args=(number,)) for number in range(len(polls))]
-    for thread in threads:
-        thread.start()
-        assert waiting.acquire(timeout=5)
-    for thread in threads[:2]:
-        thread.join(5)
-    assert [answer and answer.text for answer in polls] == ["6", "6", None]
-    session.end()
-    threads[2].join(5)
-    assert polls[2] is not None
-    assert polls[2].status == 410
-
-
 def test_without_a_connection_from_gunicorn_the_engines_websocket_is_used() -> None:
     server = socketio.Server(async_mode="threading", monitor_clients=False)
     taken: list[str] = []

@@ -182,7 +182,7 @@ class SocketIOGate(Gate):
 
     JSONP polling, which runs the answer as a script in the page, is refused; protocol 4 has none.
 
-    If a client closes the connection of a waiting poll, its session ends, as in Node.js.
+    If a client closes the connection of a waiting poll, or polls again meanwhile, its session ends, as in Node.js.
 
     A poll that ends because its session was moved gets a 410: the only answer after which both the JavaScript and the
     Python client treat the connection as lost and reconnect.

@@ -17,7 +17,7 @@ from socket import SHUT_RDWR
 from typing import TYPE_CHECKING, Any
 
 from engineio.exceptions import EngineIOError, QueueEmpty, SocketIsClosedError
-from engineio.packet import NOOP, PING
+from engineio.packet import CLOSE, NOOP, PING
 from engineio.packet import Packet as EnginePacket
 
 from stickyring.node.limits import Allowance
@@ -180,11 +180,18 @@ class Session:
             vars(self.socket).pop(name, None)
 
     def begin_poll(self) -> None:
-        """End the previous poll, whose connection must be lost, and wait until it has ended.
+        """Wait until no other poll waits; if one does, end it, and except during an upgrade the session with it.
 
-        Two polls would take packets from each other, and the session's end would end only one of them.
+        A client has one poll at a time. It sends another one if the connection of the first is lost, and what that one
+        was answered with may be lost too. Going on would hide this from the application; so the session ends, as in
+        Node.js, and the client reconnects.
         """
-        while self.polling is not None and not self.polling.acquire(timeout=TICK_SECONDS):
+        if self.polling is None or self.polling.acquire(blocking=False):
+            return
+        if not (self.ended or self.socket.upgrading or self.socket.upgraded):
+            self.socket.queue.put(EnginePacket(CLOSE))
+            self.lose()
+        while not self.polling.acquire(timeout=TICK_SECONDS):
             if self.socket.queue.empty():
                 self.socket.queue.put(EnginePacket(NOOP))
 

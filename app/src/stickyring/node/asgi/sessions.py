@@ -136,11 +136,15 @@ class AsyncSession(Session):
 
     @contextlib.asynccontextmanager
     async def polled(self):  # type: ignore[no-untyped-def]  # noqa: ANN201
-        """End the previous poll, whose connection must be lost; once it has ended, the block may poll."""
+        """The block may poll once no other poll waits. One that does ends, and its session as with `begin_poll`."""
         if self._poll_turn is None:
             self._poll_turn = asyncio.Lock()
-        if self._poll_turn.locked() and self._queue.empty():
-            self._queue.put_nowait(EnginePacket(NOOP))
+        if self._poll_turn.locked():
+            if not (self.ended or self.socket.upgrading or self.socket.upgraded):
+                self._queue.put_nowait(EnginePacket(CLOSE))
+                await self.close(wait=False, abort=True, reason=REASON)
+            elif self._queue.empty():
+                self._queue.put_nowait(EnginePacket(NOOP))
         async with self._poll_turn:
             yield
 
