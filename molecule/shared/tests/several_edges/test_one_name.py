@@ -111,12 +111,13 @@ def test_a_vanished_edge(edges: Any, residents: Residents, machine: Any, websock
     host, port = machine(edges[1].name), edges[1].url("sticky").rpartition(":")[2]
     assert websockets(edges[1])
     since = time.monotonic() - 2 * PAUSE_SECONDS
-    host.check_output(f"ip rule add ipproto tcp sport {port} blackhole")
+    # 6 is TCP: not every host has /etc/protocols.
+    host.check_output(f"ip rule add ipproto 6 sport {port} blackhole")
     try:
         bound = PING_SECONDS + 5
         residents.wait_for_answers(since + bound, SETTLED_SECONDS)
     finally:
-        host.check_output(f"ip rule del ipproto tcp sport {port} blackhole")
+        host.check_output(f"ip rule del ipproto 6 sport {port} blackhole")
     affected = disconnected(residents, since)
     assert 0 < len(affected) < len(residents.connections)
     assert max(one.silence(since) for one in affected) <= bound
