@@ -12,6 +12,7 @@ COMMANDS = {
     "plan": "stickyring.tools.plan.command",
     "whereis": "stickyring.tools.whereis",
     "status": "stickyring.tools.status.command",
+    "admin-ui": "stickyring.tools.admin_ui",
     "sessions": "stickyring.node.operate",
     "summary": "stickyring.node.operate",
     "rebalance": "stickyring.node.operate",
@@ -49,7 +50,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(COMMANDS[cmd_name]), cmd_name)
+        command: click.Command = getattr(import_module(COMMANDS[cmd_name]), cmd_name.replace("-", "_"))
         return command
 
     def invoke(self, ctx: click.Context) -> object:
@@ -67,7 +68,7 @@ def main() -> None:
 
     \b
     On a node: serve, sessions, summary, rebalance, drain, undrain.
-    On the controller: probe, plan, whereis, status.
+    On the controller: probe, plan, whereis, status, admin-ui.
 
     \b
     Examples:
