@@ -253,7 +253,7 @@ def endpoints_of(cluster: Data, common: Data) -> Data:
 METRICS = "stickyring-metrics"
 # Those of docs/operations.md: all of Envoy's would be ten times as many.
 METRICS_FILTER = (
-    r"^(cluster\..+\.(membership_(healthy|total)|upstream_(cx_active|cx_connect_fail|rq_active|rq_retry|rq_timeout|rq_[1-5]xx))"
+    r"^(cluster\..+\.(version|membership_(healthy|total)|upstream_(cx_active|cx_connect_fail|rq_active|rq_retry|rq_timeout|rq_[1-5]xx))"
     r"|http\..+\.downstream_(cx_active|cx_upgrades_active|rq_[1-5]xx)|http_local_rate_limiter\..+|.+\.http_local_rate_limit\..+"
     r"|server\.(days_until_first_cert_expiring|memory_allocated|uptime)|listener\..+\.downstream_global_cx_overflow"
     r"|overload\..+\.active|envoy\.overload_actions\.reset_high_memory_stream\.count)$"

@@ -8,6 +8,7 @@ from pathlib import Path
 import engineio
 import pytest
 import socketio
+import websocket
 from conftest import ServeProcess, serving, wait_until
 
 from stickyring.node.metrics import DISCONNECTS
@@ -98,6 +99,22 @@ def test_the_end_of_a_session_is_counted_by_its_reason(node: ServeProcess, contr
     wait_until(lambda: ended(node, "moved") == counted["moved"] + 1, "a session was moved")
     assert node.metric(durations) >= before + 3
     assert ended(node, "other") == 0
+
+
+@pytest.mark.parametrize(("goodbye", "reason"), [("41", "client"), (None, "transport_close")])
+def test_a_client_that_has_left_its_namespaces_is_not_counted_as_lost(
+    node: ServeProcess, goodbye: str | None, reason: str
+) -> None:
+    """As socket.io-client leaves over WebSocket: it sends no CLOSE."""
+    before = ended(node, reason)
+    connection = websocket.create_connection(f"ws://{node.address}/socket.io/?EIO=4&transport=websocket")
+    connection.recv()
+    connection.send("40")
+    connection.recv()
+    if goodbye:
+        connection.send(goodbye)
+    connection.close()
+    wait_until(lambda: ended(node, reason) == before + 1, "it is counted")
 
 
 def test_every_reason_of_the_engine_has_a_label() -> None:

@@ -111,6 +111,7 @@ def test_it_survives_running_out_of_descriptors(
         connection.close()
     wait_until(lambda: answers(node) and node.logged("accepting connections again"), "the node answers again")
     assert len(node.logged("accepting connections again")) == 1
+    assert node.metric("stickyring_connections_refused_total") >= DESCRIPTORS
 
 
 def test_without_descriptors_no_session_begins_on_an_open_connection(

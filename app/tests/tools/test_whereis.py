@@ -78,8 +78,8 @@ def test_options_after_two_hyphens_are_passed_to_ansible(found: Any, commands: l
 def test_edges_that_disagree_are_named(found: Any) -> None:
     result = found({"edge1": THREE, "edge2": WITHOUT_HOME})()
     assert result.exit_code == 1
-    assert f"{HOME} says edge1" in result.output
-    assert "says edge2" in result.output
+    assert f"edge1 assigns {HOME}" in result.output
+    assert "edge2 assigns" in result.output
 
 
 def test_sessions_on_the_assigned_node_are_listed(found: Any) -> None:

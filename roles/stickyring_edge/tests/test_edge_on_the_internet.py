@@ -405,6 +405,7 @@ def test_metrics_are_for_their_readers_and_nothing_else_is_at_their_port(edge: E
     assert read.startswith(b"HTTP/1.1 200"), read
     assert b'envoy_http_downstream_rq_xx{envoy_response_code_class="2",envoy_http_conn_manager_prefix="plain"}' in read
     assert b'envoy_cluster_membership_healthy{envoy_cluster_name="nodes"}' in read
+    assert b'envoy_cluster_version{envoy_cluster_name="nodes"}' in read
     days = int(re.findall(rb"^envoy_server_days_until_first_cert_expiring{} (\d+)$", read, re.MULTILINE)[0])
     assert 0 < days <= 30
     assert len(read) < MOST_METRICS

@@ -15,11 +15,12 @@ READABLE_BYTES = 65536
 
 
 class Reserve:
-    """A spare descriptor, with which connections are refused while there is no other."""
+    """A spare descriptor, with which connections are refused while there is no other; `refused` counts them."""
 
     def __init__(self) -> None:
         self._spare = _spare_descriptor()
         self._refused_at = -math.inf
+        self.refused = 0
 
     @property
     def exhausted(self) -> bool:
@@ -51,6 +52,7 @@ class Reserve:
                 head = (f"{ELSEWHERE_HEADER}: 1", "Content-Length: 0", "Connection: close")
                 with contextlib.suppress(OSError):
                     client.send("\r\n".join(["HTTP/1.1 503 Service Unavailable", *head, "", ""]).encode())
+            self.refused += 1
             return True
         finally:
             self._spare = _spare_descriptor()

@@ -19,6 +19,7 @@ from stickyring.node.metrics import LAG_INTERVAL, TRANSPORTS, Engine, EngineMetr
 from stickyring.node.packets import HandlerError, body_of, check_packets
 from stickyring.node.sessions import (
     ISSUED_VARIABLE,
+    REASON,
     SESSION_VARIABLE,
     Session,
     SessionWebSocket,
@@ -47,6 +48,8 @@ BAD_REQUEST = b'{"code":3,"message":"Bad request"}'
 MOVED = b'"This session has moved: connect again"'
 FAILED = b'"This session has ended for an error"'
 NOOP = b"6"
+CLIENT_LEFT = "client disconnect"
+"""One of `metrics.DISCONNECTS`."""
 JOIN_SECONDS = 45.0
 """How long a client may take to join a namespace (the Socket.IO packet CONNECT); `connectTimeout` of socket.io."""
 
@@ -151,6 +154,13 @@ class Gate:
     def _has_joined(self, sid: str) -> bool:
         manager = self._server.manager
         return any(manager.sid_from_eio_sid(sid, namespace) for namespace in [*manager.get_namespaces()])
+
+    def _reason_of_end(self, sid: str, reason: str = "") -> str:
+        """Return the engine's reason, or that its client left, if it was in no namespace when its connection closed.
+
+        Over WebSocket, clients leave their namespaces and close the connection, without a CLOSE of Engine.IO.
+        """
+        return CLIENT_LEFT if reason == REASON and not self._has_joined(sid) else reason
 
 
 class SocketIOGate(Gate):
@@ -369,7 +379,7 @@ class SocketIOGate(Gate):
         def on_disconnect(sid: str, *reason: str) -> object:
             if (session := sessions.pop(sid, None)) is not None:
                 self._count_ended(session)
-                metrics.count_end(session, *reason)
+                metrics.count_end(session, self._reason_of_end(sid, *reason))
             log.debug("disconnected", extra={**names_of(sid, session), "reason": " ".join(reason)})
             try:
                 return disconnect(sid, *reason)

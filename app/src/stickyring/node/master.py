@@ -174,9 +174,9 @@ class Node(BaseApplication):
         self._runtime = runtime = make(
             application, node_name=name, max_connections=limit, edges=edges, limits=self._settings.limits
         )
-        # Only our worker class has it: others let connections wait.
+        # Only our worker classes have these: others let connections wait.
         worker = self._worker
-        runtime.heed(lambda: getattr(worker, "exhausted", False))
+        runtime.heed(lambda: getattr(worker, "exhausted", False), lambda: getattr(worker, "refused", 0))
         incumbent = Incumbent(worker, runtime.drain, self._retired)
         if self._control is not None:
             control = Control(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -301,6 +301,19 @@ class OffRing(Collector):
         if self.count is not None:
             text = "Sessions whose users the ring of the last rebalance assigns to another node."
             yield GaugeMetricFamily("stickyring_sessions_off_ring", text, self.count())
+
+
+class RefusedConnections(Collector):
+    """The number of connections that the worker has refused; `count` is set before it serves."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.count: Callable[[], int] = lambda: 0
+        registry.register(self)
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """Read it at each scrape."""
+        text = "Connections refused because file descriptors had run out."
+        yield CounterMetricFamily("stickyring_connections_refused", text, self.count())
 
 
 class _QueuesCollector(Collector):

@@ -14,7 +14,7 @@ from stickyring.node.drain import Drain
 from stickyring.node.forwarded import Edges
 from stickyring.node.gate import SocketIOGate, refuse
 from stickyring.node.limits import NO_LIMITS, Limits
-from stickyring.node.metrics import EngineMetrics, MoveMetrics, node_registry
+from stickyring.node.metrics import EngineMetrics, MoveMetrics, RefusedConnections, node_registry
 from stickyring.node.reconnect import RECONNECT, Reconnections
 from stickyring.node.sessions import Session
 from stickyring.node.takeover import ELSEWHERE_HEADER, Predecessor
@@ -55,6 +55,7 @@ class Runtime:
         registry = node_registry(node_name)
         self.sessions: dict[str, Session] = {}
         self.move_metrics = MoveMetrics(registry)
+        self._refused = RefusedConnections(registry)
         self._requests: set[object] = set()
         self.drain = Drain(self.sessions, self._requests, self.move_metrics)
         self._reconnections = Reconnections(self.sessions, self.move_metrics)
@@ -111,8 +112,12 @@ class Runtime:
         for gate in self._gates:
             gate.predecessor = predecessor
 
-    def heed(self, exhausted: Callable[[], bool]) -> None:
-        """Accept no new sessions while `exhausted()` is true: the worker has no descriptors left."""
+    def heed(self, exhausted: Callable[[], bool], refused: Callable[[], int]) -> None:
+        """Accept no new sessions while `exhausted()` is true: the worker has no descriptors left.
+
+        `refused()` is the number of connections that it has refused for that reason, for the metrics.
+        """
+        self._refused.count = refused
         for gate in self._gates:
             gate.exhausted = exhausted
 

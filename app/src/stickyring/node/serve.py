@@ -132,7 +132,7 @@ def default_node_name() -> str:
     type=click.Path(path_type=Path),
     envvar="STICKYRING_CONTROL",
     show_envvar=True,
-    help="Unix socket for `stickyring sessions`, `rebalance`, `drain` and `undrain`. [default: none]",
+    help="Unix socket for `stickyring sessions`, `summary`, `rebalance`, `drain` and `undrain`. [default: none]",
 )
 @click.option(
     "--edges",
@@ -141,7 +141,7 @@ def default_node_name() -> str:
     envvar="STICKYRING_EDGES",
     show_envvar=True,
     help="File with the IP addresses of the edges, one per line, read again while the node serves. The node trusts "
-    "only these about a client's scheme and address. [default: loopback]",
+    "only these about a client's scheme and address, and when they ask for users to reconnect. [default: loopback]",
 )
 @click.option(
     "--replace",
@@ -151,7 +151,8 @@ def default_node_name() -> str:
 @click.option(
     "--check",
     is_flag=True,
-    help="Only load APPLICATION as the worker does and let it answer one request, on no port, then end.",
+    help="Only load APPLICATION as a worker does, let it answer a request and a handshake, "
+    "then end; --listen is not used.",
 )
 @click.option(
     "--watchdog",

@@ -43,7 +43,7 @@ def whereis(*, user: str, options: tuple[str, ...], live: bool, inventory: str |
     if len(told) == 1:
         click.echo(f"{user} is assigned to {told[0]}")
     else:
-        click.echo(f"the edges disagree about {user}: {', '.join(f'{owners[edge]} says {edge}' for edge in owners)}")
+        click.echo(f"the edges disagree about {user}: {', '.join(f'{edge} assigns {owners[edge]}' for edge in owners)}")
     agreed = len(told) == 1
     if live:
         clusters = {ring["cluster"] for ring in answers["rings"].values()}

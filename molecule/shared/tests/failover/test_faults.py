@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from faults import EDGE, NODE, clients_cut_off, cut_off, exhausted, listens_at
 from figures import keep, percentile_99
 from residents import Connection, Residents
 
-NODE = "stickyring-node@1.service"
-EDGE = "stickyring-edge.service"
 JOURNAL = "/var/log/journal"
-EXHAUSTED_SECONDS = 60
 LISTENERS = [f"listener-{number}" for number in range(30)]
 USERS = [f"user-{number}" for number in range(60)]
 PAUSE_SECONDS = 0.3
@@ -57,11 +54,6 @@ def residents(edge_url: Any, all_healthy: None) -> Iterator[Residents]:
         all_of_them.settle(SETTLED_SECONDS)
         yield all_of_them
         assert not [one for one in all_of_them if one.lost]
-
-
-def listens_at(node: Any) -> tuple[str, int]:
-    """The address and port of a node's instance."""
-    return node.variables["stickyring_address"], node.variables["stickyring_node_port"]
 
 
 def have_not_noticed(connections: Iterable[Connection], since: float) -> None:
@@ -125,29 +117,11 @@ def test_a_hung_process(residents: Residents, machine: Any) -> None:
 
 
 @pytest.fixture
-def cut(machine: Any, edge: Any, nodes: Any) -> Iterator[Any]:
-    """Cuts a node off from the edge: packets reach the node, but none comes back, not even TCP acknowledgements.
-
-    The fault is over when the last attempt to connect that began during the cut has ended: where one times out, Envoy
-    sends all requests that wait for the node to others.
-    """
-    route = f"blackhole {edge.variables['stickyring_address']}/32"
-    node1, host = machine("node1"), machine(edge.name)
-    address, _ = listens_at(next(node for node in nodes if node.name == "node1"))
-
-    def mend() -> None:
-        node1.check_output(f"ip route del {route}")
-        deadline = time.monotonic() + SETTLED_SECONDS
-        while attempts := host.check_output(f"ss --no-header --tcp --numeric state syn-sent dst {address}"):
-            assert time.monotonic() < deadline, attempts
-
+def cut(machine: Any, edge: Any, nodes: Any) -> Iterator[Callable[[], None]]:
+    """Cuts node1 off from the edge until the end of the test."""
     with ExitStack() as cuts:
-
-        def cut() -> None:
-            node1.check_output(f"ip route add {route}")
-            cuts.callback(mend)
-
-        yield cut
+        node1 = next(node for node in nodes if node.name == "node1")
+        yield lambda: cuts.enter_context(cut_off(machine, node1, edge))
 
 
 def test_a_vanished_host(residents: Residents, cut: Any) -> None:
@@ -212,30 +186,7 @@ def test_a_full_disk(residents: Residents, journal_disks: list[Any]) -> None:
         node1.check_output(f"systemctl restart {NODE}")
 
 
-@pytest.fixture
-def exhausted(machine: Any, nodes: Any) -> Iterator[Callable[[], str]]:
-    """Lowers the descriptor limit of node1's process to those in use, and uses up the rest; returns its answer then."""
-    node1 = machine("node1")
-    address = listens_at(next(node for node in nodes if node.name == "node1"))
-    worker = f"$(pgrep --parent $(systemctl show {NODE} --property=MainPID --value))"
-    limit = node1.check_output(f"prlimit --pid {worker} --nofile --noheadings --output=SOFT,HARD").split()
-    with ExitStack() as held:
-
-        def exhaust() -> str:
-            highest = node1.check_output(f"ls /proc/{worker}/fd | sort --numeric-sort | tail --lines=1")
-            node1.check_output(f"prlimit --pid {worker} --nofile={int(highest) + 1}:{limit[1]}")
-            deadline = time.monotonic() + EXHAUSTED_SECONDS
-            while time.monotonic() < deadline:
-                connection = held.enter_context(socket.create_connection(address, timeout=0.5))
-                with suppress(TimeoutError):
-                    return connection.recv(4096).decode()
-            raise AssertionError(f"it still accepts connections after {EXHAUSTED_SECONDS} s")
-
-        yield exhaust
-    node1.check_output(f"prlimit --pid {worker} --nofile={limit[0]}:{limit[1]}")
-
-
-def test_exhausted_descriptors(residents: Residents, exhausted: Callable[[], str]) -> None:
+def test_exhausted_descriptors(residents: Residents, machine: Any, nodes: Any) -> None:
     """WebSockets stay open, and the edge retries what the node refuses on the next node.
 
     That may include requests of a polling session. The Python client notices when its poll ends, after the ping
@@ -243,26 +194,11 @@ def test_exhausted_descriptors(residents: Residents, exhausted: Callable[[], str
     """
     on_websockets = [one for one in residents if one.transports == ["websocket"]]
     since = time.monotonic() - 2 * PAUSE_SECONDS
-    with fault_on_node1(residents, "exhausted descriptors", 30):
-        assert exhausted().startswith("HTTP/1.1 503 Service Unavailable\r\nx-stickyring-elsewhere: 1\r\n")
+    node1 = next(node for node in nodes if node.name == "node1")
+    with ExitStack() as faults, fault_on_node1(residents, "exhausted descriptors", 30):
+        refusal = faults.enter_context(exhausted(machine, node1))
+        assert refusal.startswith("HTTP/1.1 503 Service Unavailable\r\nx-stickyring-elsewhere: 1\r\n")
     have_not_noticed(on_websockets, since)
-
-
-@pytest.fixture
-def cut_clients(machine: Any, edge: Any) -> Callable[[], AbstractContextManager[None]]:
-    """Cuts the edge off from its clients for a block: no packet from the listener's port reaches them."""
-    host = machine(edge.name)
-    port = edge.url("sticky").rpartition(":")[2]
-
-    @contextmanager
-    def cut() -> Iterator[None]:
-        host.check_output(f"ip rule add ipproto tcp sport {port} blackhole")
-        try:
-            yield
-        finally:
-            host.check_output(f"ip rule del ipproto tcp sport {port} blackhole")
-
-    return cut
 
 
 @pytest.fixture
@@ -281,11 +217,11 @@ def sessions(nodes: Any) -> Callable[[], int]:
 
 
 def test_a_cut_between_clients_and_edge(
-    residents: Residents, cut_clients: Callable[[], AbstractContextManager[None]], sessions: Callable[[], int]
+    residents: Residents, machine: Any, edge: Any, sessions: Callable[[], int]
 ) -> None:
     """Clients notice the missing ping. So does the server, which ends the sessions of clients that are gone."""
     since = time.monotonic()
-    with cut_clients():
+    with clients_cut_off(machine, edge):
         residents.wait(lambda: all(one.count("disconnect", since) for one in residents), 2 * PING_SECONDS)
         # Some clients are back before the command that ends the cut returns.
         ended = time.monotonic()

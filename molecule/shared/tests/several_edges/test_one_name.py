@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from faults import EDGE, clients_cut_off
 from residents import Connection, Residents
 
 NAME = "edges.example"
@@ -18,7 +19,6 @@ PAUSE_SECONDS = 0.3
 SETTLED_SECONDS = 60
 PING_INTERVAL_SECONDS = 25  # Engine.IO's defaults, as the next one
 PING_SECONDS = PING_INTERVAL_SECONDS + 20  # and the ping timeout
-EDGE = "stickyring-edge.service"
 
 
 @pytest.fixture
@@ -108,16 +108,10 @@ def test_a_killed_edge(edges: Any, residents: Residents, stopped: Any, websocket
 @pytest.mark.soak
 def test_a_vanished_edge(edges: Any, residents: Residents, machine: Any, websockets: Any) -> None:
     """Only the missing ping tells its clients, and a connection that is begun there does not delay them."""
-    host, port = machine(edges[1].name), edges[1].url("sticky").rpartition(":")[2]
     assert websockets(edges[1])
-    since = time.monotonic() - 2 * PAUSE_SECONDS
-    # 6 is TCP: not every host has /etc/protocols.
-    host.check_output(f"ip rule add ipproto 6 sport {port} blackhole")
-    try:
-        bound = PING_SECONDS + 5
+    since, bound = time.monotonic() - 2 * PAUSE_SECONDS, PING_SECONDS + 5
+    with clients_cut_off(machine, edges[1]):
         residents.wait_for_answers(since + bound, SETTLED_SECONDS)
-    finally:
-        host.check_output(f"ip rule del ipproto 6 sport {port} blackhole")
     affected = disconnected(residents, since)
     assert 0 < len(affected) < len(residents.connections)
     assert max(one.silence(since) for one in affected) <= bound

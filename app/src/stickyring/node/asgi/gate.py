@@ -266,7 +266,7 @@ class AsyncSocketIOGate(Gate):
         async def on_disconnect(sid: str, *reason: str) -> None:
             if (session := sessions.pop(sid, None)) is not None:
                 self._count_ended(session)
-                metrics.count_end(session, *reason)
+                metrics.count_end(session, self._reason_of_end(sid, *reason))
             log.debug("disconnected", extra={**names_of(sid, session), "reason": " ".join(reason)})
             try:
                 await disconnect(sid, *reason)  # type: ignore[misc]

@@ -117,6 +117,11 @@ class AsgiWorker(Worker):
         """Whether connections are refused because file descriptors have run out."""
         return self._reserve is not None and self._reserve.exhausted
 
+    @property
+    def refused(self) -> int:
+        """How many connections were refused for that reason."""
+        return 0 if self._reserve is None else self._reserve.refused
+
     def run(self) -> None:
         """Accept and serve until SIGTERM or until the master is gone, then let running requests finish."""
         self.loop.run_until_complete(self._serve())
