@@ -37,11 +37,11 @@ def team(tarball: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("team")
     shutil.copy(tarball, folder)
     section = (PROJECT / "README.md").read_text().split("### In your own playbooks\n")[1].split("\n### ")[0]
-    galaxy, locked, package = re.findall(r"^\$ (.+)$", section.split("`ansible-playbook")[0], re.MULTILINE)
-    run(folder, *shlex.split(galaxy), "--offline")
+    unpack, locked, galaxy, package = re.findall(r"^\$ (.+)$", section.split("`ansible-playbook")[0], re.MULTILINE)
+    subprocess.run(shlex.split(unpack), cwd=folder, check=True)
     # A clone's controller is installed from the same file.
-    lock = folder / shlex.split(locked)[-1].removeprefix("~/")
-    assert lock.read_bytes() == (PROJECT / "requirements.lock").read_bytes()
+    assert (folder / shlex.split(locked)[-1]).read_bytes() == (PROJECT / "requirements.lock").read_bytes()
+    run(folder, *shlex.split(galaxy), "--offline")
     (folder / "pip").mkdir()
     run(folder, *shlex.split(package.replace("~", str(folder))), "--quiet", "--target", "pip")
     for name, text in re.findall(r"```(?:yaml|ini)\n# (\w+\.(?:yml|cfg))\n(.*?)```", section, re.DOTALL):

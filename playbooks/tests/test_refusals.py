@@ -47,10 +47,10 @@ def run(
     return done.returncode, " ".join((done.stdout + done.stderr).split())
 
 
-def first_import(playbook: str) -> list[str]:
-    """The first playbook that it imports."""
-    plays = yaml.safe_load((PROJECT / playbook).read_text())
-    return [play["ansible.builtin.import_playbook"] for play in plays if "ansible.builtin.import_playbook" in play][:1]
+def imports(playbook: Path) -> list[str]:
+    """The names of the playbooks that it imports, in their order."""
+    found = [play.get("ansible.builtin.import_playbook") for play in yaml.safe_load(playbook.read_text())]
+    return [Path(one).name for one in found if one]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,17 @@ def first_import(playbook: str) -> list[str]:
     ],
 )
 def test_every_entry_point_checks_the_inventory_first(playbook: str) -> None:
-    assert [Path(path).name for path in first_import(f"playbooks/{playbook}.yml")] == ["preflight.yml"]
+    assert imports(PROJECT / "playbooks" / f"{playbook}.yml")[0] == "preflight.yml"
+
+
+def test_every_entry_point_builds_what_it_installs() -> None:
+    """Also in a clone that has deployed nothing yet."""
+    installing = {"deploy_nodes.yml", "deploy_edges.yml", "bring_users_home.yml"}
+    found = {path.stem: imports(path) for path in (PROJECT / "playbooks").glob("*.yml")}
+    found = {name: parts for name, parts in found.items() if installing & {*parts}}
+    assert {*found} == {"site", "nodes", "edge", "rebalance", "rollback", "rolling_update", "remove_node"}
+    for name, parts in found.items():
+        assert "artifacts.yml" in parts[: min(parts.index(one) for one in installing & {*parts})], name
 
 
 @pytest.mark.parametrize(
