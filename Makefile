@@ -144,10 +144,10 @@ endif
 
 # More processes than a small machine has cores, because most tests wait for a process that they have started.
 SIDE_BY_SIDE := --numprocesses 5 --dist worksteal --durations 10
-ON_BOTH := tests/test_bus.py tests/test_bus_recovery.py tests/test_delivery.py tests/test_echo.py \
+ON_BOTH := tests/test_admin.py tests/test_bus.py tests/test_bus_recovery.py tests/test_delivery.py tests/test_echo.py \
   $(addprefix tests/node/test_,control.py drain.py limits.py metrics.py packets.py rebalance.py takeover.py websocket.py websocket_conformance.py worker.py)
 # Not surge mode, running out of descriptors, and clients that leave in the middle of a request (README's table).
-ON_GEVENT := tests/test_bus.py tests/test_echo.py tests/test_delivery.py \
+ON_GEVENT := tests/test_admin.py tests/test_bus.py tests/test_echo.py tests/test_delivery.py \
   $(addprefix tests/node/test_,control.py drain.py metrics.py rebalance.py websocket.py)
 SEED = 1
 OPERATIONS = $(if $(filter soak,$(MAKECMDGOALS)),15,60)
