@@ -32,12 +32,12 @@ def node(tmp_path: Path) -> Any:
     """Starts a node with a page that says where it comes from."""
     with ExitStack() as stack:
 
-        def start(name: str, **environment: Any) -> ServeProcess:
+        def start(name: str, more: str = "", **environment: Any) -> ServeProcess:
             folder = tmp_path / name
             (folder / "admin_ui" / "img").mkdir(parents=True)
             (folder / "admin_ui" / "index.html").write_text("<title>Admin UI</title>")
             (folder / "admin_ui" / "img" / "logo.svg").write_text("<svg/>")
-            (folder / "app.py").write_text(APPLICATION)
+            (folder / "app.py").write_text(APPLICATION + more)
             return stack.enter_context(serving(folder, "app:application", "--node-name", name, **environment))
 
         yield start
@@ -56,6 +56,26 @@ def statistics(node: ServeProcess, password: str, wanted: set[str]) -> dict[str,
     return found
 
 
+FULL_ONCE = """
+from stickyring.bus.outbox import BusFullError
+
+emit, refused = server.manager.emit, []
+
+def full_once(event, *args, **options):
+    if event == "server_stats" and not refused:
+        refused.append(event)
+        raise BusFullError("full")
+    return emit(event, *args, **options)
+
+server.manager.emit = full_once
+"""
+
+
+def test_statistics_continue_after_a_full_bus(node: Start) -> None:
+    one = node("node1-1", more=FULL_ONCE, ADMIN_PASSWORD=PASSWORD)
+    assert statistics(one, PASSWORD, {"node1-1"})["node1-1"]["uptime"] > 3, "not the first ones, after two seconds"
+
+
 def test_an_administrator_sees_the_process(node: Start) -> None:
     one = node("node1-1", ADMIN_PASSWORD=PASSWORD)
     with socketio.SimpleClient() as user:
@@ -65,7 +85,7 @@ def test_an_administrator_sees_the_process(node: Start) -> None:
     assert {space["name"]: space["socketsCount"] for space in told["namespaces"]}["/admin"] == 1
 
 
-@pytest.mark.parametrize("password", ["", "wrong", PASSWORD[:-1], None, ["a"]])
+@pytest.mark.parametrize("password", ["", "wrong", PASSWORD[:-1], "\ud800", None, ["a"]])
 def test_nobody_else_sees_it(node: Start, password: Any) -> None:
     one = node("node1-1", ADMIN_PASSWORD=PASSWORD)
     for login in ({"username": "admin", "password": password}, {"username": "root", "password": PASSWORD}, password):
@@ -92,16 +112,18 @@ def test_without_a_password_there_is_none(node: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("password", "page", "message"),
+    ("password", "page", "before", "message"),
     [
-        ("too short", True, "ADMIN_PASSWORD has 9 characters: give at least 16"),
-        (PASSWORD, False, "index.html is missing"),
+        ("too short", True, "", "ADMIN_PASSWORD has 9 characters: give at least 16"),
+        (PASSWORD, False, "", "index.html is missing"),
+        (PASSWORD, True, 'server.on("connect", print, "/admin")\n', "has handlers for the namespace /admin"),
+        (PASSWORD, True, 'server.register_namespace(socketio.Namespace("/admin"))\n', "has handlers for the namespace"),
     ],
 )
-def test_a_short_password_and_a_missing_page_are_refused(
-    tmp_path: Path, password: str, page: bool, message: str
+def test_what_would_not_be_safe_is_refused(
+    tmp_path: Path, password: str, page: bool, before: str, message: str
 ) -> None:
-    (tmp_path / "app.py").write_text(APPLICATION)
+    (tmp_path / "app.py").write_text(APPLICATION.replace("page =", f"{before}page ="))
     if page:
         (tmp_path / "admin_ui").mkdir()
         (tmp_path / "admin_ui" / "index.html").touch()
@@ -139,3 +161,19 @@ def test_the_page_comes_from_npm_and_loads_nothing_from_elsewhere(tmp_path: Path
     again = run()
     assert (again.returncode, again.stderr) == (1, f"Error: {folder} exists: --replace replaces it\n")
     assert run("--replace").returncode == 0
+    assert index == (folder / "index.html").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["admin_ui"]
+
+
+@pytest.mark.eventlet
+def test_nothing_but_a_page_is_replaced(tmp_path: Path) -> None:
+    """A slip of the hand would name the application's own folder."""
+    package, link = tmp_path / "chat", tmp_path / "link"
+    package.mkdir()
+    (package / "index.html").write_text("<title>Chat</title>")
+    link.symlink_to(package)
+    for folder in package, link, package / "index.html":
+        command = [str(STICKYRING), "admin-ui", str(folder), "--replace"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (1, f"Error: {folder} is not a folder that this command has written\n")
+    assert (package / "index.html").read_text() == "<title>Chat</title>"

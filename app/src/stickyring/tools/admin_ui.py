@@ -15,6 +15,7 @@ ICONS = ("@mdi/font@7.4.47", "66131558352dc8df724feac30f3b7bf7ee7311a79e4f8436f3
 """The icons, which the page would load from another host."""
 ICON_FILES = ("css/materialdesignicons.min.css", "fonts/materialdesignicons-webfont.woff2")
 FROM_ELSEWHERE = re.compile(r'<link rel="stylesheet" href="https://[^"]*">')
+OWN_ICONS = f'<link rel="stylesheet" href="{ICON_FILES[0]}">'
 EPILOG = """\b
 Examples:
   stickyring admin-ui ../chat/src/chat/admin_ui
@@ -24,7 +25,7 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--replace", is_flag=True, help="Replace the folder if it exists.")
+@click.option("--replace", is_flag=True, help="Replace the page that is in the folder.")
 def admin_ui(*, folder: Path, replace: bool) -> None:
     """Write Socket.IO's Admin UI into FOLDER, which becomes a part of your application.
 
@@ -33,6 +34,8 @@ def admin_ui(*, folder: Path, replace: bool) -> None:
     """
     if folder.exists() and not replace:
         raise click.ClickException(f"{folder} exists: --replace replaces it")
+    if folder.exists() and not _is_page(folder):
+        raise click.ClickException(f"{folder} is not a folder that this command has written")
     with tempfile.TemporaryDirectory() as scratch:
         page, icons = (_unpacked(Path(scratch), *package) for package in (PAGE, ICONS))
         made = Path(scratch, "made")
@@ -41,12 +44,20 @@ def admin_ui(*, folder: Path, replace: bool) -> None:
             (made / name).parent.mkdir(exist_ok=True)
             shutil.copy(icons / name, made / name)
         index = made / "index.html"
-        own = f'<link rel="stylesheet" href="{ICON_FILES[0]}">'
-        index.write_text(FROM_ELSEWHERE.sub("", index.read_text()).replace("</head>", f"{own}</head>"))
-        if folder.exists():
-            shutil.rmtree(folder)
-        shutil.copytree(made, folder)
+        index.write_text(FROM_ELSEWHERE.sub("", index.read_text()).replace("</head>", f"{OWN_ICONS}</head>"))
+        # Beside the folder: a rename within a file system is never seen half done.
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
+            shutil.copytree(made, Path(beside, "new"))
+            if folder.exists():
+                folder.replace(Path(beside, "old"))
+            Path(beside, "new").replace(folder)
     click.echo(f"{folder}: {PAGE[0]}, with the icons of {ICONS[0]}")
+
+
+def _is_page(folder: Path) -> bool:
+    index = folder / "index.html"
+    return folder.is_dir() and not folder.is_symlink() and index.is_file() and OWN_ICONS in index.read_text()
 
 
 def _unpacked(scratch: Path, package: str, sha256: str) -> Path:
