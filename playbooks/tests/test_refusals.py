@@ -83,7 +83,9 @@ def test_every_entry_point_builds_what_it_installs() -> None:
     found = {name: parts for name, parts in found.items() if installing & {*parts}}
     assert {*found} == {"site", "nodes", "edge", "rebalance", "rollback", "rolling_update", "remove_node"}
     for name, parts in found.items():
-        assert "artifacts.yml" in parts[: min(parts.index(one) for one in installing & {*parts})], name
+        # An application that cannot be built must not stop a change of the edges alone.
+        builds = "fetch_envoy.yml" if installing & {*parts} == {"deploy_edges.yml"} else "artifacts.yml"
+        assert builds in parts[: min(parts.index(one) for one in installing & {*parts})], name
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ DICTIONARIES_OF_THE_PROBE = {
     "stickyring_probe_headers": '{Authorization: "Bearer {{ vault_probe_token }}"}',
 }
 
-RESULT = re.compile(r"stickyring_(bus|edge|firewall|node)_result_")
+RESULT = re.compile(r"stickyring_(bus|edge|firewall|monitor|node)_result_")
 """Variables that a role has set in an earlier playbook of the same run."""
 
 

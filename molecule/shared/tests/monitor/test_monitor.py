@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import socket
 import urllib.request
 from contextlib import suppress
@@ -14,11 +15,14 @@ from urllib.parse import quote
 import environment
 import pytest
 import yaml
+from faults import NODE
 from lab_monitor import METRICS_PORT, PROMETHEUS, LabMonitor, wait_for
 from playwright.sync_api import ConsoleMessage, sync_playwright
 
 DASHBOARDS = environment.PROJECT / "roles" / "stickyring_monitor" / "files" / "dashboards"
 OPERATIONS = environment.PROJECT / "docs" / "operations.md"
+NOBODY = 99
+"""The number of an address that no host of the lab has."""
 RULES = environment.PROJECT / "roles" / "stickyring_monitor" / "files" / "stickyring.rules.yml"
 
 
@@ -141,7 +145,8 @@ def test_a_browser_shows_the_fleet_at_a_glance(tunnel: str, instances: set[str],
 def test_the_alerts_of_a_host_under_maintenance_can_be_silenced(monitor: LabMonitor) -> None:
     """With the command of docs/operations.md."""
     (command,) = re.findall(r"`ssh monitor1 (amtool [^`]+)`", OPERATIONS.read_text())
-    silence = monitor.host.check_output(" ".join(command.split()))
+    # A shell here and one there, as with ssh.
+    silence = monitor.host.check_output("sh -c %s", " ".join(shlex.split(command)))
     found = monitor.ask("http://127.0.0.1:9093/api/v2/silences")
     assert [(one["id"], one["matchers"][0]["isRegex"]) for one in found] == [(silence, True)]
     monitor.host.check_output("amtool --alertmanager.url=http://127.0.0.1:9093 silence expire %s", silence)
@@ -167,28 +172,63 @@ def test_a_setting_changes_while_it_runs_and_an_invalid_one_changes_nothing(moni
 
 
 @pytest.mark.soak
-def test_a_removed_node_is_watched_no_longer(monitor: LabMonitor, nodes: Any) -> None:
-    gone = nodes[-1].name
+def test_a_removed_node_is_watched_no_longer(monitor: LabMonitor, nodes: Any, machine: Any) -> None:
+    """Neither another node that is down nor a monitor that is away stops a removal."""
+    gone, down = nodes[-1].name, machine(nodes[0].name)
+    play = ("playbooks/remove_node.yml", "-e", f"stickyring_node={gone}")
 
     def watched() -> set[str]:
         return {one["metric"]["instance"].partition("-")[0] for one in monitor.query('up{job="stickyring_nodes"}')}
 
-    monitor.play("playbooks/remove_node.yml", "-e", f"stickyring_node={gone}")
+    down.check_output(f"systemctl stop {NODE}")
+    try:
+        assert "Nothing watches it any more." in " ".join(monitor.play(*play).split())
+    finally:
+        down.check_output(f"systemctl start {NODE}")
     wait_for(lambda: watched() == {node.name for node in nodes} - {gone}, 60, watched)
     monitor.play("site.yml")
     wait_for(lambda: watched() == {node.name for node in nodes}, 60, watched)
+    hosts = monitor.inventory / "host_vars" / "monitor1.yml"
+    hosts.parent.mkdir(exist_ok=True)
+    hosts.write_text(f"ansible_host: {environment.lab_address(monitor.inventory, NOBODY)}\n")
+    try:
+        said = " ".join(monitor.play(*play).split())
+    finally:
+        hosts.unlink()
+    assert "monitor1 may still watch it, and report that it is down." in said
+    monitor.play("site.yml")
 
 
 def test_somebody_elses_prometheus_is_left_alone(monitor: LabMonitor, ansible: Any) -> None:
-    """Without the rules of stickyring, the host looks like one that another team has set up."""
+    """Without the options of stickyring, the host looks like one that another team has set up with our files."""
     host = monitor.host
     before = host.file("/etc/prometheus/prometheus.yml").content_string
-    host.check_output("mv /etc/prometheus/stickyring.rules.yml /root/")
+    host.check_output("mv /etc/default/prometheus /root/")
     try:
         refused = ansible("ansible-playbook", "-i", monitor.inventory, "playbooks/monitor.yml", check=False)
+        some = ("--tags", "configure")
+        also = ansible("ansible-playbook", "-i", monitor.inventory, "playbooks/monitor.yml", *some, check=False)
     finally:
-        host.check_output("mv /root/stickyring.rules.yml /etc/prometheus/")
-    assert refused.returncode != 0
+        host.check_output("mv /root/prometheus /etc/default/prometheus")
+    assert (refused.returncode, also.returncode) == (2, 2)
     said = " ".join(refused.stdout.split())
     assert re.search(r"monitor1 has /usr/bin/prometheus, .* already, which may be somebody else's\.", said)
     assert host.file("/etc/prometheus/prometheus.yml").content_string == before
+
+
+def test_an_alertmanager_that_is_not_debians_is_left_alone(monitor: LabMonitor, ansible: Any, machine: Any) -> None:
+    host = machine("node1")
+    host.check_output("mkdir /etc/prometheus && touch /etc/prometheus/alertmanager.yml")
+    there = ("-e", "stickyring_monitor_directory=/srv/prometheus")
+    group = monitor.inventory / "another.yml"
+    group.write_text("monitor: {hosts: {node1: {}}}\n")
+    try:
+        play = ("ansible-playbook", "-i", monitor.inventory, "playbooks/monitor.yml", "--limit", "node1,localhost")
+        said = [" ".join(ansible(*play, *options, check=False).stdout.split()) for options in ((), there)]
+        assert host.check_output("ls /etc/prometheus") == "alertmanager.yml"
+    finally:
+        group.unlink()
+        host.check_output("rm -r /etc/prometheus")
+    assert "node1 has /etc/prometheus/alertmanager.yml already, which may be somebody else's." in said[0]
+    assert "Here it has to be /etc/prometheus." in said[1]
+    assert not host.exists("prometheus")
