@@ -112,6 +112,10 @@ class Control:
             raise LabError(f"only {', '.join(sorted(run.answered()))} answered a ping")
         return run
 
+    def status(self, nodes: int) -> Run:
+        """Show the state of the edge and so many nodes, in which all must be well."""
+        return self.run("stickyring", "status", "--inventory", str(self.inventory(nodes)))
+
     def run(self, program: str, *arguments: str) -> Run:
         """Run a command to its end; an interrupt ends the command too.
 

@@ -26,6 +26,7 @@ FIGURES = [
     Figure("no-op", "site.yml that changes nothing", "s", False, True),
     Figure("no-op-cpu", "site.yml that changes nothing, CPU of the controller", "s", False),
     Figure("ping", "ansible -m ping", "s", False, True),
+    Figure("status", "stickyring status", "s", False, True),
     Figure("no-op-to-ping", "site.yml that changes nothing, to ansible -m ping", "times", False, True),
     Figure("update", "rolling_update.yml to another release", "s", False, True),
     Figure("add", "site.yml with one node more", "s", False, True),
@@ -34,6 +35,7 @@ COMMANDS = {
     "fresh": f"ansible-playbook -i N {SITE}",
     "no-op": f"ansible-playbook -i N {SITE}",
     "ping": "ansible -i N all -m ping",
+    "status": "stickyring status --inventory N",
     "update": f"ansible-playbook -i N {UPDATE} {' '.join(RELEASE)}",
     "add": f"ansible-playbook -i N+1 {SITE} {' '.join(RELEASE)}",
 }
@@ -136,10 +138,11 @@ def _fleet(control: Control, part: Part, spent: Spent, profile: Profile, nodes: 
 
     note("fresh", _changing(control.play(nodes, SITE), range(nodes)))
     for _ in range(profile.no_ops):
-        run, ping = control.play(nodes, SITE), control.ping(nodes)
+        run, ping, status = control.play(nodes, SITE), control.ping(nodes), control.status(nodes)
         if changed := run.changed():
             raise LabError(f"a run that should change nothing has changed {', '.join(sorted(changed))}")
         part.add(size, {"no-op-cpu": run.cpu, "ping": ping.seconds, "no-op-to-ping": note("no-op", run) / ping.seconds})
+        part.add(size, {"status": status.seconds})
     if nodes not in profile.changed:
         return 0.0
     update = note("update", _changing(control.play(nodes, UPDATE, *RELEASE), range(nodes)))
@@ -175,11 +178,11 @@ def _part(profile: Profile) -> Part:
         },
         sizes[0],
         setting=f"The hosts were the lab's, on this machine, and shared its cores with ansible-core {version} and its "
-        f"{forks} forks. Fresh hosts have booted, and nothing else; what they install was built before. No-op runs and "
-        "pings took turns, over SSH connections that were open already. The work of the hosts took these cores too, "
-        "which that of real hosts does not: beside the no-op run stands the CPU time of the controller alone. The "
-        "update includes the time for which the first node has to stay, and nobody was connected. In the commands, N "
-        "is inventory/lab with so many nodes.",
+        f"{forks} forks. Fresh hosts have booted, and nothing else; what they install was built before. No-op runs, "
+        "pings and `stickyring status` took turns, over SSH connections that were open already. The work of the hosts "
+        "took these cores too, which that of real hosts does not: beside the no-op run stands the CPU time of the "
+        "controller alone. The update includes the time for which the first node has to stay, and nobody was "
+        "connected. In the commands, N is inventory/lab with so many nodes.",
     )
 
 

@@ -1,11 +1,11 @@
-"""Stand-ins for Ansible and pytest, without hosts, and the command that measures with them."""
+"""Stand-ins for Ansible, pytest and `stickyring status`, without hosts, and the command that measures with them."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ("ansible", "ansible-playbook", "pytest")
+PROGRAMS = ("ansible", "ansible-playbook", "pytest", "stickyring")
 ANSIBLE = f"""#!{sys.executable}
 import json, sys, time, yaml
 from pathlib import Path
@@ -17,13 +17,18 @@ if Path(sys.argv[0]).name == "pytest":
         found = {{"killed process": costs | {{"unit": "s"}}, "killed process, again": costs | {{"unit": "tries"}}}}
         (folder / "found").write_text(json.dumps(found))
     sys.exit()
-inventory, playbook = Path(sys.argv[2]), Path(sys.argv[3]).stem
+if Path(sys.argv[0]).name == "stickyring":
+    inventory, playbook = Path(sys.argv[3]), sys.argv[1]
+else:
+    inventory, playbook = Path(sys.argv[2]), Path(sys.argv[3]).stem
 groups = yaml.safe_load((inventory / "hosts.yml").read_text())
 hosts = [host for group in groups.values() for host in group["hosts"]]
 owner, deployed = folder / "owner", folder / "deployed"
 had = deployed.read_text().split() if deployed.exists() else []
 with (folder / "played").open("a") as played:
     print(playbook, len(hosts) - 1, *sys.argv[4:], file=played)
+if playbook == "status":
+    sys.exit((folder / "unwell").exists())
 if playbook == "all":
     for host in hosts:
         print(host, "| SUCCESS =>")

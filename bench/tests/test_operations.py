@@ -107,7 +107,7 @@ def test_a_refused_run_says_so_in_one_line_and_touches_nothing(programs: Path) -
 def test_a_run_measures_every_size_on_fresh_hosts_and_removes_them(programs: Path) -> None:
     done = run(programs, "operations")
     assert done.returncode == 0, done.stderr
-    no_ops = ["site {0}", "all {0} -m ping"] * 2
+    no_ops = ["site {0}", "all {0} -m ping", "status {0}"] * 2
     release = "-e stickyring_node_release=bench"
     changes = [f"rolling_update {{0}} {release}", f"site {{1}} {release}"]
     assert (programs / "played").read_text().splitlines() == [
@@ -131,10 +131,11 @@ def test_a_run_measures_every_size_on_fresh_hosts_and_removes_them(programs: Pat
         "no-op-cpu": both,
         "ping": both,
         "no-op-to-ping": both,
+        "status": both,
         "update": {"3": 1},
         "add": {"3": 1},
     }
-    assert set(written["seconds_a_node"]) == {"fresh", "no-op", "no-op-cpu", "ping"}
+    assert set(written["seconds_a_node"]) == {"fresh", "no-op", "no-op-cpu", "ping", "status"}
     (took, used) = (written["figures"][key]["found"]["3"]["median"] for key in ("no-op", "no-op-cpu"))
     assert 0 < used < took, "one command on one core, which waits"
     assert 0.02 < written["seconds_of_tasks"]["no-op"]["3"]["site : Work | rest"] < 1
@@ -149,6 +150,7 @@ def test_a_run_measures_every_size_on_fresh_hosts_and_removes_them(programs: Pat
     [
         ("restless", "Error: a run that should change nothing has changed node1"),
         ("is faulty", "Error: ansible-playbook -i "),
+        ("unwell", "Error: stickyring status --inventory "),
     ],
 )
 def test_what_is_no_measure_ends_the_run_with_one_line_and_without_a_lab(
