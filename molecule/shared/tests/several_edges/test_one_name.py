@@ -61,11 +61,25 @@ def disconnected(residents: Residents, since: float) -> list[Connection]:
 
 @pytest.fixture
 def machines(edges: Any, machine: Any) -> Iterator[list[Any]]:
-    """Those of the edges, in their order; at the end their Envoys run."""
+    """Those of the edges, in their order; at the end their Envoys run, with open ports."""
     found = [machine(edge.name) for edge in edges]
     yield found
     for host in found:
         host.check_output(f"systemctl start {EDGE}")
+    places = [
+        (edge.variables["stickyring_address"], listener["port"])
+        for edge in edges
+        for listener in edge.variables["stickyring_edge_listeners"]
+    ]
+    deadline = time.monotonic() + SETTLED_SECONDS
+    while not all(is_open(*place) for place in places):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_open(address: str, port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex((address, port)) == 0
 
 
 def test_before_an_edge_stops_its_users_go_to_another(
@@ -115,7 +129,7 @@ def test_a_killed_edge(edges: Any, residents: Residents, machines: Any, websocke
 def page(edges: Any, tmp_path: Path) -> Iterator[Page]:
     """A browser's page, for which the name has the addresses of all edges."""
     names, program = tmp_path / "hosts", tmp_path / "chromium"
-    addresses = [edge.url("sticky").removeprefix("http://").split(":")[0] for edge in edges]
+    addresses = [edge.variables["stickyring_address"] for edge in edges]
     names.write_text("".join(f"{address} {NAME}\n" for address in addresses))
     inside = f'mount --bind {shlex.quote(str(names))} /etc/hosts && exec {environment.CHROMIUM} "$@"'
     program.write_text(f'#!/bin/sh\nexec unshare --mount sh -c {shlex.quote(inside)} chromium "$@"\n')
