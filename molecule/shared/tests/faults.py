@@ -80,8 +80,8 @@ def exhausted(machine: Any, node: Any) -> Iterator[str]:
 def _use_up(held: ExitStack, address: tuple[str, int]) -> str:
     deadline = time.monotonic() + EXHAUSTED_SECONDS
     while time.monotonic() < deadline:
-        with suppress(TimeoutError, ConnectionError):
-            connection = held.enter_context(socket.create_connection(address, timeout=0.5))
+        connection = held.enter_context(socket.create_connection(address, timeout=0.5))
+        with suppress(TimeoutError, ConnectionResetError):
             return connection.recv(4096).decode()
     raise AssertionError(f"it still accepts connections after {EXHAUSTED_SECONDS} s")
 

@@ -95,7 +95,7 @@ def test_restarts_and_planned_changes_fire_no_alert(
     first, second, *_ = (machine(node.name) for node in nodes)
 
     def wait_until_all_are_back(since: float) -> None:
-        """Those whose node it was have noticed, and each is on some node: the update brings them home."""
+        """Somebody has noticed, and each is on some node: the update brings them home."""
         residents.wait(lambda: any(one.count("disconnect", since) for one in residents), SETTLED_SECONDS)
         residents.wait(lambda: all(one.node for one in residents), SETTLED_SECONDS)
 

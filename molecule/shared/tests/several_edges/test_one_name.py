@@ -13,6 +13,7 @@ from typing import Any
 import environment
 import pytest
 from faults import EDGE, clients_cut_off
+from lab_monitor import wait_for
 from playwright.sync_api import Page, expect, sync_playwright
 from residents import Connection, Residents
 
@@ -71,10 +72,7 @@ def machines(edges: Any, machine: Any) -> Iterator[list[Any]]:
         for edge in edges
         for listener in edge.variables["stickyring_edge_listeners"]
     ]
-    deadline = time.monotonic() + SETTLED_SECONDS
-    while not all(is_open(*place) for place in places):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: all(is_open(*place) for place in places), SETTLED_SECONDS)
 
 
 def is_open(address: str, port: int) -> bool:
